@@ -1,0 +1,145 @@
+"""Every use of a TRL or transformers internal, in one place, so that an upgrade touches one file.
+
+Tested with transformers 5.24.x and TRL 1.16.x (the bounds in `pyproject.toml`). What is used, and what it must do:
+
+- `trl.kernels.chunked_divergence.ChunkedDivergenceFunction`: per-token generalised JSD from hidden states and heads.
+- `SFTTrainer` patches `model.forward` with `add_fused_lm_head`: called with `fused_lm_head=True`, the model returns
+  per-token `log_probs`, `entropy`, `is_top1` and `label_mask`, and reaches the backbone through `model.base_model(...)`.
+- `SFTTrainer.compute_loss` sums `-outputs.log_probs` and divides by `num_items_in_batch`.
+- `AttentionInterface` / `AttentionMaskInterface`: named attention functions, looked up by `config._attn_implementation`
+  on every call.
+- Decoders apply `decoder.rotary_emb(x, position_ids[, layer_type]) -> (cos, sin)` once per forward.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+__all__ = [
+    "ChunkedDivergenceFunction",
+    "Head",
+    "attention_switched",
+    "base_attention_function",
+    "decoder_of",
+    "head_of",
+    "maybe_gather_lm_head_ctx",
+    "register_attention",
+    "sdpa_attention_forward",
+]
+
+AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The text backbone of a VLM, or the backbone of a plain LM.
+
+    Raises:
+        ValueError: if the backbone applies no rotary embedding at its top, which KV sharing relies on.
+    """
+    decoder = model.get_decoder()
+    if not isinstance(getattr(decoder, "rotary_emb", None), nn.Module):
+        raise ValueError(
+            f"{type(model).__name__} has no rotary embedding in its text backbone ({type(decoder).__name__}): KV sharing "
+            "needs a decoder with RoPE and softmax attention. Run `lingudistill check` on the pair."
+        )
+    return decoder
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language-model head as the loss kernels take it: logits = softcap(scale * (hidden @ weight.T + bias)).
+
+    weight: (V, H). bias: (V,) or None. softcap: cap * tanh(x / cap) where a cap is set.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def whole(self) -> Head:
+        """The same head with sharded (FSDP2) parameters gathered."""
+        if not hasattr(self.weight, "full_tensor"):
+            return self
+        bias = self.bias.full_tensor() if self.bias is not None and hasattr(self.bias, "full_tensor") else self.bias
+        return Head(self.weight.full_tensor(), bias, self.scale, self.softcap)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The output head of a model, with the logit scaling its text config declares (as TRL's fused head reads it)."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings: a model with a language-model head is needed.")
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None)
+    if scale is None:
+        scale = getattr(config, "output_multiplier", None)
+    if scale is None:
+        scale = getattr(config, "lm_head_multiplier", None)
+    scaling = getattr(config, "logits_scaling", None)
+    if scale is None and scaling is not None:
+        scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
+    return Head(
+        weight=head.weight,
+        bias=head.bias,
+        scale=1.0 if scale is None else float(scale),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def register_attention(name: str, function: AttentionFunction, *, masks_of: str | None) -> None:
+    """Register `function` as attention implementation `name`.
+
+    masks_of: the implementation whose masks the models should build for it; None = models build no mask at all.
+    """
+    AttentionInterface.register(name, function)
+    # Without a name in the mask interface, models pass `None` instead of a mask (wanted for replay, fatal for recording).
+    if masks_of is not None and masks_of in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks_of])
+
+
+def base_attention_function(implementation: str, module: nn.Module) -> AttentionFunction:
+    """The attention function behind `implementation`; `eager` lives in the modelling file of the attention module."""
+    if implementation == "eager":
+        function: AttentionFunction = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        return function
+    return ALL_ATTENTION_FUNCTIONS[implementation]  # type: ignore[no-any-return]
+
+
+def _attention_configs(decoder: nn.Module) -> list[Any]:
+    """The distinct configs that the attention layers of a decoder look their implementation up in."""
+    found: dict[int, Any] = {}
+    for module in decoder.modules():
+        config = module.__dict__.get("config")
+        if config is not None and hasattr(config, "_attn_implementation"):
+            found[id(config)] = config
+    return list(found.values())
+
+
+@contextmanager
+def attention_switched(decoder: nn.Module, name_for: Callable[[str], str]) -> Iterator[list[Any]]:
+    """Switch a decoder's attention implementation for the length of the context, also when the forward raises.
+
+    name_for: maps the implementation in use to the name to switch to. Yields the switched configs.
+    """
+    before = [(config, config._attn_implementation) for config in _attention_configs(decoder)]
+    try:
+        for config, implementation in before:
+            config._attn_implementation = name_for(implementation or "eager")
+        yield [config for config, _ in before]
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation

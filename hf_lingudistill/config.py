@@ -1,0 +1,171 @@
+"""`LinguDistillConfig`: TRL's `SFTConfig` plus what distillation needs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from trl import SFTConfig
+
+KVSharing = Literal["full", "prompt", "vision", "none"]
+KV_SHARING_CHOICES = get_args(KVSharing)
+QUANTIZATION_CHOICES = ("nf4", "int8", "none")
+DISTILL_TOKENS_CHOICES = ("all", "confident")
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bf16 natively (AVX512-BF16 or AMX); emulated, bf16 is slower than fp32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@dataclass
+class LinguDistillConfig(SFTConfig):
+    """Configuration of [`LinguDistillTrainer`]. Every field of [`~trl.SFTConfig`] keeps its meaning.
+
+    Parameters:
+        teacher_model_name_or_path (`str`, *optional*):
+            The LM that the student was built from: Hub id or folder. Left out, it is guessed from the student's config
+            or card, and the guess is printed.
+        teacher_model_revision (`str`, *optional*):
+            Branch, tag or commit of the teacher.
+        teacher_model_init_kwargs (`dict`, *optional*):
+            Keyword arguments for the teacher's `AutoModelForCausalLM.from_pretrained`.
+        teacher_quantization (`str`, defaults to `"nf4"`):
+            `"nf4"`, `"int8"` (both through bitsandbytes, on CPU and CUDA) or `"none"`. Embeddings and head stay whole.
+        measure_teacher_quantization (`bool`, defaults to `False`):
+            Load the unquantised teacher once and log KL(full precision || quantised) in nats on the first batch.
+        kv_sharing (`str`, defaults to `"prompt"`):
+            Where the teacher reads the student's keys and values: `"full"` everywhere, `"prompt"` everywhere but at
+            response tokens, `"vision"` at tokens it cannot read itself (images), `"none"` nowhere.
+        beta (`float`, defaults to `0.0`):
+            Generalised JSD in [0, 1]: 0 = KL(teacher || student), 1 = KL(student || teacher).
+        temperature (`float`, defaults to `1.0`):
+            Both distributions are softened by it; > 0. As in TRL, no factor of temperature squared.
+        distill_weight (`float`, defaults to `1.0`):
+            Weight of the divergence at distilled tokens; >= 0.
+        ce_weight (`float`, defaults to `0.5`):
+            Weight of cross-entropy at distilled tokens; >= 0. Tokens that are not distilled always have CE of weight 1.
+        distill_column (`str`, defaults to `"distill"`):
+            Boolean dataset column: rows marked false get CE only and cost the teacher nothing. Without the column,
+            every row is distilled.
+        distill_tokens (`str`, defaults to `"confident"`):
+            `"all"` distils every response token of a marked row; `"confident"` only those whose label the teacher gives
+            at least the student's probability, the others get CE.
+        distill_margin (`float`, defaults to `0.0`):
+            For `"confident"`: by how many nats the teacher must be above the student. May be negative.
+        skip_bad_rows (`bool`, defaults to `False`):
+            Skip rows that cannot be trained on (unreadable image, empty answer, ...) and count them by reason, instead
+            of stopping at the first.
+        overwrite_output_dir (`bool`, defaults to `False`):
+            Allow an `output_dir` that holds another run.
+    """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "The LM that the student was built from: Hub id or folder. Left out, it is guessed from the student's "
+            "config or card, and the guess is printed."
+        },
+    )
+    teacher_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the teacher on the Hub."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for the teacher's `AutoModelForCausalLM.from_pretrained`."}
+    )
+    teacher_quantization: str = field(
+        default="nf4",
+        metadata={
+            "help": "Quantisation of the frozen teacher through bitsandbytes, on CPU and CUDA: nf4, int8 or none.",
+            "choices": list(QUANTIZATION_CHOICES),
+        },
+    )
+    measure_teacher_quantization: bool = field(
+        default=False,
+        metadata={"help": "Log KL(full-precision teacher || quantised teacher) in nats per token on the first batch."},
+    )
+    kv_sharing: str = field(
+        default="prompt",
+        metadata={
+            "help": "Where the teacher reads the student's keys and values: full (everywhere), prompt (everywhere but at "
+            "response tokens), vision (at image tokens), none.",
+            "choices": list(KV_SHARING_CHOICES),
+        },
+    )
+    beta: float = field(
+        default=0.0,
+        metadata={"help": "Generalised JSD: 0 = KL(teacher || student), 1 = KL(student || teacher), in [0, 1]."},
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Softens both distributions; must be positive."})
+    distill_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence at distilled tokens."})
+    ce_weight: float = field(
+        default=0.5,
+        metadata={"help": "Weight of cross-entropy at distilled tokens. All other tokens have cross-entropy of weight 1."},
+    )
+    distill_column: str = field(
+        default="distill",
+        metadata={"help": "Boolean dataset column that marks the rows to distil. Missing: every row is distilled."},
+    )
+    distill_tokens: str = field(
+        default="confident",
+        metadata={
+            "help": "all: distil every response token of a marked row. confident: only where the teacher gives the label "
+            "at least the student's probability; cross-entropy elsewhere.",
+            "choices": list(DISTILL_TOKENS_CHOICES),
+        },
+    )
+    distill_margin: float = field(
+        default=0.0, metadata={"help": "For confident: nats by which the teacher must be above the student."}
+    )
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Skip and count rows that cannot be trained on, instead of stopping."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Allow an output_dir that already holds another run."}
+    )
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            # TRL turns bf16 on by default, which transformers refuses on a machine without an accelerator
+            self.use_cpu = True
+            if self.bf16 is None and not self.fp16:
+                self.bf16 = cpu_has_bf16()
+        super().__post_init__()
+        for name, choices in (
+            ("teacher_quantization", QUANTIZATION_CHOICES),
+            ("kv_sharing", KV_SHARING_CHOICES),
+            ("distill_tokens", DISTILL_TOKENS_CHOICES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(
+                f"beta must be in [0.0, 1.0] (0 = KL(teacher || student), 1 = KL(student || teacher)); got {self.beta}."
+            )
+        if not (math.isfinite(self.temperature) and self.temperature > 0.0):
+            raise ValueError(f"temperature must be a positive number; got {self.temperature}.")
+        for name in ("distill_weight", "ce_weight"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0.0):
+                raise ValueError(f"{name} must be a number of at least 0; got {value}.")
+        if self.distill_weight == 0.0 and self.ce_weight == 0.0:
+            raise ValueError(
+                "distill_weight and ce_weight are both 0: distilled tokens would have no loss. Set at least one above 0."
+            )
+        if not math.isfinite(self.distill_margin):
+            raise ValueError(f"distill_margin must be a finite number of nats; got {self.distill_margin}.")
+        if not self.distill_column:
+            raise ValueError("distill_column must name a dataset column; got an empty string.")
+        if self.loss_type != "nll":
+            raise ValueError(
+                f"loss_type must be 'nll' for distillation; got {self.loss_type!r}. Use trl.SFTTrainer for other losses."
+            )
+        if self.label_smoothing_factor != 0.0:
+            raise ValueError(
+                f"label_smoothing_factor must be 0 for distillation (the teacher smooths the labels); got "
+                f"{self.label_smoothing_factor}."
+            )

@@ -1,0 +1,396 @@
+"""Rows and batches: the flag that selects rows, images that may be bad, and mixtures whose sources carry a flag each.
+
+TRL collates (chat template, padding, labels); this module stands around it. A batch leaves with one more tensor,
+`distill` (B,) bool, and a row that cannot be trained on stops the run with its number and reason, or is skipped and counted.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, Image, IterableDataset, List, Value, concatenate_datasets, load_from_disk
+from PIL import Image as PILImage
+from PIL import ImageOps
+from trl import DatasetMixtureConfig, get_dataset
+from trl.scripts.utils import DatasetConfig
+
+logger = logging.getLogger(__name__)
+
+ROW_COLUMN = "lingudistill_row"
+IMAGE_COLUMNS = ("images", "image")
+AnyDataset = Dataset | IterableDataset
+Row = dict[str, Any]
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on. reason: a short class of failure, for counting."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Datasets
+# --------------------------------------------------------------------------------------------------------------------
+def has_images(columns: Sequence[str]) -> bool:
+    """Whether these columns make a vision dataset for TRL."""
+    return any(column in columns for column in IMAGE_COLUMNS)
+
+
+def prepare_dataset(dataset: AnyDataset) -> AnyDataset:
+    """Number the rows and leave image decoding to the collator, so that a bad image can be named instead of raised.
+
+    A dataset without an image column, or a stream whose columns are not known, is returned as it is.
+    """
+    columns = dataset.column_names or []
+    if not has_images(columns):
+        return dataset
+    for column in IMAGE_COLUMNS:
+        feature = (dataset.features or {}).get(column)
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), Image):
+            dataset = dataset.cast_column(column, List(Image(decode=False)))
+    if ROW_COLUMN in columns:
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(lambda _row, index: {ROW_COLUMN: index}, with_indices=True)
+    if dataset._indices is not None:  # numbering a shuffled view would copy every image; its rows are named by content
+        return dataset
+    return dataset.add_column(ROW_COLUMN, list(range(len(dataset))), feature=Value("int64"))  # type: ignore[no-any-return]
+
+
+def check_distill_column(dataset: AnyDataset, column: str) -> tuple[bool, float | None]:
+    """Whether the dataset has the flag column, and the share of marked rows (None for a stream or without the column).
+
+    Raises:
+        ValueError: if the column is not boolean, or marks no row at all.
+    """
+    columns = dataset.column_names or []
+    if column not in columns:
+        return False, None
+    if isinstance(dataset, IterableDataset):
+        return True, None
+    values = dataset.with_format(None)[column]
+    bad = next((value for value in values if value not in (True, False)), None)
+    if bad is not None or any(value is None for value in values):
+        raise ValueError(f"Column {column!r} must hold true or false in every row; found {bad!r}.")
+    share = sum(bool(value) for value in values) / max(len(dataset), 1)
+    if share == 0.0:
+        raise ValueError(
+            f"No row is marked for distillation: column {column!r} is false in all {len(dataset)} rows. Mark the "
+            "language-intensive rows true, or train with trl.SFTTrainer."
+        )
+    return True, share
+
+
+def decode_image(value: Any) -> PILImage.Image:
+    """An RGB image from a PIL image, bytes, a path, or datasets' `{"bytes", "path"}`; EXIF rotation applied.
+
+    Raises:
+        BadRow: if it is missing, of another type, unreadable or of zero size.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if value is None:
+        raise BadRow("image missing", "an image is missing (null)")
+    try:
+        if isinstance(value, bytes):
+            image: Any = PILImage.open(io.BytesIO(value))
+        elif isinstance(value, str | Path):
+            image = PILImage.open(value)
+        elif isinstance(value, PILImage.Image):
+            image = value
+        else:
+            raise BadRow("image of wrong type", f"an image was expected, found {type(value).__name__}")
+        if 0 in image.size:
+            raise BadRow("image of zero size", f"an image has the size {image.size[0]}x{image.size[1]}")
+        if image.mode.startswith(("I", "F")):  # 16- and 32-bit: PIL's own conversion clips instead of scaling
+            image.load()
+            low, high = image.getextrema()
+            span = float(high - low) or 1.0
+            image = image.convert("F").point(lambda p: (p - low) * 255.0 / span).convert("L")
+        return ImageOps.exif_transpose(image).convert("RGB")  # type: ignore[no-any-return]
+    except BadRow:
+        raise
+    except PILImage.DecompressionBombError as error:
+        raise BadRow("image too large", f"an image is too large to decode ({error})") from error
+    except Exception as error:  # PIL raises a dozen types for a dozen formats
+        raise BadRow("image unreadable", f"an image cannot be read ({type(error).__name__}: {error})") from error
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Batches
+# --------------------------------------------------------------------------------------------------------------------
+@dataclass
+class DistillCollator:
+    """TRL's collator with the `distill` flag, decoded images and checks around it.
+
+    inner: the collator that makes `input_ids`, `labels`, ... max_length: truncation, done here so that the length that
+    would have been needed can be told. image_token_ids: ids whose truncation would tear an image apart.
+    """
+
+    inner: Callable[[list[Row]], dict[str, Any]]
+    distill_column: str = "distill"
+    max_length: int | None = None
+    image_token_ids: tuple[int, ...] = ()
+    vision: bool = True
+    _image_ids: torch.Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._image_ids = torch.tensor(self.image_token_ids, dtype=torch.long)
+        if self.vision and hasattr(self.inner, "max_length"):
+            self.inner.max_length = None
+
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
+        """Collate rows. Adds `distill` (B,) bool.
+
+        Raises:
+            BadRow: a ValueError that names the row, what is wrong with it and what to do.
+        """
+        distill = torch.tensor([self._flag(row) for row in rows])
+        names = [_row_name(row) for row in rows]
+        plain = [{k: v for k, v in row.items() if k not in (self.distill_column, ROW_COLUMN)} for row in rows]
+        if self.vision:
+            plain = [_decoded(row, name) for row, name in zip(plain, names, strict=True)]
+        batch = self._collate(plain, names)
+        if self.vision:
+            batch = self._truncate(batch, names)
+        batch["distill"] = distill
+        return batch
+
+    def _flag(self, row: Row) -> bool:
+        value = row.get(self.distill_column, True)
+        if value not in (True, False):
+            raise BadRow(
+                "distill flag not boolean",
+                f"{_row_name(row)}: column {self.distill_column!r} must be true or false; found {value!r}.",
+            )
+        return bool(value)
+
+    def _collate(self, rows: list[Row], names: list[str]) -> dict[str, Any]:
+        # TRL's collator edits rows in place, so that a second try needs rows of its own.
+        try:
+            return dict(self.inner([dict(row) for row in rows]))
+        except Exception as error:
+            for row, name in zip(rows, names, strict=True) if len(rows) > 1 else ():
+                self._collate([row], [name])  # raises for the row that is at fault
+            if len(rows) > 1:
+                raise
+            raise BadRow(
+                "processor failed", f"{names[0]} cannot be processed ({type(error).__name__}: {error})."
+            ) from error
+
+    def _truncate(self, batch: dict[str, Any], names: list[str]) -> dict[str, Any]:
+        ids, labels = batch["input_ids"], batch["labels"]
+        length = ids.shape[1]
+        limit = length if self.max_length is None else min(self.max_length, length)
+        if limit < length:
+            last_image = torch.where(torch.isin(ids, self._image_ids), torch.arange(length), -1).amax(dim=1)
+            for name, last in zip(names, last_image.tolist(), strict=True):
+                if last >= limit:
+                    raise BadRow(
+                        "image tokens over max_length",
+                        f"{name}: its image tokens end at position {last + 1}, max_length is {limit}. Set max_length to at "
+                        f"least {last + 2} (more for the answer), or to null for no truncation.",
+                    )
+            shape = ids.shape
+            batch = {
+                key: value[:, :limit] if isinstance(value, torch.Tensor) and value.shape[:2] == shape else value
+                for key, value in batch.items()
+            }
+            labels = batch["labels"]
+        trained = (labels[:, 1:] != -100).any(dim=1)
+        for name, has_label in zip(names, trained.tolist(), strict=True):
+            if not has_label:
+                cut = f" within max_length={self.max_length}" if limit < length else ""
+                raise BadRow(
+                    "no label",
+                    f"{name} has no token to train on{cut}: all labels are masked. Give it a non-empty answer, raise "
+                    "max_length, or pass --skip_bad_rows.",
+                )
+        return batch
+
+
+def _row_name(row: Row) -> str:
+    if row.get(ROW_COLUMN) is not None:
+        return f"Row {row[ROW_COLUMN]}"
+    text = row.get("messages") or row.get("prompt") or row.get("text") or ""
+    while isinstance(text, list) and text:
+        text = text[0].get("content") or "" if isinstance(text[0], dict) else text[0]
+        if isinstance(text, list) and text and isinstance(text[0], dict) and "text" in text[-1]:
+            text = text[-1]["text"] or ""
+    return f"The row that begins {str(text)[:60]!r}"
+
+
+def _decoded(row: Row, name: str) -> Row:
+    column = next((column for column in IMAGE_COLUMNS if column in row), None)
+    if column is None:
+        raise BadRow(
+            "image column missing",
+            f"{name} has no 'images' column, found {sorted(row)}: give every row of a vision dataset one (an empty list for "
+            "text-only rows).",
+        )
+    value = row[column]
+    if column == "images" and value is None:
+        value = []
+    try:
+        decoded = [decode_image(v) for v in value] if column == "images" else decode_image(value)
+    except BadRow as error:
+        raise BadRow(
+            error.reason, f"{name}: {error}. Repair or remove the row, or pass --skip_bad_rows to skip such rows."
+        ) from error
+    answer = row.get("completion")
+    if answer is not None and not (_text_of(answer) or "").strip():
+        raise BadRow("empty answer", f"{name} has an empty completion. Give it an answer, or pass --skip_bad_rows.")
+    return {**row, column: decoded}
+
+
+def _text_of(value: Any) -> str | None:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "".join(_text_of(v.get("content", v.get("text")) if isinstance(v, dict) else v) or "" for v in value)
+    return None
+
+
+def drop_bad_rows(dataset: AnyDataset, collator: DistillCollator) -> tuple[AnyDataset, Counter[str]]:
+    """Leave out the rows that the collator refuses. -> (dataset, number of dropped rows by reason).
+
+    A map-style dataset is gone through once, with a progress bar. A stream is filtered as it is read: its counter fills up
+    during training (with several dataloader workers, each worker counts its own).
+
+    Raises:
+        ValueError: if no row of a map-style dataset is left.
+    """
+    from tqdm.auto import tqdm
+
+    dropped: Counter[str] = Counter()
+
+    def usable(row: Row) -> bool:
+        try:
+            collator([row])
+        except BadRow as error:
+            dropped[error.reason] += 1
+            return False
+        return True
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(usable), dropped
+    keep = []
+    for index in tqdm(range(len(dataset)), desc="Checking rows", unit="row"):
+        try:
+            row = dataset[index]
+        except Exception as error:  # a row that datasets itself cannot read
+            dropped[f"unreadable row ({type(error).__name__})"] += 1
+            continue
+        if usable(row):
+            keep.append(index)
+    if not keep:
+        raise ValueError(f"No usable row is left of {len(dataset)}: {dict(dropped)}. Repair the dataset.")
+    return (dataset if not dropped else dataset.select(keep)), dropped
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Mixtures
+# --------------------------------------------------------------------------------------------------------------------
+@dataclass
+class DistillSource(DatasetConfig):
+    """One source of a mixture: TRL's fields, and whether its rows are distilled (None = its own column, else true)."""
+
+    distill: bool | None = None
+
+
+@dataclass
+class DistillMixtureConfig(DatasetMixtureConfig):
+    """TRL's `datasets:` section in the YAML, where each source may say `distill: true` or `distill: false`.
+
+    Parameters:
+        datasets (`list[DistillSource]`): the sources.
+    """
+
+    def __post_init__(self) -> None:
+        for index, source in enumerate(self.datasets):
+            if isinstance(source, dict):
+                known = DistillSource.__dataclass_fields__
+                unknown = sorted(set(source) - set(known))
+                if unknown or "path" not in source:
+                    raise ValueError(
+                        f"datasets[{index}]: expected 'path' and any of {sorted(set(known) - {'path'})}; "
+                        + (f"found unknown {unknown}." if unknown else "'path' is missing.")
+                    )
+                self.datasets[index] = DistillSource(**source)
+
+
+def load_source(source: DatasetConfig, *, streaming: bool = False) -> AnyDataset:
+    """One dataset: a Hub id, a loader name with `data_files`, or a folder written by `save_to_disk`."""
+    folder = Path(source.path)
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        saved = load_from_disk(source.path)
+        dataset: AnyDataset = saved[source.split] if isinstance(saved, DatasetDict) else saved
+        if source.columns is not None:
+            dataset = dataset.select_columns(source.columns)
+        return dataset.to_iterable_dataset() if streaming else dataset
+    fields = {k: getattr(source, k) for k in DatasetConfig.__dataclass_fields__ if k != "fraction"}
+    mixture = DatasetMixtureConfig(datasets=[DatasetConfig(**fields)], streaming=streaming)
+    return get_dataset(mixture)["train"]
+
+
+def load_mixture(mixture: DistillMixtureConfig, distill_column: str = "distill") -> DatasetDict:
+    """Load and concatenate the sources of a mixture. -> {"train"[, "test"]}.
+
+    Every row gets the flag of its source in `distill_column`; where some sources have images, the others get an empty
+    `images` column. Shares (`fraction`) and `test_split_size` mean what they mean in TRL.
+    """
+    if not mixture.datasets:
+        raise ValueError("The mixture is empty: list at least one source under `datasets:`.")
+    parts = [load_source(source, streaming=mixture.streaming) for source in mixture.datasets]
+    fractions = [source.fraction for source in mixture.datasets]
+    if any(fraction is not None for fraction in fractions):
+        parts = _take_fractions(parts, fractions, mixture.streaming)
+    vision = any(has_images(part.column_names or []) for part in parts)
+    flagged = [
+        _with_columns(part, source, distill_column, vision) for part, source in zip(parts, mixture.datasets, strict=True)
+    ]
+    combined = concatenate_datasets(flagged)
+    if mixture.test_split_size is not None:
+        return combined.train_test_split(test_size=mixture.test_split_size)  # type: ignore[no-any-return]
+    return DatasetDict({"train": combined})
+
+
+def _take_fractions(parts: list[AnyDataset], fractions: list[float | None], streaming: bool) -> list[AnyDataset]:
+    if streaming:
+        raise ValueError("`fraction` needs the number of rows, which a streamed source does not tell: drop one of the two.")
+    shares = [fraction for fraction in fractions if fraction is not None]
+    if len(shares) != len(fractions) or min(shares) <= 0:
+        raise ValueError(f"`fraction` must be a positive number for every source or for none; found {fractions}.")
+    weights = [share / sum(shares) for share in shares]
+    total = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
+    return [part.select(range(round(weight * total))) for part, weight in zip(parts, weights, strict=True)]
+
+
+def _with_columns(part: AnyDataset, source: DatasetConfig, distill_column: str, vision: bool) -> AnyDataset:
+    columns = part.column_names or []
+    if "image" in columns and "images" not in columns:
+        # one name across sources; `image` holds a single image
+        part = part.map(lambda row: {"images": [row["image"]]}, remove_columns=["image"])
+        columns = [*columns, "images"]
+    flag = getattr(source, "distill", None)
+    new: dict[str, Any] = {}
+    if vision and "images" not in columns:
+        new["images"] = []
+    if flag is not None or distill_column not in columns:
+        new[distill_column] = True if flag is None else flag
+    if new:
+        part = part.map(lambda _row: new)
+    if vision:
+        part = part.cast_column("images", List(Image(decode=False)))
+    return part.cast_column(distill_column, Value("bool"))

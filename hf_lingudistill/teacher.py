@@ -1,0 +1,137 @@
+"""The frozen teacher: loading, quantisation, and a head over the student's vocabulary."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from ._internals import Head, head_of
+
+logger = logging.getLogger(__name__)
+
+# Added to the teacher's logits of tokens it does not share with the student. Finite: -inf gives a NaN divergence.
+UNSHARED_BIAS = -1e4
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen LM whose head covers the student's vocabulary.
+
+    model: eval mode, no gradient. head: (V_student, H_t) with a bias of -1e4 on tokens that teacher and student do not
+    share. shared_vocab_size: ids below it mean the same token to both. unreadable_token_ids: image placeholders.
+    footprint: bytes of weights and buffers.
+    """
+
+    model: PreTrainedModel
+    head: Head
+    shared_vocab_size: int
+    unreadable_token_ids: tuple[int, ...]
+    footprint: int
+
+
+def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """bitsandbytes settings for `nf4`, `int8` or `none`. Embeddings and head are left whole by transformers."""
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
+        )
+    if quantization == "int8":
+        # bitsandbytes says on every call that it multiplies in fp16; that is what int8 means there
+        warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return None
+
+
+def load_teacher_model(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    init_kwargs: dict[str, Any] | None = None,
+    quantization: str = "nf4",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load the teacher from safetensors, quantised through bitsandbytes where asked for, frozen and in eval mode.
+
+    Args:
+        name_or_path: Hub id or folder of a causal LM.
+        dtype: the compute dtype, also of everything that is not quantised.
+        init_kwargs: further keyword arguments for `from_pretrained`; they win over the ones set here.
+
+    Raises:
+        OSError: if there are no such weights, or no safetensors among them (pickles are not loaded).
+    """
+    kwargs: dict[str, Any] = {
+        "revision": revision,
+        "dtype": dtype,
+        "use_safetensors": True,
+        "trust_remote_code": trust_remote_code,
+        "quantization_config": quantization_config(quantization, dtype),
+        **(init_kwargs or {}),
+    }
+    if kwargs["quantization_config"] is None:
+        del kwargs["quantization_config"]
+    else:
+        kwargs.setdefault("device_map", {"": device})
+    model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    if "quantization_config" not in kwargs and "device_map" not in kwargs:
+        model = model.to(device)
+    return model  # type: ignore[no-any-return]
+
+
+def prepare_teacher(
+    model: PreTrainedModel,
+    student: PreTrainedModel,
+    *,
+    shared_vocab_size: int,
+    unreadable_token_ids: tuple[int, ...] = (),
+) -> Teacher:
+    """Freeze `model` and give it a head over the student's vocabulary.
+
+    A VLM has more tokens than its LM. The teacher's (tied or untied) embeddings grow to the student's size by zero rows,
+    and the logits of every token that the two do not share get a bias of -1e4: the softmax over the shared ones is
+    unchanged, and student mass on the others is penalised where a shared label is distilled. Padding rows that the teacher
+    has beyond the student's vocabulary are left out of the head.
+    """
+    student_vocab = head_of(student).weight.shape[0]
+    if hasattr(head_of(student).weight, "ds_shape"):  # ZeRO-3 partitions the weight; its whole shape is kept here
+        student_vocab = head_of(student).weight.ds_shape[0]
+    model.eval()
+    model.requires_grad_(False)
+    own_vocab = head_of(model).weight.shape[0]
+    if own_vocab < student_vocab:
+        model.resize_token_embeddings(student_vocab, mean_resizing=False)
+        for weights in {model.get_input_embeddings().weight, head_of(model).weight}:
+            with torch.no_grad():
+                weights[own_vocab:] = 0.0
+        model.requires_grad_(False)
+    head = head_of(model)
+    weight, bias = head.weight[:student_vocab], head.bias
+    if shared_vocab_size < student_vocab:
+        unshared = torch.zeros(student_vocab, device=weight.device, dtype=weight.dtype)
+        unshared[shared_vocab_size:] = UNSHARED_BIAS
+        bias = unshared if bias is None else bias[:student_vocab] + unshared
+    elif bias is not None:
+        bias = bias[:student_vocab]
+    return Teacher(
+        model=model,
+        head=Head(weight, bias, head.scale, head.softcap),
+        shared_vocab_size=shared_vocab_size,
+        unreadable_token_ids=unreadable_token_ids,
+        footprint=int(model.get_memory_footprint()),
+    )
+
+
+def compute_dtype_of(student: PreTrainedModel, *, bf16: bool, fp16: bool) -> torch.dtype:
+    """The dtype that the student computes in: the autocast dtype where there is one, else that of its weights."""
+    if bf16:
+        return torch.bfloat16
+    if fp16:
+        return torch.float16
+    return student.dtype
