@@ -197,6 +197,12 @@ class SharedKV:
         return sum(t.numel() * t.element_size() for t in (*self.keys.values(), *self.values.values()))
 
 
+def _as_attended(states: torch.Tensor) -> torch.Tensor:
+    """Detached K or V in the dtype that attention computes in: under autocast, RoPE leaves the keys in fp32."""
+    states, device = states.detach(), states.device.type
+    return states.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else states
+
+
 def _recording_attention(base_name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     def attention(
         module: nn.Module,
@@ -210,7 +216,7 @@ def _recording_attention(base_name: str) -> Callable[..., tuple[torch.Tensor, to
         shared = _RECORDS.get(id(config))
         if shared is not None:
             layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
-            shared.keys[layer_idx], shared.values[layer_idx] = key.detach(), value.detach()
+            shared.keys[layer_idx], shared.values[layer_idx] = _as_attended(key), _as_attended(value)
             is_causal = kwargs.get("is_causal")
             shared.masks[layer_idx] = _LayerMask(
                 mask=attention_mask,
@@ -372,8 +378,8 @@ def _replay_attention(
     """Attention of the teacher's queries (R, H, Q, D) to the student's K/V, or its own where the plan says so."""
     replay = _REPLAYS[id(module.config)]
     layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
-    student_key = replay.select_rows(replay.shared.keys[layer_idx]).to(query.dtype)
-    student_value = replay.select_rows(replay.shared.values[layer_idx]).to(query.dtype)
+    student_key = replay.select_rows(replay.shared.keys[layer_idx]).to(key.dtype)
+    student_value = replay.select_rows(replay.shared.values[layer_idx]).to(value.dtype)
     if replay.own_rows.numel():
         positions = replay.plan.positions[replay.own_rows, replay.own_positions]
         # A copy: the recorded tensors are the ones the student's backward pass needs.
