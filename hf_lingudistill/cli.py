@@ -1,0 +1,129 @@
+"""The `lingudistill` command.
+
+    lingudistill check VLM [LM]        does the LM fit as a teacher? Configs and tokenizers only
+    lingudistill distill ...           train; the options are those of examples/distill.py
+    lingudistill --version
+
+Exit codes of `check`: 0 it fits, 1 it does not fit, 2 bad input.
+
+A subcommand is one function that adds its parser and one that runs it; nothing heavy is imported before it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ._version import __version__
+
+FITS, DOES_NOT_FIT, BAD_INPUT = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand, return its exit code. Wrong usage, `--help` and `--version` raise argparse's SystemExit."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["distill"]:
+        # TrlParser reads these itself, `--help` included: argparse must not take any of them for its own.
+        return _distill(arguments[1:])
+    args = _parser().parse_args(arguments)
+    code: int = args.run(args)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lingudistill",
+        description="Restore the language ability of a vision-language model from the LM that it was built from.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"hf_lingudistill {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in (_add_check, _add_distill):
+        add(commands)
+    return parser
+
+
+def _add_check(commands: Any) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="does this language model fit as a teacher?",
+        description="Compare configs and tokenizers of a student and a teacher. No weights are read. "
+        "Exit code: 0 it fits, 1 it does not fit, 2 bad input.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("student", metavar="STUDENT", help="the vision-language model: folder or Hub id")
+    parser.add_argument(
+        "teacher",
+        metavar="TEACHER",
+        nargs="?",
+        help="the language model; default: the one that STUDENT's config or card names",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="allow configs and tokenizers to run code from their repository",
+    )
+    parser.add_argument("--student_revision", metavar="REVISION", help="branch, tag or commit of STUDENT")
+    parser.add_argument("--teacher_revision", metavar="REVISION", help="branch, tag or commit of TEACHER")
+    parser.set_defaults(run=_check)
+
+
+def _check(args: argparse.Namespace) -> int:
+    # What transformers warns about while it reads configs is in the report, or of no use here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from .compatibility import UnreadableModelError, check_compatibility, guess_teacher
+
+    teacher = args.teacher
+    try:
+        if teacher is None:
+            teacher = guess_teacher(args.student)
+            if teacher is None:
+                # A student that cannot be read has no name to give either: say which of the two it is.
+                check_compatibility(args.student, args.student, trust_remote_code=args.trust_remote_code)
+                return _bad_input(
+                    f"The config and card of {args.student!r} name no language model. Pass the LM that it was built "
+                    "from as TEACHER."
+                )
+            print(
+                f"Teacher named by the student's config or card: {teacher}",
+                file=sys.stderr if args.json else sys.stdout,
+            )
+        report = check_compatibility(
+            args.student,
+            teacher,
+            trust_remote_code=args.trust_remote_code,
+            student_revision=args.student_revision,
+            teacher_revision=args.teacher_revision,
+        )
+    except UnreadableModelError as error:
+        return _bad_input(str(error))
+    if args.json:
+        print(json.dumps({**report.to_dict(), "teacher_guessed": args.teacher is None}, indent=2))
+    else:
+        print(report)
+    return FITS if report.fits else DOES_NOT_FIT
+
+
+def _add_distill(commands: Any) -> None:
+    # For `lingudistill --help` only: `main` hands the arguments on before this parser sees them.
+    commands.add_parser("distill", help="train; `lingudistill distill --help` lists the options", add_help=False)
+
+
+def _distill(arguments: list[str]) -> int:
+    from .scripts.distill import main as distill
+
+    return distill(arguments)
+
+
+def _bad_input(message: str) -> int:
+    print(f"lingudistill: {message}", file=sys.stderr)
+    return BAD_INPUT
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

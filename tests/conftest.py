@@ -1,0 +1,130 @@
+"""What every test can rely on: no network, no user cache, one thread per worker, fixed seeds.
+
+A *tiny* model in these tests has two to four layers, a width of 16 to 64 and random weights that are scaled up, so
+that its logits have the size of a real model's. With the default initialisation it hardly sees its image, and a test
+about sharing passes whatever the code does: hence the control beside each claim (other pixels must move the logits).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Read when huggingface_hub, datasets and tokenizers are imported: set before anything below imports them.
+_HF_HOME = tempfile.TemporaryDirectory(prefix="lingudistill-tests-", ignore_cleanup_errors=True)
+os.environ.update(
+    HF_HOME=_HF_HOME.name,  # a test that passes thanks to a model in the developer's cache would fail elsewhere
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="disabled",
+)
+
+import hypothesis  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # workers share the cores; threads on top of them only wait for each other
+
+# A deadline measures the machine's other load, and a random search fails on the change that happens to be under test.
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """A test's numbers do not depend on which tests ran before it, or in which worker."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m gpu` on a machine without one skips, and says why, rather than fails."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def saved_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a tiny student (model and processor) and its teacher (model and tokenizer). Read-only."""
+    import tiny
+
+    return tiny.save_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="session")
+def _cheap_collections() -> None:
+    """accelerate collects garbage at each `train()`: half a second for the objects of the imported libraries alone."""
+    from hf_lingudistill import LinguDistillTrainer  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path, _cheap_collections: None) -> Callable[..., Any]:
+    """Make a trainer (or an `SFTTrainer`, by `trainer_class`) of tiny models: on CPU, in fp32, quiet, one step long.
+
+    `make_trainer(**arguments)`: those of the trainer go to it, all others to its config.
+    """
+    import tiny
+    from trl import SFTConfig, SFTTrainer
+
+    from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
+
+    of_trainer = ("model", "processing_class", "train_dataset", "eval_dataset", "callbacks", "data_collator")
+    of_trainer += ("peft_config", "quantization_config", "compute_loss_func", "compute_metrics")
+    of_trainer += ("teacher_model", "teacher_tokenizer")
+
+    def make(trainer_class: type[SFTTrainer] = LinguDistillTrainer, **arguments: Any) -> SFTTrainer:
+        ours = issubclass(trainer_class, LinguDistillTrainer)
+        given = {name: arguments.pop(name) for name in of_trainer if name in arguments}
+        if "train_dataset" not in given:
+            given["train_dataset"] = tiny.make_dataset(8)
+        if "model" not in given:
+            given["model"] = tiny.make_vlm(0)
+        if not isinstance(given["model"], str):
+            given.setdefault("processing_class", tiny.make_processor())
+        if ours and "teacher_model" not in given:
+            given["teacher_model"] = tiny.make_lm(1)
+        if ours and not isinstance(given["teacher_model"], str):
+            given.setdefault("teacher_tokenizer", tiny.make_tokenizer(extra=False))
+        settings: dict[str, Any] = {
+            "output_dir": str(tmp_path / "out"),
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "max_steps": 1,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "max_grad_norm": 0.0,  # no clipping: a gradient is what the loss makes it
+            "optim": "sgd",  # a step is proportional to the gradient; Adam blows rounding up to the learning rate
+            "learning_rate": 0.1,
+            "lr_scheduler_type": "constant",
+        }
+        if ours:
+            settings["teacher_quantization"] = "none"
+        config_class = LinguDistillConfig if ours else SFTConfig
+        return trainer_class(args=config_class(**{**settings, **arguments}), **given)
+
+    return make
+
+
+def pytest_unconfigure() -> None:
+    """By hand, because pytest-xdist's workers end without running exit handlers."""
+    _HF_HOME.cleanup()

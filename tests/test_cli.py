@@ -1,0 +1,205 @@
+"""The `lingudistill` command: what it prints, its exit codes, and what it does not load."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from tokenizers_for_tests import PARTS_TEMPLATE, TEXT_TEMPLATE, word_tokenizer
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+from hf_lingudistill._version import __version__
+from hf_lingudistill.cli import main
+
+VOCAB = 48
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `vlm`, `lm` (its LM), `short` (another LM), `named` (a VLM whose card names `lm`): no weights "
+    "anywhere."""
+    root = tmp_path_factory.mktemp("models")
+    vision = CLIPVisionConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    text = LlamaConfig(**SIZES, num_hidden_layers=3, vocab_size=VOCAB + 1)
+    for name in ("vlm", "named"):
+        LlavaConfig(text_config=text, vision_config=vision, image_token_index=VOCAB).save_pretrained(root / name)
+        word_tokenizer(VOCAB, extra=("<image>",), chat_template=PARTS_TEMPLATE).save_pretrained(root / name)
+    for name, layers in (("lm", 3), ("short", 2)):
+        LlamaConfig(**SIZES, num_hidden_layers=layers, vocab_size=VOCAB).save_pretrained(root / name)
+        word_tokenizer(VOCAB, chat_template=TEXT_TEMPLATE).save_pretrained(root / name)
+    (root / "named" / "README.md").write_text(f"---\nbase_model:\n- {root / 'lm'}\n---\n")
+    return root
+
+
+def run(models: Path, *arguments: str, student: str = "vlm", teacher: str | None = "lm") -> int:
+    paths = [str(models / name) for name in (student, teacher) if name is not None]
+    return main(["check", *paths, *arguments])
+
+
+def test_a_pair_that_fits_exits_with_0(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(models) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"Student: {models / 'vlm'}"[:60])
+    assert out.endswith("Fits, with 1 note.\n")
+    assert err == ""
+
+
+def test_a_pair_that_does_not_fit_exits_with_1(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(models, teacher="short") == 1
+    out, _ = capsys.readouterr()
+    assert "Teacher has 2 layers, the student's language model has 3: KV sharing pairs layers one to one." in out
+    assert "Fix: Use the LM that the student was built from." in out
+
+
+def test_a_swapped_pair_exits_with_1(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(models, student="lm", teacher="vlm") == 1
+    assert "The student and teacher look swapped: " in capsys.readouterr().out
+
+
+def test_json_is_all_that_stdout_holds(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(models, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["fits"], report["shared_vocab_size"], report["teacher_guessed"]) == (True, VOCAB, False)
+
+    assert run(models, "--json", teacher="short") == 1
+    assert json.loads(capsys.readouterr().out)["fits"] is False
+
+    assert run(models, "--json", student="named", teacher=None) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["teacher_guessed"] is True
+    assert str(models / "lm") in err
+
+
+def test_the_guessed_teacher_is_printed(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(models, student="named", teacher=None) == 0
+    assert capsys.readouterr().out.startswith(f"Teacher named by the student's config or card: {models / 'lm'}\n")
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (
+            "nowhere",
+            "lm",
+            "The student '{}/nowhere' does not exist. Pass a folder that holds a config.json, or a Hub id.",
+        ),
+        (
+            "vlm",
+            "nowhere",
+            "The teacher '{}/nowhere' does not exist. Pass a folder that holds a config.json, or a Hub id.",
+        ),
+        (
+            "nowhere",
+            None,
+            "The student '{}/nowhere' does not exist. Pass a folder that holds a config.json, or a Hub id.",
+        ),
+        (
+            "vlm",
+            None,
+            "The config and card of '{}/vlm' name no language model. Pass the LM that it was built from as TEACHER.",
+        ),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_sentence(
+    student: str, teacher: str | None, message: str, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(models, student=student, teacher=teacher) == 2
+    out, err = capsys.readouterr()
+    assert err == f"lingudistill: {message.format(models)}\n"
+    assert out == ""
+
+
+def test_a_repository_out_of_reach_exits_with_2(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "nobody/nothing", str(models / "lm")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("lingudistill: The config of the student 'nobody/nothing' cannot be read: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["check"], ["frobnicate"], ["check", "a", "b", "c"], ["check", "--nope"]])
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        main(arguments)
+    assert leave.value.code == 2
+    assert "usage: lingudistill" in capsys.readouterr().err
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        main(["--version"])
+    assert leave.value.code == 0
+    assert capsys.readouterr().out == f"hf_lingudistill {__version__}\n"
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert "check" in out
+    assert "distill" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--config", "recipe.yaml", "--beta", "0.5"], ["--help"], ["--version"], ["check"], ["--", "x"]],
+)
+def test_distill_gets_its_arguments_untouched(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[list[str]] = []
+
+    def distill(argv: Sequence[str]) -> int:
+        received.append(list(argv))
+        return 3
+
+    module = types.ModuleType("hf_lingudistill.scripts.distill")
+    module.main = distill  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert main(["distill", *arguments]) == 3
+    assert received == [arguments]
+
+
+def loaded_after(*arguments: str) -> tuple[int, set[str]]:
+    """Exit code and loaded modules of a fresh interpreter that runs the command."""
+    code = (
+        "import json, sys\nfrom hf_lingudistill.cli import main\ncode = main(sys.argv[1:])\n"
+        "print('\\n' + json.dumps([code, list(sys.modules)]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    assert result.returncode == 0, result.stderr
+    exit_code, modules = json.loads(result.stdout.splitlines()[-1])
+    return exit_code, set(modules)
+
+
+def test_the_check_loads_neither_models_nor_the_training_stack(models: Path) -> None:
+    code, modules = loaded_after("check", str(models / "vlm"), str(models / "lm"))
+    assert code == 0
+    assert "hf_lingudistill.compatibility" in modules  # control: the check did run in there
+    models_loaded = {name for name in modules if name.startswith("transformers.models.") and ".modeling_" in name}
+    assert models_loaded - {"transformers.models.auto.modeling_auto"} == set()  # the table of names, no model
+    assert modules.isdisjoint({"trl", "peft", "datasets", "bitsandbytes", "hf_lingudistill.trainer"})
+
+
+def test_a_path_that_does_not_exist_is_told_before_anything_is_loaded(models: Path) -> None:
+    code, modules = loaded_after("check", str(models / "nowhere"), str(models / "lm"))
+    assert code == 2
+    assert modules.isdisjoint({"torch", "transformers"})

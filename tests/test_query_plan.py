@@ -1,0 +1,298 @@
+"""Where the teacher is queried: `plan_queries` against a reference that walks through every row, token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from hf_lingudistill.config import KVSharing
+from hf_lingudistill.kv_sharing import QueryPlan, plan_queries
+
+MODES: tuple[KVSharing, ...] = get_args(KVSharing)
+IGNORED = -100
+
+# Ids below SHARED mean the same to both, but IMAGE among them (as in Qwen-VL) is no text; the rest are the student's.
+SHARED, VOCAB, IMAGE, PAD = 6, 8, 2, 0
+OWN_TOKEN = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Token ids, labels and padding of a batch, row by row, as plain lists. distill: None = every row."""
+
+    input_ids: list[list[int]]
+    labels: list[list[int]]
+    mask: list[list[int]] | None = None
+    distill: list[bool] | None = None
+
+    def plan(self, mode: KVSharing) -> QueryPlan:
+        return plan_queries(
+            torch.tensor(self.input_ids),
+            torch.tensor(self.labels),
+            None if self.distill is None else torch.tensor(self.distill),
+            kv_sharing=mode,
+            shared_vocab_size=SHARED,
+            unreadable_token_ids=(IMAGE,),
+            attention_mask=None if self.mask is None else torch.tensor(self.mask),
+        )
+
+
+@dataclasses.dataclass
+class PlannedRow:
+    """What is expected of one distilled row: positions, ascending."""
+
+    queried: list[int]
+    loss: list[int]
+    own: list[int]
+
+
+def readable(token: int) -> bool:
+    return token in (0, 1, 3, 4, 5)
+
+
+def reference(rows: Rows, mode: KVSharing, shift: int = 1) -> dict[int, PlannedRow]:
+    """The plan by its description in words: batch row -> what is queried. Rows without a loss position are absent."""
+    planned = {}
+    for row, (ids, labels) in enumerate(zip(rows.input_ids, rows.labels, strict=True)):
+        if rows.distill is not None and not rows.distill[row]:
+            continue
+        real = [True] * len(ids) if rows.mask is None else [bool(m) for m in rows.mask[row]]
+        loss = []
+        for t in range(len(ids) - shift):
+            label = labels[t + shift]
+            if real[t] and readable(ids[t]) and label != IGNORED and readable(label):
+                loss.append(t)
+        if not loss:
+            continue
+        own = []
+        for t in range(loss[-1] + 1):
+            if not (real[t] and readable(ids[t])):
+                continue  # the teacher has no keys and values of its own for what it cannot read
+            if mode == "full":
+                continue
+            if mode == "prompt" and labels[t] == IGNORED:
+                continue
+            own.append(t)
+        planned[row] = PlannedRow(sorted({*loss, *own}), loss, own)
+    return planned
+
+
+def flat(planned: dict[int, PlannedRow]) -> list[tuple[int, int]]:
+    return [(row, t) for row, expected in planned.items() for t in expected.loss]
+
+
+def as_pairs(plan: QueryPlan) -> list[tuple[int, int]]:
+    return list(zip(plan.loss_rows.tolist(), plan.loss_positions.tolist(), strict=True))
+
+
+def assert_plan_is(plan: QueryPlan, planned: dict[int, PlannedRow]) -> None:
+    assert plan.rows.tolist() == list(planned)
+    assert as_pairs(plan) == flat(planned)
+    assert plan.num_loss == len(flat(planned))
+    assert plan.empty is not bool(planned)
+    width = max((len(expected.queried) for expected in planned.values()), default=0)
+    assert plan.positions.shape == plan.valid.shape == plan.own.shape == plan.loss.shape == (len(planned), width)
+    assert plan.num_queries == len(planned) * width
+    for index, expected in enumerate(planned.values()):
+        positions = plan.positions[index]
+        assert positions[plan.valid[index]].tolist() == expected.queried
+        assert plan.valid[index].tolist() == [q < len(expected.queried) for q in range(width)]
+        assert positions[plan.loss[index]].tolist() == expected.loss
+        assert positions[plan.own[index]].tolist() == expected.own
+        # Unused slots repeat a position that is queried anyway: a fully masked one would be NaN.
+        assert set(positions[~plan.valid[index]].tolist()) <= {expected.queried[0]}
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Rows:
+    B, T = draw(st.integers(1, 4)), draw(st.integers(1, 8))
+    token, label = st.integers(0, VOCAB - 1), st.sampled_from([IGNORED, *range(VOCAB)])
+    padding = draw(st.sampled_from(["none", "left", "right"]))
+    input_ids, labels, mask = [], [], []
+    for _ in range(B):
+        length = T if padding == "none" else draw(st.integers(0, T))
+        ids = [draw(token) for _ in range(length)]
+        # Labels that follow the tokens, as a collator makes them, or arbitrary ones.
+        arbitrary = draw(st.booleans())
+        own = [draw(label) if arbitrary else draw(st.sampled_from([token_id, IGNORED])) for token_id in ids]
+        pad = T - length
+        left = pad if padding == "left" else 0
+        right = pad - left
+        input_ids.append([PAD] * left + ids + [PAD] * right)
+        labels.append([IGNORED] * left + own + [IGNORED] * right)
+        mask.append([0] * left + [1] * length + [0] * right)
+    distill = draw(st.none() | st.lists(st.booleans(), min_size=B, max_size=B))
+    return Rows(input_ids, labels, None if padding == "none" else mask, distill)
+
+
+# image, image, question, answer of three tokens and the VLM's own end of turn; then the same, shorter and padded.
+TYPICAL = Rows(
+    input_ids=[[2, 2, 1, 3, 4, 5, 3, 7, 1], [2, 1, 4, 5, 7, 0, 0, 0, 0]],
+    labels=[[-100, -100, -100, -100, 4, 5, 3, 7, -100], [-100, -100, 4, 5, 7, -100, -100, -100, -100]],
+    mask=[[1] * 9, [1] * 5 + [0] * 4],
+)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_plan_matches_a_token_by_token_reading(mode: KVSharing) -> None:
+    @settings(max_examples=150)
+    @given(batches())
+    @example(TYPICAL)
+    def check(rows: Rows) -> None:
+        assert_plan_is(rows.plan(mode), reference(rows, mode))
+
+    check()
+
+
+def test_the_reference_sees_labels_that_are_off_by_one() -> None:
+    """Control of the test above: position t is scored against `labels[t + 1]`."""
+    for mode in MODES:
+        with pytest.raises(AssertionError):
+            assert_plan_is(TYPICAL.plan(mode), reference(TYPICAL, mode, shift=0))
+
+
+def test_the_reference_tells_the_modes_apart() -> None:
+    plans = {mode: reference(TYPICAL, mode) for mode in MODES}
+    assert plans["full"] != plans["prompt"] != plans["vision"] != plans["full"]
+    assert plans["vision"] == plans["none"]  # the same queries: one reads the student's image, the other none at all
+    with pytest.raises(AssertionError):
+        assert_plan_is(TYPICAL.plan("prompt"), plans["full"])
+
+
+def test_a_typical_batch_by_hand() -> None:
+    """The plan spelled out, so that the reference is not the only witness."""
+    assert as_pairs(TYPICAL.plan("full")) == [(0, 3), (0, 4), (0, 5), (1, 1), (1, 2)]
+    expected = {
+        "full": ([[3, 4, 5], [1, 2, 1]], [[0, 0, 0], [0, 0, 0]]),
+        "prompt": ([[3, 4, 5], [1, 2, 1]], [[0, 1, 1], [0, 1, 0]]),
+        "vision": ([[2, 3, 4, 5], [1, 2, 1, 1]], [[1, 1, 1, 1], [1, 1, 0, 0]]),
+        "none": ([[2, 3, 4, 5], [1, 2, 1, 1]], [[1, 1, 1, 1], [1, 1, 0, 0]]),
+    }
+    for mode in MODES:
+        plan = TYPICAL.plan(mode)
+        assert (plan.positions.tolist(), plan.own.int().tolist()) == expected[mode], mode
+
+
+@settings(max_examples=100)
+@given(batches(), st.sampled_from(MODES))
+def test_loss_slots_and_loss_positions_list_the_same_tokens_in_the_same_order(rows: Rows, mode: KVSharing) -> None:
+    """`hidden[plan.loss]` must line up with `labels[plan.loss_rows, plan.loss_positions + 1]`."""
+    plan = rows.plan(mode)
+    slot_rows = plan.rows[:, None].expand_as(plan.positions)
+    assert torch.equal(slot_rows[plan.loss], plan.loss_rows)
+    assert torch.equal(plan.positions[plan.loss], plan.loss_positions)
+
+
+@settings(max_examples=100)
+@given(batches(), st.sampled_from(MODES))
+def test_nothing_is_queried_after_the_last_loss_position(rows: Rows, mode: KVSharing) -> None:
+    plan = rows.plan(mode)
+    last = torch.where(plan.loss, plan.positions, -1).amax(dim=1, keepdim=True) if plan.num_loss else plan.positions
+    assert (plan.positions <= last).all()
+
+
+def test_text_after_the_last_loss_position_exists_and_is_left_out() -> None:
+    """Control: without the cut, `vision` would query the token that follows the end of turn."""
+    plan = TYPICAL.plan("vision")
+    assert TYPICAL.input_ids[0][8] == 1 and readable(TYPICAL.input_ids[0][8])
+    assert 8 not in plan.positions[0].tolist()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_labels_outside_the_shared_vocabulary_are_never_distilled(mode: KVSharing) -> None:
+    for label in (SHARED - 1, SHARED, OWN_TOKEN, IMAGE, IGNORED):
+        rows = Rows([[1, 3, 4]], [[IGNORED, IGNORED, label]])
+        assert as_pairs(rows.plan(mode)) == ([(0, 1)] if label == SHARED - 1 else []), label
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_token_that_the_teacher_cannot_read_is_never_a_loss_position(mode: KVSharing) -> None:
+    for token in (SHARED - 1, SHARED, OWN_TOKEN, IMAGE):
+        rows = Rows([[1, token, 4]], [[IGNORED, IGNORED, 4]])
+        assert as_pairs(rows.plan(mode)) == ([(0, 1)] if token == SHARED - 1 else []), token
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_neither_own_nor_loss_nor_queried(mode: KVSharing, side: str) -> None:
+    ids, labels = [1, 3, 4, 5], [IGNORED, IGNORED, 4, 5]
+    padding = [PAD] * 3
+    for mask_is_given in (True, False):
+        ones, zeros = [1] * 4, [0] * 3
+        rows = Rows(
+            [padding + ids if side == "left" else ids + padding],
+            # Labels at padding, so that the attention mask alone keeps it out.
+            [[4] * 3 + labels if side == "left" else labels + [4] * 3],
+            [zeros + ones if side == "left" else ones + zeros] if mask_is_given else None,
+        )
+        plan = rows.plan(mode)
+        padded = set(range(3)) if side == "left" else set(range(4, 7))
+        touched = padded & set(plan.positions[0].tolist())
+        if mask_is_given:
+            assert not touched
+        else:
+            assert touched  # control: the mask is what keeps padding out
+
+
+@settings(max_examples=100)
+@given(batches(), st.sampled_from(MODES), st.integers(1, 3))
+def test_left_and_right_padding_query_the_same_tokens(rows: Rows, mode: KVSharing, pad: int) -> None:
+    mask = rows.mask or [[1] * len(ids) for ids in rows.input_ids]
+
+    def padded(left: int, right: int) -> QueryPlan:
+        return Rows(
+            [[PAD] * left + ids + [PAD] * right for ids in rows.input_ids],
+            [[IGNORED] * left + labels + [IGNORED] * right for labels in rows.labels],
+            [[0] * left + row + [0] * right for row in mask],
+            rows.distill,
+        ).plan(mode)
+
+    left, right = padded(pad, 0), padded(0, pad)
+    assert torch.equal(left.positions, right.positions + pad)
+    assert torch.equal(left.loss_positions, right.loss_positions + pad)
+    for name in ("rows", "valid", "own", "loss", "loss_rows"):
+        assert torch.equal(getattr(left, name), getattr(right, name)), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_that_are_not_distilled_cost_nothing(mode: KVSharing) -> None:
+    both = TYPICAL.plan(mode)
+    second = dataclasses.replace(TYPICAL, distill=[False, True]).plan(mode)
+    assert both.rows.tolist() == [0, 1] and second.rows.tolist() == [1]
+    assert second.num_queries < both.num_queries
+    assert as_pairs(second) == [pair for pair in as_pairs(both) if pair[0] == 1]
+    everything = dataclasses.replace(TYPICAL, distill=[True, True]).plan(mode)
+    assert as_pairs(everything) == as_pairs(both)  # None = every row
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "rows",
+    [
+        dataclasses.replace(TYPICAL, distill=[False, False]),
+        Rows([[1, 3, 4]], [[IGNORED] * 3]),
+        Rows([[1, 3, 4]], [[4, IGNORED, IGNORED]]),  # the first token's label has nothing before it
+        Rows([[1]], [[1]]),
+        Rows([[2, 2, 7]], [[IGNORED, 2, 7]]),
+        Rows([[1, 3, 4]], [[IGNORED, 3, 4]], mask=[[0, 0, 1]]),
+    ],
+    ids=["no row marked", "all masked", "first label only", "one token", "nothing readable", "all but one padding"],
+)
+def test_a_batch_without_a_loss_position_gives_an_empty_plan(rows: Rows, mode: KVSharing) -> None:
+    plan = rows.plan(mode)
+    assert plan.empty and plan.num_loss == 0 and plan.num_queries == 0
+    assert plan.positions.shape == plan.loss.shape == (0, 0)
+    assert not TYPICAL.plan(mode).empty  # control
+
+
+def test_the_plan_keeps_the_batch_as_it_was() -> None:
+    input_ids, labels = torch.tensor(TYPICAL.input_ids), torch.tensor(TYPICAL.labels)
+    distill = torch.tensor([True, False])
+    before = [tensor.clone() for tensor in (input_ids, labels, distill)]
+    plan_queries(input_ids, labels, distill, kv_sharing="prompt", shared_vocab_size=SHARED)
+    assert all(torch.equal(a, b) for a, b in zip(before, (input_ids, labels, distill), strict=True))

@@ -1,0 +1,649 @@
+"""What users of `SFTTrainer` rely on keeps working with a teacher beside it, and what cannot work is refused in a sentence."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from transformers import TrainerCallback, TrainerControl
+from trl import SFTTrainer
+
+import hf_lingudistill.trainer as trainer_module
+from hf_lingudistill import LinguDistillTrainer, check_compatibility
+from hf_lingudistill.kv_sharing import KV_SHARING_MODES
+
+MakeTrainer = Callable[..., Any]
+
+ASSISTANT = "<|im_start|>assistant\n"
+TRAINING_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] if m['content'] is string else "
+    "m['content'][0]['text'] }}<|im_end|>{% endgeneration %}\n{% else %}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def as_messages(rows: list[dict]) -> list[dict]:
+    """Prompt-completion rows as conversations of the language modeling type."""
+    return [
+        {"messages": row["prompt"] + row["completion"], **{k: row[k] for k in ("images", "distill") if k in row}} for row in rows
+    ]
+
+
+def weights(trainer: Any) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def logs_with(trainer: Any, name: str) -> list[dict[str, float]]:
+    return [entry for entry in trainer.state.log_history if name in entry]
+
+
+def first_batch(trainer: Any) -> dict[str, torch.Tensor]:
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def trained_text(trainer: Any, batch: dict[str, torch.Tensor]) -> list[str]:
+    tokenizer = trainer.processing_class.tokenizer
+    return [
+        tokenizer.decode(ids[labels != -100]) for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+
+
+def assert_distils(trainer: Any, *, steps: int = 1) -> None:
+    """Train, and see that both the loss and the teacher took part, and that the weights moved."""
+    before = weights(trainer)
+    trainer.train()
+    assert trainer.state.global_step == steps
+    logs = logs_with(trainer, "kd_loss")
+    assert len(logs) == steps and all(log["kd_loss"] > 0 and log["loss"] > 0 for log in logs)
+    after = weights(trainer)
+    assert torch.isfinite(after).all() and not torch.equal(before, after)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Kinds of rows
+# --------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("images", [True, False], ids=["vision", "text-only"])
+@pytest.mark.parametrize("kind", ["prompt-completion", "whole sequence", "messages", "assistant only"])
+def test_conversations_are_trained_where_the_config_says(
+    make_trainer: MakeTrainer, tmp_path: Path, kind: str, images: bool
+) -> None:
+    rows = tiny.make_rows(4, images=images)
+    settings: dict[str, Any] = {"train_sampling_strategy": "sequential", "distill_tokens": "all"}
+    if kind == "whole sequence":
+        settings["completion_only_loss"] = False
+    if kind == "assistant only":
+        (tmp_path / "template.jinja").write_text(TRAINING_TEMPLATE, encoding="utf-8")
+        settings |= {"assistant_only_loss": True, "chat_template_path": str(tmp_path / "template.jinja")}
+    dataset = Dataset.from_list(rows if kind in ("prompt-completion", "whole sequence") else as_messages(rows))
+    trainer = make_trainer(train_dataset=dataset, **settings)
+    batch = first_batch(trainer)
+    assert batch["distill"].tolist() == [row["distill"] for row in rows]
+    for row, text in zip(rows, trained_text(trainer, batch), strict=True):
+        answer, question = row["completion"][0]["content"], row["prompt"][0]["content"]
+        assert answer + "<|im_end|>" in text
+        assert (question in text) == (kind in ("whole sequence", "messages"))
+    assert_distils(trainer)
+
+
+@pytest.mark.parametrize("kind", ["text", "prompt-completion"])
+def test_plain_text_rows_train_a_vlm(make_trainer: MakeTrainer, kind: str) -> None:
+    sentence = "the sea is deep, wide and full of salt."
+    row = {"text": sentence} if kind == "text" else {"prompt": sentence[:11], "completion": sentence[11:]}
+    trainer = make_trainer(train_dataset=Dataset.from_list([{**row, "distill": index % 2 == 0} for index in range(4)]))
+    batch = first_batch(trainer)
+    assert "pixel_values" not in batch and sorted(batch["distill"].tolist()) == [False, False, True, True]
+    assert_distils(trainer)
+
+
+def test_loss_of_whole_sequences_is_a_mean_over_predicted_tokens(make_trainer: MakeTrainer) -> None:
+    """The first token has a label but is predicted by nothing: it must not count."""
+    trainer = make_trainer(train_dataset=tiny.make_dataset(4, images=False), completion_only_loss=False)
+    batch = first_batch(trainer)
+    assert (batch["labels"][:, 0] != -100).all()
+    predicted = int((batch["labels"][:, 1:] != -100).sum())
+    assert int(trainer._get_num_items_in_batch([batch], torch.device("cpu"))) == predicted
+    trainer.train()
+    logs = logs_with(trainer, "kd_loss")[0]
+    weighted = logs["ce_loss"] * predicted - 0.5 * _gated_ce(trainer, batch) + logs["kd_loss"] * logs["distilled_tokens"]
+    assert logs["loss"] == pytest.approx(weighted / predicted, rel=1e-5)
+
+
+def _gated_ce(trainer: Any, batch: dict[str, torch.Tensor]) -> float:
+    """Summed CE of the distilled tokens, found by a second forward of an untrained copy with ce_weight = 0 and 1."""
+    trainer.model.load_state_dict(tiny.make_vlm(0).state_dict())
+    losses = []
+    with torch.no_grad():
+        for weight in (0.0, 1.0):
+            trainer.args.ce_weight = weight
+            losses.append(trainer.compute_loss(trainer.model, dict(batch)).item())
+    return (losses[1] - losses[0]) * int((batch["labels"][:, 1:] != -100).sum())
+
+
+def test_image_column_gives_what_images_gives(make_trainer: MakeTrainer) -> None:
+    rows = [row for row in tiny.make_rows(8) if row["images"]]
+    for index, row in enumerate(rows):
+        row["distill"] = index % 2 == 0
+    single = [{**{k: v for k, v in row.items() if k != "images"}, "image": row["images"][0]} for row in rows]
+    several, one = (make_trainer(train_dataset=Dataset.from_list(r)) for r in (rows, single))
+    assert_distils(several)
+    assert_distils(one)
+    assert torch.equal(weights(several), weights(one))
+
+
+def test_text_rows_of_a_vision_dataset_may_have_no_images_at_all(make_trainer: MakeTrainer) -> None:
+    dataset = tiny.make_dataset(4)
+    features = dataset.features
+    rows = [{**row, "images": row["images"] or None} for row in tiny.make_rows(4)]
+    empty, null = make_trainer(train_dataset=dataset), make_trainer(train_dataset=Dataset.from_list(rows, features=features))
+    assert_distils(empty)
+    assert_distils(null)
+    assert torch.equal(weights(empty), weights(null))
+
+
+def test_custom_collator_keeps_working_and_gets_no_flag_column(make_trainer: MakeTrainer) -> None:
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    seen: list[set[str]] = []
+    inner = DataCollatorForVisionLanguageModeling(tiny.make_processor(), completion_only_loss=True)
+
+    def collator(rows: list[dict]) -> Any:
+        seen.extend(set(row) for row in rows)
+        return inner(rows)
+
+    custom, default = make_trainer(data_collator=collator), make_trainer()
+    assert_distils(custom)
+    assert_distils(default)
+    assert torch.equal(weights(custom), weights(default))
+    assert seen and all(columns == {"prompt", "completion", "images"} for columns in seen)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Streams and workers
+# --------------------------------------------------------------------------------------------------------------------
+def _from_generator() -> IterableDataset:
+    def rows() -> Iterator[dict]:
+        yield from tiny.make_rows(8)
+
+    return IterableDataset.from_generator(rows)  # its columns are not known
+
+
+@pytest.mark.parametrize("columns_known", [True, False])
+def test_stream_with_max_steps_equals_the_same_rows_in_order(
+    make_trainer: MakeTrainer, columns_known: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = tiny.make_dataset(8).to_iterable_dataset() if columns_known else _from_generator()
+    with caplog.at_level(logging.WARNING):
+        streamed = make_trainer(train_dataset=stream, max_steps=2)
+        assert_distils(streamed, steps=2)
+    in_order = make_trainer(max_steps=2, train_sampling_strategy="sequential")
+    assert_distils(in_order, steps=2)
+    assert torch.equal(weights(streamed), weights(in_order))
+    assert "every row is distilled" not in caplog.text, "the flag was there and was used"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["map-style", "stream"])
+def test_worker_processes_change_nothing(make_trainer: MakeTrainer, stream: bool) -> None:
+    dataset = tiny.make_dataset(8)
+    common = {"train_sampling_strategy": "sequential", "max_steps": 2, "dataloader_persistent_workers": False}
+    alone = make_trainer(train_dataset=dataset, **common)
+    if stream:
+        # Two shards of whole batches: the workers take turns
+        dataset = Dataset.from_list([dataset[i] for i in range(8)], features=dataset.features)
+        workers = make_trainer(
+            train_dataset=dataset.to_iterable_dataset(num_shards=2), dataloader_num_workers=2, **common
+        )
+    else:
+        workers = make_trainer(train_dataset=dataset, dataloader_num_workers=2, **common)
+    assert_distils(alone, steps=2)
+    assert_distils(workers, steps=2)
+    assert torch.equal(weights(alone), weights(workers))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Packing
+# --------------------------------------------------------------------------------------------------------------------
+PACKED = {
+    "one packed row": {"packing": True, "max_length": 512},
+    "two packed rows in a batch": {"packing": True, "max_length": 128, "per_device_train_batch_size": 2},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "padding-free, accumulated": {
+        "padding_free": True,
+        "max_length": None,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+    },
+}
+
+
+def _text_without_flag(count: int = 4) -> Dataset:
+    return tiny.make_dataset(count, images=False).remove_columns("distill")
+
+
+@pytest.mark.parametrize("kv_sharing", ["full", "prompt", "vision"])
+@pytest.mark.parametrize("way", PACKED)
+def test_packed_documents_do_not_see_each_other(make_trainer: MakeTrainer, way: str, kv_sharing: str) -> None:
+    """The same four texts, joined and padded: the same loss, weights and metrics."""
+    common = {"train_dataset": _text_without_flag(), "kv_sharing": kv_sharing, "train_sampling_strategy": "sequential"}
+    packed, padded = make_trainer(**common, **PACKED[way]), make_trainer(**common)
+    batch = first_batch(packed)
+    assert batch["input_ids"].shape[0] == 1 and "position_ids" in batch, "joined into one row"
+    start = weights(padded)
+    assert_distils(packed)
+    assert_distils(padded)
+    ours, theirs = logs_with(packed, "kd_loss")[0], logs_with(padded, "kd_loss")[0]
+    for name in ("loss", "ce_loss", "kd_loss", "teacher_ce", "student_ce", "confident_share", "distilled_tokens"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+    moved = (weights(padded) - start).abs().max()
+    assert (weights(packed) - weights(padded)).abs().max() < 1e-4 * moved
+
+
+@pytest.mark.parametrize("kv_sharing", ["full", "prompt", "vision"])
+@pytest.mark.parametrize("way", ["one packed row", "two packed rows in a batch", "padding-free"])
+def test_control_joined_documents_that_see_each_other_change_the_loss(
+    make_trainer: MakeTrainer, way: str, kv_sharing: str
+) -> None:
+    trainer = make_trainer(train_dataset=_text_without_flag(), kv_sharing=kv_sharing, **PACKED[way])
+    batch = first_batch(trainer)
+    with torch.no_grad():
+        apart = trainer.compute_loss(trainer.model, dict(batch)).item()
+        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
+        assert abs(trainer.compute_loss(trainer.model, dict(batch)).item() - apart) > 1e-3
+
+
+@pytest.mark.parametrize("way", PACKED)
+def test_packing_is_refused_where_the_teacher_would_read_across_documents(make_trainer: MakeTrainer, way: str) -> None:
+    """With kv_sharing='none' the teacher makes its own masks, from a row of compacted tokens."""
+    with pytest.raises(ValueError, match="kv_sharing='none'"):
+        make_trainer(train_dataset=_text_without_flag(), kv_sharing="none", **PACKED[way])
+
+
+@pytest.mark.parametrize("way", PACKED)
+def test_packing_with_a_flag_column_is_refused(make_trainer: MakeTrainer, way: str) -> None:
+    with pytest.raises(ValueError, match="column 'distill' has no meaning"):
+        make_trainer(train_dataset=tiny.make_dataset(4, images=False), **PACKED[way])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------------------------------------
+TEACHER_METRICS = ("kd_loss", "ce_loss", "teacher_ce", "student_ce", "teacher_agreement", "confident_share")
+
+
+def test_evaluation_has_its_own_metrics_and_leaves_those_of_training_alone(make_trainer: MakeTrainer) -> None:
+    common = {"max_steps": 2, "logging_steps": 2, "learning_rate": 0.0}
+    evaluated = make_trainer(eval_dataset=tiny.make_dataset(6, seed=1), eval_strategy="steps", eval_steps=1, **common)
+    plain = make_trainer(**common)
+    evaluated.train()
+    plain.train()
+    (train_logs,), (plain_logs,) = logs_with(evaluated, "kd_loss"), logs_with(plain, "kd_loss")
+    for name in (*TEACHER_METRICS, "distilled_tokens", "loss"):
+        assert train_logs[name] == plain_logs[name], f"{name}: an evaluation in between changed it"
+
+    first, second = logs_with(evaluated, "eval_kd_loss")
+    for name in (*TEACHER_METRICS, "distilled_tokens"):
+        assert first[f"eval_{name}"] == second[f"eval_{name}"], "nothing was learnt in between, and nothing is carried over"
+    assert first["eval_kd_loss"] != train_logs["kd_loss"] and first["eval_ce_loss"] != train_logs["ce_loss"]
+    assert evaluated.evaluate()["eval_kd_loss"] == first["eval_kd_loss"]
+    assert not set(TEACHER_METRICS) & set(first)
+
+
+def test_evaluation_loss_is_the_combined_loss(make_trainer: MakeTrainer) -> None:
+    """All in one batch: the trainer averages batches, as it does for SFT."""
+    dataset = tiny.make_dataset(4)
+    trainer = make_trainer(eval_dataset=dataset, train_sampling_strategy="sequential", train_dataset=dataset)
+    metrics = trainer.evaluate()
+    trainer.train()
+    logs = logs_with(trainer, "kd_loss")[0]
+    for name in (*TEACHER_METRICS, "loss"):
+        assert metrics[f"eval_{name}"] == pytest.approx(logs[name], rel=1e-6), name
+
+
+def test_several_evaluation_sets_are_measured_each_for_itself(make_trainer: MakeTrainer) -> None:
+    sets = {"first": tiny.make_dataset(4, seed=1), "second": tiny.make_dataset(6, seed=2, images=True)}
+    trainer = make_trainer(eval_dataset=sets, eval_strategy="steps", eval_steps=1, learning_rate=0.0)
+    trainer.train()
+    logs = {name: logs_with(trainer, f"eval_{name}_loss") for name in sets}
+    values = {}
+    for name, dataset in sets.items():
+        (entry,) = logs[name]
+        alone = make_trainer(eval_dataset=dataset).evaluate()
+        for metric in TEACHER_METRICS:
+            assert entry[f"eval_{metric}"] == alone[f"eval_{metric}"], (name, metric)
+        values[name] = entry["eval_kd_loss"]
+    assert values["first"] != values["second"]
+
+
+def test_evaluation_without_training_takes_streams_new_sets_and_compute_metrics(make_trainer: MakeTrainer) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        shapes.append(prediction.predictions.shape)
+        return {"rows": float(len(prediction.label_ids))}
+
+    dataset = tiny.make_dataset(4, images=False)
+    trainer = make_trainer(train_dataset=dataset, compute_metrics=compute_metrics)
+    expected = trainer.evaluate(dataset)
+    vocabulary = len(tiny.make_tokenizer(extra=True))
+    assert expected["eval_rows"] == 4.0 and shapes[0][-1] == vocabulary, "logits over the student's vocabulary"
+    streamed = trainer.evaluate(dataset.to_iterable_dataset())
+    assert streamed["eval_kd_loss"] == expected["eval_kd_loss"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Logs on disk, checkpoints
+# --------------------------------------------------------------------------------------------------------------------
+def test_tensorboard_files_hold_the_distillation_metrics(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = make_trainer(report_to="tensorboard", max_steps=2)
+    trainer.train()
+    events = EventAccumulator(str(next((tmp_path / "events").rglob("events.out.*")).parent)).Reload()
+    logged = [event.value for event in events.Scalars("train/kd_loss")]
+    assert logged == pytest.approx([log["kd_loss"] for log in logs_with(trainer, "kd_loss")], rel=1e-6)
+    assert {"train/ce_loss", "train/confident_share", "train/teacher_ce"} <= set(events.Tags()["scalars"])
+
+
+def test_trackio_holds_the_distillation_metrics(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utils = pytest.importorskip("trackio.utils")
+    monkeypatch.setattr(utils, "TRACKIO_DIR", tmp_path / "trackio")
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
+    trainer = make_trainer(report_to="trackio", project="lingudistill", max_steps=2)
+    trainer.train()
+    (database,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(database) as connection:
+        entries = [json.loads(row[0]) for row in connection.execute("SELECT metrics FROM metrics ORDER BY step")]
+    logged = [entry["train/kd_loss"] for entry in entries if "train/kd_loss" in entry]
+    assert logged == pytest.approx([log["kd_loss"] for log in logs_with(trainer, "kd_loss")], rel=1e-6)
+
+
+class Interruption(TrainerCallback):
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        control.should_training_stop = state.global_step >= self.after
+
+
+def test_two_steps_and_two_resumed_equal_four_bit_for_bit(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    settings = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "train_dataset": tiny.make_dataset(16),
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "optim": "adamw_torch",
+        "lr_scheduler_type": "linear",
+        "learning_rate": 1e-2,
+    }
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **settings)
+    whole.train()
+    cut = {"output_dir": str(tmp_path / "cut"), **settings}
+    make_trainer(callbacks=[Interruption(2)], **cut).train()
+    # Another initialisation: whatever is equal at the end came from the checkpoint
+    resumed = make_trainer(model=tiny.make_vlm(5), **cut)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    ours, theirs = logs_with(resumed, "kd_loss"), logs_with(whole, "kd_loss")
+    assert len(theirs) == 4
+    for our_log, their_log in zip(ours, theirs, strict=True):
+        assert {name: our_log[name] for name in TEACHER_METRICS} == {name: their_log[name] for name in TEACHER_METRICS}
+
+    other_order = make_trainer(**{**settings, "save_strategy": "no", "data_seed": 7})
+    other_order.train()
+    assert not torch.equal(weights(other_order), weights(whole)), "the order of rows must matter, or none was restored"
+
+
+class StepCounter(TrainerCallback):
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
+        self.steps.append(state.global_step)
+
+
+def test_resume_in_the_config_resumes(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """Trainer itself ignores this field; here it lifts the check of `output_dir`, so it must not start anew."""
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(**settings, callbacks=[Interruption(1)]).train()
+    counter = StepCounter()
+    checkpoint = str(tmp_path / "out" / "checkpoint-1")
+    make_trainer(**settings, callbacks=[counter], resume_from_checkpoint=checkpoint).train()
+    assert counter.steps == [2]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# output_dir
+# --------------------------------------------------------------------------------------------------------------------
+def test_output_dir_of_another_run_is_refused_before_anything_is_trained(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(**settings).train()
+    held = sorted((tmp_path / "out").rglob("*"))
+
+    refused = make_trainer(**settings)
+    before = weights(refused)
+    with pytest.raises(ValueError, match=r"holds another run \(checkpoint-1\).*--overwrite_output_dir"):
+        refused.train()
+    assert torch.equal(weights(refused), before) and sorted((tmp_path / "out").rglob("*")) == held
+
+    resumed = make_trainer(**{**settings, "max_steps": 2})
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+    overwriting = make_trainer(**settings, overwrite_output_dir=True)
+    overwriting.train()
+    assert overwriting.state.global_step == 1
+
+
+@pytest.mark.parametrize(
+    "mark", ["model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "trainer_state.json"]
+)
+def test_files_that_mark_another_run(make_trainer: MakeTrainer, tmp_path: Path, mark: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    make_trainer().train()  # a folder with other files is no run
+    (tmp_path / "out" / mark).touch()
+    with pytest.raises(ValueError, match=f"holds another run \\({mark}\\)"):
+        make_trainer().train()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Warnings
+# --------------------------------------------------------------------------------------------------------------------
+def _marked_images() -> Dataset:
+    dataset = tiny.make_dataset(4)
+    return Dataset.from_list([{**row, "distill": True} for row in tiny.make_rows(4)], features=dataset.features)
+
+
+@pytest.mark.parametrize(
+    ("settings", "dataset", "warns"),
+    [
+        ({"ce_weight": 0.0, "distill_tokens": "all"}, _marked_images, True),
+        ({"ce_weight": 0.0, "distill_tokens": "all"}, lambda: _marked_images().remove_columns("distill"), True),
+        ({"ce_weight": 0.0, "distill_tokens": "all"}, lambda: _marked_images().to_iterable_dataset(), True),
+        ({"ce_weight": 0.0, "distill_tokens": "confident"}, _marked_images, False),
+        ({"ce_weight": 0.1, "distill_tokens": "all"}, _marked_images, False),
+        ({"ce_weight": 0.0, "distill_tokens": "all"}, lambda: tiny.make_dataset(4), False),
+        ({"ce_weight": 0.0, "distill_tokens": "all"}, lambda: tiny.make_dataset(4, images=False), False),
+    ],
+    ids=["marked", "no column", "stream", "confident", "with CE", "only text marked", "only text"],
+)
+def test_divergence_alone_on_image_rows_warns(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture, settings: dict, dataset: Callable[[], Any], warns: bool
+) -> None:
+    make_trainer(train_dataset=dataset(), **settings)
+    assert ("erases what the student knows about images" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "distill_tokens", "warns"), [(True, "all", 1), (True, "confident", 0), (False, "all", 0)]
+)
+def test_teacher_that_is_worse_than_the_student_warns_once(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture, spoilt: bool, distill_tokens: str, warns: int
+) -> None:
+    teacher = tiny.make_lm(1, tie_word_embeddings=False)
+    if spoilt:
+        teacher.lm_head.weight.data *= 10  # as sure of itself as it is wrong
+    else:
+        teacher.lm_head.weight.data *= 0.1  # near uniform: better than a student that is sure and wrong
+    make_trainer(teacher_model=teacher, distill_tokens=distill_tokens, max_steps=3).train()
+    assert sum("predicts the labels worse" in record.getMessage() for record in caplog.records) == warns
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bad rows
+# --------------------------------------------------------------------------------------------------------------------
+def png(image: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def rows_with_bad_ones() -> Dataset:
+    """Rows 2 (not an image), 4 (truncated image) and 5 (blank answer) of eight cannot be trained on."""
+    rows = tiny.make_rows(8)
+    for row in rows:
+        row["images"] = [{"bytes": png(image), "path": None} for image in row["images"]]
+    rows[2]["images"] = [{"bytes": b"not an image", "path": None}]
+    rows[4]["images"] = [{"bytes": rows[4]["images"][0]["bytes"][:60], "path": None}]
+    rows[5]["completion"] = [{"role": "assistant", "content": " "}]
+    return Dataset.from_list(rows, features=tiny.make_dataset(1).features)
+
+
+BAD_ROWS = {"image unreadable": 2, "empty answer": 1}
+ORDERED = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 1, "max_steps": 8}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["map-style", "stream"])
+def test_unreadable_image_stops_the_run_and_names_its_row(make_trainer: MakeTrainer, stream: bool) -> None:
+    dataset = rows_with_bad_ones()
+    trainer = make_trainer(train_dataset=dataset.to_iterable_dataset() if stream else dataset, **ORDERED)
+    with pytest.raises(ValueError, match="Row 2: an image cannot be read .*--skip_bad_rows"):
+        trainer.train()
+    assert 1 <= trainer.state.global_step <= 2, "two rows before it are good, and accelerate reads one batch ahead"
+
+
+def test_unreadable_image_names_its_row_from_a_worker_process_too(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(train_dataset=rows_with_bad_ones(), dataloader_num_workers=1, **ORDERED)
+    with pytest.raises(ValueError, match="Row 2: an image cannot be read"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["map-style", "stream"])
+def test_bad_rows_are_skipped_and_counted_by_reason(make_trainer: MakeTrainer, stream: bool) -> None:
+    dataset = rows_with_bad_ones()
+    good = [0, 1, 3, 6, 7]
+    trainer = make_trainer(
+        train_dataset=dataset.to_iterable_dataset() if stream else dataset,
+        skip_bad_rows=True,
+        **{**ORDERED, "max_steps": len(good)},
+    )
+    if not stream:
+        assert len(trainer.train_dataset) == len(good)
+    trainer.train()
+    assert trainer.skipped_rows == BAD_ROWS
+    only_good = make_trainer(train_dataset=dataset.select(good), **{**ORDERED, "max_steps": len(good)})
+    only_good.train()
+    assert torch.equal(weights(trainer), weights(only_good))
+
+
+def test_bad_rows_of_an_evaluation_set_are_skipped_as_well(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ValueError, match="Row 2"):
+        make_trainer(eval_dataset=rows_with_bad_ones()).evaluate()
+    dataset = rows_with_bad_ones()
+    skipping = make_trainer(eval_dataset=dataset, skip_bad_rows=True)
+    expected = make_trainer(eval_dataset=dataset.select([0, 1, 3, 6, 7])).evaluate()
+    assert skipping.evaluate()["eval_kd_loss"] == pytest.approx(expected["eval_kd_loss"], rel=1e-6)
+
+
+def test_answer_cut_off_by_max_length_is_an_error_that_names_the_row(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(max_length=20, **ORDERED)
+    with pytest.raises(ValueError, match="Row 0 has no token to train on within max_length=20: all labels are masked"):
+        trainer.train()
+    assert_distils(make_trainer(max_length=64))
+
+
+def test_text_only_dataset_whose_answers_are_all_cut_off_is_an_error(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ValueError, match="max_length=4"):
+        make_trainer(train_dataset=tiny.make_dataset(4, images=False), max_length=4)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Refusals
+# --------------------------------------------------------------------------------------------------------------------
+def test_dataset_without_a_marked_row_is_refused(make_trainer: MakeTrainer) -> None:
+    rows = [{**row, "distill": False} for row in tiny.make_rows(4)]
+    with pytest.raises(ValueError, match="No row is marked for distillation: column 'distill' is false in all 4 rows"):
+        make_trainer(train_dataset=Dataset.from_list(rows))
+
+
+@pytest.mark.parametrize("value", ["yes", None])
+def test_flag_that_is_no_boolean_is_refused(make_trainer: MakeTrainer, value: Any) -> None:
+    rows = [{**row, "distill": value if index == 1 else value and "no"} for index, row in enumerate(tiny.make_rows(4))]
+    with pytest.raises(ValueError, match="Column 'distill' must hold true or false in every row"):
+        make_trainer(train_dataset=Dataset.from_list(rows))
+
+
+def test_misfit_is_refused_with_the_sentence_of_the_check_before_weights_load(
+    make_trainer: MakeTrainer, saved_pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deeper = tmp_path / "deeper"
+    tiny.make_lm(1, layers=3).save_pretrained(deeper)
+    tiny.make_tokenizer(extra=False).save_pretrained(deeper)
+    with pytest.raises(ValueError) as expected:
+        check_compatibility(str(saved_pair[0]), str(deeper)).raise_for_misfit()
+
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded before the check")
+
+    monkeypatch.setattr(trainer_module, "load_teacher_model", loaded)
+    monkeypatch.setattr(SFTTrainer, "__init__", loaded)
+    with pytest.raises(ValueError) as found:
+        make_trainer(model=str(saved_pair[0]), teacher_model=str(deeper))
+    assert str(found.value) == str(expected.value) and "3" in str(found.value)
+    with pytest.raises(AssertionError):  # the fitting teacher gets past the check
+        make_trainer(model=str(saved_pair[0]), teacher_model=str(saved_pair[1]))
+
+
+def test_student_without_a_named_teacher_is_refused(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ValueError, match="teacher_model_name_or_path is not set"):
+        make_trainer(teacher_model=None, teacher_tokenizer=None)
+
+
+def test_teacher_in_the_config_is_used(make_trainer: MakeTrainer, saved_pair: tuple[Path, Path]) -> None:
+    path = str(saved_pair[1])
+    named = make_trainer(teacher_model=None, teacher_tokenizer=None, teacher_model_name_or_path=path)
+    assert_distils(named)
+    in_memory = make_trainer()
+    assert_distils(in_memory)
+    assert torch.equal(weights(named), weights(in_memory))
+
+
+def test_own_loss_function_is_refused(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ValueError, match="compute_loss_func cannot be combined with distillation"):
+        make_trainer(compute_loss_func=lambda *_, **__: torch.zeros(()))
+
+
+def test_config_of_another_trainer_is_refused(tmp_path: Path) -> None:
+    from trl import SFTConfig
+
+    with pytest.raises(TypeError, match="args must be a LinguDistillConfig, got SFTConfig"):
+        LinguDistillTrainer(model=tiny.make_vlm(0), args=SFTConfig(str(tmp_path), use_cpu=True, bf16=False))
