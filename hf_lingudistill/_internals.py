@@ -2,7 +2,7 @@
 
 Tested with transformers 5.24.x and TRL 1.16.x (the bounds in `pyproject.toml`). What is used, and what it must do:
 
-- `trl.kernels.chunked_divergence.ChunkedDivergenceFunction`: per-token generalised JSD from hidden states and heads.
+- `trl.trainer.utils.maybe_gather_lm_head_ctx`: the whole head under ZeRO-3.
 - `SFTTrainer` patches `model.forward` with `add_fused_lm_head`: called with `fused_lm_head=True`, the model returns
   per-token `log_probs`, `entropy`, `is_top1` and `label_mask`, and reaches the backbone through `model.base_model(...)`.
 - `SFTTrainer.compute_loss` sums `-outputs.log_probs` and divides by `num_items_in_batch`.
@@ -22,14 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 __all__ = [
-    "ChunkedDivergenceFunction",
     "Head",
     "attention_switched",
     "base_attention_function",
@@ -37,7 +34,6 @@ __all__ = [
     "head_of",
     "maybe_gather_lm_head_ctx",
     "register_attention",
-    "sdpa_attention_forward",
 ]
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]

@@ -32,7 +32,6 @@ from ._internals import (
     base_attention_function,
     decoder_of,
     register_attention,
-    sdpa_attention_forward,
 )
 from .config import KVSharing
 
@@ -308,12 +307,15 @@ class _Replay:
             return tensor
         return tensor[self.plan.rows]
 
-    def visible(self, layer_idx: int, length: int) -> torch.Tensor:
-        """(R, 1 or heads, Q, T) mask rows of the queries, boolean (True = visible) or additive."""
+    def additive_mask(self, layer_idx: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+        """(R, 1 or heads, Q, T) mask rows of the queries, 0 where visible."""
         layer = self.shared.masks[layer_idx]
         key = (id(layer.mask), layer.sliding_window)
         if key not in self.mask_rows:
-            self.mask_rows[key] = mask_rows(layer, self.plan.rows, self.plan.positions, length)
+            rows = mask_rows(layer, self.plan.rows, self.plan.positions, length)
+            if rows.dtype == torch.bool:  # additive once, not once a layer inside SDPA
+                rows = torch.zeros(rows.shape, device=rows.device, dtype=dtype).masked_fill_(~rows, -torch.inf)
+            self.mask_rows[key] = rows.to(dtype)
         return self.mask_rows[key]
 
 
@@ -360,8 +362,7 @@ def _eager_with_softcap(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
-    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = torch.softmax(scores + mask, dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous()
 
 
@@ -386,14 +387,19 @@ def _replay_attention(
         student_key, student_value = student_key.clone(), student_value.clone()
         student_key[replay.own_rows, :, positions] = key.transpose(1, 2)[replay.own_rows, replay.own_positions]
         student_value[replay.own_rows, :, positions] = value.transpose(1, 2)[replay.own_rows, replay.own_positions]
-    mask = replay.visible(layer_idx, student_key.shape[2])
-    if mask.dtype != torch.bool:
-        mask = mask.to(query.dtype)
+    mask = replay.additive_mask(layer_idx, student_key.shape[2], query.dtype)
     if softcap is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _eager_with_softcap(query, student_key, student_value, mask, scale, softcap), None
-    output, _none = sdpa_attention_forward(module, query, student_key, student_value, mask, scaling=scaling)
-    return output, None
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query,
+        student_key.to(query.dtype),
+        student_value.to(query.dtype),
+        attn_mask=mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != student_key.shape[1],
+    )
+    return output.transpose(1, 2).contiguous(), None
 
 
 register_attention(_REPLAY, _replay_attention, masks_of=None)

@@ -25,7 +25,7 @@ from .compatibility import CompatibilityReport, check_compatibility, guess_teach
 from .config import LinguDistillConfig
 from .data import ROW_COLUMN, DistillCollator, check_distill_column, drop_bad_rows, has_images, prepare_dataset
 from .kv_sharing import QueryPlan, SharedKV, plan_queries, recording, teacher_pass
-from .losses import combine, confident_tokens, divergence, teacher_opinion
+from .losses import combine, distil, divergence
 from .teacher import Teacher, compute_dtype_of, load_teacher_model, prepare_teacher
 
 logger = logging.getLogger(__name__)
@@ -245,31 +245,36 @@ class LinguDistillTrainer(SFTTrainer):
         student_ce = cross_entropy[rows, positions].detach()
         hidden = shared.last_hidden_state[rows, positions]  # type: ignore[index]  # (N, H_s), with gradient
         student_head, teacher_head = head_of(student).whole(), self.teacher.head.whole()
-        opinion = teacher_opinion(hidden.detach(), student_head, teacher_hidden, teacher_head, labels[rows, positions + 1])
-        if config.distill_tokens == "confident":
-            passed = confident_tokens(opinion.log_prob, -student_ce, config.distill_margin)
-            chosen = passed.nonzero().flatten()
-            hidden, teacher_hidden = hidden[chosen], teacher_hidden[chosen]
-            rows, positions = rows[chosen], positions[chosen]
-        if rows.numel():
-            kd = divergence(
-                hidden, student_head, teacher_hidden, teacher_head, beta=config.beta, temperature=config.temperature
-            )
-        else:
-            kd = hidden.sum(dim=-1)  # (0,), connected to the graph
+        result = distil(
+            hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            labels[rows, positions + 1],
+            -student_ce,
+            margin=config.distill_margin if config.distill_tokens == "confident" else None,
+            beta=config.beta,
+            temperature=config.temperature,
+        )
         per_token = combine(
-            cross_entropy, kd, rows, positions, ce_weight=config.ce_weight, distill_weight=config.distill_weight
+            cross_entropy,
+            result.divergence,
+            result.chosen,
+            rows,
+            positions,
+            ce_weight=config.ce_weight,
+            distill_weight=config.distill_weight,
         )
         self._add_sums(
             labels=outputs.label_mask.sum(),
             ce=cross_entropy.detach().sum(),
             candidates=plan.num_loss,
-            distilled=rows.numel(),
-            kd=kd.detach().sum(),
-            teacher_ce=-opinion.log_prob.sum(),
+            distilled=result.chosen.sum(),
+            kd=result.divergence.detach().sum(),
+            teacher_ce=-result.teacher_log_prob.sum(),
             student_ce=student_ce.sum(),
-            agreement=opinion.agrees.sum(),
-            teacher_entropy=opinion.entropy.sum(),
+            agreement=result.agrees.sum(),
+            teacher_entropy=result.teacher_entropy.sum(),
         )
         outputs.log_probs = -per_token
         return outputs

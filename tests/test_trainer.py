@@ -40,7 +40,7 @@ BETAS = (0.0, 0.5, 1.0)
 # --------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Reference:
-    """loss: scalar. Sums over tokens: see `LinguDistillTrainer.log`. gate: of each candidate, whether it is distilled."""
+    """loss: scalar. ce to teacher_entropy: sums over tokens. gate: of each candidate, whether it is distilled."""
 
     loss: torch.Tensor
     labels: int
@@ -70,7 +70,7 @@ def candidates(batch: Batch) -> list[tuple[int, int]]:
 def teacher_logits(
     teacher: PreTrainedModel, student: PreTrainedModel, batch: Batch, kv_sharing: str, vocab: int
 ) -> torch.Tensor:
-    """(N, vocab) double, in the order of `candidates`. Tokens that the teacher does not have are all but impossible."""
+    """(N, vocab) double, in the order of `candidates`. Tokens that the teacher lacks are all but impossible."""
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "distill")}
     with torch.no_grad(), recording(student) as shared:
         student(**inputs)
@@ -409,7 +409,10 @@ def test_unmarked_rows_get_cross_entropy_of_weight_one(make_trainer: MakeTrainer
     batch = mixed_batch(trainer)
     batch["distill"] = torch.tensor([False, True, False, True])
     loss, _ = step(trainer, batch)
-    assert loss == pytest.approx(reference(trainer.model, batch, ce_weight=0.0, distill_tokens="all").loss.item(), rel=1e-6)
+    expected = reference(trainer.model, batch, ce_weight=0.0, distill_tokens="all").loss.item()
+    assert loss == pytest.approx(expected, rel=1e-6)
+    batch["distill"] = torch.ones(4, dtype=torch.bool)
+    assert abs(step(trainer, batch)[0] - expected) > CLEARLY, "marking the image rows must matter"
 
 
 def test_dataset_without_the_column_is_distilled_whole_and_says_so_once(
@@ -492,7 +495,10 @@ def test_recorded_keys_and_values_are_freed_before_the_divergence(
 
 def _implementations(*models: PreTrainedModel) -> list[str]:
     return [
-        module.config._attn_implementation for model in models for module in model.modules() if hasattr(module, "config")
+        module.config._attn_implementation
+        for model in models
+        for module in model.modules()
+        if hasattr(module, "config")
     ]
 
 
@@ -509,7 +515,10 @@ def test_step_leaves_no_trace_in_the_models_even_when_it_raises(
     before = _implementations(student, teacher)
     assert attn_implementation in before
     during: list[str] = []
-    hooks = lambda: [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in student.modules()]  # noqa: E731
+
+    def hooks() -> list[int]:
+        return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in (*student.modules(), *teacher.modules())]
+
     hooks_before = hooks()
 
     def broken(module: nn.Module, *_: Any) -> None:
@@ -580,8 +589,8 @@ def test_checkpointing_changes_no_gradient(make_trainer: MakeTrainer, kv_sharing
     results = {}
     for name, settings in CHECKPOINTING.items():
         first = FirstGradients()
-        peft_config = _lora() if adapter else None
-        make_trainer(kv_sharing=kv_sharing, callbacks=[first], peft_config=peft_config, **copy.deepcopy(settings)).train()
+        arguments = {"callbacks": [first], "peft_config": _lora() if adapter else None, **copy.deepcopy(settings)}
+        make_trainer(kv_sharing=kv_sharing, **arguments).train()
         results[name] = first
     expected = results.pop("off")
     assert expected.layer_calls == 1
