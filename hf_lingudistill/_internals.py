@@ -6,6 +6,7 @@ Tested with transformers 5.24.x and TRL 1.16.x (the bounds in `pyproject.toml`).
 - `SFTTrainer` patches `model.forward` with `add_fused_lm_head`: called with `fused_lm_head=True`, the model returns
   per-token `log_probs`, `entropy`, `is_top1` and `label_mask`, and reaches the backbone through `model.base_model(...)`.
 - `SFTTrainer.compute_loss` sums `-outputs.log_probs` and divides by `num_items_in_batch`.
+- `trl.scripts.utils.DatasetConfig`: one source of a mixture.
 - `AttentionInterface` / `AttentionMaskInterface`: named attention functions, looked up by `config._attn_implementation`
   on every call.
 - Decoders apply `decoder.rotary_emb(x, position_ids[, layer_type]) -> (cos, sin)` once per forward.
@@ -24,9 +25,11 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from trl.scripts.utils import DatasetConfig
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 __all__ = [
+    "DatasetConfig",
     "Head",
     "attention_switched",
     "base_attention_function",
@@ -78,7 +81,9 @@ def head_of(model: PreTrainedModel) -> Head:
     """The output head of a model, with the logit scaling its text config declares (as TRL's fused head reads it)."""
     head = model.get_output_embeddings()
     if head is None:
-        raise ValueError(f"{type(model).__name__} has no output embeddings: a model with a language-model head is needed.")
+        raise ValueError(
+            f"{type(model).__name__} has no output embeddings: a model with a language-model head is needed."
+        )
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None)
     if scale is None:

@@ -104,7 +104,9 @@ class LinguDistillConfig(SFTConfig):
     distill_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence at distilled tokens."})
     ce_weight: float = field(
         default=0.5,
-        metadata={"help": "Weight of cross-entropy at distilled tokens. All other tokens have cross-entropy of weight 1."},
+        metadata={
+            "help": "Weight of cross-entropy at distilled tokens. All other tokens have cross-entropy of weight 1."
+        },
     )
     distill_column: str = field(
         default="distill",

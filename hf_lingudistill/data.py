@@ -12,20 +12,21 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, DatasetDict, Image, IterableDataset, List, Value, concatenate_datasets, load_from_disk
 from PIL import Image as PILImage
 from PIL import ImageOps
 from trl import DatasetMixtureConfig, get_dataset
-from trl.scripts.utils import DatasetConfig
+
+from ._internals import DatasetConfig
 
 logger = logging.getLogger(__name__)
 
 ROW_COLUMN = "lingudistill_row"
 IMAGE_COLUMNS = ("images", "image")
-AnyDataset = Dataset | IterableDataset
+AnyDataset: TypeAlias = Dataset | IterableDataset
 Row = dict[str, Any]
 
 
@@ -358,7 +359,8 @@ def load_mixture(mixture: DistillMixtureConfig, distill_column: str = "distill")
         parts = _take_fractions(parts, fractions, mixture.streaming)
     vision = any(has_images(part.column_names or []) for part in parts)
     flagged = [
-        _with_columns(part, source, distill_column, vision) for part, source in zip(parts, mixture.datasets, strict=True)
+        _with_columns(part, source, distill_column, vision)
+        for part, source in zip(parts, mixture.datasets, strict=True)
     ]
     combined = concatenate_datasets(flagged)
     if mixture.test_split_size is not None:
@@ -368,7 +370,9 @@ def load_mixture(mixture: DistillMixtureConfig, distill_column: str = "distill")
 
 def _take_fractions(parts: list[AnyDataset], fractions: list[float | None], streaming: bool) -> list[AnyDataset]:
     if streaming:
-        raise ValueError("`fraction` needs the number of rows, which a streamed source does not tell: drop one of the two.")
+        raise ValueError(
+            "`fraction` needs the number of rows, which a streamed source does not tell: drop one of the two."
+        )
     shares = [fraction for fraction in fractions if fraction is not None]
     if len(shares) != len(fractions) or min(shares) <= 0:
         raise ValueError(f"`fraction` must be a positive number for every source or for none; found {fractions}.")

@@ -193,7 +193,12 @@ class _Distil(torch.autograd.Function):
         ctx.save_for_backward(student_hidden, student_weight, student_bias, teacher_hidden, chosen)
         # the logits' gradient of the chosen rows, where it is small; otherwise computed again
         ctx.kept = torch.cat(gradients).to(s_dtype) if keep and gradients else None
-        ctx.heads, ctx.beta, ctx.temperature, ctx.dtypes = (student_head, teacher_head), beta, temperature, (s_dtype, t_dtype)
+        ctx.heads, ctx.beta, ctx.temperature, ctx.dtypes = (
+            (student_head, teacher_head),
+            beta,
+            temperature,
+            (s_dtype, t_dtype),
+        )
         ctx.mark_non_differentiable(chosen, log_prob, entropy, agrees)
         return value, chosen, log_prob, entropy, agrees
 

@@ -37,9 +37,7 @@ class Teacher:
 def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """bitsandbytes settings for `nf4`, `int8` or `none`. Embeddings and head are left whole by transformers."""
     if quantization == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
-        )
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
     if quantization == "int8":
         # bitsandbytes says on every call that it multiplies in fp16; that is what int8 means there
         warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")

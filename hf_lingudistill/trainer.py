@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from ._internals import head_of
@@ -71,6 +71,12 @@ class LinguDistillTrainer(SFTTrainer):
         >>> trainer.train()
     """
 
+    args: LinguDistillConfig  # type: ignore[assignment]
+    model: Any  # narrower than transformers' declarations, which admit None
+    train_dataset: Any
+    processing_class: Any
+    _signature_columns: Any
+
     _tag_names = ["trl", "sft", "lingudistill", "distillation"]
     _name = "LinguDistill"
     _paper = {
@@ -94,7 +100,9 @@ class LinguDistillTrainer(SFTTrainer):
         if not isinstance(args, LinguDistillConfig):
             raise TypeError(f"args must be a LinguDistillConfig, got {type(args).__name__}.")
         if kwargs.get("compute_loss_func") is not None:
-            raise ValueError("compute_loss_func cannot be combined with distillation: the trainer computes its own loss.")
+            raise ValueError(
+                "compute_loss_func cannot be combined with distillation: the trainer computes its own loss."
+            )
         self.has_distill_column = False
         self.distill_share: float | None = None
         self.skipped_rows: dict[str, int] = {}
@@ -117,7 +125,7 @@ class LinguDistillTrainer(SFTTrainer):
             student_tokenizer=getattr(processing_class, "tokenizer", processing_class),
             teacher_tokenizer=teacher_tokenizer,
             trust_remote_code=args.trust_remote_code,
-            student_revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
+            student_revision=_as_dict(args.model_init_kwargs).get("revision") if isinstance(model, str) else None,
             teacher_revision=args.teacher_model_revision,
         )
         self.compatibility.raise_for_misfit()
@@ -139,7 +147,7 @@ class LinguDistillTrainer(SFTTrainer):
             )
         if isinstance(model, str):
             # SFTConfig owns the mapping; weights load from safetensors only
-            args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
+            args.model_init_kwargs = {"use_safetensors": True, **_as_dict(args.model_init_kwargs)}
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
 
         student = self._plain_student()
@@ -178,11 +186,15 @@ class LinguDistillTrainer(SFTTrainer):
             unreadable_token_ids=self.compatibility.image_token_ids,
         )
         logger.info(
-            "Teacher %s (%s): %.1f MiB", self.teacher_name_or_path, args.teacher_quantization, self.teacher.footprint / 2**20
+            "Teacher %s (%s): %.1f MiB",
+            self.teacher_name_or_path,
+            args.teacher_quantization,
+            self.teacher.footprint / 2**20,
         )
         precision = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
         self._sums = {
-            mode: torch.zeros(len(_SUMS), dtype=precision, device=self.accelerator.device) for mode in ("train", "eval")
+            mode: torch.zeros(len(_SUMS), dtype=precision, device=self.accelerator.device)
+            for mode in ("train", "eval")
         }
         self._worse_teacher_warned = False
         self._quantization_measured = not args.measure_teacher_quantization
@@ -218,7 +230,7 @@ class LinguDistillTrainer(SFTTrainer):
     ) -> Any:
         """The student's forward, the teacher's pass and the divergence. Returns TRL's fused output with `log_probs`
         replaced by the negative combined loss per token, which is what `SFTTrainer.compute_loss` sums."""
-        config: LinguDistillConfig = self.args
+        config = self.args
         labels = kwargs["labels"]
         plan = plan_queries(
             kwargs["input_ids"],
@@ -288,8 +300,10 @@ class LinguDistillTrainer(SFTTrainer):
         changes the loss.
         """
         if "distill" not in inputs:  # a collator or dataloader of the caller's own
-            inputs["distill"] = torch.ones(inputs["input_ids"].shape[0], dtype=torch.bool, device=inputs["input_ids"].device)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            inputs["distill"] = torch.ones(
+                inputs["input_ids"].shape[0], dtype=torch.bool, device=inputs["input_ids"].device
+            )
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
 
     # ----------------------------------------------------------------------------------------------------------------
     # Metrics
@@ -359,7 +373,11 @@ class LinguDistillTrainer(SFTTrainer):
         with torch.no_grad():
             kl = divergence(quantised_hidden, self.teacher.head, teacher_pass(whole.model, shared, plan), whole.head)
         self.teacher_quantization_kl = float(kl.mean())
-        logger.info("KL(full-precision teacher || %s) = %.4f nats", self.args.teacher_quantization, self.teacher_quantization_kl)
+        logger.info(
+            "KL(full-precision teacher || %s) = %.4f nats",
+            self.args.teacher_quantization,
+            self.teacher_quantization_kl,
+        )
 
     # ----------------------------------------------------------------------------------------------------------------
     # Around the step
@@ -374,7 +392,7 @@ class LinguDistillTrainer(SFTTrainer):
         return self.model.get_base_model() if is_peft_model(self.model) else self.model  # type: ignore[no-any-return]
 
     def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
+        super()._set_signature_columns_if_needed()  # type: ignore[no-untyped-call]
         for column in (self.args.distill_column, ROW_COLUMN):
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
@@ -398,7 +416,7 @@ def _is_quantised(model: PreTrainedModel) -> bool:
 
 
 def _check_output_dir(args: LinguDistillConfig) -> None:
-    folder = Path(args.output_dir)
+    folder = Path(str(args.output_dir))
     marks = ("trainer_state.json", "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
     held = [name for name in marks if (folder / name).exists()] + sorted(p.name for p in folder.glob("checkpoint-*"))
     if held and not args.overwrite_output_dir:

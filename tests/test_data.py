@@ -72,7 +72,7 @@ RED = PILImage.new("RGB", (6, 4), (200, 30, 30))
     [
         (RED, "PNG"),
         (RED.convert("RGBA"), "PNG"),
-        (RED.convert("P"), "PNG"),
+        (RED.quantize(4), "PNG"),
         (RED.convert("CMYK"), "JPEG"),
         (RED, "GIF"),
         (RED, "WEBP"),
@@ -198,7 +198,7 @@ IMAGE_TOKEN, TOKENS_PER_IMAGE = 900, 5
 
 
 class FakeInner:
-    """Prompt and completion are one token a character, `<` is an image. Edits its rows in place, as TRL's collator does."""
+    """Prompt and completion are one token a character, `<` is an image. Edits its rows in place, as TRL's does."""
 
     def __init__(self, completion_only: bool = True) -> None:
         self.max_length: int | None = 3  # what the trainer would have set; the wrapper must take over

@@ -14,11 +14,13 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PrefixTuningConfig, PromptTuningConfig
 from transformers import TrainerCallback, TrainerControl
 from trl import SFTTrainer
 
 import hf_lingudistill.trainer as trainer_module
 from hf_lingudistill import LinguDistillTrainer, check_compatibility
+from hf_lingudistill.kv_sharing import KV_SHARING_MODES
 
 MakeTrainer = Callable[..., Any]
 
@@ -200,6 +202,18 @@ def test_worker_processes_change_nothing(make_trainer: MakeTrainer, stream: bool
     assert torch.equal(weights(alone), weights(workers))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_sharing", KV_SHARING_MODES)
+def test_compiled_student_is_trained_as_the_eager_one(make_trainer: MakeTrainer, kv_sharing: str) -> None:
+    eager = make_trainer(kv_sharing=kv_sharing, max_steps=2)
+    compiled = make_trainer(kv_sharing=kv_sharing, max_steps=2, torch_compile=True, torch_compile_backend="eager")
+    start = weights(eager)
+    assert_distils(eager, steps=2)
+    assert_distils(compiled, steps=2)
+    moved = (weights(eager) - start).abs().max()
+    assert (weights(compiled) - weights(eager)).abs().max() < 1e-5 * moved
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Packing
 # --------------------------------------------------------------------------------------------------------------------
@@ -312,6 +326,16 @@ def test_several_evaluation_sets_are_measured_each_for_itself(make_trainer: Make
             assert entry[f"eval_{metric}"] == alone[f"eval_{metric}"], (name, metric)
         values[name] = entry["eval_kd_loss"]
     assert values["first"] != values["second"]
+
+
+def test_prediction_leaves_no_trace_in_the_next_evaluation(make_trainer: MakeTrainer) -> None:
+    """`predict` logs nothing, so that its sums would still be there."""
+    trainer = make_trainer(eval_dataset=tiny.make_dataset(4, seed=1))
+    expected = trainer.evaluate()
+    trainer.predict(tiny.make_dataset(8))
+    again = trainer.evaluate()
+    for name in (*TEACHER_METRICS, "distilled_tokens"):
+        assert again[f"eval_{name}"] == expected[f"eval_{name}"], name
 
 
 @pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")  # what TRL says about logits
@@ -631,6 +655,14 @@ def test_teacher_in_the_config_is_used(make_trainer: MakeTrainer, saved_pair: tu
     in_memory = make_trainer()
     assert_distils(in_memory)
     assert torch.equal(weights(named), weights(in_memory))
+
+
+@pytest.mark.parametrize("adapter", [PromptTuningConfig, PrefixTuningConfig])
+def test_adapters_of_virtual_tokens_are_refused(make_trainer: MakeTrainer, adapter: type) -> None:
+    """Their K/V have no token that the teacher could read, and shift every position."""
+    peft_config = adapter(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="virtual tokens"):
+        make_trainer(peft_config=peft_config, train_dataset=tiny.make_dataset(4, images=False)).train()
 
 
 def test_own_loss_function_is_refused(make_trainer: MakeTrainer) -> None:

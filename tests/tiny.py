@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Idefics3Processor,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
-    Idefics3Processor,
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
@@ -142,7 +142,11 @@ def make_rows(count: int = 8, *, seed: int = 0, images: bool = True) -> list[dic
     for index in range(count):
         visual = images and index % 2 == 0
         question = "what shape is in the image?" if visual else "tell me about the sea"
-        answer = "a small red circle" if visual else "the sea is deep, wide and full of salt." + " the cat sat." * (index % 3)
+        answer = (
+            "a small red circle"
+            if visual
+            else "the sea is deep, wide and full of salt." + " the cat sat." * (index % 3)
+        )
         pixels = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
         row = {
             "prompt": [{"role": "user", "content": question}],

@@ -2,3 +2,9 @@
 
 `text` and `vqa` read the data, `models` makes the models, `measure` scores them. Nothing here needs the Hub.
 """
+
+from __future__ import annotations
+
+from .run import recipe, run_demo
+
+__all__ = ["recipe", "run_demo"]

@@ -67,7 +67,9 @@ def text_perplexity(
         raise ValueError("No text to measure perplexity on; pass at least one.")
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"][:max_tokens] for text in texts]
     if short := [index for index, row in enumerate(rows) if len(row) < 2]:
-        raise ValueError(f"Text {short[0]} has fewer than two tokens, so there is no next token to score; leave it out.")
+        raise ValueError(
+            f"Text {short[0]} has fewer than two tokens, so there is no next token to score; leave it out."
+        )
     scored_bytes = sum(len(tokenizer.decode(row).encode()) - len(tokenizer.decode(row[:1]).encode()) for row in rows)
     nll: list[float] = []
     with _evaluating(model):

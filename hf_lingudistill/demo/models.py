@@ -172,7 +172,9 @@ def train_small_lm(
             break
     data = torch.tensor(stream)
     if len(data) <= sequence_length + 1:
-        raise ValueError(f"The text has {len(data)} tokens, fewer than one sequence of {sequence_length}; pass more text.")
+        raise ValueError(
+            f"The text has {len(data)} tokens, fewer than one sequence of {sequence_length}; pass more text."
+        )
 
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -311,7 +313,9 @@ def build_vlm(
         chat_template=CHAT_TEMPLATE,
     )
     if "<global-img>" not in tokenizer.get_vocab():  # the one token of an image that the processor does not add itself
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<global-img>"]}, replace_extra_special_tokens=False)
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": ["<global-img>"]}, replace_extra_special_tokens=False
+        )
     tokenizer.chat_template = CHAT_TEMPLATE
     text_config = copy.deepcopy(lm.config)
     text_config.vocab_size = len(tokenizer)

@@ -63,10 +63,14 @@ def package_file(package: str, relative: str) -> Path:
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"The demo reads its data from the package {package!r}, not installed here; run `{INSTALL}`.")
+        raise ModuleNotFoundError(
+            f"The demo reads its data from the package {package!r}, not installed here; run `{INSTALL}`."
+        )
     path = Path(next(iter(spec.submodule_search_locations))) / relative
     if not path.is_file():
-        raise FileNotFoundError(f"The installed {package!r} has no {relative}; run `{INSTALL}` to get the tested version.")
+        raise FileNotFoundError(
+            f"The installed {package!r} has no {relative}; run `{INSTALL}` to get the tested version."
+        )
     return path
 
 
@@ -154,27 +158,31 @@ def _exchange(prompt: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def training_documents(seed: int) -> list[str | list[Message]]:
+def training_documents(
+    seed: int, *, n_passages: int = 1400, n_stories: int = 1500, question_repeats: int = 4
+) -> list[str | list[Message]]:
     """What the small LM is trained on, in random order: running text (str) and conversations (user, assistant).
 
-    Running text and "Tell me about ..." come from Wikipedia passages, "Continue: ..." from everyday stories, and short
-    questions with an answer of one sentence from TruthfulQA and PIQA.
+    Wikipedia passages, half as running text and half after "Tell me about ..."; everyday stories after "Continue: ...";
+    how-to questions from PIQA, once each; and TruthfulQA questions with their first full answer, `question_repeats`
+    times each, because a model of this size answers only what it has met several times.
     """
     rng = random.Random(seed)
     documents: list[str | list[Message]] = []
-    for title, body in titled_passages():
-        if rng.random() < 0.5:
-            documents.append(body)
-        else:
-            documents.append(_exchange(f"Tell me about {title}.", " ".join(body.split(" ")[:60])))
-    for source in ("hellaswag", "narratives", "siqa"):
-        for text in passages(source):
-            if (parts := _split(text, rng.randint(4, 8), 60)) is None:
-                documents.append(text)
-            else:
-                documents.append(_exchange(f"Continue: {parts[0]}", parts[1]))
-    for source in ("piqa", "truthfulqa"):
-        documents.extend(_exchange(question, answer) for question, answer in questions(source))
+    for index, (title, body) in enumerate(rng.sample(titled_passages(), n_passages)):
+        first_words = " ".join(body.split(" ")[:60])
+        documents.append(body if index % 2 else _exchange(f"Tell me about {title}.", first_words))
+    stories = [text for source in ("hellaswag", "narratives", "siqa") for text in passages(source)]
+    for text in rng.sample(stories, n_stories):
+        parts = _split(text, rng.randint(4, 8), 60)
+        documents.append(text if parts is None else _exchange(f"Continue: {parts[0]}", parts[1]))
+    documents.extend(_exchange(*pair) for pair in questions("piqa") if len(pair[1].split(" ")) < 40)
+    answers: dict[str, str] = {}
+    for question, answer in questions("truthfulqa"):
+        if 3 < len(answer.split(" ")) < 25 and "no comment" not in answer:
+            answers.setdefault(question, answer)
+    for question, answer in answers.items():
+        documents.extend([_exchange(question, answer)] * question_repeats)
     rng.shuffle(documents)
     return documents
 
@@ -206,13 +214,17 @@ def language_rows(
         ValueError: if a source is the held-out one, or the sources have fewer than n rows.
     """
     if HELD_OUT_SOURCE in sources:
-        raise ValueError(f"{HELD_OUT_SOURCE!r} is held out for measuring; expected sources such as {LANGUAGE_SOURCES}.")
+        raise ValueError(
+            f"{HELD_OUT_SOURCE!r} is held out for measuring; expected sources such as {LANGUAGE_SOURCES}."
+        )
     rng = random.Random(seed)
     pools = []
     for source in sources:
         pool = list(_language_pairs(source, rng, body_words))
         if not pool:
-            raise ValueError(f"Text source {source!r} has no rows here; expected some of {', '.join(LANGUAGE_SOURCES)}.")
+            raise ValueError(
+                f"Text source {source!r} has no rows here; expected some of {', '.join(LANGUAGE_SOURCES)}."
+            )
         rng.shuffle(pool)
         pools.append(pool)
     if n > sum(map(len, pools)):

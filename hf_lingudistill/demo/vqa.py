@@ -80,7 +80,9 @@ def vqa_items(split: Split) -> list[VqaItem]:
     if split not in ("train", "test"):
         raise ValueError(f'easy-VQA has the splits "train" and "test"; got {split!r}.')
     if importlib.util.find_spec("easy_vqa") is None:
-        raise ModuleNotFoundError("The demo reads its images from easy-vqa, not installed here; run `pip install easy-vqa==1.0`.")
+        raise ModuleNotFoundError(
+            "The demo reads its images from easy-vqa, not installed here; run `pip install easy-vqa==1.0`."
+        )
     import easy_vqa  # after the check, so that the message names the command
 
     read_questions = {"train": easy_vqa.get_train_questions, "test": easy_vqa.get_test_questions}[split]

