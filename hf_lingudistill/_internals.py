@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,8 @@ __all__ = [
     "attention_switched",
     "base_attention_function",
     "decoder_of",
+    "gathered",
     "head_of",
-    "maybe_gather_lm_head_ctx",
     "register_attention",
 ]
 
@@ -54,7 +54,7 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
             f"{type(model).__name__} has no rotary embedding in its text backbone ({type(decoder).__name__}): KV sharing "
             "needs a decoder with RoPE and softmax attention. Run `lingudistill check` on the pair."
         )
-    return decoder
+    return decoder  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,11 @@ def head_of(model: PreTrainedModel) -> Head:
     )
 
 
+def gathered(*parameters: Any) -> AbstractContextManager[Any]:
+    """A context in which these parameters are whole under ZeRO-3; nothing elsewhere. None is ignored."""
+    return maybe_gather_lm_head_ctx(*parameters)  # type: ignore[no-any-return]
+
+
 def register_attention(name: str, function: AttentionFunction, *, masks_of: str | None) -> None:
     """Register `function` as attention implementation `name`.
 
@@ -115,7 +120,7 @@ def register_attention(name: str, function: AttentionFunction, *, masks_of: str 
 def base_attention_function(implementation: str, module: nn.Module) -> AttentionFunction:
     """The attention function behind `implementation`; `eager` lives in the modelling file of the attention module."""
     if implementation == "eager":
-        function: AttentionFunction = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        function: AttentionFunction = sys.modules[type(module).__module__].eager_attention_forward
         return function
     return ALL_ATTENTION_FUNCTIONS[implementation]  # type: ignore[no-any-return]
 

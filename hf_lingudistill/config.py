@@ -136,7 +136,7 @@ class LinguDistillConfig(SFTConfig):
             self.use_cpu = True
             if self.bf16 is None and not self.fp16:
                 self.bf16 = cpu_has_bf16()
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         for name, choices in (
             ("teacher_quantization", QUANTIZATION_CHOICES),
             ("kv_sharing", KV_SHARING_CHOICES),

@@ -66,7 +66,7 @@ def prepare_dataset(dataset: AnyDataset) -> AnyDataset:
         return dataset.map(lambda _row, index: {ROW_COLUMN: index}, with_indices=True)
     if dataset._indices is not None:  # numbering a shuffled view would copy every image; its rows are named by content
         return dataset
-    return dataset.add_column(ROW_COLUMN, list(range(len(dataset))), feature=Value("int64"))  # type: ignore[no-any-return]
+    return dataset.add_column(ROW_COLUMN, list(range(len(dataset))), feature=Value("int64"))
 
 
 def check_distill_column(dataset: AnyDataset, column: str) -> tuple[bool, float | None]:
@@ -119,7 +119,7 @@ def decode_image(value: Any) -> PILImage.Image:
             low, high = image.getextrema()
             span = float(high - low) or 1.0
             image = image.convert("F").point(lambda p: (p - low) * 255.0 / span).convert("L")
-        return ImageOps.exif_transpose(image).convert("RGB")  # type: ignore[no-any-return]
+        return ImageOps.exif_transpose(image).convert("RGB")
     except BadRow:
         raise
     except PILImage.DecompressionBombError as error:
@@ -364,7 +364,7 @@ def load_mixture(mixture: DistillMixtureConfig, distill_column: str = "distill")
     ]
     combined = concatenate_datasets(flagged)
     if mixture.test_split_size is not None:
-        return combined.train_test_split(test_size=mixture.test_split_size)  # type: ignore[no-any-return]
+        return combined.train_test_split(test_size=mixture.test_split_size)
     return DatasetDict({"train": combined})
 
 

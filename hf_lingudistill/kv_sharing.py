@@ -263,7 +263,7 @@ def recording(student: PreTrainedModel) -> Iterator[SharedKV]:
         shared.last_hidden_state = output[0]
 
     hooks = [
-        decoder.rotary_emb.register_forward_hook(on_rotary, with_kwargs=True),  # type: ignore[union-attr, operator]
+        decoder.rotary_emb.register_forward_hook(on_rotary, with_kwargs=True),  # type: ignore[union-attr]
         student.base_model.register_forward_hook(on_backbone),
     ]
     try:

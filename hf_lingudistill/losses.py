@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ._internals import Head, maybe_gather_lm_head_ctx
+from ._internals import Head, gathered
 
 CHUNK_ELEMENTS = 2**22  # logits per chunk and model: 16 MiB in fp32
 KEEP_ELEMENTS = 2**24  # logit gradients kept for the backward pass: at most 64 MiB
@@ -71,7 +71,7 @@ def distil(
             factor of temperature squared).
         temperature: divides both models' logits in the divergence.
     """
-    outputs = _Distil.apply(
+    outputs = _Distil.apply(  # type: ignore[no-untyped-call]
         student_hidden,
         student_head.weight,
         student_head.bias,
@@ -165,8 +165,8 @@ class _Distil(torch.autograd.Function):
         gradients: list[torch.Tensor] = []
         keep = count * vocab <= KEEP_ELEMENTS
         with (
-            maybe_gather_lm_head_ctx(student_weight, student_bias),
-            maybe_gather_lm_head_ctx(teacher_head.weight, teacher_head.bias),
+            gathered(student_weight, student_bias),
+            gathered(teacher_head.weight, teacher_head.bias),
             torch.autocast(value.device.type, enabled=False),
         ):
             s_weight, t_weight = student_weight.to(s_dtype), teacher_head.weight.to(t_dtype)
@@ -215,10 +215,11 @@ class _Distil(torch.autograd.Function):
         grad_weight = torch.zeros(student_weight.shape, device=hidden.device) if needs_weight else None
         grad_bias = torch.zeros(student_bias.shape, device=hidden.device) if needs_bias else None
         with (
-            maybe_gather_lm_head_ctx(student_weight, student_bias),
-            maybe_gather_lm_head_ctx(teacher_head.weight, teacher_head.bias),
+            gathered(student_weight, student_bias),
+            gathered(teacher_head.weight, teacher_head.bias),
         ):
             s_weight, vocab = student_weight.to(s_dtype), int(teacher_head.weight.shape[0])
+            gradient: torch.Tensor
             parts = [slice(0, rows.numel())] if ctx.kept is not None else _chunks(rows.numel(), vocab)
             for part in parts:
                 if ctx.kept is not None:
@@ -228,7 +229,7 @@ class _Distil(torch.autograd.Function):
                     teacher = _raw_logits(
                         teacher_hidden[rows[part]].to(t_dtype), teacher_head.weight.to(t_dtype), teacher_head.bias
                     )
-                    _, gradient = _divergence_and_gradient(
+                    _value, gradient = _divergence_and_gradient(
                         _finish(raw, student_head), _finish(teacher, teacher_head), ctx.beta, ctx.temperature
                     )
                     gradient = _through_finish(gradient, raw, student_head)

@@ -77,7 +77,7 @@ def load_teacher_model(
         del kwargs["quantization_config"]
     else:
         kwargs.setdefault("device_map", {"": device})
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     if "quantization_config" not in kwargs and "device_map" not in kwargs:
         model = model.to(device)
     return model  # type: ignore[no-any-return]
@@ -97,15 +97,16 @@ def prepare_teacher(
     unchanged, and student mass on the others is penalised where a shared label is distilled. Padding rows that the teacher
     has beyond the student's vocabulary are left out of the head.
     """
-    student_vocab = head_of(student).weight.shape[0]
-    if hasattr(head_of(student).weight, "ds_shape"):  # ZeRO-3 partitions the weight; its whole shape is kept here
-        student_vocab = head_of(student).weight.ds_shape[0]
+    student_weight: Any = head_of(student).weight
+    # ZeRO-3 partitions the weight; its whole shape is kept in `ds_shape`
+    student_vocab = getattr(student_weight, "ds_shape", student_weight.shape)[0]
     model.eval()
     model.requires_grad_(False)
     own_vocab = head_of(model).weight.shape[0]
     if own_vocab < student_vocab:
         model.resize_token_embeddings(student_vocab, mean_resizing=False)
-        for weights in {model.get_input_embeddings().weight, head_of(model).weight}:
+        embeddings: Any = model.get_input_embeddings()
+        for weights in {embeddings.weight, head_of(model).weight}:
             with torch.no_grad():
                 weights[own_vocab:] = 0.0
         model.requires_grad_(False)

@@ -71,7 +71,7 @@ class LinguDistillTrainer(SFTTrainer):
         >>> trainer.train()
     """
 
-    args: LinguDistillConfig  # type: ignore[assignment]
+    args: LinguDistillConfig
     model: Any  # narrower than transformers' declarations, which admit None
     train_dataset: Any
     processing_class: Any
@@ -218,7 +218,7 @@ class LinguDistillTrainer(SFTTrainer):
                 return fused_forward(*args, **kwargs)
             return self._distilling_forward(fused_forward, student, distill, *args, **kwargs)
 
-        student.forward = types.MethodType(forward, student)  # type: ignore[method-assign]
+        student.forward = types.MethodType(forward, student)
 
     def _distilling_forward(
         self,

@@ -473,13 +473,13 @@ def test_recorded_keys_and_values_are_freed_before_the_divergence(
             storages.append(StorageWeakRef(tensor.untyped_storage()))
         return teacher_pass(teacher, shared, plan)
 
-    def watched_divergence(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def watched_distil(*args: Any, **kwargs: Any) -> Any:
         alive.append(sum(not storage.expired() for storage in storages))
-        return divergence(*args, **kwargs)
+        return distil(*args, **kwargs)
 
-    divergence = trainer_module.divergence
+    distil = trainer_module.distil
     monkeypatch.setattr(trainer_module, "teacher_pass", watched_pass)
-    monkeypatch.setattr(trainer_module, "divergence", watched_divergence)
+    monkeypatch.setattr(trainer_module, "distil", watched_distil)
     trainer = make_trainer(gradient_checkpointing=True)
     batch = mixed_batch(trainer)
     trainer.model.gradient_checkpointing_enable()

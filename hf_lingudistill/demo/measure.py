@@ -31,8 +31,8 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _tokenizer(processing: Processing) -> PreTrainedTokenizerBase:
-    return getattr(processing, "tokenizer", processing)
+def _tokenizer(processing: Any) -> Any:
+    return processing.tokenizer if isinstance(processing, ProcessorMixin) else processing
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int, device: torch.device) -> torch.Tensor:
@@ -174,14 +174,14 @@ def _messages(prompt: str, with_image: bool) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
 
 
-def _render(processing: Processing, prompt: str, with_image: bool) -> str:
-    text = processing.apply_chat_template(_messages(prompt, with_image), tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)
-    return text
+def _render(processing: Any, prompt: str, with_image: bool) -> str:
+    return str(
+        processing.apply_chat_template(_messages(prompt, with_image), tokenize=False, add_generation_prompt=True)
+    )
 
 
 def answer(
-    model: PreTrainedModel,
+    model: Any,
     processing: Processing,
     prompt: str,
     image: PILImage.Image | None = None,
@@ -204,6 +204,4 @@ def answer(
     inputs = inputs.to(model.device)
     with _evaluating(model):
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    generated = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert isinstance(generated, str)
-    return generated.strip()
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

