@@ -160,6 +160,11 @@ class LinguDistillConfig(SFTConfig):
             )
         if not math.isfinite(self.distill_margin):
             raise ValueError(f"distill_margin must be a finite number of nats; got {self.distill_margin}.")
+        if not isinstance(self.teacher_model_init_kwargs, dict | None):
+            raise ValueError(
+                f"teacher_model_init_kwargs must be a mapping, in JSON on the command line; got "
+                f"{self.teacher_model_init_kwargs!r}."
+            )
         if not self.distill_column:
             raise ValueError("distill_column must name a dataset column; got an empty string.")
         if self.loss_type != "nll":

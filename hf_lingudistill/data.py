@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from datasets import Dataset, DatasetDict, Image, IterableDataset, List, Value, concatenate_datasets, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+    load_from_disk,
+)
 from PIL import Image as PILImage
 from PIL import ImageOps
 from trl import DatasetMixtureConfig, get_dataset
@@ -33,8 +43,9 @@ Row = dict[str, Any]
 class BadRow(ValueError):
     """A row that cannot be trained on. reason: a short class of failure, for counting."""
 
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, reason: str, message: str | None = None) -> None:
+        # one argument: how a dataloader worker's error is raised again in the main process
+        super().__init__(reason if message is None else message)
         self.reason = reason
 
 
@@ -54,12 +65,7 @@ def prepare_dataset(dataset: AnyDataset) -> AnyDataset:
     columns = dataset.column_names or []
     if not has_images(columns):
         return dataset
-    for column in IMAGE_COLUMNS:
-        feature = (dataset.features or {}).get(column)
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), Image):
-            dataset = dataset.cast_column(column, List(Image(decode=False)))
+    dataset = _undecoded(dataset)
     if ROW_COLUMN in columns:
         return dataset
     if isinstance(dataset, IterableDataset):
@@ -67,6 +73,28 @@ def prepare_dataset(dataset: AnyDataset) -> AnyDataset:
     if dataset._indices is not None:  # numbering a shuffled view would copy every image; its rows are named by content
         return dataset
     return dataset.add_column(ROW_COLUMN, list(range(len(dataset))), feature=Value("int64"))
+
+
+def _undecoded(dataset: AnyDataset) -> AnyDataset:
+    """The same dataset with its images left as `{"bytes", "path"}`."""
+    features = dict(dataset.features or {})
+    for column in IMAGE_COLUMNS:
+        feature = features.get(column)
+        if isinstance(feature, Image):
+            features[column] = Image(decode=False)
+        elif isinstance(getattr(feature, "feature", None), Image):
+            features[column] = List(Image(decode=False))
+    if features == (dataset.features or {}):
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        for column in set(features) & set(IMAGE_COLUMNS):
+            dataset = dataset.cast_column(column, features[column])
+        return dataset
+    # Not `cast_column`: for a list of images it writes the whole dataset to disk a second time.
+    info = dataset.info.copy()
+    info.features = Features(features)
+    undecoded = Dataset(dataset.data, info=info, split=dataset.split, indices_table=dataset._indices)
+    return undecoded.with_format(**dataset.format)
 
 
 def check_distill_column(dataset: AnyDataset, column: str) -> tuple[bool, float | None]:
@@ -104,6 +132,8 @@ def decode_image(value: Any) -> PILImage.Image:
     if value is None:
         raise BadRow("image missing", "an image is missing (null)")
     try:
+        if isinstance(value, str) and "://" in value:  # inside an archive or on the Hub: datasets knows how to open it
+            value = Image().decode_example({"bytes": None, "path": value})
         if isinstance(value, bytes):
             image: Any = PILImage.open(io.BytesIO(value))
         elif isinstance(value, str | Path):
@@ -114,7 +144,9 @@ def decode_image(value: Any) -> PILImage.Image:
             raise BadRow("image of wrong type", f"an image was expected, found {type(value).__name__}")
         if 0 in image.size:
             raise BadRow("image of zero size", f"an image has the size {image.size[0]}x{image.size[1]}")
-        if image.mode.startswith(("I", "F")):  # 16- and 32-bit: PIL's own conversion clips instead of scaling
+        if image.mode.startswith("I;16"):  # PIL's own conversion clips instead of scaling
+            image = image.convert("F").point(lambda p: p / 257.0 + 0.5).convert("L")
+        elif image.mode in ("I", "F"):  # 32-bit has no known range: stretched
             image.load()
             low, high = image.getextrema()
             span = float(high - low) or 1.0
@@ -165,6 +197,13 @@ class DistillCollator:
         batch = self._collate(plain, names)
         if self.vision:
             batch = self._truncate(batch, names)
+        elif batch["input_ids"].shape[0] != len(rows):  # padding-free: the rows are joined to one
+            if distill.any() != distill.all():
+                raise ValueError(
+                    f"padding_free joins rows, but column {self.distill_column!r} differs between them: set "
+                    "padding_free=False, or drop the column."
+                )
+            distill = distill[:1]
         batch["distill"] = distill
         return batch
 
@@ -194,31 +233,37 @@ class DistillCollator:
         ids, labels = batch["input_ids"], batch["labels"]
         length = ids.shape[1]
         limit = length if self.max_length is None else min(self.max_length, length)
-        if limit < length:
-            last_image = torch.where(torch.isin(ids, self._image_ids), torch.arange(length), -1).amax(dim=1)
-            for name, last in zip(names, last_image.tolist(), strict=True):
-                if last >= limit:
-                    raise BadRow(
-                        "image tokens over max_length",
-                        f"{name}: its image tokens end at position {last + 1}, max_length is {limit}. Set max_length to at "
-                        f"least {last + 2} (more for the answer), or to null for no truncation.",
-                    )
-            shape = ids.shape
-            batch = {
-                key: value[:, :limit] if isinstance(value, torch.Tensor) and value.shape[:2] == shape else value
-                for key, value in batch.items()
-            }
-            labels = batch["labels"]
-        trained = (labels[:, 1:] != -100).any(dim=1)
-        for name, has_label in zip(names, trained.tolist(), strict=True):
-            if not has_label:
-                cut = f" within max_length={self.max_length}" if limit < length else ""
+        positions = torch.arange(length)
+        last_image = torch.where(torch.isin(ids, self._image_ids), positions, -1).amax(dim=1)
+        # the first token has nothing before it that could predict it
+        first_label = torch.where((labels != -100) & (positions > 0), positions, length).amin(dim=1)
+        for name, image, label in zip(names, last_image.tolist(), first_label.tolist(), strict=True):
+            if label == length:
                 raise BadRow(
                     "no label",
-                    f"{name} has no token to train on{cut}: all labels are masked. Give it a non-empty answer, raise "
-                    "max_length, or pass --skip_bad_rows.",
+                    f"{name} has no token to train on: all labels are masked. Give it a non-empty answer, or pass "
+                    "--skip_bad_rows.",
                 )
-        return batch
+            needed = (
+                f"Set max_length to at least {max(image, label) + 1} (more for the whole answer), or to null for no "
+                "truncation."
+            )
+            if image >= limit:
+                raise BadRow(
+                    "image tokens over max_length",
+                    f"{name}: its image tokens end at position {image + 1}, max_length is {limit}. {needed}",
+                )
+            if label >= limit:
+                raise BadRow(
+                    "no label",
+                    f"{name} has no token to train on within max_length={limit}: all labels are masked there. {needed}",
+                )
+        if limit == length:
+            return batch
+        return {
+            key: value[:, :limit] if isinstance(value, torch.Tensor) and value.shape[:2] == ids.shape else value
+            for key, value in batch.items()
+        }
 
 
 def _row_name(row: Row) -> str:
@@ -243,6 +288,12 @@ def _decoded(row: Row, name: str) -> Row:
     value = row[column]
     if column == "images" and value is None:
         value = []
+    if column == "images" and not isinstance(value, list | tuple):
+        raise BadRow(
+            "images not a list",
+            f"{name}: column 'images' must hold a list of images, found {type(value).__name__}. Rename the column to 'image' "
+            "if each row has one image.",
+        )
     try:
         decoded = [decode_image(v) for v in value] if column == "images" else decode_image(value)
     except BadRow as error:
@@ -320,6 +371,8 @@ class DistillMixtureConfig(DatasetMixtureConfig):
 
     def __post_init__(self) -> None:
         for index, source in enumerate(self.datasets):
+            if not isinstance(source, dict | DatasetConfig):
+                raise ValueError(f"datasets[{index}]: expected a mapping with 'path', found {source!r}.")
             if isinstance(source, dict):
                 known = DistillSource.__dataclass_fields__
                 unknown = sorted(set(source) - set(known))
@@ -336,6 +389,8 @@ def load_source(source: DatasetConfig, *, streaming: bool = False) -> AnyDataset
     folder = Path(source.path)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         saved = load_from_disk(source.path)
+        if isinstance(saved, DatasetDict) and source.split not in saved:
+            raise ValueError(f"{source.path} has no split {source.split!r}, found {sorted(saved)}.")
         dataset: AnyDataset = saved[source.split] if isinstance(saved, DatasetDict) else saved
         if source.columns is not None:
             dataset = dataset.select_columns(source.columns)
@@ -362,6 +417,7 @@ def load_mixture(mixture: DistillMixtureConfig, distill_column: str = "distill")
         _with_columns(part, source, distill_column, vision)
         for part, source in zip(parts, mixture.datasets, strict=True)
     ]
+    flagged = [part for part in flagged if not isinstance(part, Dataset) or len(part)] or flagged[:1]
     combined = concatenate_datasets(flagged)
     if mixture.test_split_size is not None:
         return combined.train_test_split(test_size=mixture.test_split_size)
@@ -382,19 +438,28 @@ def _take_fractions(parts: list[AnyDataset], fractions: list[float | None], stre
 
 
 def _with_columns(part: AnyDataset, source: DatasetConfig, distill_column: str, vision: bool) -> AnyDataset:
-    columns = part.column_names or []
-    if "image" in columns and "images" not in columns:
-        # one name across sources; `image` holds a single image
-        part = part.map(lambda row: {"images": [row["image"]]}, remove_columns=["image"])
-        columns = [*columns, "images"]
+    if part.features is None:  # a stream that has to be looked into
+        part = part._resolve_features()
+    part = _undecoded(part)  # before the map below, which would encode every image anew
+    features = Features(dict(part.features))
     flag = getattr(source, "distill", None)
-    new: dict[str, Any] = {}
-    if vision and "images" not in columns:
-        new["images"] = []
-    if flag is not None or distill_column not in columns:
-        new[distill_column] = True if flag is None else flag
-    if new:
-        part = part.map(lambda _row: new)
+    # one name across sources; `image` holds a single image
+    single = "image" in features and "images" not in features
+    own_flag = flag is None and distill_column in features
+
+    def completed(row: Row) -> Row:
+        new: Row = {}
+        if single:
+            new["images"] = [row["image"]]
+        elif vision and "images" not in row:
+            new["images"] = []
+        new[distill_column] = row[distill_column] if own_flag else flag is not False
+        return new
+
+    removed = ["image"] if single else []
+    for name in removed:
+        del features[name]
     if vision:
-        part = part.cast_column("images", List(Image(decode=False)))
-    return part.cast_column(distill_column, Value("bool"))
+        features["images"] = List(Image(decode=False))
+    features[distill_column] = Value("bool")
+    return part.map(completed, remove_columns=removed, features=features)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +33,17 @@ class Teacher:
     footprint: int
 
 
+def _no_cast_notice(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
+
+
 def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """bitsandbytes settings for `nf4`, `int8` or `none`. Embeddings and head are left whole by transformers."""
     if quantization == "nf4":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
     if quantization == "int8":
         # bitsandbytes says on every call that it multiplies in fp16; that is what int8 means there
-        warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_no_cast_notice)
         return BitsAndBytesConfig(load_in_8bit=True)
     return None
 
@@ -80,7 +83,7 @@ def load_teacher_model(
     model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     if "quantization_config" not in kwargs and "device_map" not in kwargs:
         model = model.to(device)
-    return model  # type: ignore[no-any-return]
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
 def prepare_teacher(

@@ -133,6 +133,12 @@ class LinguDistillTrainer(SFTTrainer):
         if train_dataset is not None:
             self.has_distill_column, self.distill_share = check_distill_column(train_dataset, args.distill_column)
             _warn_if_grounding_is_at_risk(args, train_dataset)
+            packed = args.packing or args.padding_free
+            if packed and args.kv_sharing == "none":
+                raise ValueError(
+                    "kv_sharing='none' cannot keep packed documents apart (the teacher reads compacted rows): use 'prompt' or "
+                    "'full', or set packing=False and padding_free=False."
+                )
             if args.packing and self.has_distill_column:
                 raise ValueError(
                     f"packing joins rows, so that column {args.distill_column!r} has no meaning: drop the column (every row is "

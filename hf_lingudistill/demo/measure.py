@@ -203,5 +203,5 @@ def answer(
         inputs = processing(text=[text], images=[[image]], return_tensors="pt", add_special_tokens=False)
     inputs = inputs.to(model.device)
     with _evaluating(model):
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.3)
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

@@ -23,7 +23,7 @@ from ..config import LinguDistillConfig
 from ..report import Report, language_entry, prompts_text, table, vision_entry, write_report
 from ..trainer import LinguDistillTrainer
 from .measure import answer, text_perplexity, what_accuracy
-from .models import SMOLLM2_135M, TINY, SeeingRecipe, build_vlm, load_smollm2, teach_to_see, train_small_lm
+from .models import SMOLLM2_135M, TINY, SeeingRecipe, build_vlm, load_smollm2, pretrain_vision, teach_to_see, train_small_lm
 from .text import HELD_OUT_SOURCE, held_out_texts, language_rows
 from .vqa import grounded_rows, vqa_rows
 
@@ -49,20 +49,20 @@ class Demo:
 DEMOS: dict[str, Demo] = {
     "tiny": Demo(
         seeing=TINY,
-        vision_rows=1200,
-        text_rows=1200,
-        grounded=400,
+        vision_rows=720,
+        text_rows=600,
+        grounded=120,
         texts=96,
         questions=400,
-        prompts=("Tell me about London.", "Continue: The boy went to the"),
+        prompts=("Continue: The boy went to the", "Tell me about the history of Scotland."),
     ),
     "real": Demo(
         seeing=SMOLLM2_135M,
-        vision_rows=480,
-        text_rows=480,
-        grounded=160,
-        texts=40,
-        questions=240,
+        vision_rows=120,
+        text_rows=140,
+        grounded=40,
+        texts=32,
+        questions=160,
         prompts=(
             "What is the capital of France?",
             "Why is the sky blue? Answer in one sentence.",
@@ -114,6 +114,7 @@ def run_demo(
             tokenizer.save_pretrained(out / "original")
     with _timed(seconds, "before", say, "2/5 teaching it to see (plain trl.SFTTrainer on image questions)"):
         vlm, processor = build_vlm(lm, tokenizer, seed=seed)
+        pretrain_vision(vlm, processor, seed=seed)
         rows = vqa_rows("train", demo.seeing.steps * demo.seeing.batch_size, seed=seed)
         teach_to_see(vlm, processor, rows, out / "before", demo.seeing, seed=seed, bf16=config.bf16, disable_tqdm=True)
         del lm, vlm
@@ -171,6 +172,7 @@ def _train(trainer_class: type[SFTTrainer], out: Path, name: str, config: LinguD
     """Train OUT/before on the mix with this trainer class and the same settings; -> the trainer."""
     args = copy.copy(config)
     args.output_dir = str(out / name)
+    args.disable_tqdm = True
     model = AutoModelForImageTextToText.from_pretrained(out / "before", dtype=torch.float32)
     kwargs: dict[str, Any] = {"processing_class": AutoProcessor.from_pretrained(out / "before")}
     if trainer_class is LinguDistillTrainer:
