@@ -13,15 +13,16 @@ from ._internals import Head, head_of
 
 logger = logging.getLogger(__name__)
 
-# Added to the teacher's logits of tokens it does not share with the student. Finite: -inf gives a NaN divergence.
-UNSHARED_BIAS = -1e4
+# Added to the teacher's logits of tokens it does not share with the student: e^-100 is nothing beside a real token, and
+# finite (-inf gives a NaN divergence), and small enough that reverse KL charges 1 nat for 1 % of student mass on them.
+UNSHARED_BIAS = -100.0
 
 
 @dataclass(frozen=True)
 class Teacher:
     """A frozen LM whose head covers the student's vocabulary.
 
-    model: eval mode, no gradient. head: (V_student, H_t) with a bias of -1e4 on tokens that teacher and student do not
+    model: eval mode, no gradient. head: (V_student, H_t) with a bias of -100 on tokens that teacher and student do not
     share. shared_vocab_size: ids below it mean the same token to both. unreadable_token_ids: image placeholders.
     footprint: bytes of weights and buffers.
     """
@@ -96,7 +97,7 @@ def prepare_teacher(
     """Freeze `model` and give it a head over the student's vocabulary.
 
     A VLM has more tokens than its LM. The teacher's (tied or untied) embeddings grow to the student's size by zero rows,
-    and the logits of every token that the two do not share get a bias of -1e4: the softmax over the shared ones is
+    and the logits of every token that the two do not share get a bias of -100: the softmax over the shared ones is
     unchanged, and student mass on the others is penalised where a shared label is distilled. Padding rows that the teacher
     has beyond the student's vocabulary are left out of the head.
     """

@@ -85,7 +85,7 @@ def teacher_logits(
     )
     assert list(zip(plan.loss_rows.tolist(), plan.loss_positions.tolist(), strict=True)) == candidates(batch)
     logits = teacher.lm_head(teacher_pass(teacher, shared, plan)).detach().double()
-    return torch.cat([logits, torch.full((logits.shape[0], vocab - logits.shape[1]), -1e4).double()], dim=1)
+    return torch.cat([logits, torch.full((logits.shape[0], vocab - logits.shape[1]), -100.0).double()], dim=1)
 
 
 def generalised_jsd(student_log_p: torch.Tensor, teacher_log_p: torch.Tensor, beta: float) -> torch.Tensor:

@@ -49,8 +49,8 @@ class Demo:
 DEMOS: dict[str, Demo] = {
     "tiny": Demo(
         seeing=TINY,
-        vision_rows=720,
-        text_rows=600,
+        vision_rows=1440,
+        text_rows=300,
         grounded=120,
         texts=96,
         questions=400,
