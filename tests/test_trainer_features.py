@@ -272,10 +272,12 @@ def test_packing_is_refused_where_the_teacher_would_read_across_documents(make_t
         make_trainer(train_dataset=_text_without_flag(), kv_sharing="none", **PACKED[way])
 
 
-@pytest.mark.parametrize("way", PACKED)
-def test_packing_with_a_flag_column_is_refused(make_trainer: MakeTrainer, way: str) -> None:
-    with pytest.raises(ValueError, match="column 'distill' has no meaning"):
-        make_trainer(train_dataset=tiny.make_dataset(4, images=False), **PACKED[way])
+@pytest.mark.parametrize("way", ["one packed row", "two packed rows in a batch", "padding-free"])
+def test_packing_rows_of_different_flags_is_refused(make_trainer: MakeTrainer, way: str) -> None:
+    flags = [True, False, True, False]
+    dataset = _text_without_flag().add_column("distill", flags)
+    with pytest.raises(ValueError, match="column 'distill' .*drop the column"):
+        make_trainer(train_dataset=dataset, **PACKED[way]).train()
 
 
 # --------------------------------------------------------------------------------------------------------------------
