@@ -44,7 +44,9 @@ def report() -> dict:
     return {
         "language": language_entry({arm: perplexity(nll) for arm, nll in arms.items()}, "a source"),
         "vision": vision_entry(
-            {"before": accuracy(0.8), "after": accuracy(0.78)}, {"before": accuracy(0.2), "after": accuracy(0.2)}, "metric"
+            {"before": accuracy(0.8), "after": accuracy(0.78)},
+            {"before": accuracy(0.2), "after": accuracy(0.2)},
+            "metric",
         ),
         "seconds": {"original": 1.0, "before": 2.0, "after": 3.0},
         "config": {},
@@ -110,6 +112,8 @@ def test_readme_figures_are_those_of_the_result_files(readme_tool):
 
 def test_files_named_in_the_readme_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = re.findall(r"\]\(((?!https?:)[^)#]+)\)", text) + re.findall(r"`((?:docs|benchmarks|tests|examples)/[\w./]+)`", text)
+    named = re.findall(r"\]\(((?!https?:)[^)#]+)\)", text) + re.findall(
+        r"`((?:docs|benchmarks|tests|examples)/[\w./]+)`", text
+    )
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []

@@ -126,11 +126,12 @@ def losses(batch: Batch, plan: QueryPlan) -> Losses:
     if DEFAULTS["distill_tokens"] == "confident":
         passed = confident_tokens(teacher, student, DEFAULTS["distill_margin"])
     at = plan.loss_rows[passed], plan.loss_positions[passed]
+    everywhere = torch.ones(len(at[0]), dtype=torch.bool)  # `at` holds the chosen positions only
     weights = {"ce_weight": DEFAULTS["ce_weight"], "distill_weight": DEFAULTS["distill_weight"]}
     labelled = (batch.labels[:, 1:] != -100).float()
     return Losses(
-        ce=combine(labelled, torch.zeros(len(at[0])), *at, **weights),
-        kl=combine(torch.zeros_like(labelled), torch.ones(len(at[0])), *at, **weights),
+        ce=combine(labelled, torch.zeros(len(at[0])), everywhere, *at, **weights),
+        kl=combine(torch.zeros_like(labelled), torch.ones(len(at[0])), everywhere, *at, **weights),
         candidates=plan.loss_positions[plan.loss_rows == 0].tolist(),
     )
 

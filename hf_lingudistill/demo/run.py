@@ -23,7 +23,16 @@ from ..config import LinguDistillConfig
 from ..report import Report, language_entry, prompts_text, table, vision_entry, write_report
 from ..trainer import LinguDistillTrainer
 from .measure import answer, text_perplexity, what_accuracy
-from .models import SMOLLM2_135M, TINY, SeeingRecipe, build_vlm, load_smollm2, pretrain_vision, teach_to_see, train_small_lm
+from .models import (
+    SMOLLM2_135M,
+    TINY,
+    SeeingRecipe,
+    build_vlm,
+    load_smollm2,
+    pretrain_vision,
+    teach_to_see,
+    train_small_lm,
+)
 from .text import HELD_OUT_SOURCE, held_out_texts, language_rows
 from .vqa import grounded_rows, vqa_rows
 
