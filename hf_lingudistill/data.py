@@ -389,9 +389,11 @@ def load_source(source: DatasetConfig, *, streaming: bool = False) -> AnyDataset
     folder = Path(source.path)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         saved = load_from_disk(source.path)
-        if isinstance(saved, DatasetDict) and source.split not in saved:
-            raise ValueError(f"{source.path} has no split {source.split!r}, found {sorted(saved)}.")
-        dataset: AnyDataset = saved[source.split] if isinstance(saved, DatasetDict) else saved
+        # A single unnamed dataset is the training split: evaluation must not read it by accident
+        splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
+        if source.split not in splits:
+            raise ValueError(f"{source.path} has no split {source.split!r}, found {sorted(splits)}.")
+        dataset: AnyDataset = splits[source.split]
         if source.columns is not None:
             dataset = dataset.select_columns(source.columns)
         return dataset.to_iterable_dataset() if streaming else dataset

@@ -86,6 +86,7 @@ class QueryPlan:
         return self.num_loss == 0
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def plan_queries(
     input_ids: torch.Tensor,
     labels: torch.Tensor,
@@ -203,6 +204,7 @@ def _as_attended(states: torch.Tensor) -> torch.Tensor:
 
 
 def _recording_attention(base_name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attention(
         module: nn.Module,
         query: torch.Tensor,
@@ -230,7 +232,7 @@ def _recording_attention(base_name: str) -> Callable[..., tuple[torch.Tensor, to
         finally:
             config._attn_implementation = recording_name
 
-    return attention
+    return attention  # type: ignore[no-any-return]
 
 
 def _record_name(implementation: str) -> str:
@@ -434,6 +436,7 @@ def _rotary_replayed(decoder: PreTrainedModel, replay: _Replay) -> Iterator[None
         del rotary_emb.forward  # the instance attribute; the class's own forward shows again
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def teacher_pass(teacher: PreTrainedModel, shared: SharedKV, plan: QueryPlan) -> torch.Tensor:
     """The teacher's last hidden state where the loss is taken.

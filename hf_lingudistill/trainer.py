@@ -103,6 +103,14 @@ class LinguDistillTrainer(SFTTrainer):
             raise ValueError(
                 "compute_loss_func cannot be combined with distillation: the trainer computes its own loss."
             )
+        adapter = kwargs.get("peft_config")
+        if not isinstance(model, str) and is_peft_model(model):
+            adapter = model.active_peft_config
+        if getattr(adapter, "is_prompt_learning", False):
+            raise ValueError(
+                f"{type(adapter).__name__} puts virtual tokens before the text, which the teacher cannot read: use LoRA "
+                "or full fine-tuning."
+            )
         self.has_distill_column = False
         self.distill_share: float | None = None
         self.skipped_rows: dict[str, int] = {}
@@ -167,9 +175,20 @@ class LinguDistillTrainer(SFTTrainer):
         if args.skip_bad_rows and self._is_vision_dataset:
             self.train_dataset, dropped = drop_bad_rows(self.train_dataset, self.data_collator)
             self.skipped_rows = dropped
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = {
+                    name: drop_bad_rows(part, self.data_collator)[0] for name, part in self.eval_dataset.items()
+                }
+            elif self.eval_dataset is not None:
+                self.eval_dataset = drop_bad_rows(self.eval_dataset, self.data_collator)[0]
             if dropped:
                 logger.warning("Skipped %d rows: %s", sum(dropped.values()), dict(dropped))
-        if train_dataset is not None and not self.has_distill_column and self.accelerator.is_main_process:
+        if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == 0:
+            raise ValueError(
+                f"No row is left to train on: no answer token lies within max_length={args.max_length}. Raise max_length."
+            )
+        columns_known = train_dataset is not None and train_dataset.column_names is not None
+        if columns_known and not self.has_distill_column and self.accelerator.is_main_process:
             logger.warning("The dataset has no column %r: every row is distilled.", args.distill_column)
 
         self._compute_dtype = compute_dtype_of(student, bf16=bool(args.bf16), fp16=args.fp16)
@@ -226,6 +245,8 @@ class LinguDistillTrainer(SFTTrainer):
 
         student.forward = types.MethodType(forward, student)
 
+    # Not traced itself, its callees are: the record of K/V is a side effect
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def _distilling_forward(
         self,
         fused_forward: Callable[..., Any],
@@ -242,7 +263,7 @@ class LinguDistillTrainer(SFTTrainer):
             kwargs["input_ids"],
             labels,
             distill,
-            kv_sharing=config.kv_sharing,  # type: ignore[arg-type]
+            kv_sharing=config.kv_sharing,
             shared_vocab_size=self.teacher.shared_vocab_size,
             unreadable_token_ids=self.teacher.unreadable_token_ids,
             attention_mask=kwargs.get("attention_mask"),
@@ -344,6 +365,11 @@ class LinguDistillTrainer(SFTTrainer):
                 self._metrics[mode][name] = [value]
         super().log(logs, start_time)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.evaluation_loop` with sums of its own: `predict` leaves some that nothing logs."""
+        self._sums["eval"].zero_()
+        return super().evaluation_loop(*args, **kwargs)
+
     def _warn_if_teacher_is_worse(self, teacher_ce: float, student_ce: float) -> None:
         if self._worse_teacher_warned or self.args.distill_tokens != "all" or teacher_ce <= student_ce + 0.1:
             return
@@ -390,7 +416,8 @@ class LinguDistillTrainer(SFTTrainer):
     # ----------------------------------------------------------------------------------------------------------------
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, after checking that `output_dir` does not hold another run (unless this resumes it)."""
-        if not resume_from_checkpoint and not self.args.resume_from_checkpoint:
+        resume_from_checkpoint = resume_from_checkpoint or self.args.resume_from_checkpoint
+        if not resume_from_checkpoint:
             _check_output_dir(self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

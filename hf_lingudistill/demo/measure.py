@@ -190,6 +190,9 @@ def answer(
 ) -> str:
     """The model's greedy answer to one prompt, through its own chat template.
 
+    Without an image, tokens that the answer or the prompt already has are penalised by 1.3, the same for every model: small
+    models repeat themselves otherwise. With an image, nothing is, so that answers are those that `what_accuracy` counts.
+
     Raises:
         ValueError: if an image is given to a model whose processing is a plain tokenizer.
     """
@@ -203,5 +206,10 @@ def answer(
         inputs = processing(text=[text], images=[[image]], return_tensors="pt", add_special_tokens=False)
     inputs = inputs.to(model.device)
     with _evaluating(model):
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.3)
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.3 if image is None else 1.0,
+        )
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from ..config import LinguDistillConfig
@@ -77,7 +78,10 @@ def parse(argv: Sequence[str]) -> Parsed:
         kind = "real" if any(arg in ("--demo=real", "real") for arg in argv) and "demo" in names else "tiny"
         argv = ["--config", str(recipe(kind)), *argv]
     parser = TrlParser(ARGUMENTS)  # type: ignore[arg-type]
-    return parser.parse_args_and_config(args=argv)  # type: ignore[return-value]
+    try:
+        return parser.parse_args_and_config(args=argv)  # type: ignore[return-value]
+    except yaml.YAMLError as error:
+        raise ValueError(f"The recipe is not valid YAML: {error}") from error
 
 
 def load_data(
@@ -250,10 +254,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_demo(script_args.demo, config, offline=script_args.offline)
         else:
             distill(script_args, config, model_args, mixture)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        # OSError: also an unreachable Hub (ConnectionError) and a model without safetensors
         if os.environ.get("LINGUDISTILL_DEBUG") == "1":
             raise
-        print(f"error: {error} (LINGUDISTILL_DEBUG=1 shows the traceback)", file=sys.stderr)
+        sentence = " ".join(str(error).split())
+        print(f"error: {sentence} (LINGUDISTILL_DEBUG=1 shows the traceback)", file=sys.stderr)
         return 2
     return 0
 
