@@ -455,7 +455,7 @@ def _check_output_dir(args: LinguDistillConfig) -> None:
     if held and not args.overwrite_output_dir:
         raise ValueError(
             f"output_dir {str(folder)!r} holds another run ({held[0]}): choose another folder, continue it with "
-            "--resume_from_checkpoint, or pass --overwrite_output_dir."
+            "--resume_from_checkpoint PATH/checkpoint-N, or pass --overwrite_output_dir."
         )
 
 

@@ -72,7 +72,7 @@ def parse(argv: Sequence[str]) -> Parsed:
     """Flags and `--config` YAML -> dataclasses. Without a model and without a recipe, the tiny demo's recipe is read."""
     argv = list(argv)
     names = {arg.split("=", 1)[0].replace("-", "_").removeprefix("__") for arg in argv if arg.startswith("--")}
-    if "config" not in names and "model_name_or_path" not in names:
+    if not names & {"config", "model_name_or_path", "dataset_name"}:
         from ..demo import recipe
 
         kind = "real" if any(arg in ("--demo=real", "real") for arg in argv) and "demo" in names else "tiny"
@@ -141,7 +141,11 @@ def startup_summary(trainer: LinguDistillTrainer, model_name: str) -> str:
     marked = "all (no flag column)" if not trainer.has_distill_column else "by column " + repr(args.distill_column)
     if trainer.distill_share is not None:
         marked = f"{trainer.distill_share:.0%}"
-    fit = "fits" if not trainer.compatibility.notes else f"fits, {len(trainer.compatibility.notes)} notes"
+    fit = (
+        "fits"
+        if not trainer.compatibility.notes
+        else f"fits; see `lingudistill check` for {len(trainer.compatibility.notes)} note(s)"
+    )
     lines = {
         "Student": f"{model_name} ({size / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained)",
         "Teacher": f"{trainer.teacher_name_or_path or 'in memory'} ({args.teacher_quantization}, "
