@@ -60,12 +60,14 @@ def demo_prompts() -> str:
 def demo_real() -> str:
     """The table and the prompts of the demo with real weights."""
     if not DEMO_REAL.is_file():
-        return "_Not measured yet: run `make demo-real`._"
+        return "_Written, not measured yet: run `make demo-real`._"
     return _demo(DEMO_REAL) + "\n\n```\n" + prompts_text(_read(DEMO_REAL)["prompts"]) + "\n```"
 
 
 def step_cost() -> str:
     """Time and memory of one step."""
+    if not STEP_COST.is_file():
+        return "_Not measured yet: run `python benchmarks/step_cost.py --json benchmarks/results/step_cost.json`._"
     result = _read(STEP_COST)
     arms, shape, machine = result["arms"], result["shape"], result["machine"]
     base = arms["sft"].get("peak_mb")
