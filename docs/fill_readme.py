@@ -97,8 +97,8 @@ def fill(text: str) -> str:
     Raises:
         KeyError: if a block's name has no function here.
     """
-    pattern = re.compile(r"(<!-- results:(\w+) -->\n).*?(\n<!-- /results -->)", re.DOTALL)
-    return pattern.sub(lambda match: match[1] + BLOCKS[match[2]]() + match[3], text)
+    pattern = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+    return pattern.sub(lambda match: match[1] + BLOCKS[match[2]]() + "\n" + match[3], text)
 
 
 def main() -> int:
