@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -218,7 +217,9 @@ def peak_of(arm: str, folder: Path, args: argparse.Namespace) -> None:
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        # VmHWM starts anew with this process; getrusage's maximum is inherited from the parent that started it
+        status = Path("/proc/self/status").read_text()
+        peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
     teacher = getattr(stepper.trainer, "teacher", None)
     print(json.dumps({"peak_mb": peak, "teacher_mb": teacher.footprint / 2**20 if teacher else 0.0}))
 

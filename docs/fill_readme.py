@@ -73,7 +73,7 @@ def step_cost() -> str:
     base = arms["sft"].get("peak_mb")
     lines = ["| arm | step | time over SFT (min - max) | peak memory over SFT |", "|---|---|---|---|"]
     for arm, row in arms.items():
-        memory = f"{row['peak_mb'] - base:+.0f} MiB" if base and "peak_mb" in row else "-"
+        memory = f"{row['peak_mb'] - base:+.0f} MiB" if base and "peak_mb" in row else "not measured"
         lines.append(
             f"| `{arm}` | {row['seconds']:.2f} s | {row['ratio']:.3f} ({row['ratio_min']:.3f} - {row['ratio_max']:.3f}) "
             f"| {memory} |"
