@@ -438,9 +438,10 @@ class SeeingRecipe:
     weight_decay: float = 0.0
 
 
-# Chosen so that the language breaks without collapsing; the measurements are in the docstring of teach_to_see.
+# Chosen so that the language breaks without collapsing, with the tower from `pretrain_vision`, seed 0. Held-out perplexity and
+# "what" accuracy (images shuffled): TINY 311 -> 791, .92 (.23); SMOLLM2_135M 22 -> 52, .74 (.27).
 TINY = SeeingRecipe(steps=100, batch_size=24, lm_lr=6e-4, vision_lr=1e-3)
-SMOLLM2_135M = SeeingRecipe(steps=70, batch_size=12, lm_lr=5e-4, vision_lr=1e-3)
+SMOLLM2_135M = SeeingRecipe(steps=50, batch_size=12, lm_lr=3e-4, vision_lr=1e-3)
 
 
 def teach_to_see(
