@@ -31,7 +31,7 @@ DEMO_STAMP := $(VENV)/.stamp-demo
 DEV_STAMP := $(VENV)/.stamp-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-real test test-slow test-gpu lint format results cards clean
+.PHONY: help install demo demo-real test test-slow test-gpu lint format results clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,15 +65,6 @@ format: $(DEV_STAMP)  ## Fix what ruff can fix
 results: $(DEMO_STAMP)  ## Fill the README's figures from the result files
 	$(BIN)/python docs/figures/draw_step.py
 	$(BIN)/python docs/fill_readme.py
-
-cards: $(DEMO_STAMP)  ## Render model_cards/ from the committed results of the recipes
-	@set -e; found=; \
-	for report in examples/recipes/*/results/report.json; do \
-		[ -e "$$report" ] || continue; \
-		found=1; recipe=$$(basename "$$(dirname "$$(dirname "$$report")")"); \
-		$(BIN)/lingudistill card --report "$$report" --output "model_cards/$$recipe.md"; \
-	done; \
-	[ -n "$$found" ] || echo "No recipe has committed results (examples/recipes/*/results/report.json): no card to render."
 
 clean:  ## Remove caches and build products; the virtual environment and outputs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,8 +3,9 @@
 One pass over both heads gives everything: the divergence and its gradient, and what the gate and the metrics need. Logits
 exist for a chunk of `CHUNK_ELEMENTS` entries at a time; no `[N, V]` matrix outlives its chunk, except the gradient
 of small batches, which then needs no second product in the backward pass. (TRL's `ChunkedDivergenceFunction` computes the
-same divergence, projects both models again in the backward pass, and knows neither labels nor the teacher's probabilities:
-on CPU it took twice the time. It is the oracle in `tests/test_losses.py`.)
+same divergence, but projects both models again in the backward pass and knows neither labels nor the teacher's
+probabilities, so that gate and metrics would need products of their own: eight in a step instead of four. It is the oracle
+in `tests/test_losses.py`.)
 """
 
 from __future__ import annotations
