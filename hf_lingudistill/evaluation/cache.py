@@ -1,0 +1,64 @@
+"""The item cache: what a model gave on each item of a task, on disk as soon as it is there, so that a rerun goes on.
+
+One JSON-lines file per model and task. Its first line says which weights and which task settings the rest belongs to; if
+either has changed, the file is started anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class ItemCache:
+    """Records of one model on one task, by item key.
+
+    path: the file. header: what the records depend on (JSON values).
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        self.path, self.header = path, json.loads(json.dumps(header))
+        self.records: dict[str, Any] = {}
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        if not lines or _parsed(lines[0]) != self.header:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = []
+        for line in lines[1:]:
+            # A run that was killed may have left half a line: that item is scored again.
+            if (record := _parsed(line)) is not None:
+                self.records[record["item"]] = record["record"]
+        self._rewrite()
+
+    def __contains__(self, item: str) -> bool:
+        return item in self.records
+
+    def add(self, records: Mapping[str, Any]) -> None:
+        """Keep records and write them at once."""
+        self.records.update(records)
+        with self.path.open("a", encoding="utf-8") as file:
+            for item, record in records.items():
+                file.write(json.dumps({"item": item, "record": record}) + "\n")
+
+    def _rewrite(self) -> None:
+        partial = self.path.with_suffix(".tmp")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(self.header) + "\n")
+            for item, record in self.records.items():
+                file.write(json.dumps({"item": item, "record": record}) + "\n")
+        os.replace(partial, self.path)
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def digest(value: Any) -> str:
+    """A short hash of JSON values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

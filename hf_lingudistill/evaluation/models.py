@@ -1,0 +1,171 @@
+"""Models to score: a plain LM or a whole VLM, behind the few calls that scoring needs.
+
+A VLM's text path is the full VLM called without an image, with its own tokenizer and chat template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image as PILImage
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    ProcessorMixin,
+)
+
+from ..compatibility import UnreadableModelError
+
+
+@dataclass
+class Scored:
+    """A model in evaluation mode. kind: "lm" or "vlm". fingerprint: changes with its weights."""
+
+    name: str
+    path: str
+    kind: str
+    model: Any
+    processing: Any  # a tokenizer, or a VLM's processor
+    fingerprint: str
+
+    @property
+    def tokenizer(self) -> Any:
+        """The plain tokenizer."""
+        return self.processing.tokenizer if isinstance(self.processing, ProcessorMixin) else self.processing
+
+    @property
+    def sees(self) -> bool:
+        """Whether it takes images."""
+        return self.kind == "vlm"
+
+    def render(self, turns: Sequence[dict[str, Any]], *, answer: bool = True, **kwargs: Any) -> str:
+        """Messages as the model's own chat template writes them; `answer`: up to where the assistant's turn begins.
+
+        A processor's template reads a list of parts. Given a plain string, some of them write an empty turn without a word.
+        """
+        if isinstance(self.processing, ProcessorMixin):
+            turns = [turn | {"content": _parts(turn["content"])} for turn in turns]
+        text = self.processing.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer, **kwargs)
+        return str(text)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids without special tokens added."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def with_images(self, texts: Sequence[str], images: Sequence[Sequence[PILImage.Image]]) -> Any:
+        """Model inputs of rendered prompts with their images, padded on the left.
+
+        texts: n prompts. images: n lists of images.
+        """
+        flat = [list(group) for group in images]
+        inputs = self.processing(
+            text=list(texts),
+            images=flat if any(flat) else None,
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+        )
+        return inputs.to(self.model.device)
+
+
+def _parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def user_turn(text: str, images: int = 0) -> list[dict[str, Any]]:
+    """One user message with `images` images before its text."""
+    return [
+        {
+            "role": "user",
+            "content": [{"type": "image"}] * images + [{"type": "text", "text": text}] if images else text,
+        }
+    ]
+
+
+def load_scored(
+    name: str,
+    path: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> Scored:
+    """Load an LM or a VLM, whichever the folder or Hub id holds.
+
+    dtype: default bf16 on an accelerator, fp32 on CPU.
+
+    Raises:
+        UnreadableModelError: if there is no model that transformers can read.
+    """
+    place = torch.device(device) if device else _device()
+    dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(path, **common)
+        sees = getattr(config, "vision_config", None) is not None
+        auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model: Any = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, **common)
+        model = model.to(place).eval()
+        processing = (AutoProcessor if sees else AutoTokenizer).from_pretrained(path, **common)
+    except (OSError, ValueError) as error:
+        raise UnreadableModelError(
+            f"{name}: cannot load a model from {path!r} ({' '.join(str(error).split())[:300]}). Expected a folder or Hub id of a "
+            "language model or a VLM with safetensors weights."
+        ) from error
+    if getattr(processing, "chat_template", None) is None and hasattr(processing, "tokenizer"):
+        processing.chat_template = processing.tokenizer.chat_template
+    return Scored(name, path, "vlm" if sees else "lm", model, processing, fingerprint(path, config))
+
+
+def _device() -> torch.device:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found if found is not None else torch.device("cpu")
+
+
+def fingerprint(path: str, config: Any) -> str:
+    """A hash of a folder's weights and config; for a Hub id, its commit."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return f"{path}@{getattr(config, '_commit_hash', None)}"
+    total = hashlib.sha256()
+    settings = (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+    )
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.jinja"), *(folder / name for name in settings)]
+    for file in sorted(file for file in files if file.is_file()):
+        total.update(file.name.encode())
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+def describe(scored: Scored) -> dict[str, Any]:
+    """What a report says about a model. The last two parts of a local path only: it may be published."""
+    folder = Path(scored.path)
+    return {
+        "path": "/".join(folder.parts[-2:]) if folder.is_dir() else scored.path,
+        "kind": scored.kind,
+        "parameters": sum(p.numel() for p in scored.model.parameters()),
+        "dtype": str(scored.model.dtype).removeprefix("torch."),
+        "fingerprint": scored.fingerprint,
+    }
+
+
+def chat_template_of(scored: Scored) -> str:
+    """The chat template as text, which the prompts of a task depend on."""
+    template = getattr(scored.processing, "chat_template", None)
+    return template if isinstance(template, str) else json.dumps(template)

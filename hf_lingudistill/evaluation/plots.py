@@ -1,0 +1,193 @@
+"""Plots of an evaluation: scores with intervals, the language-vision plane, training curves. PNG and SVG."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Report = Mapping[str, Any]
+INK, GRID = "#111827", "#e5e7eb"
+NAMED = {"original": "#6b7280", "before": "#d97706", "after": "#0f766e"}
+OTHERS = ("#2563eb", "#9333ea", "#be123c", "#65a30d", "#0891b2", "#a16207", "#4b5563", "#db2777")
+MARKERS = "osD^vP*X"
+
+
+def plot_all(report: Report, folder: Path, *, training_log: str | Path | None = None) -> list[Path]:
+    """Write every plot that the report has data for. -> the PNG files."""
+    written = [plot_scores(report, folder / "scores.png")]
+    if (plane := plot_trade_off(report, folder / "trade_off.png")) is not None:
+        written.append(plane)
+    if training_log is not None:
+        written.append(plot_training(training_log, folder / "training.png"))
+    return written
+
+
+def colors(models: Sequence[str]) -> dict[str, str]:
+    """One color a model, the same in every plot."""
+    others = [model for model in models if model not in NAMED]
+    return NAMED | {model: OTHERS[i % len(OTHERS)] for i, model in enumerate(others)}
+
+
+def plot_scores(report: Report, path: Path) -> Path:
+    """One panel a task: a dot and its 95 % interval a model; for vision, what the controls reach as open marks."""
+    plt = _pyplot()
+    tasks, models = report["tasks"], list(report["models"])
+    palette = colors(models)
+    columns = min(3, len(tasks))
+    rows = math.ceil(len(tasks) / columns)
+    height = 0.95 + 0.23 * len(models)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.3 * columns, height * rows + 0.3), squeeze=False)
+    for axis in axes.flat[len(tasks) :]:
+        axis.axis("off")
+    for position, (axis, task) in enumerate(zip(axes.flat, tasks, strict=False)):
+        for line, model in enumerate(models):
+            score = task["scores"].get(model)
+            if score is None:
+                axis.text(0.5, line, "not applicable", fontsize=7, color="#9ca3af", ha="center", va="center",
+                          transform=axis.get_yaxis_transform())  # fmt: skip
+                continue
+            axis.plot([score["low"], score["high"]], [line, line], color=palette[model], lw=2, solid_capstyle="butt")
+            axis.plot(score["value"], line, "o", color=palette[model], ms=5)
+            for control, mark in (("shuffled", "|"), ("grey", "x")):
+                reached = task["controls"].get(control, {}).get(model)
+                if reached is not None and task["higher_is_better"]:
+                    axis.plot(reached["value"], line, mark, color=INK, ms=6, mew=1.2)
+        axis.set_yticks(range(len(models)), models if position % columns == 0 else [""] * len(models), fontsize=8.5)
+        axis.set_ylim(len(models) - 0.4, -0.6)
+        better = "higher is better" if task["higher_is_better"] else "lower is better"
+        axis.set_title(_wrapped(task["title"], 44), fontsize=9, loc="left", color=INK)
+        axis.set_xlabel(f"{task['unit'] or task['metric']} ({better}), n={task['n']}", fontsize=7.5)
+        _clean(axis)
+    if any(task["controls"] for task in tasks):
+        figure.text(0.99, 0.004, "black marks: what the controls reach (| images exchanged, x grey images)", fontsize=7.5, ha="right")  # fmt: skip
+    figure.tight_layout(h_pad=1.2, w_pad=1.5, rect=(0, 0.02, 1, 1))
+    return _save(figure, path)
+
+
+def plane_points(report: Report) -> dict[str, dict[str, Any]]:
+    """{model: {"language", "vision", "low", "high"}}: mean log-perplexity over the texts relative to the original (nats per
+    byte; 0 is the original), and the mean vision score."""
+    texts = [task for task in report["tasks"] if task["metric"] == "bits_per_byte"]
+    seen = [task for task in report["tasks"] if task["group"] == "vision"]
+    points = {}
+    for model in report["models"]:
+        if not texts or not seen or not all(model in task["scores"] for task in (*texts, *seen)):
+            continue
+        found = [d for task in texts for d in task["differences"] if d["of"] == model and d["minus"] == "original"]
+        if len(found) < len(texts):
+            continue
+        points[model] = {
+            "language": _mean([d["value"] for d in found]),
+            # Tasks hold different items: their errors add in squares
+            "language_error": _error(found),
+            "vision": _mean([task["scores"][model]["value"] for task in seen]),
+            "vision_error": _error([task["scores"][model] for task in seen]),
+        }
+    return points
+
+
+def plot_trade_off(report: Report, path: Path) -> Path | None:
+    """Language against vision, every model a point: up and to the right is better. None where there is nothing to plot."""
+    points = plane_points(report)
+    if len(points) < 2:
+        return None
+    plt = _pyplot()
+    palette = colors(list(report["models"]))
+    figure, axis = plt.subplots(figsize=(7.2, 4.8))
+    axis.axvline(0, color="#6b7280", lw=1, ls="--")
+    axis.annotate("original LM", (0, 0.02), xycoords=("data", "axes fraction"), fontsize=8, color="#6b7280",
+                  rotation=90, ha="right", va="bottom", xytext=(-2, 0), textcoords="offset points")  # fmt: skip
+    if "before" in points:
+        axis.axhline(points["before"]["vision"], color=NAMED["before"], lw=0.8, ls=":")
+    for position, (model, point) in enumerate(points.items()):
+        axis.errorbar(
+            point["language"], point["vision"], xerr=point["language_error"], yerr=point["vision_error"],
+            fmt=MARKERS[position % len(MARKERS)], color=palette[model], ms=6, lw=0.9, capsize=0, alpha=0.95, label=model,
+        )  # fmt: skip
+    axis.invert_xaxis()
+    axis.set_xlabel("bits per byte above the original LM, mean over unseen texts (better to the right)", fontsize=9)
+    axis.set_ylabel("vision score (better upwards)", fontsize=9)
+    axis.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.01, 1))
+    _clean(axis)
+    figure.tight_layout()
+    return _save(figure, path)
+
+
+def plot_training(trainer_state: str | Path, path: Path) -> Path:
+    """Losses and the share of distilled tokens over steps, from a `trainer_state.json`.
+
+    Raises:
+        ValueError: if the file holds no log of a LinguDistill run.
+    """
+    history = json.loads(Path(trainer_state).read_text(encoding="utf-8")).get("log_history", [])
+    history = [entry for entry in history if "ce_loss" in entry]
+    if not history:
+        raise ValueError(f"{trainer_state} holds no ce_loss: expected the trainer_state.json of a LinguDistill run.")
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    curves = {
+        "ce_loss": ("cross-entropy, all labels", "#0f766e"),
+        "student_ce": ("student on distilled rows", "#2563eb"),
+        "teacher_ce": ("teacher on distilled rows", "#6b7280"),
+        "kd_loss": ("divergence", "#be123c"),
+    }
+    shares = {
+        "teacher_agreement": ("teacher and student agree", "#0f766e"),
+        "confident_share": ("distilled tokens", "#be123c"),
+    }
+    for axis, wanted in ((left, curves), (right, shares)):
+        for name, (label, color) in wanted.items():
+            found = [(entry["step"], entry[name]) for entry in history if name in entry]
+            if found:
+                axis.plot(*zip(*found, strict=True), color=color, label=label, lw=1.6)
+        axis.set_xlabel("step", fontsize=9)
+        axis.legend(frameon=False, fontsize=8)
+        _clean(axis)
+    left.set_ylabel("nats per token", fontsize=9)
+    right.set_ylabel("share", fontsize=9)
+    right.set_ylim(0, 1)
+    figure.tight_layout(w_pad=2)
+    return _save(figure, path)
+
+
+def _error(scores: Sequence[Mapping[str, Any]]) -> float:
+    return math.sqrt(sum(((score["high"] - score["low"]) / 2) ** 2 for score in scores)) / len(scores)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _wrapped(text: str, width: int) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width))
+
+
+def _clean(axis: Any) -> None:
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="both", labelsize=8.5, length=0)
+    axis.grid(axis="x", color=GRID, lw=0.8)
+    axis.set_axisbelow(True)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "hf_lingudistill"  # an identical rerun gives an identical file
+    return plt
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    figure.savefig(path, dpi=160, metadata={"Software": None})
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    plt.close(figure)
+    return path

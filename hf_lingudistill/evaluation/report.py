@@ -1,0 +1,196 @@
+"""The report of an evaluation: JSON for machines, Markdown for readers, plots. Numbers in, files out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .statistics import Bootstrap, Items, loss_is_real
+
+Report = dict[str, Any]
+SCHEMA = "lingudistill-evaluation/1"
+GROUPS = {
+    "language": "Language",
+    "vision": "Vision",
+    "grounded": "Language about an image",
+}
+
+
+@dataclass
+class Task:
+    """One score of all models. items: {model: Items}. controls: {control: {model: Items}}."""
+
+    name: str
+    group: str
+    title: str
+    metric: str
+    unit: str
+    higher_is_better: bool
+    items: dict[str, Items]
+    controls: dict[str, dict[str, Items]] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def build_report(tasks: Sequence[Task], bootstrap: Bootstrap, **facts: Any) -> Report:
+    """Scores with intervals, paired differences and the share recovered, for every task. facts: further keys of the report."""
+    return {"schema": SCHEMA, **facts, "tasks": [task_entry(task, bootstrap) for task in tasks]}
+
+
+def task_entry(task: Task, bootstrap: Bootstrap) -> Report:
+    """A task's part of the report; see `statistics` for what the numbers are."""
+    scores = {model: bootstrap.score(items) for model, items in task.items.items()}
+    differences, shares = [], {}
+    base = [model for model in ("original", "before") if model in task.items]
+    for model, items in task.items.items():
+        for other in base:
+            if model != other and not (model == "original" and other == "before"):
+                differences.append({"of": model, "minus": other, **bootstrap.difference(items, task.items[other])})
+        if len(base) == 2 and model not in base:
+            shares[model] = _share(task, bootstrap, items)
+    return {
+        "name": task.name,
+        "group": task.group,
+        "title": task.title,
+        "metric": task.metric,
+        "unit": task.unit,
+        "higher_is_better": task.higher_is_better,
+        "n": len(next(iter(task.items.values()))),
+        "scores": scores,
+        "controls": {
+            control: {model: bootstrap.score(items) for model, items in by_model.items()}
+            for control, by_model in task.controls.items()
+        },
+        "differences": differences,
+        "recovered": shares,
+        **({"notes": task.notes} if task.notes else {}),
+    }
+
+
+def _share(task: Task, bootstrap: Bootstrap, items: Items) -> Report:
+    found = bootstrap.recovered(items, task.items["before"], task.items["original"])
+    lost = found.pop("lost")
+    if found["value"] is not None and not loss_is_real(lost, higher_is_better=task.higher_is_better):
+        return {"value": None, "reason": "nothing was lost"}
+    return found
+
+
+def difference(entry: Mapping[str, Any], of: str, minus: str) -> Mapping[str, Any] | None:
+    """The paired difference of two models in a task's entry, if it has one."""
+    return next((d for d in entry["differences"] if d["of"] == of and d["minus"] == minus), None)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Markdown
+# --------------------------------------------------------------------------------------------------------------------
+def number(value: float, unit: str = "") -> str:
+    """A score as readers want it: three digits after the point below 10, fewer above."""
+    if not math.isfinite(value):
+        return "-"
+    digits = 3 if abs(value) < 10 else 1
+    return f"{value:.{digits}f}"
+
+
+def markdown(report: Report) -> str:
+    """The report as Markdown: one table a group, one line a task, one column a model."""
+    models = list(report["models"])
+    lines = [
+        f"# Evaluation: suite `{report['suite']['name']}`",
+        "",
+        "Each score with its 95 % bootstrap interval over items (brackets). "
+        "Differences are paired: the same items, drawn together.",
+        "",
+    ]
+    lines += [f"- **{name}**: {fact['path']} ({fact['kind']}, {fact['parameters'] / 1e6:.0f}M, {fact['dtype']})" for name, fact in report["models"].items()]  # fmt: skip
+    for group, title in GROUPS.items():
+        tasks = [task for task in report["tasks"] if task["group"] == group]
+        if not tasks:
+            continue
+        lines += ["", f"## {title}", ""]
+        lines += _table(("task", "n", *models), [_row(task, models) for task in tasks])
+        changes = [row for task in tasks for row in _changes(task)]
+        if changes:
+            lines += ["", "Paired differences and what came back:", ""]
+            lines += _table(("task", "model", "minus before", "minus original", "recovered"), changes)
+        controls = [row for task in tasks for row in _controls(task, models)]
+        if controls:
+            lines += ["", "Controls (a score that these reach says nothing about vision):", ""]
+            lines += _table(("task", "control", *models), controls)
+        for task in tasks:
+            if note := task.get("notes", {}).get("image_token_share"):
+                lines += ["", f"{task['title']}: {note:.1%} of {task['notes']['tokens']} answer tokens depend on the image (reference: {task['notes']['reference']})."]  # fmt: skip
+                break
+    lines += ["", "## How", ""]
+    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
+    lines += [f"Seed {report['suite']['seed']}; {machine}. Seconds: {report['seconds']}.", ""]
+    return "\n".join(lines)
+
+
+def _row(task: Report, models: Sequence[str]) -> list[str]:
+    arrow = "higher is better" if task["higher_is_better"] else "lower is better"
+    unit = f"{task['unit'] or task['metric']}, {arrow}"
+    return [f"{task['title']} ({unit})", str(task["n"]), *(_cell(task["scores"].get(model)) for model in models)]
+
+
+def _cell(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return "-"
+    return f"{number(score['value'])} [{number(score['low'])}, {number(score['high'])}]"
+
+
+def _signed(score: Mapping[str, Any] | None) -> str:
+    return "-" if score is None else f"{score['value']:+.3f} [{score['low']:+.3f}, {score['high']:+.3f}]"
+
+
+def _changes(task: Report) -> list[list[str]]:
+    rows = []
+    for model in task["scores"]:
+        if model == "original":
+            continue
+        to_before, to_original = difference(task, model, "before"), difference(task, model, "original")
+        if to_before is None and to_original is None:
+            continue
+        share = task["recovered"].get(model)
+        if share is None:
+            text = "-"
+        elif share["value"] is None:
+            text = share["reason"]
+        else:
+            text = f"{share['value']:.0%} [{share['low']:.0%}, {share['high']:.0%}]"
+        rows.append([task["title"], model, _signed(to_before), _signed(to_original), text])
+    return rows
+
+
+def _controls(task: Report, models: Sequence[str]) -> list[list[str]]:
+    return [
+        [task["title"], control, *(_cell(scores.get(model)) for model in models)]
+        for control, scores in task["controls"].items()
+    ]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(head), "|" + "---|" * len(head), *(line(row) for row in rows)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------------
+def write_report(report: Report, output_dir: Path, *, training_log: str | Path | None = None) -> Path:
+    """Write `report.json`, `report.md` and the plots (PNG and SVG) to a folder. -> the path of the JSON."""
+    from .plots import plot_all  # matplotlib
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / "report.json"
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    path.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
+    plot_all(report, output_dir, training_log=training_log)
+    return path

@@ -1,0 +1,74 @@
+"""What may be said about a score: its bootstrap interval, paired differences, and the share of a loss that came back.
+
+A score is a ratio of sums over items (nats over bytes, right answers over questions), so an item is a pair (value, weight).
+Items are what is resampled; two models are compared on the same items, drawn together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+Items = Mapping[str, tuple[float, float]]  # item key -> (value, weight)
+Array = np.ndarray[Any, np.dtype[Any]]
+
+CHUNK = 2_000_000  # drawn indices held at a time
+
+
+class Bootstrap:
+    """Percentile bootstrap over items, with one seed for everything: an identical rerun gives identical numbers.
+
+    resamples: number of resamples. level: of the interval.
+    """
+
+    def __init__(self, *, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> None:
+        self.resamples, self.seed, self.level = resamples, seed, level
+
+    def score(self, items: Items) -> dict[str, Any]:
+        """{"value", "low", "high", "n"} of sum(values) / sum(weights). Raises ValueError without items."""
+        return self._interval(lambda sums: sums[0], [items])
+
+    def difference(self, items: Items, reference: Items) -> dict[str, Any]:
+        """The score of `items` minus that of `reference`, on the items that both have: {"value", "low", "high", "n"}."""
+        return self._interval(lambda sums: sums[0] - sums[1], [items, reference])
+
+    def recovered(self, items: Items, before: Items, original: Items) -> dict[str, Any]:
+        """(before - this) / (before - original): the share of what was lost that came back, paired over items.
+
+        {"value": None, "reason": "nothing was lost"} where the interval of the loss itself holds zero, or the score did not
+        fall at all: a share of noise says nothing. The direction of the score does not matter.
+        """
+        lost = self.difference(before, original)
+        if lost["low"] <= 0 <= lost["high"]:
+            return {"value": None, "reason": "nothing was lost", "lost": lost}
+        share = self._interval(
+            lambda sums: (sums[1] - sums[0]) / np.where(sums[1] == sums[2], np.nan, sums[1] - sums[2]),
+            [items, before, original],
+        )
+        return share | {"lost": lost}
+
+    def _interval(self, statistic: Callable[[Array], Array], models: list[Items]) -> dict[str, Any]:
+        keys = sorted(set(models[0]).intersection(*models[1:]))
+        if not keys:
+            raise ValueError("No item was scored by all the models compared; score the same suite with each of them.")
+        values = np.array([[items[key][0] for key in keys] for items in models], dtype=np.float64)  # (M, n)
+        weights = np.array([[items[key][1] for key in keys] for items in models], dtype=np.float64)
+        if not (weights.sum(axis=1) > 0).all():
+            raise ValueError("The items weigh nothing in all (no token, byte or question to score); check the data.")
+        rng = np.random.default_rng(self.seed)
+        drawn: list[Array] = []
+        rows = max(1, CHUNK // len(keys))
+        for start in range(0, self.resamples, rows):
+            index = rng.integers(len(keys), size=(min(rows, self.resamples - start), len(keys)))
+            with np.errstate(invalid="ignore", divide="ignore"):  # a resample may weigh nothing
+                drawn.append(statistic(values[:, index].sum(axis=2) / weights[:, index].sum(axis=2)))
+        low, high = np.nanquantile(np.concatenate(drawn), [(1 - self.level) / 2, (1 + self.level) / 2])
+        value = statistic(values.sum(axis=1) / weights.sum(axis=1))
+        return {"value": float(value), "low": float(low), "high": float(high), "n": len(keys)}
+
+
+def loss_is_real(difference: Mapping[str, Any], *, higher_is_better: bool) -> bool:
+    """Whether a paired difference (before minus original) is a loss outside its interval."""
+    return bool(difference["high"] < 0 if higher_is_better else difference["low"] > 0)

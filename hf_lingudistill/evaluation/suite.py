@@ -1,0 +1,236 @@
+"""A suite: what is scored, on which data, and how. Read from YAML, checked before any model is loaded.
+
+    name: mine
+    seed: 0
+    lm_eval:
+      tasks: [arc_easy, hellaswag]
+      limit: 200
+    texts:
+      - {name: news, title: News, path: json, data_files: news.jsonl, column: text, n: 96}
+    vision:
+      - {name: receipts, title: Receipts, path: ORG/DATA, split: test, question: query, answer: labels, metric: anls, n: 200}
+    grounded:
+      - {name: captions, title: Captions, path: ORG/CAPTIONS, split: test, question: prompt, answer: caption, n: 200}
+    lmms_eval:
+      tasks: [docvqa_val]
+
+Instead of `path`, a task may name a `builtin` (data that installs with pip; see `data.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FORMS = ("plain", "chat")
+METRICS = ("exact_match", "vqa_accuracy", "anls", "relaxed_accuracy", "multiple_choice")
+CONTROLS = ("grey", "shuffled")
+BUILT_IN = Path(__file__).with_name("suites")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where a task's items come from: a `builtin`, or what `datasets.load_dataset` takes.
+
+    Parameters:
+        name (`str`): of the task, in file names and reports.
+        title (`str`): for readers; default: the name.
+        builtin (`str`, *optional*): data that installs with pip.
+        path, config, split, data_files, revision: of a dataset, on the Hub or local.
+        n (`int`, *optional*): number of items, drawn with the suite's seed; default: all.
+    """
+
+    name: str
+    title: str = ""
+    builtin: str | None = None
+    path: str | None = None
+    config: str | None = None
+    split: str = "test"
+    data_files: Any = None
+    revision: str | None = None
+    n: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.builtin is None) == (self.path is None):
+            raise ValueError(f"Task {self.name!r}: expected one of `builtin` and `path`, found both or neither.")
+        if self.n is not None and self.n < 2:
+            raise ValueError(f"Task {self.name!r}: n must be at least 2, got {self.n}.")
+        if not self.name or "/" in self.name:
+            raise ValueError(f"Task name {self.name!r}: expected a name without '/'.")
+
+
+@dataclass(frozen=True)
+class TextTask(Data):
+    """Bits per byte on held-out text.
+
+    Parameters:
+        column (`str`): the text.
+        max_words (`int`): a text is cut after so many words.
+        head_words (`int`): in chat form, so many words are the request; what follows is scored.
+        forms: `plain` (running text) and/or `chat` (through the model's chat template).
+    """
+
+    column: str = "text"
+    max_words: int = 120
+    head_words: int = 12
+    forms: tuple[str, ...] = FORMS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _known(self, "forms", self.forms, FORMS)
+
+
+@dataclass(frozen=True)
+class VisionTask(Data):
+    """Answers written by greedy decoding, scored by a metric of `metrics/`.
+
+    Parameters:
+        image, question, answer, choices: columns. `answer` holds one text or a list of accepted ones.
+        metric: one of `exact_match`, `vqa_accuracy`, `anls`, `relaxed_accuracy`, `multiple_choice`.
+        max_new_tokens (`int`): length of an answer.
+        suffix (`str`): text after each question, such as "Answer with one word."
+        controls: `grey` (each image replaced by an even grey) and/or `shuffled` (images permuted between items).
+    """
+
+    image: str = "image"
+    question: str = "question"
+    answer: str = "answer"
+    choices: str | None = None
+    metric: str = "exact_match"
+    max_new_tokens: int = 16
+    suffix: str = ""
+    controls: tuple[str, ...] = CONTROLS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _known(self, "controls", self.controls, CONTROLS)
+        _known(self, "metric", (self.metric,), METRICS)
+        if (self.metric == "multiple_choice") != (self.choices is not None) and self.builtin is None:
+            raise ValueError(f"Task {self.name!r}: metric multiple_choice and the column `choices` go together.")
+
+
+@dataclass(frozen=True)
+class GroundedTask(Data):
+    """Language about an image: the likelihood of held-out answers, split into what depends on the image and the rest.
+
+    Parameters:
+        image, question, answer: columns; the answer is a text of some length.
+        swaps (`int`): other images under the same answer, from which the split is found.
+        threshold (`float`): a token depends on the image if the reference model gives it on average so many nats more with
+            its own image than with the others.
+        max_answer_tokens (`int`): answers are cut there.
+    """
+
+    image: str = "image"
+    question: str = "question"
+    answer: str = "answer"
+    swaps: int = 4
+    threshold: float = 0.5
+    max_answer_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.swaps < 1 or self.threshold <= 0:
+            raise ValueError(
+                f"Task {self.name!r}: expected swaps >= 1 and threshold > 0, got {self.swaps}, {self.threshold}."
+            )
+
+
+@dataclass(frozen=True)
+class HarnessTasks:
+    """Tasks of an evaluation harness (lm-eval, lmms-eval).
+
+    Parameters:
+        tasks: names the harness knows, or, for lm-eval, the names of built-in tasks (`commonsenseqa_local`).
+        limit (`int`, *optional*): items a task.
+        num_fewshot (`int`, *optional*): default: the task's own.
+        chat_template (`bool`): whether prompts go through the model's chat template.
+    """
+
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    num_fewshot: int | None = None
+    chat_template: bool = False
+
+
+@dataclass(frozen=True)
+class Suite:
+    """See the module. resamples: of the bootstrap."""
+
+    name: str
+    seed: int = 0
+    resamples: int = 2000
+    lm_eval: HarnessTasks = field(default_factory=HarnessTasks)
+    lmms_eval: HarnessTasks = field(default_factory=HarnessTasks)
+    texts: tuple[TextTask, ...] = ()
+    vision: tuple[VisionTask, ...] = ()
+    grounded: tuple[GroundedTask, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [task.name for part in (self.texts, self.vision, self.grounded) for task in part]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"Suite {self.name!r}: task names must differ; {', '.join(twice)} comes twice.")
+        if not (names or self.lm_eval.tasks or self.lmms_eval.tasks):
+            raise ValueError(f"Suite {self.name!r} has no task; add `texts`, `vision`, `grounded` or `lm_eval`.")
+
+
+_PARTS: dict[str, Any] = {"texts": TextTask, "vision": VisionTask, "grounded": GroundedTask}
+
+
+def load_suite(name_or_path: str) -> Suite:
+    """A suite of the package (`quick`, `paper`) or a YAML file.
+
+    Raises:
+        FileNotFoundError: if there is no such suite.
+        ValueError: naming the field, for whatever is unknown or out of range.
+    """
+    path = BUILT_IN / f"{name_or_path}.yaml"
+    if not path.is_file():
+        path = Path(name_or_path)
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in BUILT_IN.glob("*.yaml")))
+        raise FileNotFoundError(f"No suite {name_or_path!r}: expected one of {known}, or the path of a YAML file.")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"{path.name}: expected a mapping with `name`, `texts`, `vision` ...; found {type(content).__name__}."
+        )
+    fields: dict[str, Any] = {"name": path.stem, **content}
+    for part, kind in _PARTS.items():
+        fields[part] = tuple(
+            _build(kind, entry, f"{path.name}: {part}[{i}]") for i, entry in enumerate(fields.get(part) or ())
+        )
+    for part in ("lm_eval", "lmms_eval"):
+        fields[part] = _build(HarnessTasks, fields.get(part) or {}, f"{path.name}: {part}")
+    suite: Suite = _build(Suite, fields, path.name)
+    return suite
+
+
+def _build(kind: Any, entry: Any, where: str) -> Any:
+    known = {f.name for f in dataclasses.fields(kind)}
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{where}: expected a mapping, found {entry!r}.")
+    if unknown := sorted(set(entry) - known):
+        raise ValueError(
+            f"{where}: unknown {', '.join(map(str, unknown))}; expected some of {', '.join(sorted(known))}."
+        )
+    required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - set(entry)):
+        raise ValueError(f"{where}: {', '.join(missing)} is missing.")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _known(task: Data, name: str, values: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+    if unknown := [value for value in values if value not in allowed]:
+        raise ValueError(
+            f"Task {task.name!r}: {name} {unknown[0]!r} is unknown; expected some of {', '.join(allowed)}."
+        )

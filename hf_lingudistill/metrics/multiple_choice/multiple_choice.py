@@ -1,0 +1,73 @@
+"""Multiple choice answered in free text: an `evaluate` module."""
+
+import re
+from typing import Any
+
+import datasets
+import evaluate
+
+_DESCRIPTION = """
+Which of the choices an answer names, and whether that is the right one. An answer names a choice by its letter ("B", "(B)",
+"B. ...", "the answer is B") or by its text. What names no choice, or more than one, is wrong.
+"""
+
+_INPUTS = """
+Args:
+    predictions: list of n answers.
+    references: list of n lists, each holding the right choice: its text or its letter.
+    choices: list of n lists of texts, in the order of the letters A, B, ...
+Returns:
+    multiple_choice: mean over items. scores: list of n, 0.0 or 1.0. unparsed: number of answers that name no choice.
+"""
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def _normal(text: str) -> str:
+    return re.sub(r"^\W+|\W+$", "", " ".join(text.lower().split()))
+
+
+def named(answer: str, choices: list[str]) -> int | None:
+    """The index of the one choice that an answer names, or None."""
+    letters = LETTERS[: len(choices)]
+    texts = [_normal(choice) for choice in choices]
+    if _normal(answer) in texts:
+        return texts.index(_normal(answer))
+    patterns = (
+        rf"^\s*\(?([{letters}{letters.lower()}])\)?\s*[.:)]?\s*$",
+        rf"^\s*\(?([{letters}])\)?[.:)]\s",
+        rf"answer\s*(?:is|:)\s*\(?([{letters}])\b",
+    )
+    for pattern in patterns:
+        if (found := re.search(pattern, answer, re.IGNORECASE if "answer" in pattern else 0)) is not None:
+            return letters.index(found.group(1).upper())
+    inside = [
+        index
+        for index, text in enumerate(texts)
+        if text and re.search(rf"\b{re.escape(text)}\b", answer.lower()) is not None
+    ]
+    return inside[0] if len(inside) == 1 else None
+
+
+class MultipleChoice(evaluate.Metric):  # type: ignore[misc]
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {"predictions": text, "references": datasets.List(text), "choices": datasets.List(text)}
+            ),
+        )
+
+    def _compute(
+        self, predictions: list[str], references: list[list[str]], choices: list[list[str]]
+    ) -> dict[str, Any]:
+        scores: list[float] = []
+        unparsed = 0
+        for answer, accepted, options in zip(predictions, references, choices, strict=True):
+            given = named(answer, options)
+            unparsed += given is None
+            scores.append(float(given is not None and given in {named(text, options) for text in accepted}))
+        return {"multiple_choice": sum(scores) / len(scores), "scores": scores, "unparsed": unparsed}
