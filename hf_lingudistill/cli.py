@@ -3,6 +3,7 @@
     lingudistill check VLM [LM]        does the LM fit as a teacher? Configs and tokenizers only
     lingudistill distill ...           train; the options are those of examples/distill.py
     lingudistill evaluate ...          how much language was lost, how much came back, at what cost to vision
+    lingudistill diagnose ...          how far the VLM's language model has drifted, and which kv_sharing follows
     lingudistill --version
 
 Exit codes of `check`: 0 it fits, 1 it does not fit, 2 bad input.
@@ -18,6 +19,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ._version import __version__
@@ -44,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hf_lingudistill {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_check, _add_distill, _add_evaluate):
+    for add in (_add_check, _add_distill, _add_evaluate, _add_diagnose):
         add(commands)
     return parser
 
@@ -137,7 +139,10 @@ def _add_evaluate(commands: Any) -> None:
         "--model", metavar="NAME=PATH", action="append", default=[], help="a further model; may be given again"
     )
     parser.add_argument(
-        "--suite", default="quick", metavar="quick|paper|PATH.yaml", help="what to score; default: quick (no Hub needed)"
+        "--suite",
+        default="quick",
+        metavar="quick|paper|PATH.yaml",
+        help="what to score; default: quick (no Hub needed)",
     )
     parser.add_argument("--output_dir", required=True, help="where the report and the item cache go")
     parser.add_argument(
@@ -145,11 +150,22 @@ def _add_evaluate(commands: Any) -> None:
         metavar="NAME|VLM",
         help="the model that tells which tokens of an answer depend on the image; default: before",
     )
+    parser.add_argument(
+        "--compare",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a model that all others are compared with, besides original and before; may be given again",
+    )
     parser.add_argument("--training_log", metavar="FILE", help="a trainer_state.json, for the plot of training curves")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on a CPU")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on a CPU"
+    )
     parser.add_argument("--device", help="such as cuda:0; default: the accelerator, if there is one")
-    parser.add_argument("--trust_remote_code", action="store_true", help="allow models to run code from their repository")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="allow models to run code from their repository"
+    )
     parser.set_defaults(run=_evaluate)
 
 
@@ -177,6 +193,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             args.suite,
             args.output_dir,
             reference=args.reference,
+            compare=args.compare,
             batch_size=args.batch_size,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
             device=args.device,
@@ -187,6 +204,78 @@ def _evaluate(args: argparse.Namespace) -> int:
         if os.environ.get("LINGUDISTILL_DEBUG") == "1":
             raise
         return _bad_input(" ".join(str(error).split()) + " (LINGUDISTILL_DEBUG=1 shows the traceback)")
+    return 0
+
+
+def _add_diagnose(commands: Any) -> None:
+    parser = commands.add_parser(
+        "diagnose",
+        help="how far has the VLM's language model drifted, and which kv_sharing follows?",
+        description="Compare the VLM's language model with the original, layer by layer; read answers with the original under each "
+        "sharing mode; recommend one. A minute on a CPU for 135M parameters. Exit code: 0 done, 2 bad input.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--student", required=True, metavar="VLM", help="folder or Hub id")
+    parser.add_argument(
+        "--teacher", metavar="LM", help="the LM that it was built from; default: the one that the config or card names"
+    )
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument("--texts", metavar="FILE", help=".txt (passages between blank lines) or .jsonl (rows as in a dataset)")
+    data.add_argument(
+        "--dataset", help="Hub id or folder; columns messages, prompt and completion, or text, and images if there are any"
+    )
+    parser.add_argument("--split", default="train", help="of --dataset; default: train")
+    parser.add_argument(
+        "--images", nargs="+", default=[], metavar="PATH", help="images or folders to put before texts that have none, or: drawn"
+    )
+    parser.add_argument("--max_rows", type=int, default=48, help="rows of --dataset or --texts to read; default: 48")
+    parser.add_argument("--max_answer_tokens", type=int, default=128, help="of each answer; default: 128")
+    parser.add_argument("--output_dir", help="where drift.json, drift.txt, drift.png and drift.svg go")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on a CPU")
+    parser.add_argument("--device", help="such as cuda:0; default: the accelerator, if there is one")
+    parser.add_argument("--trust_remote_code", action="store_true", help="allow models to run code from their repository")
+    parser.set_defaults(run=_diagnose)
+
+
+def _diagnose(args: argparse.Namespace) -> int:
+    if args.max_answer_tokens < 1:
+        return _bad_input(f"--max_answer_tokens must be at least 1, got {args.max_answer_tokens}.")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import torch
+
+    from .compatibility import guess_teacher
+    from .diagnose import as_text, diagnose, load_prompts, write_report
+
+    try:
+        teacher = args.teacher or guess_teacher(args.student)
+        if teacher is None:
+            return _bad_input(
+                f"The config and card of {args.student!r} name no language model. Pass the LM that it was built from as "
+                "--teacher."
+            )
+        prompts = load_prompts(
+            texts=args.texts, dataset=args.dataset, split=args.split, images=args.images, max_rows=args.max_rows
+        )
+        report = diagnose(
+            args.student,
+            teacher,
+            prompts=prompts,
+            max_answer_tokens=args.max_answer_tokens,
+            dtype=getattr(torch, args.dtype) if args.dtype else None,
+            device=args.device,
+            trust_remote_code=args.trust_remote_code,
+        )
+        if args.output_dir:
+            written = write_report(report, Path(args.output_dir))
+            print("Written: " + ", ".join(map(str, written)), file=sys.stderr)
+            if len(written) == 2:
+                print("No plot: it needs matplotlib; run `pip install 'hf_lingudistill[eval]'`.", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        if os.environ.get("LINGUDISTILL_DEBUG") == "1":
+            raise
+        return _bad_input(" ".join(str(error).split()) + " (LINGUDISTILL_DEBUG=1 shows the traceback)")
+    print(json.dumps(report, indent=2) if args.json else as_text(report))
     return 0
 
 

@@ -98,8 +98,15 @@ def plot_trade_off(report: Report, path: Path) -> Path | None:
     palette = colors(list(report["models"]))
     figure, axis = plt.subplots(figsize=(7.2, 4.8))
     axis.axvline(0, color="#6b7280", lw=1, ls="--")
-    axis.annotate("original LM", (0, 0.02), xycoords=("data", "axes fraction"), fontsize=8, color="#6b7280",
-                  rotation=90, ha="right", va="bottom", xytext=(-2, 0), textcoords="offset points")  # fmt: skip
+    axis.annotate(
+        "original LM",
+        (0, 1.01),
+        xycoords=("data", "axes fraction"),
+        fontsize=8,
+        color="#6b7280",
+        ha="center",
+        va="bottom",
+    )
     if "before" in points:
         axis.axhline(points["before"]["vision"], color=NAMED["before"], lw=0.8, ls=":")
     for position, (model, point) in enumerate(points.items()):

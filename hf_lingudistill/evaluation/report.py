@@ -36,19 +36,23 @@ class Task:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def build_report(tasks: Sequence[Task], bootstrap: Bootstrap, **facts: Any) -> Report:
-    """Scores with intervals, paired differences and the share recovered, for every task. facts: further keys of the report."""
-    return {"schema": SCHEMA, **facts, "tasks": [task_entry(task, bootstrap) for task in tasks]}
+def build_report(tasks: Sequence[Task], bootstrap: Bootstrap, *, compare: Sequence[str] = (), **facts: Any) -> Report:
+    """Scores with intervals, paired differences and the share recovered, for every task.
+
+    compare: models that every later one is compared with, besides `original` and `before`. facts: further keys of the report.
+    """
+    return {"schema": SCHEMA, **facts, "tasks": [task_entry(task, bootstrap, compare) for task in tasks]}
 
 
-def task_entry(task: Task, bootstrap: Bootstrap) -> Report:
+def task_entry(task: Task, bootstrap: Bootstrap, compare: Sequence[str] = ()) -> Report:
     """A task's part of the report; see `statistics` for what the numbers are."""
     scores = {model: bootstrap.score(items) for model, items in task.items.items()}
     differences, shares = [], {}
     base = [model for model in ("original", "before") if model in task.items]
+    others = [*base, *(model for model in compare if model in task.items and model not in base)]
     for model, items in task.items.items():
-        for other in base:
-            if model != other and not (model == "original" and other == "before"):
+        for other in others:
+            if model != other and not (model in others and others.index(model) < others.index(other)):
                 differences.append({"of": model, "minus": other, **bootstrap.difference(items, task.items[other])})
         if len(base) == 2 and model not in base:
             shares[model] = _share(task, bootstrap, items)

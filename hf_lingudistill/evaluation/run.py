@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,6 +39,7 @@ def evaluate_models(
     output_dir: str | Path,
     *,
     reference: str | None = None,
+    compare: Sequence[str] = (),
     batch_size: int = 8,
     dtype: torch.dtype | None = None,
     device: str | None = None,
@@ -57,6 +58,7 @@ def evaluate_models(
         reference: the model whose reaction to exchanged images says which tokens of an answer depend on the image: one of
             `models`, or the folder or Hub id of another VLM; default `before`, or the first VLM. A model that does not know
             the wording finds too many.
+        compare: models that all others are compared with, besides `original` and `before`.
         training_log: a `trainer_state.json`, for the plot of training curves.
 
     Returns the report.
@@ -69,6 +71,8 @@ def evaluate_models(
     out = Path(output_dir)
     if not models:
         raise ValueError("No model to score: pass at least one, as {name: path}.")
+    if unknown := [name for name in compare if name not in models]:
+        raise ValueError(f"To compare with {unknown[0]!r}, pass it as a model; there are {', '.join(models)}.")
     items = _items(suite)
     reference = reference or ("before" if "before" in models else next((m for m in models if m != "original"), None))
     to_score = dict(models)
@@ -105,6 +109,7 @@ def evaluate_models(
     report = build_report(
         tasks,
         Bootstrap(resamples=suite.resamples, seed=suite.seed),
+        compare=compare,
         suite={"name": suite.name, "seed": suite.seed, "sha256": digest(suite.__dict__)},
         models={name: facts[name] for name in models},
         seconds=seconds,

@@ -324,6 +324,7 @@ def score(drift: str, seed: int, names: list[str]) -> Any:
         str(HERE / "suite.yaml"),
         OUT / "evaluation" / f"{drift}-{seed}",
         reference=str((OUT / "reference").relative_to(ROOT)),
+        compare=[name for name in ("ce", "interpolate_05") if name in names],
         progress=False,
     )
 
@@ -357,14 +358,14 @@ def report() -> None:
 # Everything, in order
 # --------------------------------------------------------------------------------------------------------------------
 def plan() -> list[list[str]]:
-    """All stages after `base`, those that decide first."""
-    steps = [["adapt", drift, str(seed)] for drift, seed in _runs()]
-    steps.insert(2, ["reference"])
-    screen = RECIPE["screen"]
-    arms = [["arm", screen["drift"], str(screen["seed"]), name] for name in _ordered()]
+    """All stages after `base`: first the screen (every arm, one drift, one seed), then the decisive arms everywhere."""
+    screen = (RECIPE["screen"]["drift"], RECIPE["screen"]["seed"])
+    steps = [["adapt", "mild", "0"], ["adapt", screen[0], str(screen[1])], ["reference"]]
+    steps += [["arm", screen[0], str(screen[1]), name] for name in _ordered()]
     for drift, seed in _runs():
-        arms += [["arm", drift, str(seed), name] for name in RECIPE["decisive"]]
-    return steps + [step for index, step in enumerate(arms) if step not in arms[:index]]
+        steps.append(["adapt", drift, str(seed)])
+        steps += [["arm", drift, str(seed), name] for name in RECIPE["decisive"]]
+    return [step for index, step in enumerate(steps) if step not in steps[:index]]
 
 
 def _runs() -> list[tuple[str, int]]:
