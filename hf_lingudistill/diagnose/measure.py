@@ -1,0 +1,131 @@
+"""What one prompt says about a student and its original: drift of keys, values and hidden states, and perplexity by sharing mode.
+
+B rows, T positions, N answer tokens, P tokens that the teacher reads, L layers.
+
+The student runs once. The original then reads the same prompt in the four sharing modes. Its own keys, values and hidden states are
+those of its pass in `vision` mode, where it computes every token that it can read, at the student's positions, and takes only the
+image from the student: with the student's own weights it would compute what the student computes, image or not, so that whatever
+differs is drift. (Image tokens have no counterpart in a model that cannot see, and are left out.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from .._internals import Head, head_of
+from ..config import KVSharing
+from ..evaluation.models import Scored
+from ..kv_sharing import KV_SHARING_MODES, QueryPlan, plan_queries, recording, teacher_pass
+from ..teacher import Teacher
+from .prompts import Prompt
+from .states import layer_outputs, recording_own, state_drift
+
+READERS = ("student", *KV_SHARING_MODES)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a batch says. nats: reader (the student, or the teacher in a sharing mode) -> (N,) at the answers' tokens. drift:
+    (L, 3, 2), relative distance and cosine of keys, values, hidden states (NaN where widths differ), averaged over the P tokens that
+    the teacher reads."""
+
+    nats: dict[str, torch.Tensor]
+    drift: torch.Tensor
+    positions: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one prompt says. nats: sums over the answer's tokens. drift, positions: as in `Reading`."""
+
+    key: str
+    condition: str
+    nats: dict[str, float]
+    tokens: int
+    drift: torch.Tensor
+    positions: int
+
+
+def measure(student: Scored, teacher: Teacher, prompt: Prompt, *, max_answer_tokens: int = 128) -> Measured:
+    """Read one prompt.
+
+    Raises:
+        ValueError: if the answer has no token that the teacher shares.
+    """
+    inputs, labels = _inputs(student, prompt, max_answer_tokens)
+    try:
+        found = read(student.model, teacher, inputs, labels)
+    except ValueError as error:
+        raise ValueError(f"{prompt.key}: {error}") from error
+    nats = {reader: float(values.double().sum()) for reader, values in found.nats.items()}
+    return Measured(prompt.key, prompt.condition, nats, found.nats["student"].numel(), found.drift, found.positions)
+
+
+@torch.no_grad()
+def read(student: PreTrainedModel, teacher: Teacher, inputs: dict[str, Any], labels: torch.Tensor) -> Reading:
+    """Run the student once and the teacher once per sharing mode.
+
+    Args:
+        inputs: of the student, without labels. labels: (B, T), -100 where nothing is scored.
+
+    Raises:
+        ValueError: if no label can be scored.
+    """
+    backbone: Any = student.base_model
+    with layer_outputs(student) as student_hidden, recording(student) as shared:
+        backbone(**inputs, use_cache=False)
+    plans = {mode: _plan(teacher, inputs, labels, mode) for mode in KV_SHARING_MODES}
+    if plans["full"].empty:
+        raise ValueError("no token of the answer is shared by student and teacher. Leave it out.")
+    rows, positions = plans["full"].loss_rows, plans["full"].loss_positions  # the same in every mode
+    targets = labels[rows, positions + 1]
+
+    assert shared.last_hidden_state is not None
+    nats = {"student": token_nats(shared.last_hidden_state[rows, positions], head_of(student), targets)}
+    for mode, plan in plans.items():
+        if mode == "vision":
+            with layer_outputs(teacher.model) as teacher_hidden, recording_own(teacher.model) as own:
+                hidden = teacher_pass(teacher.model, shared, plan)
+            drift = state_drift(shared, student_hidden, own, teacher_hidden, plan)
+        else:
+            hidden = teacher_pass(teacher.model, shared, plan)
+        nats[mode] = token_nats(hidden, teacher.head, targets)
+    return Reading(nats, drift, int(plans["vision"].valid.sum()))
+
+
+def _inputs(student: Scored, prompt: Prompt, max_answer_tokens: int) -> tuple[dict[str, Any], torch.Tensor]:
+    """Model inputs of prompt and answer, one row; labels (1, T), -100 before the answer."""
+    inputs = student.with_images([student.render(list(prompt.messages))], [prompt.images])
+    answer = torch.tensor([student.ids(prompt.answer)[:max_answer_tokens]], device=student.model.device)
+    labels = torch.cat([torch.full_like(inputs["input_ids"], -100), answer], dim=1)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], dim=1)
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in inputs:  # the answer is text
+            inputs[name] = torch.cat([inputs[name], torch.zeros_like(answer)], dim=1)
+    return dict(inputs), labels
+
+
+def _plan(teacher: Teacher, inputs: dict[str, Any], labels: torch.Tensor, mode: KVSharing) -> QueryPlan:
+    plan: QueryPlan = plan_queries(
+        inputs["input_ids"],
+        labels,
+        kv_sharing=mode,
+        shared_vocab_size=teacher.shared_vocab_size,
+        unreadable_token_ids=teacher.unreadable_token_ids,
+        attention_mask=inputs["attention_mask"],
+    )
+    return plan
+
+
+def token_nats(hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tensor:
+    """-log p(label), (N,), from hidden states (N, H)."""
+    logits = F.linear(hidden, head.weight, head.bias).float() * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return F.cross_entropy(logits, labels, reduction="none")
