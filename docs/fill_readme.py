@@ -1,7 +1,7 @@
-"""Fill the README's figures from result files, so that no number is typed: `make results`.
+"""Fill the figures of the README and of the recipe's README from result files, so that no number is typed: `make results`.
 
-    python docs/fill_readme.py            # rewrite README.md
-    python docs/fill_readme.py --check    # exit 1 if README.md is stale (used by the tests)
+    python docs/fill_readme.py            # rewrite both
+    python docs/fill_readme.py --check    # exit 1 if one is stale (used by the tests)
 
 Blocks look like `<!-- results:NAME -->` ... `<!-- /results -->`; NAME is a function below.
 """
@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "docs/results/demo/report.json"
 DEMO_REAL = ROOT / "docs/results/demo_real/report.json"
 STEP_COST = ROOT / "benchmarks/results/step_cost.json"
+RECIPE = ROOT / "examples/recipes/smollm2_135m"
+FILLED = (ROOT / "README.md", RECIPE / "README.md")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -88,11 +90,152 @@ def step_cost() -> str:
     return "\n".join(lines)
 
 
-BLOCKS = {"demo": demo, "demo_prompts": demo_prompts, "demo_real": demo_real, "step_cost": step_cost}
+# --------------------------------------------------------------------------------------------------------------------
+# The recipe
+# --------------------------------------------------------------------------------------------------------------------
+RECIPE_ARMS = {
+    "original": "original LM",
+    "before": "VLM before",
+    "vision_only": "image questions only, CE",
+    "ce": "CE on the mix (text replay)",
+    "kl_text": "KL on text rows only, nothing shared",
+    "adapt_lora": "LoRA adaptation in place of full",
+    "interpolate_03": "interpolation, .3 VLM + .7 LM",
+    "interpolate_05": "interpolation, .5 VLM + .5 LM",
+    "interpolate_07": "interpolation, .7 VLM + .3 LM",
+    "prompt_interpolate_07": "LinguDistill `prompt`, then interpolation .7",
+    "prompt": "**LinguDistill `prompt`** (default)",
+    "full": "LinguDistill `full`",
+    "vision": "LinguDistill `vision`",
+    "none": "LinguDistill `none`",
+    "prompt_all": "`prompt`, KL on all tokens",
+    "full_all": "`full`, KL on all tokens",
+    "vision_all": "`vision`, KL on all tokens",
+    "none_all": "`none`, KL on all tokens",
+    "prompt_kl": "`prompt`, KL without CE, confident tokens",
+    "prompt_all_kl": "`prompt`, KL without CE, all tokens",
+    "prompt_unselected": "`prompt`, KL on all rows and tokens",
+    "prompt_int8": "`prompt`, int8 teacher",
+    "prompt_fp32": "`prompt`, unquantised teacher",
+}
+
+
+def _recipe_reports() -> dict[str, dict[str, Any]]:
+    """{"severe-0": report} of every drift and seed that has results."""
+    return {path.parent.name: _read(path) for path in sorted((RECIPE / "results").glob("*-*/report.json"))}
+
+
+def _task(report: dict[str, Any], metric: str, group: str | None = None) -> dict[str, Any]:
+    return next(t for t in report["tasks"] if t["metric"] == metric and (group is None or t["group"] == group))
+
+
+def _difference(task: dict[str, Any], of: str, minus: str) -> dict[str, Any] | None:
+    return next((d for d in task["differences"] if d["of"] == of and d["minus"] == minus), None)
+
+
+def _excess(report: dict[str, Any], arm: str) -> tuple[float, float, float] | None:
+    """(mean, smallest, largest) share recovered over the unseen texts, or None where nothing was lost or measured."""
+    shares = [task["recovered"].get(arm) for task in report["tasks"] if task["metric"] == "bits_per_byte"]
+    values = [share["value"] for share in shares if share and share["value"] is not None]
+    return (sum(values) / len(values), min(values), max(values)) if values else None
+
+
+def _recipe_row(report: dict[str, Any], arm: str) -> str:
+    texts = [t for t in report["tasks"] if t["metric"] == "bits_per_byte"]
+    bits = sum(t["scores"][arm]["value"] for t in texts) / len(texts)
+    cells = [RECIPE_ARMS[arm], f"{bits:.3f}"]
+    share = _excess(report, arm)
+    cells.append(f"{share[0]:.0%} ({share[1]:.0%} to {share[2]:.0%})" if share else "-")
+    for metric, digits in (("exact_match", 3), ("image_accuracy", 3), ("image_nll", 2), ("rest_nll", 2)):
+        task = _task(report, metric)
+        score = task["scores"].get(arm)
+        if score is None:
+            cells.append("-")
+            continue
+        text = f"{score['value']:.{digits}f}"
+        if metric in ("exact_match", "image_accuracy"):
+            text += f" ({task['controls']['shuffled'][arm]['value']:.2f})"
+        cells.append(text)
+    return "| " + " | ".join(cells) + " |"
+
+
+def recipe_screen() -> str:
+    """Every arm at one drift and one seed."""
+    report = _recipe_reports().get("severe-0")
+    if report is None:
+        return "_Not measured yet: run `make reproduce`._"
+    arms = [arm for arm in RECIPE_ARMS if arm in report["models"]]
+    head = (
+        "arm",
+        "bits/byte, unseen texts",
+        "recovered (worst to best source)",
+        "image questions (shuffled)",
+        "image tokens right (shuffled)",
+        "image tokens, nats",
+        "other tokens, nats",
+    )
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *(_recipe_row(report, arm) for arm in arms)]
+    vision, answers = _task(report, "exact_match"), _task(report, "image_nll")
+    texts = [t for t in report["tasks"] if t["metric"] == "bits_per_byte"]
+    half = [(s["high"] - s["low"]) / 2 for s in vision["scores"].values()]
+    missing = [name for name in report["recipe"]["arms"] if name not in report["models"]]
+    machine = report["machine"]
+    lines += [
+        "",
+        f"Severe drift, seed 0, one run an arm. {len(texts)} text tasks of {texts[0]['n']} texts, {vision['n']} image questions "
+        f"(95 % interval about +-{max(half):.3f}), {answers['n']} long answers, {answers['notes']['image_token_share']:.0%} of "
+        f"whose {answers['notes']['tokens']} tokens depend on the image. CPU, fp32, torch {machine['torch']}."
+        + (f" Not run yet: {', '.join(missing)}." if missing else ""),
+    ]
+    return "\n".join(lines)
+
+
+def recipe_against() -> str:
+    """The default against its rivals, paired, for every drift and seed."""
+    reports = {name: report for name, report in _recipe_reports().items() if "prompt" in report["models"]}
+    if not reports:
+        return "_Not measured yet: run `make reproduce`._"
+    head = ("run", "against", "bits/byte, unseen texts", "image questions", "image tokens, nats", "other tokens, nats")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, report in reports.items():
+        for rival in ("before", "ce", "interpolate_05"):
+            if rival not in report["models"]:
+                continue
+            texts = [t for t in report["tasks"] if t["metric"] == "bits_per_byte"]
+            found = [_paired(t, rival) for t in texts]
+            mean = sum(f[0] for f in found) / len(found)
+            # other items in every task: the intervals' halves add in squares
+            half = sum(((f[2] - f[1]) / 2) ** 2 for f in found) ** 0.5 / len(found)
+            cells = [name, rival, f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"]
+            for metric in ("exact_match", "image_nll", "rest_nll"):
+                value, low, high = _paired(_task(report, metric), rival)
+                cells.append(f"{value:+.3f} [{low:+.3f}, {high:+.3f}]")
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _paired(task: dict[str, Any], rival: str) -> tuple[float, float, float]:
+    """LinguDistill `prompt` minus a rival."""
+    found = _difference(task, "prompt", rival)
+    if found is not None:
+        return found["value"], found["low"], found["high"]
+    found = _difference(task, rival, "prompt")
+    assert found is not None
+    return -found["value"], -found["high"], -found["low"]
+
+
+BLOCKS = {
+    "demo": demo,
+    "demo_prompts": demo_prompts,
+    "demo_real": demo_real,
+    "step_cost": step_cost,
+    "recipe_screen": recipe_screen,
+    "recipe_against": recipe_against,
+}
 
 
 def fill(text: str) -> str:
-    """README text with every block rendered anew.
+    """A text with every block rendered anew.
 
     Raises:
         KeyError: if a block's name has no function here.
@@ -105,15 +248,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    filled = fill(text)
-    if args.check:
-        if filled != text:
-            print("README.md is stale: run `make results`.", file=sys.stderr)
-        return int(filled != text)
-    readme.write_text(filled, encoding="utf-8")
-    return 0
+    stale = 0
+    for path in FILLED:
+        text = path.read_text(encoding="utf-8")
+        filled = fill(text)
+        if args.check and filled != text:
+            print(f"{path.relative_to(ROOT)} is stale: run `make results`.", file=sys.stderr)
+            stale = 1
+        elif not args.check:
+            path.write_text(filled, encoding="utf-8")
+    return stale
 
 
 if __name__ == "__main__":

@@ -110,6 +110,13 @@ def test_readme_figures_are_those_of_the_result_files(readme_tool):
     assert readme_tool.fill(changed) == text  # control: a typed figure is overwritten
 
 
+def test_the_recipes_figures_are_those_of_its_result_files(readme_tool):
+    path = ROOT / "examples/recipes/smollm2_135m/README.md"
+    text = path.read_text(encoding="utf-8")
+    assert path in readme_tool.FILLED and "<!-- results:recipe_screen -->" in text
+    assert readme_tool.fill(text) == text, "the recipe's README is stale: run `make results`"
+
+
 def test_files_named_in_the_readme_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     named = re.findall(r"\]\(((?!https?:)[^)#]+)\)", text) + re.findall(
