@@ -14,6 +14,7 @@ Tested with transformers 5.24.x and TRL 1.16.x (the bounds in `pyproject.toml`).
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,10 +22,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from trl.models.utils import prepare_deepspeed
 from trl.scripts.utils import DatasetConfig
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
@@ -34,10 +39,14 @@ __all__ = [
     "attention_switched",
     "base_attention_function",
     "decoder_of",
+    "deepspeed_inference",
     "gathered",
     "head_of",
+    "loaded_by_every_process",
     "register_attention",
 ]
+
+_FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -70,11 +79,15 @@ class Head:
     softcap: float | None = None
 
     def whole(self) -> Head:
-        """The same head with sharded (FSDP2) parameters gathered."""
-        if not hasattr(self.weight, "full_tensor"):
-            return self
-        bias = self.bias.full_tensor() if self.bias is not None and hasattr(self.bias, "full_tensor") else self.bias
-        return Head(self.weight.full_tensor(), bias, self.scale, self.softcap)
+        """The same head with sharded (FSDP2) parameters gathered, by all processes at once."""
+        return Head(_whole(self.weight), None if self.bias is None else _whole(self.bias), self.scale, self.softcap)
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    # Pieces that are offloaded to the CPU must come to the device whose processes gather them
+    return parameter.to(parameter.device_mesh.device_type).full_tensor()
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -102,8 +115,48 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def gathered(*parameters: Any) -> AbstractContextManager[Any]:
-    """A context in which these parameters are whole under ZeRO-3; nothing elsewhere. None is ignored."""
-    return maybe_gather_lm_head_ctx(*parameters)  # type: ignore[no-any-return]
+    """A context in which these parameters are whole under ZeRO-3; nothing elsewhere. None, and whatever ZeRO-3 does not
+    manage (a replicated teacher), is ignored."""
+    return maybe_gather_lm_head_ctx(*(p for p in parameters if hasattr(p, "ds_status")))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def loaded_by_every_process() -> Iterator[None]:
+    """`from_pretrained` gives every process all the weights.
+
+    For the student, transformers leaves them out of all processes but the first under FSDP (accelerate hands them out
+    later), and partitions them under ZeRO-3. Nobody would hand them out to the teacher.
+    """
+    fsdp, zero = os.environ.get(_FSDP_LOADING), deepspeed_integration._hf_deepspeed_config_weak_ref
+    os.environ[_FSDP_LOADING] = "false"
+    deepspeed_integration._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed_integration._hf_deepspeed_config_weak_ref = zero
+        if fsdp is None:
+            del os.environ[_FSDP_LOADING]
+        else:
+            os.environ[_FSDP_LOADING] = fsdp
+
+
+def deepspeed_inference(model: PreTrainedModel, accelerator: Accelerator, *, offload: bool) -> PreTrainedModel:
+    """Partition a frozen model with ZeRO-3, by the student's DeepSpeed config. -> the model without its engine.
+
+    offload: keep the partitions in CPU memory.
+    """
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    zero = config["zero_optimization"]
+    before = zero.get("offload_param")
+    if offload:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    try:
+        return prepare_deepspeed(model, accelerator).module  # type: ignore[no-any-return]
+    finally:
+        if offload and before is None:
+            del zero["offload_param"]
+        elif offload:
+            zero["offload_param"] = before
 
 
 def register_attention(name: str, function: AttentionFunction, *, masks_of: str | None) -> None:

@@ -4,6 +4,8 @@
     lingudistill distill ...           train; the options are those of examples/distill.py
     lingudistill evaluate ...          how much language was lost, how much came back, at what cost to vision
     lingudistill diagnose ...          how far the VLM's language model has drifted, and which kv_sharing follows
+    lingudistill plan --student ...    memory per device and cost of a step, from configs alone
+    lingudistill publish OUT ...       model, card and report to the Hub, and a Space that shows it
     lingudistill --version
 
 Exit codes of `check`: 0 it fits, 1 it does not fit, 2 bad input.
@@ -17,6 +19,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +28,7 @@ from typing import Any
 from ._version import __version__
 
 FITS, DOES_NOT_FIT, BAD_INPUT = 0, 1, 2
+NOT_PUBLISHED = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hf_lingudistill {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_check, _add_distill, _add_evaluate, _add_diagnose):
+    for add in (_add_check, _add_distill, _add_evaluate, _add_diagnose, _add_plan, _add_publish):
         add(commands)
     return parser
 
@@ -220,21 +224,33 @@ def _add_diagnose(commands: Any) -> None:
         "--teacher", metavar="LM", help="the LM that it was built from; default: the one that the config or card names"
     )
     data = parser.add_mutually_exclusive_group()
-    data.add_argument("--texts", metavar="FILE", help=".txt (passages between blank lines) or .jsonl (rows as in a dataset)")
     data.add_argument(
-        "--dataset", help="Hub id or folder; columns messages, prompt and completion, or text, and images if there are any"
+        "--texts", metavar="FILE", help=".txt (passages between blank lines) or .jsonl (rows as in a dataset)"
     )
+    data.add_argument(
+        "--dataset",
+        help="Hub id or folder; columns messages, prompt and completion, or text, and images if there are any",
+    )
+    parser.add_argument("--dataset_config", metavar="NAME", help="the configuration of --dataset, if it has several")
     parser.add_argument("--split", default="train", help="of --dataset; default: train")
     parser.add_argument(
-        "--images", nargs="+", default=[], metavar="PATH", help="images or folders to put before texts that have none, or: drawn"
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="images or folders to put before texts that have none, or: drawn",
     )
     parser.add_argument("--max_rows", type=int, default=48, help="rows of --dataset or --texts to read; default: 48")
     parser.add_argument("--max_answer_tokens", type=int, default=128, help="of each answer; default: 128")
     parser.add_argument("--output_dir", help="where drift.json, drift.txt, drift.png and drift.svg go")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on a CPU")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on a CPU"
+    )
     parser.add_argument("--device", help="such as cuda:0; default: the accelerator, if there is one")
-    parser.add_argument("--trust_remote_code", action="store_true", help="allow models to run code from their repository")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="allow models to run code from their repository"
+    )
     parser.set_defaults(run=_diagnose)
 
 
@@ -255,7 +271,12 @@ def _diagnose(args: argparse.Namespace) -> int:
                 "--teacher."
             )
         prompts = load_prompts(
-            texts=args.texts, dataset=args.dataset, split=args.split, images=args.images, max_rows=args.max_rows
+            texts=args.texts,
+            dataset=args.dataset,
+            dataset_config=args.dataset_config,
+            split=args.split,
+            images=args.images,
+            max_rows=args.max_rows,
         )
         report = diagnose(
             args.student,
@@ -277,6 +298,153 @@ def _diagnose(args: argparse.Namespace) -> int:
         return _bad_input(" ".join(str(error).split()) + " (LINGUDISTILL_DEBUG=1 shows the traceback)")
     print(json.dumps(report, indent=2) if args.json else as_text(report))
     return 0
+
+
+def _add_plan(commands: Any) -> None:
+    from .plan import DEVICES, DTYPES, ENGINES, MIXED_PRECISIONS, OPTIMIZERS, QUANTIZATIONS, SHARINGS
+
+    parser = commands.add_parser(
+        "plan",
+        help="what memory does a run need per device, what does a step cost, on which set-up does it fit?",
+        description="Memory per device by what takes it, and the cost of a step over supervised fine-tuning, from the configs of "
+        "student and teacher alone; docs/scale.md says how good the figures are. "
+        "Exit code: 0 it fits, 1 it does not fit, 2 bad input.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--student", required=True, metavar="VLM", help="folder or Hub id")
+    parser.add_argument(
+        "--teacher", metavar="LM", help="the LM that it was built from; default: the one that the config or card names"
+    )
+    parser.add_argument("--seq_len", type=int, default=2048, help="tokens of a row; default: 2048")
+    parser.add_argument("--image_tokens", type=int, default=1024, help="of these, of images; default: 1024")
+    parser.add_argument("--response_tokens", type=int, default=256, help="of these, distilled; default: 256")
+    parser.add_argument("--batch", type=int, default=1, help="rows a device; default: 1")
+    parser.add_argument("--accumulation", type=int, default=1, help="gradient accumulation steps; default: 1")
+    parser.add_argument("--engine", default="single", choices=ENGINES)
+    parser.add_argument("--gpus", type=int, default=1, metavar="N")
+    parser.add_argument("--gpu_memory", type=float, default=80.0, metavar="GIB", help="of one device; default: 80")
+    parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the student's weights")
+    parser.add_argument("--mixed_precision", default="bf16", choices=MIXED_PRECISIONS, help="default: bf16")
+    parser.add_argument("--gradient_checkpointing", default=True, action=argparse.BooleanOptionalAction)
+    parser.add_argument("--lora_rank", type=int, default=0, metavar="R", help="0, the default: full fine-tuning")
+    parser.add_argument("--teacher_quantization", default="nf4", choices=QUANTIZATIONS)
+    parser.add_argument("--kv_sharing", default="prompt", choices=SHARINGS)
+    parser.add_argument(
+        "--padded", action="store_true", help="rows of a batch differ in length: attention takes a mask"
+    )
+    parser.add_argument(
+        "--device", default="cuda", choices=DEVICES, help="cpu counts the buffers of a head without Triton"
+    )
+    parser.add_argument(
+        "--smallest",
+        action="store_true",
+        help="ignore --engine and --gpus: find the fewest devices that fit, up to 64",
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON, sizes in bytes")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from dataclasses import fields
+
+    from .compatibility import UnreadableModelError
+    from .plan import PlanError, Setup, make_plan, read_pair, smallest_plan
+
+    try:
+        setup = Setup(**{field.name: getattr(args, field.name) for field in fields(Setup)})
+        student, teacher = read_pair(args.student, args.teacher)
+        plan = smallest_plan(student, teacher, setup) if args.smallest else make_plan(student, teacher, setup)
+    except (PlanError, UnreadableModelError) as error:
+        return _bad_input(str(error))
+    if plan is None:
+        print(f"lingudistill: no set-up of up to 64 devices of {args.gpu_memory:g} GiB fits.", file=sys.stderr)
+        return DOES_NOT_FIT
+    print(json.dumps(plan.to_dict(), indent=2) if args.json else plan)
+    return FITS if plan.fits else DOES_NOT_FIT
+
+
+def _add_publish(commands: Any) -> None:
+    parser = commands.add_parser(
+        "publish",
+        help="send a saved model to the Hub, with its card",
+        description="Send a saved model to the Hub: plain weights, processor, a model card rendered from the run's record and the "
+        "evaluation's report, plots and recipe. Run again after a failure, it sends what is missing. The token comes from "
+        "`hf auth login` or HF_TOKEN. Exit code: 0 published, 2 bad input, 3 not published.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("output_dir", metavar="OUT", help="the folder of the saved model, or OUT of an embedded demo")
+    parser.add_argument("--repo_id", required=True, metavar="ORG/NAME", help="the model's repository; made if need be")
+    parser.add_argument("--private", action="store_true", help="make the repository (and the Space) private")
+    parser.add_argument(
+        "--report", metavar="DIR", help="what `lingudistill evaluate` wrote; default: looked for in OUT"
+    )
+    parser.add_argument("--before", metavar="ORG/VLM", help="the VLM before; default: what the training record says")
+    parser.add_argument("--original", metavar="ORG/LM", help="the original LM; default: what the training record says")
+    parser.add_argument("--license", metavar="ID", help="a licence's code on the Hub; default: that of the VLM before")
+    parser.add_argument("--tag", help="a name for this commit; default: lingudistill- and its first digits")
+    parser.add_argument("--revision", metavar="BRANCH", help="default: main")
+    parser.add_argument("--space", metavar="ORG/SPACE", help="also publish the Space that shows before and after")
+    parser.add_argument("--space_files", metavar="DIR", help="the Space's app; default: examples/space of the clone")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="list what would be sent and print the card; send nothing"
+    )
+    parser.set_defaults(run=_publish)
+
+
+def _publish(args: argparse.Namespace) -> int:
+    from .manifest import PublishError, command_for, model_manifest, space_manifest
+    from .publish import publish, whole_name
+
+    command = command_for(args.output_dir, args.repo_id, private=args.private)
+    command += "".join(
+        f" --{name} {shlex.quote(value)}"
+        for name in ("report", "before", "original", "license", "tag", "revision", "space", "space_files")
+        if (value := getattr(args, name))
+    )
+    try:
+        repo_id = args.repo_id if args.dry_run else whole_name(args.repo_id, command)
+    except PublishError as error:
+        return _not_published(error)
+    try:
+        manifest = model_manifest(
+            args.output_dir,
+            repo_id,
+            private=args.private,
+            report=args.report,
+            base_model=args.before,
+            teacher=args.original,
+            license=args.license,
+            revision=args.revision,
+            tag=args.tag,
+            command=command,
+        )
+        manifests = [manifest]
+        if args.space:
+            manifests.append(
+                space_manifest(
+                    manifest, args.space, before=args.before, original=args.original, files=args.space_files
+                )
+            )
+    except PublishError as error:
+        return _bad_input(str(error))
+    print("\n\n".join(map(str, manifests)))
+    if args.dry_run:
+        print(f"\n{manifest.text('README.md')}")
+        return 0
+    try:
+        for manifest in manifests:
+            done = publish(manifest)
+            print(f"{done.url}: {len(done.sent)} of {len(manifest.items)} files sent, {done.tag or done.commit[:8]}")
+    except PublishError as error:
+        return _not_published(error)
+    return 0
+
+
+def _not_published(error: Exception) -> int:
+    print(f"lingudistill: not published. {error}", file=sys.stderr)
+    return NOT_PUBLISHED
 
 
 def _bad_input(message: str) -> int:

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
+from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 KVSharing = Literal["full", "prompt", "vision", "none"]
 KV_SHARING_CHOICES = get_args(KVSharing)
 QUANTIZATION_CHOICES = ("nf4", "int8", "none")
+SHARDING_CHOICES = ("auto", "replicate", "shard")
+OFFLOAD_CHOICES = ("none", "cpu")
 DISTILL_TOKENS_CHOICES = ("all", "confident")
 
 
@@ -22,7 +25,8 @@ def cpu_has_bf16() -> bool:
 
 @dataclass
 class LinguDistillConfig(SFTConfig):
-    """Configuration of [`LinguDistillTrainer`]. Every field of [`~trl.SFTConfig`] keeps its meaning.
+    """Configuration of [`LinguDistillTrainer`]. Every field of [`~trl.SFTConfig`] keeps its meaning; with `push_to_hub=True` the
+    finished model alone is published (`hub_strategy="end"`), never a checkpoint.
 
     Parameters:
         teacher_model_name_or_path (`str`, *optional*):
@@ -36,6 +40,11 @@ class LinguDistillConfig(SFTConfig):
             `"nf4"`, `"int8"` (both through bitsandbytes, on CPU and CUDA) or `"none"`. Embeddings and head stay whole.
         measure_teacher_quantization (`bool`, defaults to `False`):
             Load the unquantised teacher once and log KL(full precision || quantised) in nats on the first batch.
+        teacher_sharding (`str`, defaults to `"auto"`):
+            Under FSDP2 and ZeRO-3: `"replicate"` keeps the whole teacher on every process, `"shard"` splits it like the
+            student, `"auto"` shards an unquantised teacher and replicates a quantised one (packed weights do not split).
+        teacher_offload (`str`, defaults to `"none"`):
+            `"cpu"` keeps the teacher in CPU memory between steps; its weights come to the device for the teacher's pass.
         kv_sharing (`str`, defaults to `"prompt"`):
             Where the teacher reads the student's keys and values: `"full"` everywhere, `"prompt"` everywhere but at
             response tokens, `"vision"` at tokens it cannot read itself (images), `"none"` nowhere.
@@ -88,6 +97,21 @@ class LinguDistillConfig(SFTConfig):
         default=False,
         metadata={"help": "Log KL(full-precision teacher || quantised teacher) in nats per token on the first batch."},
     )
+    teacher_sharding: str = field(
+        default="auto",
+        metadata={
+            "help": "Under FSDP2 and ZeRO-3: replicate the teacher on every process, shard it like the student, or auto: "
+            "shard it where it is not quantised.",
+            "choices": list(SHARDING_CHOICES),
+        },
+    )
+    teacher_offload: str = field(
+        default="none",
+        metadata={
+            "help": "cpu: keep the teacher in CPU memory between steps.",
+            "choices": list(OFFLOAD_CHOICES),
+        },
+    )
     kv_sharing: str = field(
         default="prompt",
         metadata={
@@ -139,11 +163,25 @@ class LinguDistillConfig(SFTConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         for name, choices in (
             ("teacher_quantization", QUANTIZATION_CHOICES),
+            ("teacher_sharding", SHARDING_CHOICES),
+            ("teacher_offload", OFFLOAD_CHOICES),
             ("kv_sharing", KV_SHARING_CHOICES),
             ("distill_tokens", DISTILL_TOKENS_CHOICES),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
+        if self.teacher_offload == "cpu" and self.teacher_quantization == "int8":
+            raise ValueError(
+                "teacher_offload='cpu' cannot free an int8 teacher, of which bitsandbytes holds a second reference on the "
+                "device: set teacher_quantization to 'nf4' or 'none'."
+            )
+        if self.push_to_hub:
+            if self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+                raise ValueError(
+                    f"hub_strategy must be 'end' or left out; got {HubStrategy(self.hub_strategy).value!r}. Checkpoints hold "
+                    "optimizer states and the training arguments, a token among them: the finished model alone is published."
+                )
+            self.hub_strategy = HubStrategy.END
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(
                 f"beta must be in [0.0, 1.0] (0 = KL(teacher || student), 1 = KL(student || teacher)); got {self.beta}."

@@ -158,6 +158,24 @@ def plan_queries(
     )
 
 
+def placeholder_plan(plan: QueryPlan) -> QueryPlan:
+    """One query at the first token of the first row, for a batch with nothing to distil on a process whose teacher runs
+    all the same (see `engines.py`). The caller gives its position no weight."""
+    device = plan.input_ids.device
+    zero, yes = torch.zeros(1, dtype=torch.long, device=device), torch.ones(1, 1, dtype=torch.bool, device=device)
+    return QueryPlan(
+        kv_sharing=plan.kv_sharing,
+        input_ids=plan.input_ids,
+        rows=zero,
+        positions=zero[None],
+        valid=yes,
+        own=yes if plan.kv_sharing in ("vision", "none") else ~yes,
+        loss=yes,
+        loss_rows=zero,
+        loss_positions=zero,
+    )
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Recording the student
 # --------------------------------------------------------------------------------------------------------------------

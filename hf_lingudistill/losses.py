@@ -97,6 +97,18 @@ def divergence(
     return distil(student_hidden, student_head, teacher_hidden, teacher_head, labels).divergence
 
 
+@torch.no_grad()
+def label_nll(hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tensor:
+    """-log p(label) in nats, (N,), in chunks. hidden: (N, H), labels: (N,)."""
+    found = [
+        torch.nn.functional.cross_entropy(
+            _finish(_raw_logits(hidden[rows], head.weight, head.bias), head), labels[rows], reduction="none"
+        )
+        for rows in _chunks(labels.numel(), head.weight.shape[0])
+    ]
+    return torch.cat(found)
+
+
 def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from ._internals import Head, head_of
+from ._internals import Head, head_of, loaded_by_every_process
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ class Teacher:
 
     model: eval mode, no gradient. head: (V_student, H_t) with a bias of -100 on tokens that teacher and student do not
     share. shared_vocab_size: ids below it mean the same token to both. unreadable_token_ids: image placeholders.
-    footprint: bytes of weights and buffers.
+    footprint: bytes of weights and buffers that this process holds.
     """
 
     model: PreTrainedModel
@@ -81,7 +83,8 @@ def load_teacher_model(
         del kwargs["quantization_config"]
     else:
         kwargs.setdefault("device_map", {"": device})
-    model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    with loaded_by_every_process():
+        model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     if "quantization_config" not in kwargs and "device_map" not in kwargs:
         model = model.to(device)
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
@@ -93,13 +96,15 @@ def prepare_teacher(
     *,
     shared_vocab_size: int,
     unreadable_token_ids: tuple[int, ...] = (),
+    exact_vocab: bool = False,
 ) -> Teacher:
     """Freeze `model` and give it a head over the student's vocabulary.
 
     A VLM has more tokens than its LM. The teacher's (tied or untied) embeddings grow to the student's size by zero rows,
     and the logits of every token that the two do not share get a bias of -100: the softmax over the shared ones is
     unchanged, and student mass on the others is penalised where a shared label is distilled. Padding rows that the teacher
-    has beyond the student's vocabulary are left out of the head.
+    has beyond the student's vocabulary are left out of the head, or with `exact_vocab` out of the model too: then the head
+    is the model's own parameter, which an engine may split and `on_device` may move.
     """
     student_weight: Any = head_of(student).weight
     # ZeRO-3 partitions the weight; its whole shape is kept in `ds_shape`
@@ -107,7 +112,7 @@ def prepare_teacher(
     model.eval()
     model.requires_grad_(False)
     own_vocab = head_of(model).weight.shape[0]
-    if own_vocab < student_vocab:
+    if own_vocab < student_vocab or (exact_vocab and own_vocab != student_vocab):
         model.resize_token_embeddings(student_vocab, mean_resizing=False)
         embeddings: Any = model.get_input_embeddings()
         for weights in {embeddings.weight, head_of(model).weight}:
@@ -115,7 +120,8 @@ def prepare_teacher(
                 weights[own_vocab:] = 0.0
         model.requires_grad_(False)
     head = head_of(model)
-    weight, bias = head.weight[:student_vocab], head.bias
+    weight = head.weight[:student_vocab] if head.weight.shape[0] > student_vocab else head.weight
+    bias = head.bias
     if shared_vocab_size < student_vocab:
         unshared = torch.zeros(student_vocab, device=weight.device, dtype=weight.dtype)
         unshared[shared_vocab_size:] = UNSHARED_BIAS
@@ -129,6 +135,25 @@ def prepare_teacher(
         unreadable_token_ids=unreadable_token_ids,
         footprint=int(model.get_memory_footprint()),
     )
+
+
+@contextmanager
+def on_device(teacher: Teacher, device: torch.device, *, offload: bool) -> Iterator[Head]:
+    """The teacher's weights on `device` inside the context and, with `offload`, in CPU memory after it.
+
+    Yields the head on the device. It stays there for as long as it is referred to, which the loss does until its backward
+    pass is over. Needs a teacher prepared with `exact_vocab`.
+    """
+    if not offload:
+        yield teacher.head
+        return
+    # Not PreTrainedModel.to, which refuses bitsandbytes models whatever is asked of it
+    torch.nn.Module.to(teacher.model, device)
+    try:
+        # An alias: moving the parameter back leaves the memory that this one points to
+        yield replace(teacher.head, weight=teacher.head.weight.detach())
+    finally:
+        torch.nn.Module.to(teacher.model, "cpu")
 
 
 def compute_dtype_of(student: PreTrainedModel, *, bf16: bool, fp16: bool) -> torch.dtype:

@@ -9,24 +9,33 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import types
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from huggingface_hub import HfApi
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from ._internals import head_of
+from .card import render_card
 from .compatibility import CompatibilityReport, check_compatibility, guess_teacher
 from .config import LinguDistillConfig
 from .data import ROW_COLUMN, DistillCollator, check_distill_column, drop_bad_rows, has_images, prepare_dataset
-from .kv_sharing import QueryPlan, SharedKV, plan_queries, recording, teacher_pass
-from .losses import combine, distil, divergence
-from .teacher import Teacher, compute_dtype_of, load_teacher_model, prepare_teacher
+from .engines import blank_image, head_unsharded, is_teacher_sharded, shard_teacher, sharding_of, vision_on
+from .kv_sharing import QueryPlan, SharedKV, placeholder_plan, plan_queries, recording, teacher_pass
+from .losses import combine, distil, divergence, label_nll
+from .manifest import PublishError, check_repo_id, command_for, model_manifest
+from .publish import Published, publish, whole_name
+from .record import Record, dataset_fact, read_record, training_record, write_record
+from .teacher import Teacher, compute_dtype_of, load_teacher_model, on_device, prepare_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +85,7 @@ class LinguDistillTrainer(SFTTrainer):
     train_dataset: Any
     processing_class: Any
     _signature_columns: Any
+    hub_model_id: Any
 
     _tag_names = ["trl", "sft", "lingudistill", "distillation"]
     _name = "LinguDistill"
@@ -114,6 +124,9 @@ class LinguDistillTrainer(SFTTrainer):
         self.has_distill_column = False
         self.distill_share: float | None = None
         self.skipped_rows: dict[str, int] = {}
+        # For the record of the run; whoever knows more than this trainer (a script its arguments) sets them
+        self.recipe: dict[str, Any] | None = None
+        self.dataset_facts: list[Record] = []
 
         # Teacher: who, and does it fit? Configs and tokenizers only, before any weight is loaded.
         teacher_ref = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
@@ -192,24 +205,13 @@ class LinguDistillTrainer(SFTTrainer):
             logger.warning("The dataset has no column %r: every row is distilled.", args.distill_column)
 
         self._compute_dtype = compute_dtype_of(student, bf16=bool(args.bf16), fp16=args.fp16)
-        if isinstance(teacher_ref, str):
-            lm = load_teacher_model(
-                teacher_ref,
-                revision=args.teacher_model_revision,
-                init_kwargs=_as_dict(args.teacher_model_init_kwargs),
-                quantization=args.teacher_quantization,
-                dtype=self._compute_dtype,
-                device=self.accelerator.device,
-                trust_remote_code=args.trust_remote_code,
-            )
-        else:
-            lm = teacher_ref if _is_quantised(teacher_ref) else teacher_ref.to(self.accelerator.device)
-        self.teacher: Teacher = prepare_teacher(
-            lm,
-            student,
-            shared_vocab_size=self.compatibility.shared_vocab_size,
-            unreadable_token_ids=self.compatibility.image_token_ids,
-        )
+        self._sharding = sharding_of(self.accelerator)
+        self.teacher: Teacher = self._make_teacher(teacher_ref, student)
+        # Under an engine that shards, every process runs every module in every step, on placeholders if need be
+        self._blank_image: dict[str, Any] | None = None
+        if self._sharding is not None and self._is_vision_dataset:
+            self._blank_image = blank_image(self.data_collator.inner, student)
+        self._images_in_step = True
         logger.info(
             "Teacher %s (%s): %.1f MiB",
             self.teacher_name_or_path,
@@ -222,9 +224,46 @@ class LinguDistillTrainer(SFTTrainer):
             for mode in ("train", "eval")
         }
         self._worse_teacher_warned = False
+        # An extra pass of a sharded teacher would have to be made by all processes at once; packed rows cannot be compacted
+        self._sharing_compared = (
+            args.kv_sharing == "none" or self._is_teacher_sharded or args.packing or args.padding_free
+        )
         self._quantization_measured = not args.measure_teacher_quantization
         self.teacher_quantization_kl: float | None = None
+        self.teacher_ce_unshared: float | None = None
         self._distil_inside_forward(student)
+
+    def _make_teacher(self, reference: str | PreTrainedModel, student: PreTrainedModel) -> Teacher:
+        """Load the teacher (or take the object) and put it where `teacher_sharding` and `teacher_offload` say."""
+        args, device = self.args, self.accelerator.device
+        quantised = args.teacher_quantization != "none" if isinstance(reference, str) else _is_quantised(reference)
+        shard = is_teacher_sharded(args.teacher_sharding, quantised=quantised, sharding=self._sharding)
+        offload = args.teacher_offload == "cpu"
+        self._is_teacher_sharded, self._is_teacher_offloaded = shard, offload and not shard
+        if isinstance(reference, str):
+            lm = load_teacher_model(
+                reference,
+                revision=args.teacher_model_revision,
+                init_kwargs=_as_dict(args.teacher_model_init_kwargs),
+                quantization=args.teacher_quantization,
+                dtype=self._compute_dtype,
+                # pieces are cut on the CPU: the whole teacher may not fit a device
+                device="cpu" if shard else device,
+                trust_remote_code=args.trust_remote_code,
+            )
+        else:
+            lm = reference if quantised else reference.to("cpu" if shard else device)  # type: ignore[arg-type]
+        teacher = prepare_teacher(
+            lm,
+            student,
+            shared_vocab_size=self.compatibility.shared_vocab_size,
+            unreadable_token_ids=self.compatibility.image_token_ids,
+            exact_vocab=shard or offload,
+        )
+        if shard:
+            return shard_teacher(teacher, self.accelerator, offload=offload)
+        with on_device(teacher, device, offload=offload):  # leaving it parks the teacher
+            return teacher
 
     # ----------------------------------------------------------------------------------------------------------------
     # The step
@@ -241,7 +280,8 @@ class LinguDistillTrainer(SFTTrainer):
         def forward(_self: PreTrainedModel, *args: Any, distill: torch.Tensor | None = None, **kwargs: Any) -> Any:
             if distill is None or not kwargs.get("fused_lm_head"):
                 return fused_forward(*args, **kwargs)
-            return self._distilling_forward(fused_forward, student, distill, *args, **kwargs)
+            with head_unsharded(student):
+                return self._distilling_forward(fused_forward, student, distill, *args, **kwargs)
 
         student.forward = types.MethodType(forward, student)
 
@@ -268,14 +308,19 @@ class LinguDistillTrainer(SFTTrainer):
             unreadable_token_ids=self.teacher.unreadable_token_ids,
             attention_mask=kwargs.get("attention_mask"),
         )
+        nothing_to_distil = plan.empty
+        if nothing_to_distil and self._is_teacher_sharded:
+            plan = placeholder_plan(plan)
         if plan.empty:
-            outputs = fused_forward(*args, **kwargs)
+            with self._same_modules(student, kwargs):
+                outputs = fused_forward(*args, **kwargs)
             self._add_sums(labels=outputs.label_mask.sum(), ce=-outputs.log_probs.detach().sum())
             return outputs
-        with recording(student) as shared:
+        with recording(student) as shared, self._same_modules(student, kwargs):
             outputs = fused_forward(*args, **kwargs)
-        teacher_hidden = teacher_pass(self.teacher.model, shared, plan)
-        if not self._quantization_measured:
+        with on_device(self.teacher, plan.input_ids.device, offload=self._is_teacher_offloaded) as teacher_head:
+            teacher_hidden = teacher_pass(self.teacher.model, shared, plan)
+        if not self._quantization_measured and not nothing_to_distil:
             self._measure_quantization(shared, plan, teacher_hidden)
         shared.release()
 
@@ -283,18 +328,20 @@ class LinguDistillTrainer(SFTTrainer):
         rows, positions = plan.loss_rows, plan.loss_positions
         student_ce = cross_entropy[rows, positions].detach()
         hidden = shared.last_hidden_state[rows, positions]  # type: ignore[index]  # (N, H_s), with gradient
-        student_head, teacher_head = head_of(student).whole(), self.teacher.head.whole()
+        margin = config.distill_margin if config.distill_tokens == "confident" else None
         result = distil(
             hidden,
-            student_head,
+            head_of(student).whole(),
             teacher_hidden,
-            teacher_head,
-            labels[rows, positions + 1],
+            teacher_head.whole(),
+            labels[rows, positions + 1].clamp(min=0),  # a placeholder may have no label
             -student_ce,
-            margin=config.distill_margin if config.distill_tokens == "confident" else None,
+            margin=math.inf if nothing_to_distil else margin,
             beta=config.beta,
             temperature=config.temperature,
         )
+        if not (self._sharing_compared or nothing_to_distil):
+            self._compare_with_unshared(plan, labels, distill, kwargs.get("attention_mask"), result.teacher_log_prob)
         per_token = combine(
             cross_entropy,
             result.divergence,
@@ -304,19 +351,35 @@ class LinguDistillTrainer(SFTTrainer):
             ce_weight=config.ce_weight,
             distill_weight=config.distill_weight,
         )
-        self._add_sums(
-            labels=outputs.label_mask.sum(),
-            ce=cross_entropy.detach().sum(),
-            candidates=plan.num_loss,
-            distilled=result.chosen.sum(),
-            kd=result.divergence.detach().sum(),
-            teacher_ce=-result.teacher_log_prob.sum(),
-            student_ce=student_ce.sum(),
-            agreement=result.agrees.sum(),
-            teacher_entropy=result.teacher_entropy.sum(),
-        )
+        self._add_sums(labels=outputs.label_mask.sum(), ce=cross_entropy.detach().sum())
+        if not nothing_to_distil:
+            self._add_sums(
+                candidates=plan.num_loss,
+                distilled=result.chosen.sum(),
+                kd=result.divergence.detach().sum(),
+                teacher_ce=-result.teacher_log_prob.sum(),
+                student_ce=student_ce.sum(),
+                agreement=result.agrees.sum(),
+                teacher_entropy=result.teacher_entropy.sum(),
+            )
         outputs.log_probs = -per_token
         return outputs
+
+    def _same_modules(self, student: PreTrainedModel, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+        """Where the engine shards and another process may have an image: run the vision tower without one as well."""
+        needed = self._images_in_step or not self.model.training
+        if self._blank_image is None or not needed or inputs.get("pixel_values") is not None:
+            return nullcontext()
+        return vision_on(self._blank_image, student)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """`Trainer.get_batch_samples`, and whether any process has an image in this optimizer step: without one, the
+        vision tower gets no gradient at all, as on a single process."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._blank_image is not None:
+            seen = torch.tensor(any("pixel_values" in batch for batch in batches), dtype=torch.int32, device=device)
+            self._images_in_step = bool(self.accelerator.reduce(seen, reduction="sum"))
+        return batches, num_items
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -348,6 +411,7 @@ class LinguDistillTrainer(SFTTrainer):
         self._sums[mode].zero_()
         if sums["labels"] > 0:
             metrics = {"ce_loss": sums["ce"] / sums["labels"], "distilled_tokens": sums["distilled"]}
+            metrics["answer_tokens"] = sums["labels"]
             if sums["distilled"] > 0:
                 metrics["kd_loss"] = sums["kd"] / sums["distilled"]
             if sums["candidates"] > 0:
@@ -381,6 +445,58 @@ class LinguDistillTrainer(SFTTrainer):
             teacher_ce,
             student_ce,
         )
+
+    @torch.no_grad()
+    def _compare_with_unshared(
+        self,
+        plan: QueryPlan,
+        labels: torch.Tensor,
+        distill: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        shared_log_prob: torch.Tensor,
+    ) -> None:
+        """Once, on the first distilled batch with text-only rows: does the student's K/V make its teacher worse?
+
+        A student whose language has collapsed drags the teacher that reads it along, and then learns its own collapse back.
+        The teacher is still better than such a student, so that `teacher_ce` against `student_ce` does not show it; the same
+        teacher without sharing does.
+
+        shared_log_prob: (N,) nats, the labels' log-probability under the teacher at the plan's loss positions.
+        """
+        unreadable = (plan.input_ids >= self.teacher.shared_vocab_size) | torch.isin(
+            plan.input_ids, torch.tensor(list(self.teacher.unreadable_token_ids), device=plan.input_ids.device)
+        )
+        if attention_mask is not None:
+            unreadable &= attention_mask.bool()
+        text_only = ~unreadable.any(dim=1)
+        compared = text_only[plan.loss_rows]
+        if not compared.any():
+            return
+        self._sharing_compared = True
+        alone = plan_queries(
+            plan.input_ids,
+            labels,
+            distill.bool() & text_only,
+            kv_sharing="none",
+            shared_vocab_size=self.teacher.shared_vocab_size,
+            unreadable_token_ids=self.teacher.unreadable_token_ids,
+            attention_mask=attention_mask,
+        )
+        with on_device(self.teacher, plan.input_ids.device, offload=self._is_teacher_offloaded) as head:
+            hidden = teacher_pass(self.teacher.model, SharedKV(), alone)
+            wanted = labels[alone.loss_rows, alone.loss_positions + 1]
+            alone_ce = label_nll(hidden, head.whole(), wanted).mean()
+        self.teacher_ce_unshared = float(alone_ce)
+        shared_ce = float(-shared_log_prob[compared].mean())
+        if shared_ce > self.teacher_ce_unshared + 0.5:
+            logger.warning(
+                "Reading the student's keys and values makes the teacher worse (%.2f against %.2f nats a token without, on the "
+                "text rows of the first batch): the student's language has drifted so far that it misleads its teacher, and "
+                "the divergence alone would teach it its own collapse. Use kv_sharing='vision' or 'none', or keep ce_weight "
+                "above 0.",
+                shared_ce,
+                self.teacher_ce_unshared,
+            )
 
     def _measure_quantization(self, shared: SharedKV, plan: QueryPlan, quantised_hidden: torch.Tensor) -> None:
         """Mean KL(full-precision teacher || quantised teacher) in nats on the first distilled batch."""
@@ -421,12 +537,111 @@ class LinguDistillTrainer(SFTTrainer):
             _check_output_dir(self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    # ----------------------------------------------------------------------------------------------------------------
+    # Saving and publishing
+    # ----------------------------------------------------------------------------------------------------------------
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`Trainer.save_model`, with the record of the run (`lingudistill.json`) beside the model.
+
+        With `push_to_hub=True` the model is published as well; if that fails, it is logged, with what goes on.
+        """
+        super().save_model(output_dir, _internal_call=True)
+        if self.is_world_process_zero():
+            record = training_record(self, recipe=self.recipe, datasets=self.dataset_facts)
+            write_record(record, output_dir or str(self.args.output_dir))
+        if self.args.push_to_hub and not _internal_call:
+            try:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            except PublishError as error:
+                logger.error("Saved, but not published. %s", error)
+
+    def create_model_card(  # type: ignore[override]  # SFTTrainer's own signature
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write `README.md` to `output_dir`, rendered from the run's record in place of TRL's automatic card."""
+        if not self.is_world_process_zero():
+            return
+        record = training_record(self, recipe=self.recipe, datasets=self._dataset_facts(dataset_name))
+        card = render_card(record, {}, repo_id=self.hub_model_id, name=model_name, tags=_as_list(tags))
+        card.save(Path(str(self.args.output_dir)) / "README.md")
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Name the repository. It is made when there is something to publish: no Hub, no reason not to train."""
+        self.hub_model_id = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        self.push_in_progress = None
+        try:
+            check_repo_id(self.hub_model_id)
+        except PublishError as error:
+            raise ValueError(f"hub_model_id (default: the name of output_dir): {error}") from None
+
+    def push_to_hub(  # type: ignore[override]  # says more than a CommitInfo
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Published | Future[Published] | None:
+        """Save to `output_dir` and publish what is there: the model, its processor, card, record and recipe, no more.
+
+        The arguments are those of `Trainer.push_to_hub`; kwargs those of `create_model_card`. Returns where it is now, a
+        future of that with `blocking=False`, and None on any process but the first.
+
+        Raises:
+            PublishError: if it could not be published. The saved model is whole; the message names the command that goes on.
+        """
+        self.save_model(_internal_call=True)
+        return self.publish_saved(commit_message, blocking, token, revision, private, **kwargs)
+
+    def publish_saved(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Published | Future[Published] | None:
+        """`push_to_hub` without saving first: `output_dir` may hold more than this trainer knows, such as merged weights."""
+        if self.hub_model_id is None:
+            self.init_hf_repo()
+        if not self.is_world_process_zero():
+            return None
+        args, out = self.args, str(self.args.output_dir)
+        token = token or args.hub_token
+        private = bool(args.hub_private_repo if private is None else private)
+        command = command_for(out, self.hub_model_id, private=private)
+        self.hub_model_id = whole_name(self.hub_model_id, command, token=token)
+        self.create_model_card(**kwargs)
+        record = {**read_record(out)}
+        record["datasets"] = record.get("datasets") or self._dataset_facts(kwargs.get("dataset_name"))
+        manifest = model_manifest(
+            out,
+            self.hub_model_id,
+            private=private,
+            record=record,
+            tags=_as_list(kwargs.get("tags")),
+            revision=revision or args.hub_revision,
+            message=commit_message,
+        )
+        if blocking:
+            return publish(manifest, token=token)
+        return HfApi().run_as_future(publish, manifest, token=token)
+
+    def _dataset_facts(self, dataset_name: str | None) -> list[Record]:
+        """What the script said about the data, or the name that the caller of a push gave."""
+        return self.dataset_facts or ([dataset_fact(dataset_name)] if dataset_name else [])
+
     def _plain_student(self) -> PreTrainedModel:
         return self.model.get_base_model() if is_peft_model(self.model) else self.model  # type: ignore[no-any-return]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[no-untyped-call]
-        for column in (self.args.distill_column, ROW_COLUMN):
+        columns = [self.args.distill_column, ROW_COLUMN]
+        if self.args.train_sampling_strategy == "group_by_length":
+            columns.append(self.args.length_column_name)  # the sampler looks for it after unused columns are dropped
+        for column in columns:
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
 
@@ -442,6 +657,10 @@ def _reference(model: Any) -> str:
 
 def _as_dict(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {}
+
+
+def _as_list(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 def _is_quantised(model: PreTrainedModel) -> bool:

@@ -140,8 +140,8 @@ def test_a_missing_data_package_is_named_with_the_command_that_installs_it(monke
 
 
 def test_an_unknown_source_is_named_with_those_that_exist() -> None:
-    with pytest.raises(ValueError, match="'imdb'.*quac"):
-        text.passages("imdb")
+    with pytest.raises(ValueError, match="'tabloids'.*quac"):
+        text.passages("tabloids")
 
 
 # --------------------------------------------------------------------------------------------------------------------

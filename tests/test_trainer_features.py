@@ -530,6 +530,53 @@ def test_teacher_that_is_worse_than_the_student_warns_once(
     assert sum("predicts the labels worse" in record.getMessage() for record in caplog.records) == warns
 
 
+def _fluent_teacher(trainer: Any) -> Any:
+    """The trainer's own teacher, taught the labels of its first batch: good alone, whatever it is with another's K/V."""
+    teacher, batch = trainer.teacher.model, first_batch(trainer)
+    parameters = [p.requires_grad_(True) for p in teacher.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=3e-3)
+    for _ in range(60):
+        loss = teacher(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    return teacher
+
+
+@pytest.mark.parametrize("drifted", [True, False])
+def test_student_whose_keys_make_its_teacher_worse_warns(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture, drifted: bool
+) -> None:
+    rows = tiny.make_dataset(4, images=False)
+    student = tiny.make_vlm(0)
+    trainer = make_trainer(model=student, train_dataset=rows, kv_sharing="full", distill_tokens="all", ce_weight=0.0)
+    teacher = _fluent_teacher(trainer)
+    if not drifted:  # control: the student's language is the teacher's
+        own = student.model.text_model.state_dict()
+        for name, value in teacher.model.state_dict().items():
+            own[name][: len(value)].copy_(value)
+    trainer.train()
+    assert ("makes the teacher worse" in caplog.text) == drifted
+    batch = first_batch(trainer)
+    logits = teacher(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    shared_ids = batch["labels"].where(batch["labels"] < trainer.teacher.shared_vocab_size, -100)
+    plain = torch.nn.functional.cross_entropy(
+        logits[:, :-1, : trainer.teacher.shared_vocab_size].flatten(0, 1),
+        shared_ids[:, 1:].flatten(),
+        ignore_index=-100,
+    )
+    assert trainer.teacher_ce_unshared == pytest.approx(plain.item(), abs=1e-4)
+
+
+def test_rows_with_images_alone_are_no_measure_of_an_unshared_teacher(make_trainer: MakeTrainer) -> None:
+    images = tiny.make_dataset(8).filter(lambda row: len(row["images"]) > 0).remove_columns("distill")
+    trainer = make_trainer(train_dataset=images, kv_sharing="full")
+    trainer.train()
+    assert trainer.teacher_ce_unshared is None
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Bad rows
 # --------------------------------------------------------------------------------------------------------------------

@@ -19,29 +19,44 @@ def interpolate(vlm_path: str | Path, lm_path: str | Path, alpha: float, output_
     """alpha * VLM + (1 - alpha) * LM on every weight that the LM has; rows of the VLM's own tokens stay the VLM's.
 
     Raises:
-        ValueError: if alpha is outside [0, 1], or a weight of the LM has no counterpart of its shape.
+        ValueError: if alpha is outside [0, 1], or the two have other weights or weights of other shapes.
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be in [0, 1] (the share of the VLM), got {alpha}.")
     vlm = AutoModelForImageTextToText.from_pretrained(vlm_path, dtype=torch.float32)
     lm = AutoModelForCausalLM.from_pretrained(lm_path, dtype=torch.float32)
+    if _tied(vlm) and not _tied(lm):
+        raise ValueError(
+            "The VLM's head is tied to its embeddings, the LM's is not. Pass the LM that it was built from."
+        )
+    vocabulary = {id(module.weight) for module in (vlm.get_input_embeddings(), vlm.get_output_embeddings())}
     pairs = [(vlm.get_decoder(), lm.get_decoder()), (vlm.get_output_embeddings(), lm.get_output_embeddings())]
     with torch.no_grad():
         done: set[int] = set()
         for mine, theirs in pairs:
-            own = dict(mine.named_parameters())
-            for name, weight in theirs.named_parameters():
-                if name not in own or own[name].shape[1:] != weight.shape[1:] or len(own[name]) < len(weight):
+            own, original = dict(mine.named_parameters()), dict(theirs.named_parameters())
+            for name in sorted({*own, *original}):
+                ours, weight = own.get(name), original.get(name)
+                # Only the vocabulary may have grown
+                rows = len(weight) if weight is not None and id(ours) in vocabulary else None
+                if ours is None or weight is None or ours[:rows].shape != weight.shape:
                     raise ValueError(
-                        f"{name}: {tuple(weight.shape)} in the LM, "
-                        f"{tuple(own[name].shape) if name in own else 'missing'} in the VLM. Pass the LM that it was built from."
+                        f"{name}: {_shape(weight)} in the LM, {_shape(ours)} in the VLM. Pass the LM that it was built from."
                     )
-                if own[name].data_ptr() in done:  # a head tied to the embeddings
+                if id(ours) in done:  # a head tied to the embeddings
                     continue
-                done.add(own[name].data_ptr())
-                own[name][: len(weight)].lerp_(weight, 1 - alpha)
+                done.add(id(ours))
+                ours[:rows].lerp_(weight, 1 - alpha)
     vlm.save_pretrained(output_dir)
     AutoProcessor.from_pretrained(vlm_path).save_pretrained(output_dir)
+
+
+def _tied(model: torch.nn.Module) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def _shape(weight: torch.Tensor | None) -> str:
+    return "missing" if weight is None else str(tuple(weight.shape))
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+from datasets import Image, List
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from hf_lingudistill.data import DistillMixtureConfig, load_mixture
@@ -18,6 +19,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DistillMixtureConfig))
     script_args, config, model_args, mixture = parser.parse_args_and_config(argv)
     dataset = load_mixture(mixture)["train"].remove_columns("distill")
+    if "images" in dataset.column_names:  # TRL's collator wants them decoded; ours does it itself
+        dataset = dataset.cast_column("images", List(Image()))
     config.model_init_kwargs = {"use_safetensors": True, "dtype": model_args.dtype}
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,

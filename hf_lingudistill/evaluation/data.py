@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,10 @@ def image_items(task: VisionTask | GroundedTask, seed: int) -> list[ImageItem]:
 
 def _item(key: str, row: Row, task: VisionTask | GroundedTask, choices: str | None) -> ImageItem:
     answer, images = row[task.answer], row[task.image]
+    if choices and isinstance(answer, int):  # ScienceQA and others give the right choice by its index
+        answer = row[choices][answer]
+    if answer == [] and isinstance(task, GroundedTask):
+        raise ValueError(f"Task {task.name!r}, item {key}: expected an answer to score, found none. Drop the row.")
     return ImageItem(
         key,
         tuple(_image(image, task, key) for image in (images if isinstance(images, list) else [images])),
@@ -82,10 +87,15 @@ def _image(image: Any, task: Data, key: str) -> PILImage.Image:
 
 def _rows(task: Data, columns: tuple[str, ...]) -> dict[int, Row]:
     path = str(task.path)
+    files = task.data_files
+    if files is not None and not isinstance(files, Mapping):
+        files = {task.split: list(files) if isinstance(files, tuple) else files}  # else `datasets` calls them "train"
     if (Path(path) / "state.json").is_file():
         dataset = load_from_disk(path)
+    elif (Path(path) / "dataset_dict.json").is_file():
+        dataset = load_from_disk(str(Path(path) / task.split))
     else:
-        dataset = load_dataset(path, task.config, split=task.split, data_files=task.data_files, revision=task.revision)
+        dataset = load_dataset(path, task.config, split=task.split, data_files=files, revision=task.revision)
     if missing := [column for column in columns if column not in dataset.column_names]:
         raise ValueError(
             f"Task {task.name!r}: {path} has no column {missing[0]!r}, found {', '.join(dataset.column_names)}. Name the columns "

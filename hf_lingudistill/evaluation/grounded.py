@@ -49,12 +49,13 @@ def token_scores(
     bar = tqdm(total=len(items), initial=len(items) - len(todo), desc=progress, unit="item", disable=progress is None)
     for start in range(0, len(todo), batch_size):
         batch = todo[start : start + batch_size]
-        turns = [user_turn(items[i].question, len(items[i].images)) for i in batch]
-        prompts = [scored.render(turn) for turn in turns]
+        questions = [items[i].question for i in batch]
         ids = [scored.ids(items[i].answers[0])[: task.max_answer_tokens] for i in batch]
 
-        def under(images: Sequence[Images], prompts: Any = prompts, ids: Any = ids) -> list[Tokens]:
-            return answer_scores(scored, prompts, images, ids)
+        def under(images: Sequence[Images], questions: Any = questions, ids: Any = ids) -> list[Tokens]:
+            # Rendered each time: an item's own images and those of another one may differ in number
+            turns = [user_turn(question, len(group)) for question, group in zip(questions, images, strict=True)]
+            return answer_scores(scored, [scored.render(turn) for turn in turns], images, ids)
 
         own = under([items[i].images for i in batch])
         exchanged = under([shuffled[i] for i in batch])
@@ -84,7 +85,8 @@ def answer_scores(
     """Each answer token's log-probability after prompt, image and the answer's earlier tokens."""
     inputs = scored.with_images(prompts, images)
     longest = max(map(len, ids))
-    labels = torch.tensor([[*row, *[-100] * (longest - len(row))] for row in ids], device=scored.model.device)
+    padded = [[*row, *[-100] * (longest - len(row))] for row in ids]
+    labels = torch.tensor(padded, dtype=torch.long, device=scored.model.device)
     # Prompts end at the same column (left padding), so the answers start at the same one.
     inputs["input_ids"] = torch.cat([inputs["input_ids"], labels.clamp(min=0)], dim=1)
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], (labels != -100).long()], dim=1)

@@ -32,6 +32,12 @@ except ImportError:  # without the `eval` extra everything but the harness works
 INSTALL = "pip install 'hf_lingudistill[eval]'"
 
 
+def require_harness() -> None:
+    """Raise ModuleNotFoundError, which says what to install, if lm-eval is not."""
+    if HFLM is object:
+        raise ModuleNotFoundError(f"lm-eval is not installed; run `{INSTALL}`.")
+
+
 class TextPath(HFLM):  # type: ignore[misc]
     """lm-eval's model of an LM, or of a VLM called without an image: its own tokenizer, its own chat template.
 
@@ -42,8 +48,7 @@ class TextPath(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, scored: Scored, *, batch_size: int = 8, max_length: int | None = None) -> None:
-        if HFLM is object:
-            raise ModuleNotFoundError(f"lm-eval is not installed; run `{INSTALL}`.")
+        require_harness()
         quiet = logging.getLogger("lm_eval.models.huggingface")
         level = quiet.level
         quiet.setLevel(logging.ERROR)  # it warns of each model that is passed as an object
@@ -80,6 +85,7 @@ def harness_scores(
     from .tasks import LOCAL_TASKS
 
     cache_folder.mkdir(parents=True, exist_ok=True)
+    weights = f"{scored.fingerprint.replace('/', '--')}-{str(scored.model.dtype).removeprefix('torch.')}"
     wanted: list[Any] = [LOCAL_TASKS[name]() if name in LOCAL_TASKS else name for name in tasks.tasks]
     try:
         results = simple_evaluate(
@@ -88,8 +94,9 @@ def harness_scores(
             num_fewshot=tasks.num_fewshot,
             limit=tasks.limit,
             apply_chat_template=tasks.chat_template,
-            use_cache=str(cache_folder / f"lm_eval-{scored.fingerprint.replace('/', '--')}"),
-            task_manager=TaskManager(),
+            use_cache=str(cache_folder / f"lm_eval-{weights}"),
+            # Reading lm-eval's thousands of task files takes ten seconds, which its own tasks need and ours do not
+            task_manager=TaskManager(include_defaults=any(isinstance(task, str) for task in wanted)),
             bootstrap_iters=0,
             random_seed=seed,
             numpy_random_seed=seed,
@@ -141,7 +148,7 @@ def bits_per_byte(
     """-> {key: (bits, bytes)} of each text. Bits per byte can be compared between tokenizers; times ln 2 it is the
     log-perplexity per byte.
 
-    In `plain` form all but a text's first token is scored. In `chat` form the first words are the user's request to continue
+    In `plain` form all but a text's first token is scored, after a bos token where the tokenizer puts one. In `chat` form the first words are the user's request to continue
     them, and what the assistant then says is scored, without the token that ends its turn.
     """
     todo = [key for key in texts if key not in cache]
@@ -160,8 +167,15 @@ def bits_per_byte(
 def _tokenised(scored: Scored, task: TextTask, form: str, text: str) -> tuple[list[int], int, int]:
     """(ids, number of leading ids that are not scored, UTF-8 bytes of the scored text)."""
     if form == "plain":
-        ids = scored.ids(text)
-        return ids, 1, len(text.encode()) - len(scored.tokenizer.decode(ids[:1]).encode())
+        ids, bos = scored.ids(text), scored.tokenizer.bos_token_id
+        # Where the tokenizer itself puts a bos before a text (Gemma, Llama 3), the model has never read one without.
+        lead = [bos] if bos is not None and scored.tokenizer(text)["input_ids"][:1] == [bos] != ids[:1] else []
+        first = 1
+        # A byte-level token may be part of a character, whose bytes cannot be counted: the first character goes as a whole.
+        while "\ufffd" in scored.tokenizer.decode(ids[:first]) and first < 4:
+            first += 1
+        unscored = len(scored.tokenizer.decode(ids[:first]).encode())
+        return [*lead, *ids], len(lead) + first, len(text.encode()) - unscored
     words = text.split(" ")
     head, body = " ".join(words[: task.head_words]), " ".join(words[task.head_words :])
     prompt = scored.ids(scored.render(user_turn(f"Continue this text: {head}")))

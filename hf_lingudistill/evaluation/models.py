@@ -92,6 +92,30 @@ def user_turn(text: str, images: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def read_config(name: str, path: str, *, trust_remote_code: bool = False) -> Any:
+    """A model's config.
+
+    Raises:
+        UnreadableModelError: if there is none that transformers can read.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _unreadable(name, path, error) from error
+
+
+def takes_images(config: Any) -> bool:
+    """Whether a config is a VLM's."""
+    return getattr(config, "vision_config", None) is not None
+
+
+def _unreadable(name: str, path: str, error: Exception) -> UnreadableModelError:
+    return UnreadableModelError(
+        f"{name}: cannot load a model from {path!r} ({' '.join(str(error).split())[:300]}). Expected a folder or Hub id of a "
+        "language model or a VLM with safetensors weights."
+    )
+
+
 def load_scored(
     name: str,
     path: str,
@@ -110,18 +134,15 @@ def load_scored(
     place = torch.device(device) if device else _device()
     dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    config = read_config(name, path, trust_remote_code=trust_remote_code)
+    sees = takes_images(config)
     try:
-        config = AutoConfig.from_pretrained(path, **common)
-        sees = getattr(config, "vision_config", None) is not None
         auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         model: Any = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, **common)
         model = model.to(place).eval()
         processing = (AutoProcessor if sees else AutoTokenizer).from_pretrained(path, **common)
     except (OSError, ValueError) as error:
-        raise UnreadableModelError(
-            f"{name}: cannot load a model from {path!r} ({' '.join(str(error).split())[:300]}). Expected a folder or Hub id of a "
-            "language model or a VLM with safetensors weights."
-        ) from error
+        raise _unreadable(name, path, error) from error
     if getattr(processing, "chat_template", None) is None and hasattr(processing, "tokenizer"):
         processing.chat_template = processing.tokenizer.chat_template
     return Scored(name, path, "vlm" if sees else "lm", model, processing, fingerprint(path, config))

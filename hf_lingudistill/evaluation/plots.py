@@ -68,8 +68,8 @@ def plot_scores(report: Report, path: Path) -> Path:
 
 
 def plane_points(report: Report) -> dict[str, dict[str, Any]]:
-    """{model: {"language", "vision", "low", "high"}}: mean log-perplexity over the texts relative to the original (nats per
-    byte; 0 is the original), and the mean vision score."""
+    """{model: {"language", "language_error", "vision", "vision_error"}}: mean bits per byte over the texts above the original
+    (0 is the original), the mean vision score, and half the width of their intervals."""
     texts = [task for task in report["tasks"] if task["metric"] == "bits_per_byte"]
     seen = [task for task in report["tasks"] if task["group"] == "vision"]
     points = {}

@@ -91,7 +91,7 @@ def difference(entry: Mapping[str, Any], of: str, minus: str) -> Mapping[str, An
 # --------------------------------------------------------------------------------------------------------------------
 # Markdown
 # --------------------------------------------------------------------------------------------------------------------
-def number(value: float, unit: str = "") -> str:
+def number(value: float) -> str:
     """A score as readers want it: three digits after the point below 10, fewer above."""
     if not math.isfinite(value):
         return "-"
@@ -124,10 +124,10 @@ def markdown(report: Report) -> str:
         if controls:
             lines += ["", "Controls (a score that these reach says nothing about vision):", ""]
             lines += _table(("task", "control", *models), controls)
-        for task in tasks:
-            if note := task.get("notes", {}).get("image_token_share"):
-                lines += ["", f"{task['title']}: {note:.1%} of {task['notes']['tokens']} answer tokens depend on the image (reference: {task['notes']['reference']})."]  # fmt: skip
-                break
+        notes = {task["name"].split("/")[1]: task for task in tasks if "image_token_share" in task.get("notes", {})}
+        for task in notes.values():  # one line for the measures of a task, which share their split
+            note, title = task["notes"], task["title"].rpartition(":")[0]
+            lines += ["", f"{title}: {note['image_token_share']:.1%} of {note['tokens']} answer tokens depend on the image (reference: {note['reference']})."]  # fmt: skip
     lines += ["", "## How", ""]
     machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
     lines += [f"Seed {report['suite']['seed']}; {machine}. Seconds: {report['seconds']}.", ""]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,8 +22,8 @@ from .._version import __version__
 from .cache import ItemCache, digest
 from .data import ImageItem, image_items, text_items
 from .grounded import image_tokens, split_scores, token_scores, wins
-from .language import bits_per_byte, harness_scores
-from .models import Scored, chat_template_of, describe, load_scored
+from .language import bits_per_byte, harness_scores, require_harness
+from .models import Scored, chat_template_of, describe, load_scored, read_config, takes_images
 from .report import Task, build_report, write_report
 from .statistics import Bootstrap
 from .suite import GroundedTask, HarnessTasks, Suite, TextTask, VisionTask, load_suite
@@ -64,21 +65,35 @@ def evaluate_models(
     Returns the report.
 
     Raises:
-        ValueError, FileNotFoundError: for a suite, a dataset or names that do not fit, before a model is loaded.
-        UnreadableModelError: for a model that cannot be loaded.
+        ValueError, FileNotFoundError: for a suite, a dataset, names or a reference that do not fit, before a model is loaded.
+        UnreadableModelError: for a model that cannot be loaded; a config that cannot be read, before the first is.
+        ModuleNotFoundError: if the suite has lm-eval tasks and lm-eval is not installed.
     """
     suite = load_suite(suite) if isinstance(suite, str) else suite
     out = Path(output_dir)
     if not models:
         raise ValueError("No model to score: pass at least one, as {name: path}.")
+    if bad := [name for name in models if name == REFERENCE or not re.fullmatch(r"\w[\w.-]*", name)]:
+        raise ValueError(
+            f"A model cannot be named {bad[0]!r}: expected letters, digits, '.', '-' and '_', and not {REFERENCE!r}."
+        )
     if unknown := [name for name in compare if name not in models]:
         raise ValueError(f"To compare with {unknown[0]!r}, pass it as a model; there are {', '.join(models)}.")
-    items = _items(suite)
-    reference = reference or ("before" if "before" in models else next((m for m in models if m != "original"), None))
     to_score = dict(models)
     if suite.grounded and reference is not None and reference not in models:
         to_score = {REFERENCE: reference, **to_score}  # an instrument with a folder of its own, and no column
         reference = REFERENCE
+    sees = {
+        name: takes_images(read_config(name, path, trust_remote_code=trust_remote_code))
+        for name, path in to_score.items()
+    }
+    if suite.grounded:
+        reference = _reference(reference, sees)
+    if not (any(sees[name] for name in models) or suite.texts or suite.lm_eval.tasks):
+        raise ValueError(f"Suite {suite.name!r} is about images only, which none of {', '.join(models)} takes.")
+    if suite.lm_eval.tasks:
+        require_harness()
+    items = _items(suite)
 
     results: dict[str, Any] = {}
     facts: dict[str, Any] = {}
@@ -89,10 +104,12 @@ def evaluate_models(
         scored = load_scored(name, path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         facts[name] = describe(scored)
         say(f"{name}: {facts[name]['path']} ({facts[name]['parameters'] / 1e6:.0f}M parameters, {scored.kind})")
-        parts = replace(suite, texts=(), vision=(), lm_eval=HarnessTasks(), lmms_eval=HarnessTasks())
+        asked = suite
+        if name == REFERENCE:
+            asked = replace(suite, texts=(), vision=(), lm_eval=HarnessTasks(), lmms_eval=HarnessTasks())
         results[name] = _score(
             scored,
-            parts if name == REFERENCE else suite,
+            asked,
             items,
             out / "items" / name,
             swaps=name == reference,
@@ -120,15 +137,28 @@ def evaluate_models(
         machine=_machine(),
     )
     written = write_report(report, out, training_log=training_log)
-    say(f"Report: {written}, {written.with_suffix('.md').name}, scores.png, trade_off.png")
+    say(f"Report: {written}, with {written.with_suffix('.md').name} and plots beside it")
     return report
+
+
+def _reference(wanted: str | None, sees: Mapping[str, bool]) -> str | None:
+    """The model that tells which tokens depend on the image; None if there is none because no model takes images."""
+    if wanted is None:
+        return "before" if sees.get("before") else next((name for name in sees if sees[name]), None)
+    if not sees[wanted]:
+        raise ValueError(f"The reference model {wanted!r} takes no images; choose a VLM with --reference.")
+    return wanted
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Items and scores
 # --------------------------------------------------------------------------------------------------------------------
 def _items(suite: Suite) -> dict[str, Any]:
-    """The items of every task, read before any model is loaded: a wrong column costs seconds, not hours."""
+    """The items of every task, read before any model is loaded: a wrong column or a missing harness costs seconds."""
+    if suite.lmms_eval.tasks:
+        from .lmms import find_tasks
+
+        find_tasks(suite.lmms_eval.tasks)
     about_images: tuple[VisionTask | GroundedTask, ...] = (*suite.vision, *suite.grounded)
     items: dict[str, Any] = {task.name: text_items(task, suite.seed) for task in suite.texts}
     return items | {task.name: image_items(task, suite.seed) for task in about_images}
@@ -198,7 +228,9 @@ def _score(
     if suite.lmms_eval.tasks:
         from .lmms import lmms_scores
 
-        found["lmms_eval"] = lmms_scores(scored, suite.lmms_eval, seed=suite.seed, batch_size=batch_size)
+        found["lmms_eval"] = lmms_scores(
+            scored, suite.lmms_eval, seed=suite.seed, batch_size=batch_size, cache_folder=folder
+        )
     return found
 
 
@@ -283,9 +315,9 @@ def _grounded_tasks(
     reference: str,
 ) -> list[Task]:
     records = {model: result[task.name] for model, result in results.items() if task.name in result}
-    judge = everything[reference].get(task.name)
-    if judge is None:
-        raise ValueError(f"The reference model {reference!r} takes no images; choose a VLM with --reference.")
+    if not records:  # none of the models takes images
+        return []
+    judge = everything[reference][task.name]
     for model, record in records.items():
         if any(record[item.key]["ids"] != judge[item.key]["ids"] for item in items):
             raise ValueError(

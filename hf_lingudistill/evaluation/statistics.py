@@ -37,8 +37,8 @@ class Bootstrap:
     def recovered(self, items: Items, before: Items, original: Items) -> dict[str, Any]:
         """(before - this) / (before - original): the share of what was lost that came back, paired over items.
 
-        {"value": None, "reason": "nothing was lost"} where the interval of the loss itself holds zero, or the score did not
-        fall at all: a share of noise says nothing. The direction of the score does not matter.
+        {"value": None, "reason": "nothing was lost"} where the interval of `before - original` holds zero: a share of noise says
+        nothing. Which direction is a loss this cannot know; ask `loss_is_real` of the "lost" that it returns.
         """
         lost = self.difference(before, original)
         if lost["low"] <= 0 <= lost["high"]:

@@ -83,6 +83,10 @@ class TextTask(Data):
     def __post_init__(self) -> None:
         super().__post_init__()
         _known(self, "forms", self.forms, FORMS)
+        if not 0 < self.head_words < self.max_words:
+            raise ValueError(
+                f"Task {self.name!r}: expected 0 < head_words < max_words, got {self.head_words} and {self.max_words}."
+            )
 
 
 @dataclass(frozen=True)
@@ -146,10 +150,11 @@ class HarnessTasks:
     """Tasks of an evaluation harness (lm-eval, lmms-eval).
 
     Parameters:
-        tasks: names the harness knows, or, for lm-eval, the names of built-in tasks (`commonsenseqa_local`).
+        tasks: names the harness knows; for lm-eval also built-in ones (`commonsenseqa_local`), for lmms-eval also paths of YAML
+            task files.
         limit (`int`, *optional*): items a task.
         num_fewshot (`int`, *optional*): default: the task's own.
-        chat_template (`bool`): whether prompts go through the model's chat template.
+        chat_template (`bool`): whether lm-eval's prompts go through the model's chat template; lmms-eval's always do.
     """
 
     tasks: tuple[str, ...] = ()
@@ -175,11 +180,20 @@ class Suite:
         names = [task.name for part in (self.texts, self.vision, self.grounded) for task in part]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"Suite {self.name!r}: task names must differ; {', '.join(twice)} comes twice.")
+        if self.resamples < 1:
+            raise ValueError(f"Suite {self.name!r}: resamples must be at least 1, got {self.resamples}.")
         if not (names or self.lm_eval.tasks or self.lmms_eval.tasks):
             raise ValueError(f"Suite {self.name!r} has no task; add `texts`, `vision`, `grounded` or `lm_eval`.")
 
 
 _PARTS: dict[str, Any] = {"texts": TextTask, "vision": VisionTask, "grounded": GroundedTask}
+_TYPES: dict[str, Any] = {  # by the annotation's first word
+    "str": (str, "a text"),
+    "int": (int, "a whole number"),
+    "float": (int | float, "a number"),
+    "bool": (bool, "true or false"),
+    "tuple": (list | tuple, "a list"),
+}
 
 
 def load_suite(name_or_path: str) -> Suite:
@@ -195,7 +209,10 @@ def load_suite(name_or_path: str) -> Suite:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in BUILT_IN.glob("*.yaml")))
         raise FileNotFoundError(f"No suite {name_or_path!r}: expected one of {known}, or the path of a YAML file.")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{path.name}: expected a mapping with `name`, `texts`, `vision` ...; found {type(content).__name__}."
@@ -215,13 +232,17 @@ def _build(kind: Any, entry: Any, where: str) -> Any:
     known = {f.name for f in dataclasses.fields(kind)}
     if not isinstance(entry, Mapping):
         raise ValueError(f"{where}: expected a mapping, found {entry!r}.")
-    if unknown := sorted(set(entry) - known):
-        raise ValueError(
-            f"{where}: unknown {', '.join(map(str, unknown))}; expected some of {', '.join(sorted(known))}."
-        )
+    if unknown := sorted(str(name) for name in entry if name not in known):
+        raise ValueError(f"{where}: unknown {', '.join(unknown)}; expected some of {', '.join(sorted(known))}.")
     required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
     if missing := sorted(required - set(entry)):
         raise ValueError(f"{where}: {', '.join(missing)} is missing.")
+    types = {f.name: f.type for f in dataclasses.fields(kind)}
+    for name, value in entry.items():
+        expected, described = _TYPES.get(types[name].split(" | ")[0].split("[")[0], (object, ""))
+        absent = value is None and types[name].endswith("| None")
+        if not (absent or isinstance(value, expected)) or (isinstance(value, bool) and expected is not bool):
+            raise ValueError(f"{where}: {name} must be {described}, found {value!r}.")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
     try:
         return kind(**values)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import evaluate
@@ -56,12 +57,18 @@ def answers(
     bar = tqdm(total=len(items), initial=len(items) - len(todo), desc=progress, unit="item", disable=progress is None)
     for start in range(0, len(todo), batch_size):
         batch = todo[start : start + batch_size]
-        prompts = [scored.render(user_turn(items[i].question + task.suffix, len(images[i]))) for i in batch]
+        prompts = [scored.render(user_turn(question(items[i]) + task.suffix, len(images[i]))) for i in batch]
         written = generate(scored, prompts, [images[i] for i in batch], task.max_new_tokens)
         cache.add({items[i].key: text for i, text in zip(batch, written, strict=True)})
         bar.update(len(batch))
     bar.close()
     return {item.key: cache.records[item.key] for item in items}
+
+
+def question(item: ImageItem) -> str:
+    """The question, and on lines of their own the lettered choices if there are any."""
+    choices = (f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, item.choices, strict=False))
+    return "\n".join((item.question, *choices))
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ Without a model it runs the embedded demo: everything is made on the spot, no Hu
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +29,10 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 
 from ..config import LinguDistillConfig
 from ..data import DistillMixtureConfig, DistillSource, load_mixture, load_source
+from ..manifest import PublishError, command_for
+from ..publish import Published
+from ..record import FILE_NAME as RECORD
+from ..record import Record, dataset_fact, recipe_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -64,6 +69,7 @@ class DistillScriptArguments(ScriptArguments):
     )
 
 
+NOT_PUBLISHED = 3
 ARGUMENTS = (DistillScriptArguments, LinguDistillConfig, ModelConfig, DistillMixtureConfig)
 Parsed = tuple[DistillScriptArguments, LinguDistillConfig, ModelConfig, DistillMixtureConfig]
 
@@ -167,14 +173,15 @@ def save(trainer: LinguDistillTrainer, *, merge_adapter: bool) -> None:
 
     output_dir = Path(str(trainer.args.output_dir))
     if not (merge_adapter and is_peft_model(trainer.model)):
-        trainer.save_model(str(output_dir))
+        trainer.save_model(str(output_dir), _internal_call=True)  # publishing comes after the summary
         return
-    trainer.save_model(str(output_dir / "adapter"))
+    trainer.save_model(str(output_dir / "adapter"), _internal_call=True)
     trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         merged.save_pretrained(output_dir)
         trainer.processing_class.save_pretrained(output_dir)
+        shutil.copy(output_dir / "adapter" / RECORD, output_dir)
 
 
 def distill(
@@ -188,6 +195,7 @@ def distill(
 
     if not model_args.model_name_or_path:
         raise ValueError("No student: pass --model_name_or_path (a VLM's Hub id or folder).")
+    recipe = recipe_of(model_args, script_args, mixture, config)
     config.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -203,6 +211,7 @@ def distill(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    trainer.recipe, trainer.dataset_facts = recipe, sources_of(script_args, mixture)
     say = trainer.accelerator.print
     say("LinguDistill\n" + startup_summary(trainer, model_args.model_name_or_path))
     started = time.perf_counter()
@@ -210,10 +219,29 @@ def distill(
     seconds = time.perf_counter() - started
     save(trainer, merge_adapter=script_args.merge_adapter)
     say(end_summary(trainer, seconds))
-    if config.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()  # type: ignore[no-untyped-call]
+    try:
+        if config.push_to_hub and isinstance(published := trainer.publish_saved(), Published):
+            say(f"Published: {published.url} (tag {published.tag})")
+    finally:
+        trainer.end()  # type: ignore[no-untyped-call]
     return trainer
+
+
+def sources_of(script_args: DistillScriptArguments, mixture: DistillMixtureConfig) -> list[Record]:
+    """The data as a record keeps it: Hub ids pinned to the commit of now."""
+    if not mixture.datasets:
+        name = str(script_args.dataset_name)
+        return [dataset_fact(name, config=script_args.dataset_config, split=script_args.dataset_train_split)]
+    return [
+        dataset_fact(
+            source.path,
+            config=source.name,
+            split=source.split,
+            fraction=source.fraction,
+            distill=getattr(source, "distill", None),
+        )
+        for source in mixture.datasets
+    ]
 
 
 def end_summary(trainer: LinguDistillTrainer, seconds: float) -> str:
@@ -231,6 +259,7 @@ def end_summary(trainer: LinguDistillTrainer, seconds: float) -> str:
     lines += [
         f"Saved to {out}. Next, without this library:",
         f"  AutoModelForImageTextToText.from_pretrained({str(out)!r}); AutoProcessor.from_pretrained({str(out)!r})",
+        f"To share it: {command_for(str(out), trainer.args.hub_model_id or 'ORG/NAME')} --dry_run",
     ]
     return "\n".join(lines)
 
@@ -248,16 +277,27 @@ def use_all_cores() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `examples/distill.py` and `lingudistill distill`. Bad input ends in one sentence and exit code 2."""
+    """Entry point of `examples/distill.py` and `lingudistill distill`.
+
+    Exit codes: 0 done; 2 bad input, said in one sentence; 3 trained and saved, but not published (`push_to_hub`).
+    """
     use_all_cores()
     try:
         script_args, config, model_args, mixture = parse(sys.argv[1:] if argv is None else argv)
         if script_args.demo is not None and not model_args.model_name_or_path:
             from ..demo import run_demo
 
+            if config.push_to_hub:
+                raise ValueError(
+                    f"The demo is published after it has run: {command_for(str(config.output_dir), 'ORG/NAME')}"
+                )
+
             run_demo(script_args.demo, config, offline=script_args.offline)
         else:
             distill(script_args, config, model_args, mixture)
+    except PublishError as error:
+        print(f"Trained and saved to {config.output_dir}, but not published. {error}", file=sys.stderr)
+        return NOT_PUBLISHED
     except (ValueError, OSError, ModuleNotFoundError) as error:
         # OSError: also an unreachable Hub (ConnectionError) and a model without safetensors
         if os.environ.get("LINGUDISTILL_DEBUG") == "1":

@@ -1,6 +1,7 @@
 """Exact match after normalising: an `evaluate` module."""
 
 import re
+import string
 from typing import Any
 
 import datasets
@@ -8,7 +9,7 @@ import evaluate
 
 _DESCRIPTION = """
 1 if the answer equals one of the accepted ones, else 0, after lowering case, joining runs of white space and removing the
-punctuation around the whole answer.
+punctuation around the whole answer (but not the sign of a number, nor an answer that is punctuation only).
 """
 
 _INPUTS = """
@@ -20,9 +21,15 @@ Returns:
 """
 
 
+# Not \W, which would take the vowel signs of Indic scripts for punctuation
+_OUTER = string.punctuation + "“”„‘’«»…–—·。，、！？：；（）「」"
+
+
 def normalise(text: str) -> str:
-    """Lower case, single spaces, no punctuation at either end."""
-    return re.sub(r"^\W+|\W+$", "", " ".join(text.lower().split()))
+    """Lower case, single spaces, no punctuation at either end; the sign of a number, and what is punctuation only, stay."""
+    text = " ".join(text.lower().split())
+    outer = re.escape(_OUTER)
+    return re.sub(rf"^(?:(?!-\d)[{outer}\s])+|[{outer}\s]+$", "", text) or text
 
 
 class ExactMatch(evaluate.Metric):  # type: ignore[misc]

@@ -1,6 +1,7 @@
 """Multiple choice answered in free text: an `evaluate` module."""
 
 import re
+import string
 from typing import Any
 
 import datasets
@@ -20,32 +21,43 @@ Returns:
     multiple_choice: mean over items. scores: list of n, 0.0 or 1.0. unparsed: number of answers that name no choice.
 """
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERS = string.ascii_uppercase
+# Not \W, which would take the vowel signs of Indic scripts for punctuation
+_OUTER = string.punctuation + "“”„‘’«»…–—·。，、！？：；（）「」"
+
+
+def _lower(text: str) -> str:
+    return " ".join(text.lower().split())
 
 
 def _normal(text: str) -> str:
-    return re.sub(r"^\W+|\W+$", "", " ".join(text.lower().split()))
+    """Lower case, single spaces, no punctuation at either end; the sign of a number, and what is punctuation only, stay."""
+    text = _lower(text)
+    outer = re.escape(_OUTER)
+    return re.sub(rf"^(?:(?!-\d)[{outer}\s])+|[{outer}\s]+$", "", text) or text
 
 
 def named(answer: str, choices: list[str]) -> int | None:
     """The index of the one choice that an answer names, or None."""
     letters = LETTERS[: len(choices)]
-    texts = [_normal(choice) for choice in choices]
-    if _normal(answer) in texts:
-        return texts.index(_normal(answer))
+    for form in (_lower, _normal):  # as it stands first: "C++" is not "C"
+        texts = [form(choice) for choice in choices]
+        if form(answer) in texts:
+            return texts.index(form(answer))
     patterns = (
         rf"^\s*\(?([{letters}{letters.lower()}])\)?\s*[.:)]?\s*$",
         rf"^\s*\(?([{letters}])\)?[.:)]\s",
-        rf"answer\s*(?:is|:)\s*\(?([{letters}])\b",
+        # In capitals: "the answer is a circle" names no letter
+        rf"(?i:answer\s*(?:is|:))\s*\(?([{letters}])(?!\w)",
     )
     for pattern in patterns:
-        if (found := re.search(pattern, answer, re.IGNORECASE if "answer" in pattern else 0)) is not None:
+        if (found := re.search(pattern, answer)) is not None:
             return letters.index(found.group(1).upper())
-    inside = [
-        index
-        for index, text in enumerate(texts)
-        if text and re.search(rf"\b{re.escape(text)}\b", answer.lower()) is not None
-    ]
+    rest, inside = answer.lower(), []
+    for index in sorted(range(len(texts)), key=lambda index: -len(texts[index])):
+        # Taken out once found: who says "dark red" does not also say "red"
+        rest, times = re.subn(rf"(?<!\w){re.escape(texts[index])}(?!\w)", "", rest) if texts[index] else (rest, 0)
+        inside += [index] if times else []
     return inside[0] if len(inside) == 1 else None
 
 

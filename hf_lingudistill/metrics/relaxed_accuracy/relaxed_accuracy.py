@@ -1,5 +1,6 @@
 """Relaxed accuracy, the metric of ChartQA: an `evaluate` module."""
 
+import math
 from typing import Any
 
 import datasets
@@ -21,12 +22,13 @@ Returns:
 
 
 def number(text: str) -> float | None:
-    """The number that a text is, or None."""
+    """The number that a text is, or None. Words that Python takes for numbers ("nan", "infinity") are words."""
     text = text.strip().rstrip(".").replace(",", "").lstrip("$€£")
     try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
 
 
 def matches(answer: str, accepted: str, tolerance: float) -> bool:

@@ -1,0 +1,167 @@
+"""What accelerate's engines ask of a step with two models: a sharded teacher, and the same collectives on every process.
+
+FSDP2 and ZeRO-3 keep each weight in pieces and gather it when its module runs, on all processes at once. A process whose
+batch has nothing to distil, or no image, must therefore run the teacher and the vision tower all the same, on a
+placeholder whose loss is zero: otherwise the others wait for it forever. DDP and ZeRO-2 replicate the weights; nothing
+here concerns them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from ._internals import decoder_of, deepspeed_inference, head_of
+from .teacher import Teacher
+
+Sharding = Literal["fsdp2", "zero3"]
+
+
+def sharding_of(accelerator: Accelerator) -> Sharding | None:
+    """How this run keeps its weights in pieces; None where each process has all of them.
+
+    Raises:
+        ValueError: under FSDP1, which hides the student's head from the divergence.
+    """
+    kind = accelerator.distributed_type.value
+    if kind == "FSDP":
+        if not accelerator.is_fsdp2:
+            raise ValueError(
+                "FSDP version 1 is not supported: set fsdp_version: 2 in the accelerate config "
+                "(examples/accelerate_configs/fsdp2.yaml)."
+            )
+        return "fsdp2"
+    if kind == "DEEPSPEED" and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        return "zero3"
+    return None
+
+
+def is_teacher_sharded(teacher_sharding: str, *, quantised: bool, sharding: Sharding | None) -> bool:
+    """Resolve `teacher_sharding`: `auto` shards an unquantised teacher where the engine shards the student.
+
+    Raises:
+        ValueError: if `shard` is asked for and cannot be had.
+    """
+    if teacher_sharding == "shard" and sharding is None:
+        raise ValueError(
+            "teacher_sharding='shard' needs an engine that shards weights, and this run has none: launch with "
+            "examples/accelerate_configs/fsdp2.yaml or zero3.yaml, or set teacher_sharding='replicate'."
+        )
+    if teacher_sharding == "shard" and quantised:
+        raise ValueError(
+            "teacher_sharding='shard' cannot shard a quantised teacher, whose packed weights do not split: set "
+            "teacher_quantization='none', or teacher_sharding='replicate'."
+        )
+    return teacher_sharding != "replicate" and sharding is not None and not quantised
+
+
+def shard_teacher(teacher: Teacher, accelerator: Accelerator, *, offload: bool) -> Teacher:
+    """Split the teacher's weights over the processes, with the settings of the student's plugin.
+
+    Args:
+        teacher: whole on every process, with a head of exactly the student's vocabulary.
+        offload: keep the pieces in CPU memory; they come to the device when they are gathered.
+
+    Returns:
+        The same teacher with a head of sharded weights; `footprint` counts this process's pieces.
+    """
+    model = teacher.model
+    if sharding_of(accelerator) == "zero3":
+        model = deepspeed_inference(model, accelerator, offload=offload)
+        pieces = [getattr(p, "ds_tensor", p) for p in model.parameters()]
+    else:
+        _fully_shard(model, accelerator, offload=offload)
+        pieces = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    head = replace(teacher.head, weight=head_of(model).weight)
+    footprint = sum(t.numel() * t.element_size() for t in (*pieces, *model.buffers()))
+    return replace(teacher, model=model, head=head, footprint=footprint)
+
+
+def _fully_shard(model: PreTrainedModel, accelerator: Accelerator, *, offload: bool) -> None:
+    """FSDP2 over the backbone, which is what the teacher's pass calls: it must be the root. One unit a decoder layer."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    plugin = accelerator.state.fsdp_plugin
+    mesh = accelerator.torch_device_mesh
+    settings: dict[str, Any] = {
+        "mesh": None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)],
+        "reshard_after_forward": plugin.reshard_after_forward,
+    }
+    policy = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available()) if offload else plugin.cpu_offload
+    if policy is not None:
+        settings["offload_policy"] = policy
+    decoder, embeddings, head = decoder_of(model), model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embeddings.weight
+    # The teacher's own layer classes: the student's plugin names those of the student
+    units = set(decoder._no_split_modules or ())
+    for module in list(decoder.modules()):
+        if type(module).__name__ in units:
+            fully_shard(module, **settings)
+    fully_shard(decoder, **settings)
+    if tied:
+        head.weight = embeddings.weight  # outside the root, the head would keep the whole weight alive
+    else:
+        fully_shard(head, **settings)
+
+
+@contextmanager
+def head_unsharded(student: PreTrainedModel) -> Iterator[None]:
+    """Under FSDP2, gather an untied head that is a unit of its own before it is used as a weight, without its forward.
+
+    Left to `full_tensor()`, each process would keep its own gradient of the head instead of the mean over all. Gathered by
+    FSDP2, it is reduced like every other gradient, at the end of the backward pass.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    head = student.get_output_embeddings()
+    if not isinstance(head, FSDPModule):
+        yield
+        return
+    head.unshard()
+    yield
+    if not torch.is_grad_enabled():  # no backward pass will do it
+        head.reshard()
+
+
+def blank_image(collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]], student: PreTrainedModel) -> dict[str, Any]:
+    """The student's vision inputs (`pixel_values` and whatever its family adds) for one small grey image.
+
+    collate: TRL's vision collator, so that the processor of each family makes them.
+    """
+    message: Callable[[str], list[dict[str, str]]] = lambda role: [{"role": role, "content": "a"}]  # noqa: E731
+    # Grey: an all-black tile is exactly zero without normalisation, and is then dropped as padding
+    row = {"prompt": message("user"), "completion": message("assistant"), "images": [Image.new("RGB", (56, 56), "grey")]}
+    accepted = inspect.signature(student.get_image_features).parameters
+    return {name: value for name, value in collate([row]).items() if name in accepted and name != "input_ids"}
+
+
+@contextmanager
+def vision_on(image: Mapping[str, Any], student: PreTrainedModel) -> Iterator[None]:
+    """The student's forward, of a batch without images, runs the vision tower on a blank image: adds a zero to the input
+    embeddings that depends on all the weights of tower and projector.
+
+    It happens where families embed their images, after the text and before the first decoder layer: processes must agree
+    on the order of modules, forward and backward.
+    """
+
+    def add_zero(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        embeddings = kwargs["inputs_embeds"]
+        inputs = {k: v.to(embeddings.device) if isinstance(v, torch.Tensor) else v for k, v in image.items()}
+        features = [f for f in tree_leaves(student.get_image_features(**inputs)) if isinstance(f, torch.Tensor)]
+        zero = sum(f.float().sum() * 0.0 for f in features if f.is_floating_point())
+        return args, {**kwargs, "inputs_embeds": embeddings + torch.as_tensor(zero).to(embeddings.dtype)}
+
+    hook = decoder_of(student).register_forward_pre_hook(add_zero, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()

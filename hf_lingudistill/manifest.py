@@ -1,0 +1,452 @@
+"""The files that make a model's repository on the Hub, or the Space that shows it: listed, checked, and nothing sent.
+
+A manifest is made without the network, so that it can be read first (`lingudistill publish --dry_run`). Nothing in the
+model's folder is changed: what has to be rendered or cleaned is content of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import RepoCard, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from safetensors import SafetensorError, safe_open
+
+from .card import PLOTS, eval_result_file, licence_of, render_card
+from .record import FILE_NAME as RECORD
+from .record import Record, is_local, read_record
+from .results import main_model, tasks_of
+
+# Files of a model's folder that transformers reads. All else there stays at home: optimizer states, `training_args.bin` (which
+# holds the token), checkpoints, caches, logs.
+_MODEL_FILES = re.compile(
+    r"config\.json|generation_config\.json|model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json"
+    r"|adapter_config\.json|adapter_model\.safetensors"
+    r"|processor_config\.json|preprocessor_config\.json|image_processor_config\.json|video_preprocessor_config\.json"
+    r"|tokenizer\.json|tokenizer_config\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.json"
+    r"|merges\.txt|chat_template\.jinja|chat_template\.json|additional_chat_templates/[\w.-]+\.jinja"
+)
+# Weights of an earlier push, which transformers would read beside (or before) the new ones.
+WEIGHTS = re.compile(
+    r"(adapter_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|pytorch_model.*\.bin.*|adapter_config\.json"
+)
+_SPACE_FILES = {".py", ".txt", ".md", ".html", ".css", ".js", ".svg", ".png", ".jpg", ".jpeg", ".json", ".yaml"}
+TOKEN = re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{16,}")
+_SETTINGS = re.compile(r"config\.json$|^lingudistill\.json$|^recipe\.yaml$")
+_HOME = re.compile(r"(/home/|/Users/|\\Users\\)[\w.-]+[/\\]")
+
+
+class PublishError(RuntimeError):
+    """Something keeps a model from being published; the model itself is as it was. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file to send. source: a local file, or the content itself."""
+
+    path: str
+    source: Path | bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
+
+    @property
+    def origin(self) -> str:
+        return "rendered" if isinstance(self.source, bytes) else "as it is"
+
+    def oids(self) -> set[str]:
+        """What the Hub calls this content: the git blob's hash, and for a large file its SHA-256."""
+        if isinstance(self.source, bytes):
+            return {git_hash(self.source), hashlib.sha256(self.source).hexdigest()}
+        with self.source.open("rb") as file:
+            large = sha_fileobj(file).hex()
+        # Weights are always large, and not read into memory for a hash that they will not have
+        return {large} if self.source.suffix == ".safetensors" else {large, git_hash(self.source.read_bytes())}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is to be sent where. command: what goes on after a failure. repo_type: `model` or `space`."""
+
+    repo_id: str
+    items: tuple[Item, ...]
+    command: str
+    repo_type: str = "model"
+    private: bool = False
+    revision: str | None = None
+    tag: str | None = None
+    message: str = "Publish with hf_lingudistill"
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        visibility = "private" if self.private else "public"
+        width = max(len(item.path) for item in self.items)
+        lines = [
+            f"{visibility} {self.repo_type} {self.repo_id}: {len(self.items)} files, {sum(i.size for i in self.items):,} bytes"
+        ]
+        lines += [f"  {item.path:<{width}}  {item.size:>13,}  {item.origin}" for item in self.items]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def text(self, path: str) -> str:
+        """The content of a text that is sent; empty if there is no such file."""
+        source = next((item.source for item in self.items if item.path == path), b"")
+        return (source if isinstance(source, bytes) else source.read_bytes()).decode()
+
+
+def model_manifest(
+    output_dir: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    report: str | Path | None = None,
+    record: Record | None = None,
+    base_model: str | None = None,
+    teacher: str | None = None,
+    license: str | None = None,
+    tags: Sequence[str] = (),
+    revision: str | None = None,
+    tag: str | None = None,
+    message: str | None = None,
+    command: str | None = None,
+) -> Manifest:
+    """List what makes a model's repository: weights, processor, card, report, plots, record and recipe.
+
+    Args:
+        output_dir: a saved model; of an embedded demo, its OUT (the model is OUT/after).
+        report: `report.json` of an evaluation, or its folder; left out, looked for in `output_dir`.
+        record: of the training run; left out, `lingudistill.json` of `output_dir`.
+        base_model, teacher: Hub ids of the VLM before and of the original LM, where the record knows folders only.
+        license: code of a licence; left out, the base model's.
+        command: what goes on after a failure; left out, `command_for` these arguments.
+
+    Raises:
+        PublishError: if the folder holds no complete model in safetensors, or a listed file holds a token or a local path.
+    """
+    check_repo_id(repo_id, base_model, teacher)
+    if license and licence_of({}, license)[0] is None:
+        raise PublishError(f"license must be a licence's code on the Hub, such as apache-2.0; got {license!r}.")
+    root = Path(output_dir).expanduser()
+    folder = root / "after" if not _is_model(root) and _is_model(root / "after") else root
+    if not _is_model(folder):
+        raise PublishError(
+            f"{root} holds no saved model (config.json with model.safetensors, or an adapter): pass the folder that training "
+            "or `trainer.save_model()` wrote."
+        )
+    try:
+        recorded = read_record(folder) if record is None else record
+    except ValueError as error:
+        raise PublishError(str(error)) from None
+    facts = _with_ids(recorded, student=base_model, teacher=teacher)
+    found = _report_path(folder, root, report)
+    results = _read_report(found) if found else {}
+    main = _model_in_report(results, folder)
+    plots = _plots(found.parent) if found else []
+    card = render_card(
+        facts,
+        results,
+        repo_id=repo_id,
+        license=license,
+        tags=tags,
+        plots={PLOTS[item.path.split(".")[0]]: item.path for item in plots if item.path.endswith(".png")},
+        main=main,
+        adapter=_is_adapter(folder),
+    )
+    base = (facts.get("student") or {}).get("id")
+    items = [
+        *(_clean(folder, path, base) for path in _model_files(folder)),
+        *plots,
+        Item("README.md", str(card).encode()),
+        *(_record_items(facts) if recorded else []),
+        *(_report_items(results, main) if results else []),
+    ]
+    for item in items:
+        _refuse_secrets(item, folder)
+    notes = {
+        f"no {RECORD} in {folder.name}: the card says 'not recorded' about training": recorded
+        or "language" in results,
+        "no report.json: the card says 'not evaluated' (run `lingudistill evaluate`, then pass --report)": results,
+    }
+    return Manifest(
+        repo_id=repo_id,
+        items=tuple(sorted(items, key=lambda item: item.path)),
+        command=command or command_for(output_dir, repo_id, private=private, revision=revision),
+        private=private,
+        revision=revision,
+        tag=tag,
+        message=message or "Publish with hf_lingudistill",
+        notes=tuple(note for note, fine in notes.items() if not fine),
+    )
+
+
+def command_for(output_dir: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
+    """What publishes a saved model, at first or after a failure."""
+    command = f"lingudistill publish {shlex.quote(str(output_dir))} --repo_id {repo_id}"
+    return command + (" --private" if private else "") + (f" --revision {shlex.quote(revision)}" if revision else "")
+
+
+def space_manifest(
+    model: Manifest,
+    space_id: str,
+    *,
+    before: str | None = None,
+    original: str | None = None,
+    files: str | Path | None = None,
+) -> Manifest:
+    """List the files of the Space that shows a model beside the VLM before, and the original LM as a text-only third.
+
+    Args:
+        model: the manifest of the model, whose record and report are used.
+        before, original: Hub ids; left out, what the record says. The original may be missing.
+        files: the folder of the app; left out, `examples/space` of the clone that this package runs from.
+
+    Raises:
+        PublishError: if the app is not there, or the VLM before has no Hub id.
+    """
+    record = json.loads(model.text(RECORD) or "{}")
+    before = before or (record.get("student") or {}).get("id")
+    original = original or (record.get("teacher") or {}).get("id")
+    check_repo_id(space_id)
+    if before is None:
+        raise PublishError(
+            "The Space shows the VLM before beside this one, and the training record knows it as a folder only: send that folder "
+            "with `hf upload ORG/BEFORE FOLDER` and pass --before ORG/BEFORE."
+        )
+    check_repo_id(before, original)
+    folder = Path(files).expanduser() if files else Path(__file__).resolve().parents[1] / "examples" / "space"
+    if not (folder / "app.py").is_file():
+        raise PublishError(
+            f"The Space's app.py is not in {folder.name!r}: it is no part of the installed package. Clone the repository of "
+            "hf_lingudistill and pass --space_files CLONE/examples/space."
+        )
+    paths = sorted(path for path in folder.rglob("*") if _belongs_to_space(path, folder))
+    items = [Item(path.relative_to(folder).as_posix(), path) for path in paths if path.name != "README.md"]
+    config = {"before": before, "after": model.repo_id, **({"original": original} if original else {})}
+    report = next((item for item in model.items if item.path == "report.json"), None)
+    if report:
+        config["report"] = report.path
+    written = [Item("config.json", _json(config)), Item("README.md", _space_readme(folder, space_id, config))]
+    written += [report] if report else []
+    items = [item for item in items if item.path not in {new.path for new in written}] + written
+    for item in items:
+        _refuse_secrets(item, folder)
+    return Manifest(
+        space_id,
+        tuple(sorted(items, key=lambda item: item.path)),
+        model.command,
+        repo_type="space",
+        private=model.private,
+        message="Publish the Space with hf_lingudistill",
+    )
+
+
+def check_repo_id(*names: str | None) -> None:
+    """Raise PublishError for a name that the Hub would not take as `ORG/NAME`."""
+    for name in names:
+        try:
+            if name is not None:
+                validate_repo_id(name)
+        except HFValidationError as error:
+            raise PublishError(f"Expected a Hub id such as ORG/NAME: {one_line(error)}") from None
+
+
+def _with_ids(record: Record, **ids: str | None) -> Record:
+    """The record with these Hub ids (by part: `student`, `teacher`) in place of its own."""
+    given = {part: {**(record.get(part) or {}), "id": identity} for part, identity in ids.items() if identity}
+    return {**record, **given}
+
+
+def _is_model(folder: Path) -> bool:
+    weights = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+    configured = (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+    return configured and any((folder / name).exists() for name in weights)
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def _model_files(folder: Path) -> list[str]:
+    """Paths below the folder that are part of the model, checked: whole, safetensors, and inside the folder."""
+    candidates = [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]
+    names = {path.relative_to(folder).as_posix(): path for path in candidates if path.is_file()}
+    names = {name: path for name, path in names.items() if _MODEL_FILES.fullmatch(name)}
+    index = folder / "model.safetensors.index.json"
+    if "model.safetensors" in names:
+        names = {name: path for name, path in names.items() if not re.match(r"model[-.].*(of|index)", name)}
+    elif index.is_file():
+        shards = set((_read_json(index).get("weight_map") or {}).values())
+        if missing := sorted(str(shard) for shard in shards if shard not in names):
+            raise PublishError(f"{index.name} names {missing[0]!r}, which is not in {folder}: save the model again.")
+        names = {n: p for n, p in names.items() if n in shards or not re.fullmatch(r"model-.*\.safetensors", n)}
+    root = folder.resolve()
+    for name, path in names.items():
+        if not path.resolve().is_relative_to(root):
+            raise PublishError(f"{path} is a link out of the folder: replace it by the file itself.")
+        if name.endswith(".safetensors"):
+            _check_weights(path)
+    return sorted(names)
+
+
+def _check_weights(path: Path) -> None:
+    try:
+        with safe_open(path, framework="numpy") as weights:
+            if not list(weights.keys()):
+                raise PublishError(f"{path} holds no weights: save the model again.")
+    except SafetensorError as error:
+        raise PublishError(
+            f"{path} is not a whole safetensors file ({one_line(error)}): save the model again."
+        ) from None
+
+
+def _clean(folder: Path, name: str, base_model: str | None) -> Item:
+    """A file of the model; a config that says from which local folder it was loaded is sent without that."""
+    path = folder / name
+    if path.suffix != ".json" or path.stat().st_size > 2**20:
+        return Item(name, path)
+    content = _read_json(path)
+    changed = False
+    for key in ("_name_or_path", "name_or_path", "base_model_name_or_path"):
+        if isinstance(content.get(key), str) and content[key] and is_local(content[key]):
+            changed = True
+            if key == "base_model_name_or_path":
+                if base_model is None:
+                    raise PublishError(
+                        "The adapter was trained on a local folder, and nobody else could load it: train with --merge_adapter, or "
+                        "publish the base and pass --before ORG/BASE."
+                    )
+                content[key] = base_model
+            else:
+                del content[key]
+    return Item(name, _json(content)) if changed else Item(name, path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PublishError(f"{path} must be JSON: {one_line(error)}.") from None
+    if not isinstance(content, dict):
+        raise PublishError(f"{path} must be a JSON object, found {type(content).__name__}.")
+    return content
+
+
+def _report_path(folder: Path, root: Path, given: str | Path | None) -> Path | None:
+    if given is not None:
+        path = Path(given).expanduser()
+        path = path / "report.json" if path.is_dir() else path
+        if not path.is_file():
+            raise PublishError(f"There is no report at {path}: pass the folder that `lingudistill evaluate` wrote.")
+        return path
+    beside = [folder, root, *([folder.parent] if folder.name == "after" else [])]
+    return next((place / "report.json" for place in beside if (place / "report.json").is_file()), None)
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    report = _read_json(path)
+    if not {"tasks", "language"} & report.keys():
+        raise PublishError(
+            f"{path} must be a report of `lingudistill evaluate` or of the demo: pass another with --report."
+        )
+    return report
+
+
+def _model_in_report(report: Mapping[str, Any], folder: Path) -> str | None:
+    """The report's name for the model in this folder; `main_model` where no path tells."""
+    for name, fact in (report.get("models") or {}).items():
+        path = fact.get("path") if isinstance(fact, Mapping) else None
+        if isinstance(path, str) and Path(path).expanduser().resolve() == folder.resolve():
+            return str(name)
+    return main_model(report) if report else None
+
+
+def _public_report(value: Any) -> Any:
+    """A report without folders of this machine: of each, the last part."""
+    if isinstance(value, Mapping):
+        return {key: _public_report(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_public_report(item) for item in value]
+    if isinstance(value, str) and re.match(r"(~|/|[A-Za-z]:[\\/])\S*[\\/]\S", value):
+        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+    return value
+
+
+def _plots(folder: Path) -> list[Item]:
+    names = [f"{stem}.{suffix}" for stem in PLOTS for suffix in ("png", "svg")]
+    return [
+        Item(name, folder / name) for name in names if (folder / name).is_file() and not (folder / name).is_symlink()
+    ]
+
+
+def _belongs_to_space(path: Path, folder: Path) -> bool:
+    relative = path.relative_to(folder)
+    hidden = any(part.startswith((".", "__pycache__")) for part in relative.parts)
+    return path.is_file() and not path.is_symlink() and not hidden and path.suffix.lower() in _SPACE_FILES
+
+
+def _space_readme(folder: Path, space_id: str, config: Mapping[str, Any]) -> bytes:
+    """The Space's README with the models that it shows in its front matter."""
+    path = folder / "README.md"
+    front = f"---\ntitle: {space_id.split('/')[-1]}\nsdk: gradio\napp_file: app.py\n---\n"
+    text = path.read_text(encoding="utf-8") if path.is_file() else front
+    try:
+        card = RepoCard(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise PublishError(f"The front matter of {path} is not valid: {one_line(error)}.") from None
+    card.data["models"] = [config[name] for name in ("before", "after", "original") if config.get(name)]
+    return str(card).encode()
+
+
+def _record_items(record: Record) -> list[Item]:
+    recipe = [Item("recipe.yaml", _recipe(record["recipe"]))] if record.get("recipe") else []
+    return [Item(RECORD, _json(record)), *recipe]
+
+
+def _report_items(report: Mapping[str, Any], main: str | None) -> list[Item]:
+    entries = eval_result_file(tasks_of(report, main))
+    found = [Item(".eval_results/lingudistill.yaml", entries.encode())] if entries else []
+    return [Item("report.json", _json(_public_report(report))), *found]
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _recipe(recipe: Mapping[str, Any]) -> bytes:
+    head = "# Settings of the run that made this model: lingudistill distill --config recipe.yaml --output_dir OUT\n"
+    return (head + yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)).encode()
+
+
+def _refuse_secrets(item: Item, folder: Path) -> None:
+    """Raise PublishError if a text holds a Hub token or a path of this machine, or a setting somebody's home folder."""
+    if item.path.endswith((".safetensors", ".png", ".jpg", ".jpeg", ".model")):
+        return
+    content = item.source if isinstance(item.source, bytes) else item.source.read_bytes()
+    text = content.decode("utf-8", errors="replace")
+    token = get_token()
+    if TOKEN.search(text) or (token and token in text):
+        raise PublishError(
+            f"{item.path} holds what looks like a Hub token: take it out (and revoke it), then publish again."
+        )
+    places = {"the model's folder": str(folder.resolve()), "your home folder": str(Path.home()).rstrip("/") + "/"}
+    found = next((kind for kind, place in places.items() if len(place) > 1 and place in text), None)
+    if found is None and _SETTINGS.search(item.path) and _HOME.search(text):
+        found = "somebody's home folder"  # trained on another machine
+    if found:
+        raise PublishError(f"{item.path} holds the path of {found}: take it out, then publish again.")
+
+
+def one_line(error: object) -> str:
+    """An error as part of a sentence."""
+    text = " ".join(str(error).split())
+    return text[:300].rstrip(".")

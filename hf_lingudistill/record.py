@@ -1,0 +1,301 @@
+"""The facts of a training run: gathered from the trainer at save, kept beside the model as `lingudistill.json`.
+
+A record can be published as it is: a folder of this machine is known by its last part alone, and neither user name nor token
+is in it. What is not known is None, never a guess.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ._version import __version__
+
+Record = dict[str, Any]
+FILE_NAME = "lingudistill.json"
+SCHEMA = "lingudistill-record/1"
+LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "bitsandbytes", "huggingface_hub")
+
+# Settings that say where a run is kept, logged or sent (some hold tokens), or that follow from the machine.
+_NOT_RECIPE = {
+    "output_dir",
+    "logging_dir",
+    "run_name",
+    "report_to",
+    "project",
+    "disable_tqdm",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "use_cpu",
+    "accelerator_config",
+    "dataloader_pin_memory",
+    "debug",
+    "pad_to_multiple_of",
+}
+_SETTINGS = (
+    "kv_sharing",
+    "distill_tokens",
+    "distill_margin",
+    "ce_weight",
+    "distill_weight",
+    "beta",
+    "temperature",
+    "teacher_quantization",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "bf16",
+    "fp16",
+)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Names
+# --------------------------------------------------------------------------------------------------------------------
+def is_local(reference: str) -> bool:
+    """Whether a model or dataset is named by a folder of this machine."""
+    return reference.startswith((".", "~", "/", "\\")) or os.path.isabs(reference) or Path(reference).exists()
+
+
+def public_name(reference: str) -> str:
+    """A Hub id as it is; of a folder the last part, which says nothing about the machine."""
+    if not is_local(reference):
+        return reference
+    return Path(reference.replace("\\", "/")).expanduser().name or "local"
+
+
+def hub_id(reference: str | None) -> str | None:
+    """The reference, if it is a Hub id and no folder."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not reference or is_local(reference):
+        return None
+    try:
+        validate_repo_id(reference)
+    except HFValidationError:
+        return None
+    return reference
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the Hub (or the folder's card) says about a base model or a dataset
+# --------------------------------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=64)  # a run is recorded at every checkpoint
+def base_facts(reference: str, revision: str | None = None) -> Record:
+    """Licence and language of a base model: from its folder's card, else one request to the Hub. Empty if neither answers."""
+    from httpx2 import HTTPError  # what huggingface_hub speaks HTTP with
+    from huggingface_hub import HfApi, metadata_load
+
+    try:
+        if is_local(reference):
+            card: Any = metadata_load(Path(reference).expanduser() / "README.md")
+        else:
+            card = HfApi().model_info(reference, revision=revision, timeout=10).card_data
+    except (OSError, ValueError, HTTPError, yaml.YAMLError):
+        return {}
+    names = ("license", "license_name", "license_link", "language")
+    return {name: card.get(name) for name in names if card and card.get(name)}
+
+
+@functools.lru_cache(maxsize=64)
+def dataset_revision(dataset_id: str | None) -> str | None:
+    """The commit of a Hub dataset's main branch now; None for local data and where the Hub does not answer."""
+    from httpx2 import HTTPError  # what huggingface_hub speaks HTTP with
+    from huggingface_hub import HfApi
+
+    if dataset_id is None or hub_id(dataset_id) is None:
+        return None
+    try:
+        return HfApi().dataset_info(dataset_id, timeout=10).sha
+    except (OSError, ValueError, HTTPError):
+        return None
+
+
+def dataset_fact(path: str, **fields: Any) -> Record:
+    """A data source as a record keeps it. fields: `config`, `split`, `fraction`, `distill`, whatever is known."""
+    known = {name: value for name, value in fields.items() if value is not None}
+    return {"id": hub_id(path), "name": public_name(path), "revision": dataset_revision(path), **known}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The recipe
+# --------------------------------------------------------------------------------------------------------------------
+def recipe_of(*arguments: Any) -> Record:
+    """The settings of these dataclasses that differ from their defaults, as a YAML recipe names them.
+
+    Left out: where the run is kept, logged or sent (tokens among it). Folders are known by their last part.
+    """
+    recipe: Record = {}
+    for instance in arguments:
+        for field in dataclasses.fields(instance):
+            value = getattr(instance, field.name)
+            if field.name in _NOT_RECIPE or field.name.startswith(("_", "hub_", "push_to_hub")):
+                continue
+            # Not from a fresh instance: making one resets the running accelerator's state
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            if value != default:
+                recipe[field.name] = _plain(value)
+    return recipe
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML writes it, without folders of this machine."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {name: _plain(item) for name, item in fields if item is not None}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items() if "token" not in str(name)}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool | int | float | None):
+        return value
+    text = str(getattr(value, "value", value))  # an enumeration is written as its value
+    return public_name(text) if text and is_local(text) else text
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The record
+# --------------------------------------------------------------------------------------------------------------------
+def training_record(
+    trainer: Any, *, recipe: Mapping[str, Any] | None = None, datasets: Sequence[Record] = ()
+) -> Record:
+    """What a card says about how a model was trained.
+
+    Args:
+        trainer: a `LinguDistillTrainer`, at any time; what is not known yet (steps, seconds) is None.
+        recipe: `recipe_of` the run's arguments; left out, of the trainer's alone.
+        datasets: `dataset_fact` of each source.
+    """
+    args, state = trainer.args, trainer.state
+    student = trainer._plain_student()
+    name = str(getattr(student.config, "_name_or_path", "") or "")
+    return {
+        "schema": SCHEMA,
+        "student": {
+            **_model_fact(name, (args.model_init_kwargs or {}).get("revision")),
+            "model_type": student.config.model_type,
+            "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        },
+        "teacher": {
+            **_model_fact(trainer.teacher_name_or_path, args.teacher_model_revision),
+            "quantization": args.teacher_quantization,
+            "mib": round(trainer.teacher.footprint / 2**20, 2),
+            "quantization_kl": trainer.teacher_quantization_kl,
+        },
+        "datasets": list(datasets),
+        "settings": {name: getattr(args, name) for name in _SETTINGS},
+        "training": {
+            "steps": state.global_step or None,
+            "epochs": state.epoch,
+            "rows": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
+            "distilled_rows_share": 1.0 if not trainer.has_distill_column else trainer.distill_share,
+            **_from_log(state.log_history),
+            "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        },
+        "hardware": _hardware(trainer.accelerator, args),
+        "versions": _versions(),
+        "recipe": dict(recipe) if recipe is not None else {**_model_names(name, trainer), **recipe_of(args)},
+    }
+
+
+def _model_fact(reference: str, revision: str | None) -> Record:
+    known = hub_id(reference)
+    return {
+        "id": known,
+        "name": public_name(reference) if reference else None,
+        "revision": loaded_commit(known, revision) if known else None,
+        **(base_facts(reference, revision) if reference else {}),
+    }
+
+
+def loaded_commit(repo_id: str, revision: str | None = None) -> str | None:
+    """The commit that a Hub model was loaded from, as the cache knows it; None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo_id, "config.json", revision=revision or "main")
+    return Path(config).parent.name if isinstance(config, str) else None
+
+
+def _model_names(student: str, trainer: Any) -> Record:
+    names = {"model_name_or_path": student, "teacher_model_name_or_path": trainer.teacher_name_or_path}
+    return {key: public_name(name) for key, name in names.items() if name}
+
+
+def _from_log(history: Iterable[Mapping[str, Any]]) -> Record:
+    """Seconds, tokens and the distilled share of the answer tokens, from what was logged."""
+    seconds = tokens = None
+    distilled = labels = 0.0
+    for entry in history:
+        seconds = entry.get("train_runtime", seconds)
+        tokens = entry.get("num_tokens", tokens)
+        distilled += entry.get("distilled_tokens", 0.0)
+        labels += entry.get("answer_tokens", 0.0)
+    return {
+        "seconds": seconds,
+        "tokens": None if tokens is None else int(tokens),
+        "answer_tokens": int(labels) or None,
+        "distilled_tokens_share": distilled / labels if labels else None,
+    }
+
+
+def _hardware(accelerator: Any, args: Any) -> Record:
+    import torch
+
+    on_gpu = accelerator.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(accelerator.device) if on_gpu else accelerator.device.type,
+        "processes": accelerator.num_processes,
+        "threads": None if on_gpu else torch.get_num_threads(),
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"hf_lingudistill": __version__, "python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------------
+def write_record(record: Record, folder: str | Path) -> Path:
+    """Write `lingudistill.json`. -> its path."""
+    path = Path(folder) / FILE_NAME
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def read_record(folder: str | Path) -> Record:
+    """The record beside a model; empty if there is none.
+
+    Raises:
+        ValueError: if the file is there and is not a record.
+    """
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} must be the record of a training run in JSON: {error}. Restore or delete it."
+        ) from None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise ValueError(f"{path} must have the schema {SCHEMA!r}; restore or delete it.")
+    return record

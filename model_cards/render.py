@@ -1,0 +1,76 @@
+"""Render the model cards of the recipes' checkpoints from their committed result files: `make cards`.
+
+    python model_cards/render.py            # rewrite model_cards/*.md
+    python model_cards/render.py --check    # exit 1 if one is stale, missing or left over (used by the tests)
+
+A card for every `report.json` under `docs/results/NAME/` and `examples/recipes/NAME/results/`; a `lingudistill.json` beside it
+(the record that training writes) says how the model was trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hf_lingudistill.card import PLOTS, render_card
+from hf_lingudistill.record import read_record
+
+ROOT = Path(__file__).resolve().parent.parent
+CARDS = ROOT / "model_cards"
+NOTE = "\n\n<!-- Rendered by `make cards`; edit the template in hf_lingudistill/templates or the result files, not this file. -->\n"
+
+
+def results(root: Path = ROOT) -> Iterator[tuple[str, Path, str | None]]:
+    """(name of the card, folder of the report, command that makes it anew or None)."""
+    for path in sorted((root / "docs/results").glob("*/report.json")):
+        yield path.parent.name, path.parent, None  # the embedded demo's report says itself which command it was
+    for path in sorted((root / "examples/recipes").glob("*/results/**/report.json")):
+        recipe, _, *inner = path.parent.relative_to(root / "examples/recipes").parts
+        script = root / "examples/recipes" / recipe / "reproduce.py"
+        command = f"python examples/recipes/{recipe}/reproduce.py all" if script.is_file() else None
+        yield "-".join([recipe, *inner]), path.parent, command
+
+
+def card(name: str, folder: Path, command: str | None, root: Path = ROOT) -> str:
+    """The text of one card. Plots are linked where they lie."""
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    link = Path("..") / folder.relative_to(root)
+    plots = {title: f"{link}/{stem}.png" for stem, title in PLOTS.items() if (folder / f"{stem}.png").is_file()}
+    return str(render_card(read_record(folder), report, name=name, plots=plots, command=command)) + NOTE
+
+
+def render(root: Path = ROOT) -> dict[str, str]:
+    """{file name: text} of all cards."""
+    return {f"{name}.md": card(name, folder, command, root) for name, folder, command in results(root)}
+
+
+def stale(cards: dict[str, str], folder: Path = CARDS) -> list[str]:
+    """File names whose content in the folder is not what was rendered, or that should not be there."""
+    held = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md") if path.name != "README.md"}
+    return sorted(name for name in cards.keys() | held.keys() if cards.get(name) != held.get(name))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    cards = render()
+    names = stale(cards)
+    if args.check:
+        if names:
+            print(f"Stale model cards: {', '.join(names)}. Run `make cards`.", file=sys.stderr)
+        return int(bool(names))
+    for name in names:
+        if name in cards:
+            (CARDS / name).write_text(cards[name], encoding="utf-8")
+        else:
+            (CARDS / name).unlink()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
