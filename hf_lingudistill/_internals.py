@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -87,7 +87,8 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
     if not isinstance(parameter, DTensor):
         return parameter
     # Pieces that are offloaded to the CPU must come to the device whose processes gather them
-    return parameter.to(parameter.device_mesh.device_type).full_tensor()
+    gathered: torch.Tensor = cast(DTensor, parameter.to(parameter.device_mesh.device_type)).full_tensor()
+    return gathered
 
 
 def head_of(model: PreTrainedModel) -> Head:

@@ -140,7 +140,8 @@ def blank_image(collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]], st
     message: Callable[[str], list[dict[str, str]]] = lambda role: [{"role": role, "content": "a"}]  # noqa: E731
     # Grey: an all-black tile is exactly zero without normalisation, and is then dropped as padding
     row = {"prompt": message("user"), "completion": message("assistant"), "images": [Image.new("RGB", (56, 56), "grey")]}
-    accepted = inspect.signature(student.get_image_features).parameters
+    features: Callable[..., Any] = student.get_image_features  # type: ignore[assignment]
+    accepted = inspect.signature(features).parameters
     return {name: value for name, value in collate([row]).items() if name in accepted and name != "input_ids"}
 
 
@@ -153,10 +154,12 @@ def vision_on(image: Mapping[str, Any], student: PreTrainedModel) -> Iterator[No
     on the order of modules, forward and backward.
     """
 
+    embed: Callable[..., Any] = student.get_image_features  # type: ignore[assignment]
+
     def add_zero(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         embeddings = kwargs["inputs_embeds"]
         inputs = {k: v.to(embeddings.device) if isinstance(v, torch.Tensor) else v for k, v in image.items()}
-        features = [f for f in tree_leaves(student.get_image_features(**inputs)) if isinstance(f, torch.Tensor)]
+        features = [f for f in tree_leaves(embed(**inputs)) if isinstance(f, torch.Tensor)]
         zero = sum(f.float().sum() * 0.0 for f in features if f.is_floating_point())
         return args, {**kwargs, "inputs_embeds": embeddings + torch.as_tensor(zero).to(embeddings.dtype)}
 
