@@ -132,14 +132,20 @@ def head_unsharded(student: PreTrainedModel) -> Iterator[None]:
         head.reshard()
 
 
-def blank_image(collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]], student: PreTrainedModel) -> dict[str, Any]:
+def blank_image(
+    collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]], student: PreTrainedModel
+) -> dict[str, Any]:
     """The student's vision inputs (`pixel_values` and whatever its family adds) for one small grey image.
 
     collate: TRL's vision collator, so that the processor of each family makes them.
     """
     message: Callable[[str], list[dict[str, str]]] = lambda role: [{"role": role, "content": "a"}]  # noqa: E731
     # Grey: an all-black tile is exactly zero without normalisation, and is then dropped as padding
-    row = {"prompt": message("user"), "completion": message("assistant"), "images": [Image.new("RGB", (56, 56), "grey")]}
+    row = {
+        "prompt": message("user"),
+        "completion": message("assistant"),
+        "images": [Image.new("RGB", (56, 56), "grey")],
+    }
     features: Callable[..., Any] = student.get_image_features  # type: ignore[assignment]
     accepted = inspect.signature(features).parameters
     return {name: value for name, value in collate([row]).items() if name in accepted and name != "input_ids"}
@@ -156,7 +162,9 @@ def vision_on(image: Mapping[str, Any], student: PreTrainedModel) -> Iterator[No
 
     embed: Callable[..., Any] = student.get_image_features  # type: ignore[assignment]
 
-    def add_zero(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def add_zero(
+        _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         embeddings = kwargs["inputs_embeds"]
         inputs = {k: v.to(embeddings.device) if isinstance(v, torch.Tensor) else v for k, v in image.items()}
         features = [f for f in tree_leaves(embed(**inputs)) if isinstance(f, torch.Tensor)]

@@ -108,9 +108,7 @@ def test_accumulation_changes_nothing_on_one_process(single: Callable[[str], dic
 
 
 @pytest.mark.slow
-def test_the_head_moves_as_on_one_process(
-    launched: dict[str, Any], single: Callable[[str], dict[str, Any]]
-) -> None:
+def test_the_head_moves_as_on_one_process(launched: dict[str, Any], single: Callable[[str], dict[str, Any]]) -> None:
     """Neither lost nor doubled: an untied head has no other gradient than that of its own use."""
     name, start = "lm_head.weight", tiny.make_vlm(0, tie_word_embeddings=False).state_dict()
     moved, expected = (result["weights"][name] - start[name] for result in (launched["untied"], single("untied")))
@@ -119,9 +117,7 @@ def test_the_head_moves_as_on_one_process(
 
 
 @pytest.mark.slow
-def test_evaluation_is_that_of_one_process(
-    launched: dict[str, Any], single: Callable[[str], dict[str, Any]]
-) -> None:
+def test_evaluation_is_that_of_one_process(launched: dict[str, Any], single: Callable[[str], dict[str, Any]]) -> None:
     for name in ("evaluation", "untied evaluation"):
         ours, theirs = (
             [entry["eval_loss"] for entry in result["logs"] if "eval_loss" in entry]
@@ -194,9 +190,7 @@ def test_fsdp1_is_refused() -> None:
         ("shard", False, "fsdp2", True),
     ],
 )
-def test_teacher_sharding_is_resolved(
-    teacher_sharding: str, quantised: bool, sharding: Any, expected: bool
-) -> None:
+def test_teacher_sharding_is_resolved(teacher_sharding: str, quantised: bool, sharding: Any, expected: bool) -> None:
     assert is_teacher_sharded(teacher_sharding, quantised=quantised, sharding=sharding) is expected
 
 
@@ -218,7 +212,9 @@ def test_an_offloaded_teacher_comes_for_the_pass_and_goes_again(monkeypatch: pyt
     teacher = prepare_teacher(tiny.make_lm(1), tiny.make_vlm(0), shared_vocab_size=300, exact_vocab=True)
     visited: list[str] = []
     move = torch.nn.Module.to
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: (visited.append(str(device)), move(self, device))[1])
+    monkeypatch.setattr(
+        torch.nn.Module, "to", lambda self, device: (visited.append(str(device)), move(self, device))[1]
+    )
     with on_device(teacher, torch.device("cpu", 0), offload=True) as head:
         assert visited == ["cpu:0"]
         assert torch.equal(head.weight, teacher.head.weight) and head.weight is not teacher.head.weight
