@@ -80,6 +80,7 @@ reproduce: $(DEV_STAMP)  ## The paper in miniature with real weights: hours on a
 results: $(DEMO_STAMP)  ## Fill the README's figures from the result files
 	$(BIN)/python docs/figures/draw_step.py
 	$(BIN)/python docs/fill_readme.py
+	$(BIN)/python docs/fill_scale.py
 
 cards: $(DEMO_STAMP)  ## Render model_cards/ from the result files
 	$(BIN)/python model_cards/render.py

@@ -212,8 +212,8 @@ class Setup:
 # --------------------------------------------------------------------------------------------------------------------
 # Facts from configs
 # --------------------------------------------------------------------------------------------------------------------
-# So that these plans need no Hub. The fields that decide sizes, as the config.json of each repository states them; the
-# number of parameters that transformers builds from them is compared with the published one in tests/test_plan.py.
+# So that these plans need no Hub. The fields that decide sizes, as the config.json of each repository states them; where
+# they were taken from, and how they were checked: docs/scale.md.
 _SIGLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 _QWEN_VIT = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2}
@@ -426,12 +426,13 @@ def layer_activations(tower: TowerFacts, tokens: int, setup: Setup) -> int:
     return tokens * (norms + outputs + attention + mlp + adapters + mask + statistics)
 
 
-def _tower_activations(tower: TowerFacts, tokens: int, setup: Setup) -> int:
-    """Of all layers. With checkpointing: each layer's input, and one layer in full while it is computed again."""
+def _tower_activations(tower: TowerFacts, tokens: int, setup: Setup) -> tuple[int, int]:
+    """(of all layers before the backward pass, of the layer that it computes again): the second is 0 without checkpointing,
+    with which only each layer's input is kept."""
     layer = layer_activations(tower, tokens, setup)
     if not setup.gradient_checkpointing:
-        return tower.layers * layer
-    return tower.layers * tokens * tower.hidden * setup.stream_bytes + layer
+        return tower.layers * layer, 0
+    return tower.layers * tokens * tower.hidden * setup.stream_bytes, layer
 
 
 def teacher_bytes(teacher: ModelFacts, quantization: str, dtype_bytes: int, vocab: int = 0) -> int:
@@ -537,8 +538,9 @@ def _moments(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Iterator
     if setup.accumulation > 1:
         standing["gradients"] = gradients
     patches = setup.batch * setup.image_tokens * student.patches_per_token
-    sight = _tower_activations(vision, patches, setup) if vision is not None and patches else 0
-    kept = sight + _tower_activations(text, tokens, setup) + 3 * tokens * text.hidden * 4  # and the last norm
+    seen, seen_again = _tower_activations(vision, patches, setup) if vision is not None and patches else (0, 0)
+    read, read_again = _tower_activations(text, tokens, setup)
+    kept = seen + read + 3 * tokens * text.hidden * 4  # and the last norm
     # Checkpointing frees K/V, and grouped queries make autograd keep repeated ones: only then is the record a copy
     is_copy = setup.gradient_checkpointing or (setup.padded and text.kv_width < text.heads_width)
     recorded = kv_bytes(student, setup) if is_copy and setup.kv_sharing != "none" else 0
@@ -598,13 +600,13 @@ def _moments(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Iterator
     )
     yield moment(
         "the backward pass of the layers",
-        activations=kept + tokens * (2 * text.intermediate + text.hidden) * setup.compute_bytes,
+        activations=kept + read_again + tokens * (2 * text.intermediate + text.hidden) * setup.compute_bytes,
         autocast_copies=casts_left,
         gradients=head_gradient * (2 if student.tied else 1),
     )
     yield moment(
         "the end of the backward pass",
-        activations=max(sight, layer_activations(text, tokens, setup)),
+        activations=max(seen + seen_again, layer_activations(text, tokens, setup)),
         gradients=(gradients if setup.accumulation == 1 else 0) + (head_gradient if student.tied else 0),
     )
 

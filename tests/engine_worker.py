@@ -105,7 +105,7 @@ def make_trainer(folder: Path, name: str, *, accumulation: int, processes: int) 
         **{
             "report_to": "none",
             "disable_tqdm": True,
-            "use_cpu": True,
+            "use_cpu": not torch.accelerator.is_available(),
             "bf16": False,
             "gradient_checkpointing": False,
             "per_device_train_batch_size": GLOBAL_BATCH // accumulation // processes,
@@ -122,7 +122,7 @@ def make_trainer(folder: Path, name: str, *, accumulation: int, processes: int) 
             **settings,
         },
     )
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.accelerator.is_available():
         shard_on_cpu(config)
     dataset = mixed(rows)
     if name == "by length":

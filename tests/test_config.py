@@ -50,6 +50,8 @@ def parse(tmp_path: Path) -> Any:
 BETA_MESSAGE = "beta must be in [0.0, 1.0] (0 = KL(teacher || student), 1 = KL(student || teacher)); got {}."
 
 INVALID = [
+    ({"teacher_sharding": "split"}, "teacher_sharding must be one of auto, replicate, shard; got 'split'."),
+    ({"teacher_offload": "disk"}, "teacher_offload must be one of none, cpu; got 'disk'."),
     ({"teacher_quantization": "fp8"}, "teacher_quantization must be one of nf4, int8, none; got 'fp8'."),
     ({"kv_sharing": "text"}, "kv_sharing must be one of full, prompt, vision, none; got 'text'."),
     ({"distill_tokens": "some"}, "distill_tokens must be one of all, confident; got 'some'."),
@@ -146,7 +148,9 @@ EVERY_OWN_FIELD = {
     "teacher_model_name_or_path": "some/lm",
     "teacher_model_revision": "v1",
     "teacher_model_init_kwargs": {"a": 1, "b": [2, "c"]},
-    "teacher_quantization": "int8",
+    "teacher_quantization": "none",
+    "teacher_sharding": "replicate",
+    "teacher_offload": "cpu",
     "measure_teacher_quantization": True,
     "kv_sharing": "vision",
     "beta": 0.3,

@@ -388,8 +388,11 @@ def test_batch_without_marked_rows_is_trained_as_by_sft_bit_for_bit(make_trainer
     with counted(ours.teacher.model.model) as teacher_calls:
         loss, gradients = step(ours, batch)
         assert teacher_calls == []
-        marked_loss, _ = step(ours, {**batch, "distill": torch.ones(4, dtype=torch.bool)})
-        assert len(teacher_calls) == 1 and marked_loss != loss, "the same rows, marked, must reach the teacher"
+        marked = {**batch, "distill": torch.ones(4, dtype=torch.bool)}
+        marked_loss, _ = step(ours, marked)
+        assert len(teacher_calls) == 2 and marked_loss != loss, "the same rows, marked, must reach the teacher"
+        assert step(ours, marked)[0] == marked_loss
+        assert len(teacher_calls) == 3, "the comparison with an unshared teacher is made once"
     theirs_batch = theirs.data_collator([{k: v for k, v in row.items() if k != "distill"} for row in rows])
     sft_loss, sft_gradients = step(theirs, theirs_batch)
     assert loss == sft_loss
@@ -400,6 +403,7 @@ def test_batch_without_marked_rows_is_trained_as_by_sft_bit_for_bit(make_trainer
 @pytest.mark.parametrize("kv_sharing", KV_SHARING_MODES)
 def test_teacher_sees_the_marked_rows_only(make_trainer: MakeTrainer, kv_sharing: str) -> None:
     trainer = make_trainer(kv_sharing=kv_sharing)
+    trainer._sharing_compared = True  # the comparison on the first batch would add a pass
     batch = mixed_batch(trainer)
     batch["distill"] = torch.tensor([False, True, False, False])
     with counted(trainer.teacher.model.model) as calls:
@@ -451,6 +455,7 @@ def test_another_column_can_hold_the_flag(make_trainer: MakeTrainer) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 def test_step_takes_one_student_forward_and_builds_no_logits(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(model=tiny.make_vlm(0, tie_word_embeddings=False))
+    trainer._sharing_compared = True  # the comparison on the first batch would add a pass
     batch = mixed_batch(trainer)
     student, teacher = trainer.model, trainer.teacher.model
     with (

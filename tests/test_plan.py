@@ -1,0 +1,386 @@
+"""`lingudistill plan`: what it counts is what is there, and what it compares is compared."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_lingudistill.cli import main
+from hf_lingudistill.kv_sharing import recording
+from hf_lingudistill.plan import (
+    BUILT_IN_PAIRS,
+    ENGINES,
+    GIB,
+    LORA_TARGETS,
+    ModelFacts,
+    PlanError,
+    Setup,
+    kv_bytes,
+    layer_activations,
+    make_plan,
+    model_facts,
+    read_pair,
+    smallest_plan,
+    step_cost,
+    teacher_bytes,
+    trainable_parameters,
+)
+from hf_lingudistill.teacher import load_teacher_model
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL, LARGE = "HuggingFaceTB/SmolVLM-256M-Instruct", "Qwen/Qwen2.5-VL-72B-Instruct"
+# Of student and LM; docs/scale.md says which were found published
+PUBLISHED = {
+    SMALL: (256_484_928, 134_515_008),
+    "HuggingFaceTB/SmolVLM-Instruct": (2_246_272_880, 1_711_376_384),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (8_292_166_656, 7_615_616_512),
+    LARGE: (73_410_777_344, 72_706_203_648),
+}
+
+
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, tuple[ModelFacts, ModelFacts]]:
+    return {name: read_pair(name, None) for name in BUILT_IN_PAIRS}
+
+
+@pytest.fixture(scope="module")
+def small(pairs: dict[str, tuple[ModelFacts, ModelFacts]]) -> tuple[ModelFacts, ModelFacts]:
+    return pairs[SMALL]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Facts
+# --------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_built_in_configs_have_the_number_of_parameters_of_the_models(
+    name: str, pairs: dict[str, tuple[ModelFacts, ModelFacts]]
+) -> None:
+    assert tuple(facts.parameters for facts in pairs[name]) == PUBLISHED[name]
+
+
+def test_facts_of_a_folder_are_those_of_its_weights(saved_pair: tuple[Path, Path]) -> None:
+    student, teacher = read_pair(*map(str, saved_pair))
+    vlm, lm = tiny.make_vlm(), tiny.make_lm()
+    assert student.parameters == sum(p.numel() for p in vlm.parameters())
+    assert teacher.parameters == sum(p.numel() for p in lm.parameters())
+    assert (student.text.layers, student.text.kv_width, student.tied) == (2, 16, True)
+    assert student.vision is not None and student.vision.layers == 2
+    assert student.patches_per_token == 4
+    # Control: a layer more is seen
+    assert model_facts(tiny.make_lm(layers=3).config).parameters > teacher.parameters
+
+
+def test_a_teacher_that_is_not_the_students_lm_is_refused(
+    small: tuple[ModelFacts, ModelFacts], tmp_path: Path
+) -> None:
+    other = model_facts(tiny.make_lm().config, "other")
+    with pytest.raises(PlanError, match="has 30 layers with K/V of width 192, the teacher 2 of 16: pass the LM"):
+        make_plan(small[0], other, Setup())
+    make_plan(*small, Setup())
+    tiny.make_lm().config.save_pretrained(tmp_path)
+    with pytest.raises(PlanError, match="has no vision tower: pass a vision-language model"):
+        read_pair(str(tmp_path), str(tmp_path))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bytes
+# --------------------------------------------------------------------------------------------------------------------
+def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
+    """What autograd keeps of a forward pass, weights aside; each storage once."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}  # the tensor, so that no address is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    del output
+    return sum(size for size, _ in kept.values())
+
+
+def layer_bytes(kv_heads: int, setup: Setup) -> tuple[int, int]:
+    """(kept by autograd, planned) per layer of a Llama: the difference between four layers and two, halved."""
+    kept, facts = [], None
+    for layers in (2, 4):
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=kv_heads,
+        )
+        facts = model_facts(config)
+        lm: Any = LlamaForCausalLM(config).to(getattr(torch, setup.dtype))
+        if setup.lora_rank:
+            lora = LoraConfig(r=setup.lora_rank, target_modules=list(LORA_TARGETS), lora_dropout=0.05)
+            lm = get_peft_model(lm, lora).base_model.model
+            lm.enable_input_require_grads()
+        mask = torch.ones(setup.batch, setup.seq_len, dtype=torch.long)
+        if setup.padded:
+            mask[0, :3] = 0
+        ids = torch.ones_like(mask)
+        with torch.autocast("cpu", torch.bfloat16, enabled=setup.mixed_precision == "bf16"):
+            kept.append(saved_bytes(lm, lambda: lm.model(input_ids=ids, attention_mask=mask, use_cache=False)))  # noqa: B023
+    assert facts is not None
+    planned = layer_activations(facts.text, setup.tokens, setup)
+    if setup.under_autocast:  # and the copies of the weights, which the plan has in a line of their own
+        planned += 2 * facts.text.linear_parameters // facts.text.layers
+        planned += 2 * trainable_parameters(facts, setup) // facts.text.layers if setup.lora_rank else 0
+    return (kept[1] - kept[0]) // 2, planned
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["MHA", "GQA"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixed_precision": "no"},
+        {"mixed_precision": "bf16"},
+        {"mixed_precision": "no", "dtype": "bfloat16"},
+        {"mixed_precision": "no", "padded": True},
+        {"mixed_precision": "no", "lora_rank": 4},
+        {"mixed_precision": "bf16", "lora_rank": 4},
+    ],
+    ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()),
+)
+def test_a_layer_keeps_what_autograd_saves(kv_heads: int, options: dict[str, Any]) -> None:
+    setup = Setup(seq_len=64, image_tokens=0, response_tokens=8, batch=2, device="cpu", **options)
+    kept, planned = layer_bytes(kv_heads, setup)
+    assert planned == pytest.approx(kept, rel=0.01)
+    # Control: one fp32 tensor of the hidden size more, of about 20, is seen
+    assert planned + setup.tokens * 64 * 4 != pytest.approx(kept, rel=0.01)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+def test_a_teacher_weighs_what_is_planned(quantization: str, tmp_path: Path) -> None:
+    # Wide enough for the scales, one per 64 weights or one a row, to be the share that they are in real models
+    lm = tiny.make_lm(hidden_size=256, intermediate_size=512)
+    lm.save_pretrained(tmp_path)
+    loaded = load_teacher_model(str(tmp_path), quantization=quantization)
+    tensors = [*loaded.parameters(), *(b for name, b in loaded.named_buffers() if "inv_freq" not in name)]
+    weighed = sum(t.numel() * t.element_size() for t in tensors)
+    weighed += sum(4 * state.absmax.numel() for p in tensors if (state := getattr(p, "quant_state", None)) is not None)
+    facts = model_facts(lm.config)
+    assert teacher_bytes(facts, quantization, 4) == pytest.approx(weighed, rel=0.01)
+    others = {"none", "int8", "nf4"} - {quantization}
+    assert all(teacher_bytes(facts, other, 4) != pytest.approx(weighed, rel=0.01) for other in others)  # control
+
+
+def test_a_larger_vocabulary_makes_the_teacher_grow(small: tuple[ModelFacts, ModelFacts]) -> None:
+    teacher = small[1]
+    grown = teacher_bytes(teacher, "nf4", 2, teacher.vocab + 10) - teacher_bytes(teacher, "nf4", 2)
+    assert grown == 10 * 576 * 2  # tied: one row a token
+    assert teacher_bytes(teacher, "nf4", 2, teacher.vocab - 10) == teacher_bytes(teacher, "nf4", 2)
+
+
+def test_recorded_keys_and_values_are_those_of_a_recording() -> None:
+    vlm = tiny.make_vlm()
+    setup = Setup(seq_len=12, image_tokens=0, response_tokens=4, batch=3, mixed_precision="no")
+    with recording(vlm) as shared, torch.no_grad():
+        vlm(input_ids=torch.ones(3, 12, dtype=torch.long))
+    assert kv_bytes(model_facts(vlm.config), setup) == shared.nbytes() > 0
+    assert kv_bytes(model_facts(vlm.config), replace(setup, seq_len=13)) != shared.nbytes()
+
+
+def test_lora_trains_what_peft_trains(saved_pair: tuple[Path, Path]) -> None:
+    student, _ = read_pair(*map(str, saved_pair))
+    adapted = get_peft_model(tiny.make_vlm(), LoraConfig(r=3, target_modules=list(LORA_TARGETS)))
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert trainable_parameters(student, Setup(lora_rank=3)) == trained
+    assert trainable_parameters(student, Setup(lora_rank=4)) != trained
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Plans
+# --------------------------------------------------------------------------------------------------------------------
+def test_the_lines_are_the_peak_and_the_peak_is_the_largest_moment(small: tuple[ModelFacts, ModelFacts]) -> None:
+    plan = make_plan(*small, Setup())
+    assert plan.peak == sum(plan.lines.values()) == plan.moments[plan.moment] == max(plan.moments.values())
+    assert len(set(plan.moments.values())) > 1
+    assert plan.needed > plan.peak
+
+
+def test_full_fine_tuning_in_fp32_holds_sixteen_bytes_a_parameter(small: tuple[ModelFacts, ModelFacts]) -> None:
+    """Weight, gradient and Adam's two states, by hand; of a sharding engine, divided."""
+    setup = Setup(mixed_precision="no", accumulation=2)
+    lines = make_plan(*small, setup).lines
+    held = lines["weights"] + lines["gradients"] + lines["optimizer states"]
+    parameters = small[0].parameters
+    head = 4 * small[0].vocab * 576
+    assert 16 * parameters <= held <= 16 * parameters + 2 * head
+    for engine, divided in (("fsdp2", ("weights", "optimizer states")), ("zero2", ("optimizer states",))):
+        lines = make_plan(*small, replace(setup, engine=engine, gpus=4)).lines
+        single = make_plan(*small, setup).lines
+        for line in ("weights", "optimizer states"):
+            assert (lines[line] * 4 == pytest.approx(single[line], rel=1e-6)) == (line in divided), (engine, line)
+
+
+def test_what_takes_less_takes_less(pairs: dict[str, tuple[ModelFacts, ModelFacts]]) -> None:
+    pair = pairs["Qwen/Qwen2.5-VL-7B-Instruct"]
+    peak = lambda **options: make_plan(*pair, Setup(**options)).peak  # noqa: E731
+    assert peak(gradient_checkpointing=True) < peak(gradient_checkpointing=False)
+    assert peak(teacher_quantization="nf4") < peak(teacher_quantization="int8") < peak(teacher_quantization="none")
+    assert peak(lora_rank=8) < peak(lora_rank=16) < peak()
+    assert peak(optimizer="sgd") < peak(optimizer="adamw_8bit") < peak(optimizer="adamw")
+    assert peak(batch=1) < peak(batch=4)
+    assert peak() < peak(engine="ddp", gpus=2)  # buckets
+    for engine in ("fsdp2", "zero2", "zero3"):
+        assert peak(engine=engine, gpus=16) < peak(engine=engine, gpus=2)
+    # An unquantised teacher is cut where weights are, a quantised one is not
+    for quantization, cut in (("none", True), ("nf4", False)):
+        few, many = (
+            make_plan(*pair, Setup(engine="fsdp2", gpus=n, teacher_quantization=quantization)).lines["teacher"]
+            for n in (2, 16)
+        )
+        assert (many < few) == cut
+
+
+def test_the_smallest_set_up_fits_and_a_smaller_one_does_not(pairs: dict[str, tuple[ModelFacts, ModelFacts]]) -> None:
+    for name in PUBLISHED:
+        plan = smallest_plan(*pairs[name], Setup(gpu_memory=80))
+        assert plan is not None and plan.fits
+        assert plan.needed <= 80 * GIB
+        if plan.setup.gpus > 1:
+            fewer = plan.setup.gpus // 2
+            for engine in ENGINES:
+                if (engine == "single") == (fewer == 1):
+                    assert not make_plan(*pairs[name], replace(plan.setup, engine=engine, gpus=fewer)).fits
+    assert smallest_plan(*pairs[LARGE], Setup(gpu_memory=8)) is None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Cost
+# --------------------------------------------------------------------------------------------------------------------
+def test_the_cost_of_a_step_tends_to_the_share_of_the_response(small: tuple[ModelFacts, ModelFacts]) -> None:
+    """R / (3 T) of the backbone, where head, vision tower and attention weigh nothing."""
+    student, teacher = (replace(facts, vocab=0, vision=None) for facts in small)
+    light = [
+        replace(facts, text=replace(facts.text, heads_width=0)) for facts in (student, teacher)
+    ]  # no attention products
+    setup = Setup(seq_len=4096, response_tokens=64, gradient_checkpointing=False)
+    assert step_cost(light[0], light[1], setup) == pytest.approx(1 + 64 / (3 * 4096), rel=1e-9)
+    # With checkpointing a step has four passes, with LoRA two
+    assert step_cost(light[0], light[1], replace(setup, gradient_checkpointing=True)) == pytest.approx(
+        1 + 64 / (4 * 4096), rel=1e-9
+    )
+    assert step_cost(light[0], light[1], replace(setup, lora_rank=8)) == pytest.approx(1 + 64 / (2 * 4096), rel=1e-9)
+    # `vision` computes all text
+    text = replace(setup, kv_sharing="vision", image_tokens=1024)
+    assert step_cost(light[0], light[1], text) == pytest.approx(1 + 3072 / (3 * 4096), rel=1e-9)
+
+
+def test_sharing_more_costs_less(small: tuple[ModelFacts, ModelFacts]) -> None:
+    full, prompt, none, vision = (
+        step_cost(*small, Setup(kv_sharing=mode)) for mode in ("full", "prompt", "none", "vision")
+    )
+    assert 1 < full == prompt < none < vision
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Errors and the command
+# --------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 0}, "batch must be at least 1, got 0."),
+        ({"lora_rank": -1}, "lora_rank must be at least 0, got -1."),
+        ({"seq_len": 100}, "1024 + 256 is more than 100. Raise seq_len or lower them."),
+        ({"engine": "fsdp"}, "engine must be one of single, ddp, fsdp2, zero2, zero3; got 'fsdp'."),
+        ({"optimizer": "adam"}, "optimizer must be one of adamw, adamw_8bit, sgd; got 'adam'."),
+        ({"gpus": 2}, "engine='single' runs on one device, got gpus=2: choose ddp, fsdp2, zero2 or zero3."),
+        ({"gpu_memory": 0}, "gpu_memory must be a positive number of GiB, got 0."),
+    ],
+)
+def test_a_set_up_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError) as error:
+        Setup(**options)
+    assert message in str(error.value)
+
+
+def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--student", SMALL, "--gpu_memory", "24"]) == 0
+    out = capsys.readouterr().out
+    assert "Teacher: HuggingFaceTB/SmolLM2-135M-Instruct (nf4), kv_sharing=prompt" in out
+    assert out.endswith("It fits.\n")
+    for line in ("weights", "optimizer states", "gradients", "activations", "teacher"):
+        assert f"  {line} " in out
+    assert main(["plan", "--student", SMALL, "--gpu_memory", "2"]) == 1
+    assert capsys.readouterr().out.endswith("It does not fit.\n")
+
+
+def test_the_command_prints_json(capsys: pytest.CaptureFixture[str], small: tuple[ModelFacts, ModelFacts]) -> None:
+    options = ["--engine", "fsdp2", "--gpus", "2", "--no-gradient_checkpointing", "--batch", "3"]
+    assert main(["plan", "--student", SMALL, "--json", *options]) == 0
+    plan = make_plan(*small, Setup(engine="fsdp2", gpus=2, gradient_checkpointing=False, batch=3))
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(plan.to_dict()))
+
+
+def test_the_command_finds_the_smallest_set_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--student", LARGE, "--smallest", "--lora_rank", "16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["setup"]["gpus"] > 1
+    assert main(["plan", "--student", LARGE, "--smallest", "--gpu_memory", "8"]) == 1
+    assert "no set-up of up to 64 devices of 8 GiB fits." in capsys.readouterr().err
+
+
+def test_the_command_names_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["plan", "--student", SMALL, "--batch", "0"]) == 2
+    assert capsys.readouterr().err == "lingudistill: batch must be at least 1, got 0.\n"
+    assert main(["plan", "--student", str(tmp_path / "absent"), "--teacher", SMALL]) == 2
+    assert "does not exist. Pass a folder that holds a config.json, or a Hub id." in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What was measured
+# --------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def plan_check() -> Any:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import plan_check as module
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def test_measured_peaks_are_within_fifteen_percent(plan_check: Any) -> None:
+    """At the peak and at each moment of a step. The file holds what this code plans, not what an older one did."""
+    rows = json.loads((ROOT / "benchmarks/results/plan_check.json").read_text(encoding="utf-8"))["memory"]
+    assert len(rows) >= 4
+    for name, row in rows.items():
+        plan = plan_check.planned(plan_check.SHAPES[name])
+        assert plan.peak / 2**20 == pytest.approx(row["planned_mib"], abs=0.1), (
+            "run plan_check.py --shapes --json again"
+        )
+        assert plan.peak / 2**20 == pytest.approx(row["peak_mib"], rel=0.15), name
+        for moment, size in plan_check.planned_moments(plan).items():
+            assert size / 2**20 == pytest.approx(row["moments_mib"][moment], rel=0.15), (name, moment)
+    # Control: without the activations, some would be off
+    without = [
+        (row["planned_mib"] - row["planned_lines_mib"]["activations"]) / row["peak_mib"] for row in rows.values()
+    ]
+    assert any(share < 0.85 for share in without)
+
+
+def test_the_tables_of_docs_scale_are_current() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import fill_scale
+    finally:
+        sys.path.pop(0)
+    text = fill_scale.PAGE.read_text(encoding="utf-8")
+    assert fill_scale.filled(text) == text, "run `python docs/fill_scale.py`"
+    assert fill_scale.filled(text.replace("| engine |", "| motor |")) == text  # control: an edit is undone
