@@ -43,12 +43,15 @@ Kind = Literal["tiny", "real"]
 class Demo:
     """What differs between the two demos. seeing: the stage that breaks the language. Numbers are rows or items.
 
+    text_words: the longest completion of a text row.
+
     prompts: text prompts that are shown with the answers of all models.
     """
 
     seeing: SeeingRecipe
     vision_rows: int
     text_rows: int
+    text_words: int
     grounded: int
     texts: int
     questions: int
@@ -60,6 +63,7 @@ DEMOS: dict[str, Demo] = {
         seeing=TINY,
         vision_rows=1440,
         text_rows=300,
+        text_words=45,
         grounded=120,
         texts=96,
         questions=400,
@@ -69,6 +73,7 @@ DEMOS: dict[str, Demo] = {
         seeing=SMOLLM2_135M,
         vision_rows=120,
         text_rows=140,
+        text_words=60,
         grounded=40,
         texts=32,
         questions=160,
@@ -90,7 +95,7 @@ def distillation_mix(demo: Demo, seed: int) -> Dataset:
     """Vision-heavy rows (CE only), text-only rows and sentences about an image (both marked for distillation)."""
     parts = [
         vqa_rows("train", demo.vision_rows, seed=seed + 1),
-        language_rows(demo.text_rows, seed=seed + 1),
+        language_rows(demo.text_rows, seed=seed + 1, body_words=demo.text_words),
         grounded_rows("train", demo.grounded, seed=seed + 1),
     ]
     return concatenate_datasets(parts).shuffle(seed=seed)
