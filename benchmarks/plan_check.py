@@ -34,13 +34,11 @@ import torch
 import transformers
 from peft import LoraConfig
 from PIL import Image
-from step_cost import EXTRA, TEMPLATE
-from tokenizers import Tokenizer, models, pre_tokenizers
+from step_cost import EXTRA, TEMPLATE, make_tokenizer
 from transformers import (
     Idefics3Processor,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -137,19 +135,6 @@ SHAPES = {
 }
 
 
-def make_tokenizer(shape: Shape, extra: bool) -> PreTrainedTokenizerFast:
-    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>", "user", "assistant"]
-    vocab = {word: i for i, word in enumerate(words + [f"w{i}" for i in range(shape.vocab - len(words))])}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"] + (EXTRA if extra else [])})
-    fast.chat_template = TEMPLATE
-    if extra:
-        fast.image_token, fast.fake_image_token, fast.global_image_token, fast.end_of_utterance_token = EXTRA
-    return fast
-
-
 def make_configs(shape: Shape) -> tuple[SmolVLMConfig, LlamaConfig]:
     """Of the student and of its LM. The student has `EXTRA` tokens more."""
     text = dict(
@@ -197,11 +182,11 @@ def planned_moments(plan: Plan) -> dict[str, int]:
 def make_models(folder: Path, shape: Shape) -> None:
     """The student (processor included) in `vlm` and its LM in `lm`."""
     torch.manual_seed(0)
-    tokenizer = make_tokenizer(shape, extra=True)
+    tokenizer = make_tokenizer(shape.vocab, extra=True)
     student, teacher = make_configs(shape)
     assert tokenizer.convert_tokens_to_ids("<image>") == student.image_token_id
     LlamaForCausalLM(teacher).save_pretrained(folder / "lm")
-    make_tokenizer(shape, extra=False).save_pretrained(folder / "lm")
+    make_tokenizer(shape.vocab, extra=False).save_pretrained(folder / "lm")
     SmolVLMForConditionalGeneration(student).save_pretrained(folder / "vlm")
     Idefics3Processor(
         image_processor=Idefics3ImageProcessorPil(

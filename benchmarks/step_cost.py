@@ -60,9 +60,10 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(extra: bool) -> PreTrainedTokenizerFast:
+def make_tokenizer(vocab_size: int, extra: bool) -> PreTrainedTokenizerFast:
+    """Words of `vocab_size` ids, and with `extra` the VLM's own four tokens after them."""
     words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>", "user", "assistant"]
-    vocab = {word: i for i, word in enumerate(words + [f"w{i}" for i in range(LM_VOCAB - len(words))])}
+    vocab = {word: i for i, word in enumerate(words + [f"w{i}" for i in range(vocab_size - len(words))])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
@@ -76,7 +77,7 @@ def make_tokenizer(extra: bool) -> PreTrainedTokenizerFast:
 def make_models(folder: Path) -> None:
     """The student (processor included) and its LM, random weights, SmolLM2-135M's shape."""
     torch.manual_seed(0)
-    student_tokenizer = make_tokenizer(extra=True)
+    student_tokenizer = make_tokenizer(LM_VOCAB, extra=True)
     text = dict(
         hidden_size=576,
         intermediate_size=1536,
@@ -89,7 +90,7 @@ def make_models(folder: Path) -> None:
         eos_token_id=2,
     )
     LlamaForCausalLM(LlamaConfig(vocab_size=LM_VOCAB, **text)).save_pretrained(folder / "lm")
-    make_tokenizer(extra=False).save_pretrained(folder / "lm")
+    make_tokenizer(LM_VOCAB, extra=False).save_pretrained(folder / "lm")
     vlm = SmolVLMForConditionalGeneration(
         SmolVLMConfig(
             text_config=LlamaConfig(vocab_size=len(student_tokenizer), **text).to_dict(),
@@ -155,6 +156,10 @@ class Stepper:
     def __init__(self, trainer: SFTTrainer) -> None:
         self.trainer = trainer
         trainer.create_optimizer()
+        # What `Trainer.train` does before its first step: autocast is in the prepared forward
+        if trainer.args.gradient_checkpointing:
+            trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+        trainer.accelerator.prepare(trainer.model)
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
         self.batch = next(iter(trainer.get_train_dataloader()))

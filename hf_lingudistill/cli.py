@@ -163,13 +163,7 @@ def _add_evaluate(commands: Any) -> None:
     )
     parser.add_argument("--training_log", metavar="FILE", help="a trainer_state.json, for the plot of training curves")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on a CPU"
-    )
-    parser.add_argument("--device", help="such as cuda:0; default: the accelerator, if there is one")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="allow models to run code from their repository"
-    )
+    _add_loading(parser)
     parser.set_defaults(run=_evaluate)
 
 
@@ -187,8 +181,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         return _bad_input(f"--batch_size must be at least 1, got {args.batch_size}.")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import torch
-
     from .evaluation import evaluate_models
 
     try:
@@ -199,16 +191,30 @@ def _evaluate(args: argparse.Namespace) -> int:
             reference=args.reference,
             compare=args.compare,
             batch_size=args.batch_size,
-            dtype=getattr(torch, args.dtype) if args.dtype else None,
-            device=args.device,
-            trust_remote_code=args.trust_remote_code,
+            **_loading(args),
             training_log=args.training_log,
         )
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        if os.environ.get("LINGUDISTILL_DEBUG") == "1":
-            raise
-        return _bad_input(" ".join(str(error).split()) + " (LINGUDISTILL_DEBUG=1 shows the traceback)")
+        return _failed(error)
     return 0
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on a CPU"
+    )
+    parser.add_argument("--device", help="such as cuda:0; default: the accelerator, if there is one")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="allow models to run code from their repository"
+    )
+
+
+def _loading(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `_add_loading` as arguments of what loads models."""
+    import torch
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    return {"dtype": dtype, "device": args.device, "trust_remote_code": args.trust_remote_code}
 
 
 def _add_diagnose(commands: Any) -> None:
@@ -244,13 +250,7 @@ def _add_diagnose(commands: Any) -> None:
     parser.add_argument("--max_answer_tokens", type=int, default=128, help="of each answer; default: 128")
     parser.add_argument("--output_dir", help="where drift.json, drift.txt, drift.png and drift.svg go")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on a CPU"
-    )
-    parser.add_argument("--device", help="such as cuda:0; default: the accelerator, if there is one")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="allow models to run code from their repository"
-    )
+    _add_loading(parser)
     parser.set_defaults(run=_diagnose)
 
 
@@ -258,8 +258,6 @@ def _diagnose(args: argparse.Namespace) -> int:
     if args.max_answer_tokens < 1:
         return _bad_input(f"--max_answer_tokens must be at least 1, got {args.max_answer_tokens}.")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import torch
-
     from .compatibility import guess_teacher
     from .diagnose import as_text, diagnose, load_prompts, write_report
 
@@ -283,9 +281,7 @@ def _diagnose(args: argparse.Namespace) -> int:
             teacher,
             prompts=prompts,
             max_answer_tokens=args.max_answer_tokens,
-            dtype=getattr(torch, args.dtype) if args.dtype else None,
-            device=args.device,
-            trust_remote_code=args.trust_remote_code,
+            **_loading(args),
         )
         if args.output_dir:
             written = write_report(report, Path(args.output_dir))
@@ -293,9 +289,7 @@ def _diagnose(args: argparse.Namespace) -> int:
             if len(written) == 2:
                 print("No plot: it needs matplotlib; run `pip install 'hf_lingudistill[eval]'`.", file=sys.stderr)
     except (ValueError, OSError) as error:
-        if os.environ.get("LINGUDISTILL_DEBUG") == "1":
-            raise
-        return _bad_input(" ".join(str(error).split()) + " (LINGUDISTILL_DEBUG=1 shows the traceback)")
+        return _failed(error)
     print(json.dumps(report, indent=2) if args.json else as_text(report))
     return 0
 
@@ -445,6 +439,13 @@ def _publish(args: argparse.Namespace) -> int:
 def _not_published(error: Exception) -> int:
     print(f"lingudistill: not published. {error}", file=sys.stderr)
     return NOT_PUBLISHED
+
+
+def _failed(error: Exception) -> int:
+    """One sentence for whatever was raised, or its traceback. Call it where the exception is handled."""
+    if os.environ.get("LINGUDISTILL_DEBUG") == "1":
+        raise error
+    return _bad_input(" ".join(str(error).split()) + " (LINGUDISTILL_DEBUG=1 shows the traceback)")
 
 
 def _bad_input(message: str) -> int:

@@ -241,7 +241,7 @@ class _Side:
         trust_remote_code: bool,
         revision: str | None,
     ) -> _Side:
-        config = _load_config(role, source, trust_remote_code, revision)
+        config = load_config(role, source, trust_remote_code, revision)
         named = source if isinstance(source, (str, os.PathLike)) else config.name_or_path or ""
         name = os.path.expanduser(str(named))
         text = _text_config(config)
@@ -308,7 +308,7 @@ class _Side:
             self.tokenizer_error = _first_sentence(error)
 
 
-def _load_config(role: str, source: Any, trust_remote_code: bool, revision: str | None) -> PreTrainedConfig:
+def load_config(role: str, source: Any, trust_remote_code: bool, revision: str | None) -> PreTrainedConfig:
     if not isinstance(source, (str, os.PathLike)):
         from transformers import PreTrainedConfig
 
@@ -933,7 +933,7 @@ def guess_teacher(student: ModelReference, *, token: str | None = None) -> str |
     """
     if isinstance(student, (str, os.PathLike)):
         return _guess(os.path.expanduser(str(student)), None, _Files(token), set())
-    config = _load_config("student", student, trust_remote_code=False, revision=None)
+    config = load_config("student", student, trust_remote_code=False, revision=None)
     return _guess(str(config.name_or_path or ""), config.to_dict(), _Files(token), set())
 
 

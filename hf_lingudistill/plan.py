@@ -308,9 +308,9 @@ def _read_facts(role: str, name_or_path: str) -> ModelFacts:
 
         settings = dict(BUILT_IN[name_or_path])
         return model_facts(AutoConfig.for_model(settings.pop("model_type"), **settings), name_or_path)
-    from .compatibility import _load_config
+    from .compatibility import load_config
 
-    return model_facts(_load_config(role, name_or_path, trust_remote_code=False, revision=None), name_or_path)
+    return model_facts(load_config(role, name_or_path, trust_remote_code=False, revision=None), name_or_path)
 
 
 def model_facts(config: PreTrainedConfig, name: str = "") -> ModelFacts:

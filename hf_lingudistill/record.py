@@ -41,7 +41,7 @@ _NOT_RECIPE = {
     "debug",
     "pad_to_multiple_of",
 }
-_SETTINGS = (
+SETTINGS = (
     "kv_sharing",
     "distill_tokens",
     "distill_margin",
@@ -194,7 +194,7 @@ def training_record(
             "quantization_kl": trainer.teacher_quantization_kl,
         },
         "datasets": list(datasets),
-        "settings": {name: getattr(args, name) for name in _SETTINGS},
+        "settings": {name: getattr(args, name) for name in SETTINGS},
         "training": {
             "steps": state.global_step or None,
             "epochs": state.epoch,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from .statistics import Bootstrap
 
 Report = dict[str, Any]
 
@@ -18,22 +19,15 @@ def recovered(original: float, before: float, after: float) -> float | None:
     return (before - after) / lost if lost > 0 else None
 
 
-def bootstrap_interval(
-    values: Sequence[float], weights: Sequence[float] | None = None, *, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float]:
     """95 % percentile-bootstrap interval of sum(values) / sum(weights), resampling items.
 
     values: one sum per item (nats of a text, 0 or 1 of a question). weights: tokens of an item; None = 1 each.
     """
-    rng = random.Random(seed)
-    weights = [1.0] * len(values) if weights is None else list(weights)
-    items = range(len(values))
-    means = []
-    for _ in range(resamples):
-        drawn = rng.choices(items, k=len(values))
-        means.append(sum(values[i] for i in drawn) / sum(weights[i] for i in drawn))
-    means.sort()
-    return means[int(0.025 * resamples)], means[int(0.975 * resamples) - 1]
+    weights = [1.0] * len(values) if weights is None else weights
+    pairs = zip(values, weights, strict=True)
+    score = Bootstrap().score({str(item): pair for item, pair in enumerate(pairs)})
+    return score["low"], score["high"]
 
 
 def language_entry(measured: Mapping[str, Mapping[str, Any]], source: str) -> Report:

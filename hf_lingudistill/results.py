@@ -57,8 +57,8 @@ class Task:
 
 
 def number(value: float) -> str:
-    """A score as readers want it: three digits after the point below 10, one above."""
-    return f"{value:.{3 if abs(value) < 10 else 1}f}"
+    """A score as readers want it: three digits after the point below 10, one above; a dash if it is not finite."""
+    return "-" if not math.isfinite(value) else f"{value:.{3 if abs(value) < 10 else 1}f}"
 
 
 def score_of(entry: Any) -> Score | None:

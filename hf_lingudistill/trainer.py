@@ -581,29 +581,21 @@ class LinguDistillTrainer(SFTTrainer):
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
+        *,
+        save: bool = True,
         **kwargs: Any,
     ) -> Published | Future[Published] | None:
         """Save to `output_dir` and publish what is there: the model, its processor, card, record and recipe, no more.
 
-        The arguments are those of `Trainer.push_to_hub`; kwargs those of `create_model_card`. Returns where it is now, a
+        The arguments are those of `Trainer.push_to_hub`; kwargs those of `create_model_card`. With `save=False` the folder is
+        taken as it is: it may hold more than this trainer knows, such as merged weights. Returns where it is now, a
         future of that with `blocking=False`, and None on any process but the first.
 
         Raises:
             PublishError: if it could not be published. The saved model is whole; the message names the command that goes on.
         """
-        self.save_model(_internal_call=True)
-        return self.publish_saved(commit_message, blocking, token, revision, private, **kwargs)
-
-    def publish_saved(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Published | Future[Published] | None:
-        """`push_to_hub` without saving first: `output_dir` may hold more than this trainer knows, such as merged weights."""
+        if save:
+            self.save_model(_internal_call=True)
         if self.hub_model_id is None:
             self.init_hf_repo()
         if not self.is_world_process_zero():

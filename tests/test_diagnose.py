@@ -29,7 +29,7 @@ from hf_lingudistill.diagnose.recommend import Recommendation, recommend
 from hf_lingudistill.diagnose.run import _keep_pictures_whole
 from hf_lingudistill.diagnose.states import STATES, recording_own
 from hf_lingudistill.evaluation.models import Scored, load_scored
-from hf_lingudistill.evaluation.statistics import Bootstrap
+from hf_lingudistill.statistics import Bootstrap
 from hf_lingudistill.teacher import Teacher, prepare_teacher
 
 LAYERS = 4

@@ -20,6 +20,7 @@ from trl import SFTTrainer
 
 from .._version import __version__
 from ..config import LinguDistillConfig
+from ..record import SETTINGS
 from ..report import Report, language_entry, prompts_text, table, vision_entry, write_report
 from ..trainer import LinguDistillTrainer
 from .measure import answer, text_perplexity, what_accuracy
@@ -61,10 +62,10 @@ class Demo:
 DEMOS: dict[str, Demo] = {
     "tiny": Demo(
         seeing=TINY,
-        vision_rows=1440,
-        text_rows=300,
+        vision_rows=1260,
+        text_rows=260,
         text_words=45,
-        grounded=120,
+        grounded=100,
         texts=96,
         questions=400,
         prompts=("Continue: The boy went to the", "Tell me about the history of Scotland."),
@@ -155,7 +156,8 @@ def run_demo(
         "language": language,
         "vision": vision,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "config": _settings(config) | {"demo": kind, "teacher_mib": round(teacher_mib, 2)},
+        "config": {name: getattr(config, name) for name in (*SETTINGS, "max_steps")}
+        | {"demo": kind, "teacher_mib": round(teacher_mib, 2)},
         "prompts": prompts,
         "training": history,
         "machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "hf_lingudistill": __version__},
@@ -240,23 +242,3 @@ def ask(demo: Demo, out: Path, seed: int) -> list[dict[str, Any]]:
             elif arm != "original":
                 entry[arm] = answer(model, processing, entry["prompt"], question["images"][0])
     return prompts
-
-
-def _settings(config: LinguDistillConfig) -> dict[str, Any]:
-    names = (
-        "kv_sharing",
-        "distill_tokens",
-        "distill_margin",
-        "ce_weight",
-        "distill_weight",
-        "beta",
-        "temperature",
-        "teacher_quantization",
-        "learning_rate",
-        "max_steps",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "seed",
-        "bf16",
-    )
-    return {name: getattr(config, name) for name in names}

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from .._internals import Head, head_of
+from .._internals import head_of
 from ..config import KVSharing
 from ..evaluation.models import Scored
 from ..kv_sharing import KV_SHARING_MODES, QueryPlan, plan_queries, recording, teacher_pass
+from ..losses import label_nll
 from ..teacher import Teacher
 from .prompts import Prompt
 from .states import layer_outputs, recording_own, state_drift
@@ -86,7 +86,7 @@ def read(student: PreTrainedModel, teacher: Teacher, inputs: dict[str, Any], lab
     targets = labels[rows, positions + 1]
 
     assert shared.last_hidden_state is not None
-    nats = {"student": token_nats(shared.last_hidden_state[rows, positions], head_of(student), targets)}
+    nats = {"student": label_nll(shared.last_hidden_state[rows, positions], head_of(student), targets)}
     for mode, plan in plans.items():
         if mode == "vision":
             with layer_outputs(teacher.model) as teacher_hidden, recording_own(teacher.model) as own:
@@ -94,7 +94,7 @@ def read(student: PreTrainedModel, teacher: Teacher, inputs: dict[str, Any], lab
             drift = state_drift(shared, student_hidden, own, teacher_hidden, plan)
         else:
             hidden = teacher_pass(teacher.model, shared, plan)
-        nats[mode] = token_nats(hidden, teacher.head, targets)
+        nats[mode] = label_nll(hidden, teacher.head, targets)
     return Reading(nats, drift, int(plans["vision"].valid.sum()))
 
 
@@ -121,11 +121,3 @@ def _plan(teacher: Teacher, inputs: dict[str, Any], labels: torch.Tensor, mode: 
         attention_mask=inputs["attention_mask"],
     )
     return plan
-
-
-def token_nats(hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tensor:
-    """-log p(label), (N,), from hidden states (N, H)."""
-    logits = F.linear(hidden, head.weight, head.bias).float() * head.scale
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    return F.cross_entropy(logits, labels, reduction="none")

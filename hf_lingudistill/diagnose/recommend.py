@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..config import KVSharing
-from ..evaluation.statistics import Bootstrap, Items
+from ..statistics import Bootstrap, Items
 from .prompts import CONDITIONS
 
 RULE = (

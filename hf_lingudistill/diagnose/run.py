@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .._version import __version__
 from ..compatibility import check_compatibility
 from ..evaluation.models import Scored, describe, load_scored
-from ..evaluation.statistics import Bootstrap, Items
+from ..statistics import Bootstrap, Items
 from ..teacher import prepare_teacher
 from .measure import READERS, Measured, measure
 from .prompts import CONDITIONS, Prompts, load_prompts

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..statistics import Items
 from .cache import ItemCache
 from .data import ImageItem, grey, other_item
 from .models import Scored, user_turn
-from .statistics import Items
 from .suite import GroundedTask
 from .vision import Images
 

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from ..statistics import Items
 from .cache import ItemCache
 from .models import Scored, user_turn
-from .statistics import Items
 from .suite import HarnessTasks, TextTask
 
 try:

@@ -26,10 +26,10 @@ from typing import Any
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
+from ..statistics import Items
 from .cache import ItemCache, digest
 from .grounded import answer_scores
 from .models import Scored, chat_template_of, user_turn
-from .statistics import Items
 from .suite import HarnessTasks
 from .vision import Images, generate
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .statistics import Bootstrap, Items, loss_is_real
+from ..results import number
+from ..statistics import Bootstrap, Items, loss_is_real
 
 Report = dict[str, Any]
 SCHEMA = "lingudistill-evaluation/1"
@@ -91,14 +91,6 @@ def difference(entry: Mapping[str, Any], of: str, minus: str) -> Mapping[str, An
 # --------------------------------------------------------------------------------------------------------------------
 # Markdown
 # --------------------------------------------------------------------------------------------------------------------
-def number(value: float) -> str:
-    """A score as readers want it: three digits after the point below 10, fewer above."""
-    if not math.isfinite(value):
-        return "-"
-    digits = 3 if abs(value) < 10 else 1
-    return f"{value:.{digits}f}"
-
-
 def markdown(report: Report) -> str:
     """The report as Markdown: one table a group, one line a task, one column a model."""
     models = list(report["models"])

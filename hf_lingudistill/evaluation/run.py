@@ -19,13 +19,13 @@ import torch
 from transformers import set_seed
 
 from .._version import __version__
+from ..statistics import Bootstrap
 from .cache import ItemCache, digest
 from .data import ImageItem, image_items, text_items
 from .grounded import image_tokens, split_scores, token_scores, wins
 from .language import bits_per_byte, harness_scores, require_harness
 from .models import Scored, chat_template_of, describe, load_scored, read_config, takes_images
 from .report import Task, build_report, write_report
-from .statistics import Bootstrap
 from .suite import GroundedTask, HarnessTasks, Suite, TextTask, VisionTask, load_suite
 from .vision import answers, conditions, score_answers
 

@@ -16,10 +16,10 @@ import torch
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
+from ..statistics import Items
 from .cache import ItemCache
 from .data import ImageItem, grey, other_item
 from .models import Scored, user_turn
-from .statistics import Items
 from .suite import VisionTask
 
 METRICS = Path(__file__).parents[1] / "metrics"

@@ -220,7 +220,7 @@ def distill(
     save(trainer, merge_adapter=script_args.merge_adapter)
     say(end_summary(trainer, seconds))
     try:
-        if config.push_to_hub and isinstance(published := trainer.publish_saved(), Published):
+        if config.push_to_hub and isinstance(published := trainer.push_to_hub(save=False), Published):
             say(f"Published: {published.url} (tag {published.tag})")
     finally:
         trainer.end()  # type: ignore[no-untyped-call]
