@@ -16,6 +16,7 @@ QUANTIZATION_CHOICES = ("nf4", "int8", "none")
 SHARDING_CHOICES = ("auto", "replicate", "shard")
 OFFLOAD_CHOICES = ("none", "cpu")
 DISTILL_TOKENS_CHOICES = ("all", "confident")
+ON_NAN_CHOICES = ("stop", "skip")
 
 
 def cpu_has_bf16() -> bool:
@@ -67,6 +68,10 @@ class LinguDistillConfig(SFTConfig):
         skip_bad_rows (`bool`, defaults to `False`):
             Skip rows that cannot be trained on (unreadable image, empty answer, ...) and count them by reason, instead
             of stopping at the first.
+        on_nan (`str`, defaults to `"stop"`):
+            What to do about a step whose loss, gradient or teacher is not finite, before the weights change: `"stop"` saves a
+            checkpoint and raises `NotFinite`, `"skip"` leaves the step out and goes on (ten in a row stop the run). The rows
+            are named. Under DeepSpeed only `"stop"`.
         overwrite_output_dir (`bool`, defaults to `False`):
             Allow an `output_dir` that holds another run.
     """
@@ -150,6 +155,13 @@ class LinguDistillConfig(SFTConfig):
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "Skip and count rows that cannot be trained on, instead of stopping."}
     )
+    on_nan: str = field(
+        default="stop",
+        metadata={
+            "help": "A step whose loss, gradient or teacher is not finite: stop (a checkpoint is saved), or skip the step.",
+            "choices": list(ON_NAN_CHOICES),
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Allow an output_dir that already holds another run."}
     )
@@ -167,6 +179,7 @@ class LinguDistillConfig(SFTConfig):
             ("teacher_offload", OFFLOAD_CHOICES),
             ("kv_sharing", KV_SHARING_CHOICES),
             ("distill_tokens", DISTILL_TOKENS_CHOICES),
+            ("on_nan", ON_NAN_CHOICES),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")

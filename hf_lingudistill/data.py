@@ -184,7 +184,7 @@ class DistillCollator:
             self.inner.max_length = None
 
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
-        """Collate rows. Adds `distill` (B,) bool.
+        """Collate rows. Adds `distill` (B,) bool and, where rows are numbered, their numbers (B,) under `ROW_COLUMN`.
 
         Raises:
             BadRow: a ValueError that names the row, what is wrong with it and what to do.
@@ -205,6 +205,9 @@ class DistillCollator:
                 )
             distill = distill[:1]
         batch["distill"] = distill
+        numbers = [row.get(ROW_COLUMN) for row in rows]
+        if len(numbers) == len(distill) and None not in numbers:
+            batch[ROW_COLUMN] = torch.tensor(numbers)
         return batch
 
     def _flag(self, row: Row) -> bool:

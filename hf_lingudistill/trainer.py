@@ -30,6 +30,7 @@ from .compatibility import CompatibilityReport, check_compatibility, guess_teach
 from .config import LinguDistillConfig
 from .data import ROW_COLUMN, DistillCollator, check_distill_column, drop_bad_rows, has_images, prepare_dataset
 from .engines import blank_image, head_unsharded, is_teacher_sharded, shard_teacher, sharding_of, vision_on
+from .finite import IN_A_ROW, FiniteWatch, NotFinite, Problem
 from .kv_sharing import QueryPlan, SharedKV, placeholder_plan, plan_queries, recording, teacher_pass
 from .losses import combine, distil, divergence, label_nll
 from .manifest import PublishError, check_repo_id, command_for, model_manifest
@@ -176,6 +177,10 @@ class LinguDistillTrainer(SFTTrainer):
             # SFTConfig owns the mapping; weights load from safetensors only
             args.model_init_kwargs = {"use_safetensors": True, **_as_dict(args.model_init_kwargs)}
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        if self.is_deepspeed_enabled and args.on_nan == "skip":
+            raise ValueError(
+                "on_nan='skip' cannot be held under DeepSpeed, whose backward pass ends with the step: use on_nan='stop'."
+            )
 
         student = self._plain_student()
         self.data_collator = DistillCollator(
@@ -223,6 +228,11 @@ class LinguDistillTrainer(SFTTrainer):
             mode: torch.zeros(len(_SUMS), dtype=precision, device=self.accelerator.device)
             for mode in ("train", "eval")
         }
+        # of the optimizer step under way: they join the sums when it is known to be finite
+        self._step_sums = torch.zeros_like(self._sums["train"])
+        self._metrics_before: dict[str, int] = {}
+        self._watch = FiniteWatch(self.accelerator, getattr(self.processing_class, "tokenizer", self.processing_class))
+        self.skipped_steps = self._skipped_in_a_row = 0
         self._worse_teacher_warned = False
         # An extra pass of a sharded teacher would have to be made by all processes at once; packed rows cannot be compacted
         self._sharing_compared = (
@@ -314,6 +324,7 @@ class LinguDistillTrainer(SFTTrainer):
         if plan.empty:
             with self._same_modules(student, kwargs):
                 outputs = fused_forward(*args, **kwargs)
+            self._watch.judge_loss(outputs.log_probs)
             self._add_sums(labels=outputs.label_mask.sum(), ce=-outputs.log_probs.detach().sum())
             return outputs
         with recording(student) as shared, self._same_modules(student, kwargs):
@@ -351,6 +362,9 @@ class LinguDistillTrainer(SFTTrainer):
             ce_weight=config.ce_weight,
             distill_weight=config.distill_weight,
         )
+        if not nothing_to_distil:
+            self._watch.judge_teacher(result.teacher_log_prob, rows)
+        self._watch.judge_loss(cross_entropy, per_token)
         self._add_sums(labels=outputs.label_mask.sum(), ce=cross_entropy.detach().sum())
         if not nothing_to_distil:
             self._add_sums(
@@ -393,14 +407,72 @@ class LinguDistillTrainer(SFTTrainer):
             inputs["distill"] = torch.ones(
                 inputs["input_ids"].shape[0], dtype=torch.bool, device=inputs["input_ids"].device
             )
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        numbers = inputs.pop(ROW_COLUMN, None)
+        if self.model.training:
+            if self._watch.starts_step:
+                self._metrics_before = {name: len(values) for name, values in self._metrics["train"].items()}
+            self._watch.open(inputs["input_ids"], numbers)
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        if self.model.training and self.is_deepspeed_enabled:  # its backward pass ends with the step: judged before
+            self._judge_step(model)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """`Trainer._get_grad_norm`, which runs once between the backward pass and the optimizer: here the step is judged."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+        if not self.is_deepspeed_enabled:
+            self._judge_step(model, grad_norm)
+        return grad_norm
+
+    def _judge_step(self, model: Any, grad_norm: Any = None) -> None:
+        """Let a finite step pass; skip another, or stop, as `on_nan` says."""
+        problem = self._watch.verdict(model, grad_norm)
+        if problem is None:
+            self._sums["train"] += self._step_sums
+            self._step_sums.zero_()
+            self._skipped_in_a_row = 0
+            return
+        self._step_sums.zero_()
+        known = self._metrics["train"]
+        for name in list(known):
+            if kept := known[name][: self._metrics_before.get(name, 0)]:
+                known[name] = kept
+            else:
+                del known[name]
+        assert self.optimizer is not None
+        self.optimizer.zero_grad(set_to_none=True)  # without gradients the optimizer leaves weights and moments alone
+        self._skipped_in_a_row += 1
+        if self.args.on_nan == "stop" or problem.in_weights or self._skipped_in_a_row > IN_A_ROW:
+            self._stop(model, problem)
+        self.skipped_steps += 1
+        logger.warning("Step %d skipped: %s.", self.state.global_step + 1, problem)
+
+    def _stop(self, model: Any, problem: Problem) -> None:
+        step = self.state.global_step
+        message = f"Training stopped in step {step + 1}: {problem}. "
+        if problem.in_weights:
+            raise NotFinite(message + "Go back to a checkpoint from before, or load another model.")
+        saved = self.args.save_strategy != "no" and step > 0
+        if saved:
+            self._save_checkpoint(model, trial=None)  # type: ignore[no-untyped-call]
+        message += f"The weights are those of step {step}{f', saved in checkpoint-{step}' if saved else ''}. "
+        persists = self._skipped_in_a_row > IN_A_ROW
+        if persists:
+            message += f"The {IN_A_ROW} steps before it were skipped as well. "
+        if problem.teacher and not problem.loss:
+            message += "Try teacher_quantization='none', or bf16"
+        elif problem.loss and not persists:
+            message += "Repair or remove what is named"
+        else:
+            message += "Lower learning_rate, or use bf16 in place of fp16"
+        raise NotFinite(message + ("." if persists else ", or pass --on_nan skip to leave such steps out."))
 
     # ----------------------------------------------------------------------------------------------------------------
     # Metrics
     # ----------------------------------------------------------------------------------------------------------------
     def _add_sums(self, **sums: torch.Tensor | int) -> None:
         """Add to the sums of the current mode, on the device and without reading anything back."""
-        total = self._sums["train" if self.model.training else "eval"]
+        total = self._step_sums if self.model.training else self._sums["eval"]
         for name, value in sums.items():
             total[_SUMS.index(name)] += value
 
@@ -423,6 +495,8 @@ class LinguDistillTrainer(SFTTrainer):
                     "confident_share": sums["distilled"] / sums["candidates"],
                 }
                 self._warn_if_teacher_is_worse(metrics["teacher_ce"], metrics["student_ce"])
+            if self.skipped_steps:
+                metrics["skipped_steps"] = self.skipped_steps
             if self.teacher_quantization_kl is not None:
                 metrics["teacher_quantization_kl"] = self.teacher_quantization_kl
             for name, value in metrics.items():

@@ -22,7 +22,7 @@ ORDER = (
     ("data", "compatibility"),
     ("teacher", "plan"),
     ("kv_sharing",),
-    ("losses", "engines"),
+    ("losses", "engines", "finite"),
     ("record",),
     ("results",),
     ("card",),

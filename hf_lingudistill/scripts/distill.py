@@ -29,6 +29,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 
 from ..config import LinguDistillConfig
 from ..data import DistillMixtureConfig, DistillSource, load_mixture, load_source
+from ..finite import NotFinite
 from ..manifest import PublishError, command_for
 from ..publish import Published
 from ..record import FILE_NAME as RECORD
@@ -70,6 +71,7 @@ class DistillScriptArguments(ScriptArguments):
 
 
 NOT_PUBLISHED = 3
+NOT_FINITE = 4
 ARGUMENTS = (DistillScriptArguments, LinguDistillConfig, ModelConfig, DistillMixtureConfig)
 Parsed = tuple[DistillScriptArguments, LinguDistillConfig, ModelConfig, DistillMixtureConfig]
 
@@ -253,6 +255,8 @@ def end_summary(trainer: LinguDistillTrainer, seconds: float) -> str:
         for name in ("ce_loss", "kd_loss", "teacher_ce", "student_ce", "teacher_agreement", "confident_share"):
             if name in first and name in last:
                 lines.append(f"  {name:<18} {first[name]:.3f} -> {last[name]:.3f}")
+    if trainer.skipped_steps:
+        lines.append(f"  skipped steps      {trainer.skipped_steps} (not finite; the log names the rows)")
     if trainer.skipped_rows:
         lines.append(f"  skipped rows       {dict(trainer.skipped_rows)}")
     out = trainer.args.output_dir
@@ -279,7 +283,8 @@ def use_all_cores() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `examples/distill.py` and `lingudistill distill`.
 
-    Exit codes: 0 done; 2 bad input, said in one sentence; 3 trained and saved, but not published (`push_to_hub`).
+    Exit codes: 0 done; 2 bad input, said in one sentence; 3 trained and saved, but not published (`push_to_hub`); 4 stopped at
+    a loss, gradient or teacher that is not finite (`on_nan`).
     """
     use_all_cores()
     try:
@@ -298,6 +303,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PublishError as error:
         print(f"Trained and saved to {config.output_dir}, but not published. {error}", file=sys.stderr)
         return NOT_PUBLISHED
+    except NotFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return NOT_FINITE
     except (ValueError, OSError, ModuleNotFoundError) as error:
         # OSError: also an unreachable Hub (ConnectionError) and a model without safetensors
         if os.environ.get("LINGUDISTILL_DEBUG") == "1":
