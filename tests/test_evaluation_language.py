@@ -12,7 +12,8 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Image
+from PIL import Image as PILImage
 from tokenizers.processors import TemplateProcessing
 from tokenizers_for_tests import PARTS_TEMPLATE
 
@@ -163,7 +164,7 @@ def _rows(**_: Any) -> DatasetDict:
 @pytest.fixture
 def local_task(monkeypatch: pytest.MonkeyPatch) -> str:
     task = local_tasks._task("tiny_local", _rows)
-    monkeypatch.setitem(local_tasks.LOCAL_TASKS, "tiny_local", lambda: task)
+    monkeypatch.setitem(local_tasks.OWN_TASKS, "tiny_local", lambda: task)
     return "tiny_local"
 
 
@@ -237,6 +238,41 @@ def test_the_harness_may_use_the_chat_template(vlm: Scored, local_task: str, tmp
     assert all(text.startswith("Question: ") for text in seen[:half])
     assert all(text.startswith("<|im_start|>user\nQuestion: ") for text in seen[half:])
     assert all(text.endswith("<|im_start|>assistant\n") for text in seen[half:])
+
+
+def test_scienceqa_is_asked_without_its_images(lm: Scored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The questions that have one would be guessed; a hint comes before the question."""
+    rows = [
+        {"image": None, "question": QUESTIONS[0], "choices": ["yes", "no"], "answer": 1, "hint": ""},
+        {
+            "image": PILImage.new("RGB", (4, 4)),
+            "question": "which one?",
+            "choices": ["a", "b"],
+            "answer": 0,
+            "hint": "",
+        },
+        {"image": None, "question": QUESTIONS[1], "choices": ["yes", "no", "deep"], "answer": 2, "hint": "look at it"},
+    ]
+    data = Dataset.from_list(rows).cast_column("image", Image())
+    (tmp_path / "data").mkdir()
+    data.to_parquet(tmp_path / "data" / "test.parquet")
+    monkeypatch.setattr(local_tasks, "SCIENCEQA", str(tmp_path / "data"))
+    asked: list[str] = []
+
+    class Recorded(TextPath):
+        def loglikelihood(self, requests: Any, **kwargs: Any) -> Any:
+            asked.extend("".join(request.args) for request in requests)
+            return super().loglikelihood(requests, **kwargs)
+
+    monkeypatch.setattr(language, "TextPath", Recorded)
+    found = harness_scores(
+        lm, HarnessTasks(tasks=("scienceqa_text",)), seed=0, batch_size=4, cache_folder=tmp_path / "cache"
+    )["scienceqa_text"]
+    assert sorted(asked) == sorted(
+        [f"Question: {QUESTIONS[0]}\nAnswer: {choice}" for choice in ("yes", "no")]
+        + [f"Context: look at it\nQuestion: {QUESTIONS[1]}\nAnswer: {choice}" for choice in ("yes", "no", "deep")]
+    )
+    assert found["metric"] == "acc_norm" and len(found["items"]) == 2
 
 
 @pytest.mark.slow  # lm-eval reads all its task files

@@ -11,6 +11,7 @@ import datasets
 import pytest
 import tiny
 import torch
+from families import build_family
 from PIL import Image as PILImage
 
 from hf_lingudistill.evaluation import vision
@@ -432,6 +433,26 @@ def test_answer_scores_are_those_of_a_plain_forward_whatever_the_padding(vlm: Sc
     for item, row, scores in zip(items, ids, found, strict=True):
         assert scores == close(plain_scores(vlm, item, item.images, row))
         assert scores != close(plain_scores(vlm, item, [grey(image) for image in item.images], row))
+
+
+@pytest.mark.parametrize("model_type", ["paligemma", "as if it were another"])
+def test_a_prefix_lm_does_not_see_the_answer_that_it_scores(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exchanging the last token must not move the scores of those before it; with the types of other families it does."""
+    family = build_family("paligemma")
+    batch = family.make_inputs("right", seed=0)
+    start = int((batch["labels"][0] != -100).nonzero()[0])
+    inputs = {name: batch[name][:1, :start] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    inputs["pixel_values"] = batch["pixel_values"][:1]
+    assert not inputs["token_type_ids"].any()
+    model = family.fresh_student()
+    monkeypatch.setattr(model.config, "model_type", model_type)
+    scored: Any = SimpleNamespace(model=model, with_images=lambda *_: dict(inputs))
+    answer = batch["labels"][0, start : start + 5].tolist()
+    first, second = (
+        answer_scores(scored, [""], [()], [ids])[0] for ids in (answer, [*answer[:-1], (answer[-1] + 1) % 100])
+    )
+    assert first[-1] != second[-1]
+    assert (first[:-1] == second[:-1]) == (model_type == "paligemma")
 
 
 def test_an_answer_may_hold_no_token(vlm: Scored, items: list[ImageItem]) -> None:

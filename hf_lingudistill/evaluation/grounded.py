@@ -91,8 +91,10 @@ def answer_scores(
     inputs["input_ids"] = torch.cat([inputs["input_ids"], labels.clamp(min=0)], dim=1)
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], (labels != -100).long()], dim=1)
     for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in inputs:  # the answer is text
-            inputs[name] = torch.cat([inputs[name], torch.zeros_like(labels)], dim=1)
+        if name in inputs:
+            # Text is of type 0, except in a prefix LM, where 0 would let each answer token see those after it
+            kind = int(scored.model.config.model_type == "paligemma")
+            inputs[name] = torch.cat([inputs[name], torch.full_like(labels, kind)], dim=1)
     logits = scored.model(**inputs, logits_to_keep=longest + 1, use_cache=False).logits[:, -longest - 1 : -1].float()
     log_probs = logits.log_softmax(dim=-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
     hits = logits.argmax(dim=-1) == labels

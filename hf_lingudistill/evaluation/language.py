@@ -82,11 +82,11 @@ def harness_scores(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from .tasks import LOCAL_TASKS
+    from .tasks import OWN_TASKS
 
     cache_folder.mkdir(parents=True, exist_ok=True)
     weights = f"{scored.fingerprint.replace('/', '--')}-{str(scored.model.dtype).removeprefix('torch.')}"
-    wanted: list[Any] = [LOCAL_TASKS[name]() if name in LOCAL_TASKS else name for name in tasks.tasks]
+    wanted: list[Any] = [OWN_TASKS[name]() if name in OWN_TASKS else name for name in tasks.tasks]
     try:
         results = simple_evaluate(
             TextPath(scored, batch_size=batch_size),

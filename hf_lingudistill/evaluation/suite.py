@@ -150,7 +150,7 @@ class HarnessTasks:
     """Tasks of an evaluation harness (lm-eval, lmms-eval).
 
     Parameters:
-        tasks: names the harness knows; for lm-eval also built-in ones (`commonsenseqa_local`), for lmms-eval also paths of YAML
+        tasks: names the harness knows; for lm-eval also built-in ones (`commonsenseqa_local`, `scienceqa_text`), for lmms-eval also paths of YAML
             task files.
         limit (`int`, *optional*): items a task.
         num_fewshot (`int`, *optional*): default: the task's own.
