@@ -190,6 +190,76 @@ def recipe_screen() -> str:
     return "\n".join(lines)
 
 
+def recipe_targets() -> str:
+    """What was to be reached, and by how much each run of the default missed it."""
+    reports = {name: report for name, report in _recipe_reports().items() if "prompt" in report["models"]}
+    if not reports:
+        return "_Not measured yet: run `make reproduce`._"
+    head = (
+        "run",
+        "recovered on the worst source (90 %)",
+        "image questions lost (1 point)",
+        "image tokens, nats: CE - `prompt` (> 0)",
+    )
+    head += ("image tokens, nats: interpolation - `prompt` (> 0)",)
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, report in reports.items():
+        share, seeing = _excess(report, "prompt"), _task(report, "exact_match")["scores"]
+        lost = 100 * (seeing["before"]["value"] - seeing["prompt"]["value"])
+        cells = [name, "nothing was lost" if share is None else f"{share[1]:.0%}{_mark(share[1] >= 0.9)}"]
+        cells.append(f"{lost:.1f}{_mark(lost <= 1.0)}")
+        for rival in ("ce", "interpolate_05"):
+            if rival not in report["models"]:
+                cells.append("-")
+                continue
+            value, low, high = _paired(_task(report, "image_nll"), rival)
+            cells.append(f"{-value:+.3f} [{-high:+.3f}, {-low:+.3f}]{_mark(high < 0)}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mark(reached: bool) -> str:
+    return " reached" if reached else " missed"
+
+
+# What each default is compared with: the same arm but for that one setting
+SETTINGS = {
+    "`kv_sharing`: `prompt` against `full`": ("prompt", "full"),
+    "`kv_sharing`: `prompt` against `vision`": ("prompt", "vision"),
+    "`kv_sharing`: `prompt` against `none`": ("prompt", "none"),
+    "`distill_tokens`: `confident` against `all`": ("prompt", "prompt_all"),
+    "`ce_weight`: .5 against 0": ("prompt", "prompt_kl"),
+    "rows: marked ones against all (and all tokens)": ("prompt", "prompt_unselected"),
+    "`teacher_quantization`: `nf4` against `int8`": ("prompt", "prompt_int8"),
+    "`teacher_quantization`: `nf4` against `none`": ("prompt", "prompt_fp32"),
+}
+
+
+def recipe_settings() -> str:
+    """The default minus the same arm with one setting changed, on the same items."""
+    report = _recipe_reports().get("severe-0")
+    known = {} if report is None else {t: pair for t, pair in SETTINGS.items() if set(pair) <= set(report["models"])}
+    if report is None or not known:
+        return "_Not measured yet: run `make reproduce`._"
+    head = ("setting", "bits/byte, unseen texts", "image questions", "image tokens, nats", "other tokens, nats")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join([title, *_paired_cells(report, rival)]) + " |" for title, (_, rival) in known.items()]
+    return "\n".join(lines)
+
+
+def _paired_cells(report: dict[str, Any], rival: str) -> list[str]:
+    """`prompt` minus a rival: bits/byte over all texts, image questions, nats of the image's and of other tokens."""
+    found = [_paired(t, rival) for t in report["tasks"] if t["metric"] == "bits_per_byte"]
+    mean = sum(f[0] for f in found) / len(found)
+    # other items in every task: the intervals' halves add in squares
+    half = sum(((f[2] - f[1]) / 2) ** 2 for f in found) ** 0.5 / len(found)
+    cells = [f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"]
+    for metric in ("exact_match", "image_nll", "rest_nll"):
+        value, low, high = _paired(_task(report, metric), rival)
+        cells.append(f"{value:+.3f} [{low:+.3f}, {high:+.3f}]")
+    return cells
+
+
 def recipe_against() -> str:
     """The default against its rivals, paired, for every drift and seed."""
     reports = {name: report for name, report in _recipe_reports().items() if "prompt" in report["models"]}
@@ -201,15 +271,7 @@ def recipe_against() -> str:
         for rival in ("before", "ce", "interpolate_05"):
             if rival not in report["models"]:
                 continue
-            texts = [t for t in report["tasks"] if t["metric"] == "bits_per_byte"]
-            found = [_paired(t, rival) for t in texts]
-            mean = sum(f[0] for f in found) / len(found)
-            # other items in every task: the intervals' halves add in squares
-            half = sum(((f[2] - f[1]) / 2) ** 2 for f in found) ** 0.5 / len(found)
-            cells = [name, rival, f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"]
-            for metric in ("exact_match", "image_nll", "rest_nll"):
-                value, low, high = _paired(_task(report, metric), rival)
-                cells.append(f"{value:+.3f} [{low:+.3f}, {high:+.3f}]")
+            cells = [name, rival, *_paired_cells(report, rival)]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -230,6 +292,8 @@ BLOCKS = {
     "demo_real": demo_real,
     "step_cost": step_cost,
     "recipe_screen": recipe_screen,
+    "recipe_targets": recipe_targets,
+    "recipe_settings": recipe_settings,
     "recipe_against": recipe_against,
 }
 

@@ -21,11 +21,13 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
 from ._internals import head_of
 from .card import render_card
+from .checkpoints import STATE, clear_staging, read_measured, staged, to_resume, write_measured
 from .compatibility import CompatibilityReport, check_compatibility, guess_teacher
 from .config import LinguDistillConfig
 from .data import ROW_COLUMN, DistillCollator, check_distill_column, drop_bad_rows, has_images, prepare_dataset
@@ -51,6 +53,17 @@ _SUMS = (
     "student_ce",
     "agreement",
     "teacher_entropy",
+)
+
+
+# What happens once in a run, and what is counted over all of it
+_ONCE = (
+    "skipped_steps",
+    "teacher_quantization_kl",
+    "teacher_ce_unshared",
+    "_sharing_compared",
+    "_quantization_measured",
+    "_worse_teacher_warned",
 )
 
 
@@ -241,6 +254,9 @@ class LinguDistillTrainer(SFTTrainer):
         self._quantization_measured = not args.measure_teacher_quantization
         self.teacher_quantization_kl: float | None = None
         self.teacher_ce_unshared: float | None = None
+        self._staging: str | None = None
+        self._resumed_from: Path | None = None
+        self.add_callback(_Restore(self))
         self._distil_inside_forward(student)
 
     def _make_teacher(self, reference: str | PreTrainedModel, student: PreTrainedModel) -> Teacher:
@@ -454,7 +470,7 @@ class LinguDistillTrainer(SFTTrainer):
             raise NotFinite(message + "Go back to a checkpoint from before, or load another model.")
         saved = self.args.save_strategy != "no" and step > 0
         if saved:
-            self._save_checkpoint(model, trial=None)  # type: ignore[no-untyped-call]
+            self._save_checkpoint(model, trial=None)
         message += f"The weights are those of step {step}{f', saved in checkpoint-{step}' if saved else ''}. "
         persists = self._skipped_in_a_row > IN_A_ROW
         if persists:
@@ -607,9 +623,69 @@ class LinguDistillTrainer(SFTTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, after checking that `output_dir` does not hold another run (unless this resumes it)."""
         resume_from_checkpoint = resume_from_checkpoint or self.args.resume_from_checkpoint
-        if not resume_from_checkpoint:
+        self._resumed_from = None
+        if str(resume_from_checkpoint).lower() == "false":
+            resume_from_checkpoint = None
+        if resume_from_checkpoint:
+            if self.accelerator.is_local_main_process:
+                clear_staging(str(self.args.output_dir))
+            self.accelerator.wait_for_everyone()
+            resume_from_checkpoint = to_resume(resume_from_checkpoint, str(self.args.output_dir))
+            self._resumed_from = Path(resume_from_checkpoint)
+        else:
             _check_output_dir(self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """`Trainer._get_output_dir`; while a checkpoint is written, the folder beside its place."""
+        return self._staging or str(super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """`Trainer._save_checkpoint`, whose folder appears whole or not at all; older ones are removed after it has.
+
+        Raises:
+            CheckpointError: if it could not be written; the message names the last good one.
+        """
+        run, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with staged(run, name, self.accelerator) as self._staging:
+            try:
+                super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
+                written = Path(self._staging) / name
+                write_measured(written, self.accelerator, self._measured())
+                if self.state.best_model_checkpoint == str(written):
+                    self.state.best_model_checkpoint = str(Path(run) / name)
+                    if self.args.should_save:
+                        self.state.save_to_json(str(written / STATE))
+            finally:
+                self._staging = None
+        if self.args.should_save:
+            rotate_checkpoints(run, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _measured(self) -> dict[str, Any]:
+        """What this process has measured since the last log, and what it does only once: a checkpoint between two logs holds it,
+        so that the run that resumes from it logs what the whole run would have."""
+        return {
+            "sums": self._sums["train"].tolist(),
+            "metrics": dict(self._metrics["train"]),
+            "tokens": self._total_train_tokens,
+            "loss": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            **{name: getattr(self, name) for name in _ONCE},
+        }
+
+    def _restore_measured(self) -> None:
+        if self._resumed_from is None or (kept := read_measured(self._resumed_from, self.accelerator)) is None:
+            return
+        self._sums["train"].copy_(torch.tensor(kept["sums"], dtype=self._sums["train"].dtype))
+        self._metrics["train"].update(kept["metrics"])
+        self._total_train_tokens = kept["tokens"]
+        self._tr_loss += kept["loss"]
+        self._total_loss_scalar -= kept[
+            "loss"
+        ]  # of steps before this call of `train`, whose mean loss leaves them out
+        self._globalstep_last_logged = kept["last_logged"]
+        for name in _ONCE:
+            setattr(self, name, kept[name])
 
     # ----------------------------------------------------------------------------------------------------------------
     # Saving and publishing
@@ -714,6 +790,16 @@ class LinguDistillTrainer(SFTTrainer):
     def _reject_skip_prepare_without_labels(self, datasets: Any, data_collator: Any) -> None:
         inner = data_collator.inner if isinstance(data_collator, DistillCollator) else data_collator
         super()._reject_skip_prepare_without_labels(datasets, inner)
+
+
+class _Restore(TrainerCallback):
+    """Gives a resumed run what its checkpoint had measured, after `Trainer` has begun its own sums at zero."""
+
+    def __init__(self, trainer: LinguDistillTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._restore_measured()
 
 
 def _reference(model: Any) -> str:

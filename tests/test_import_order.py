@@ -22,7 +22,7 @@ ORDER = (
     ("data", "compatibility"),
     ("teacher", "plan"),
     ("kv_sharing",),
-    ("losses", "engines", "finite"),
+    ("losses", "engines", "finite", "checkpoints"),
     ("record",),
     ("results",),
     ("card",),

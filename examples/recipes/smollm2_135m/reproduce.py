@@ -324,7 +324,7 @@ def score(drift: str, seed: int, names: list[str]) -> Any:
         str(HERE / "suite.yaml"),
         OUT / "evaluation" / f"{drift}-{seed}",
         reference=str((OUT / "reference").relative_to(ROOT)),
-        compare=[name for name in ("ce", "interpolate_05") if name in names],
+        compare=[name for name in ("prompt", "ce", "interpolate_05") if name in names],
         progress=False,
     )
 

@@ -1,0 +1,392 @@
+"""A checkpoint is whole or not there; what resumes from it ends where the run that was never stopped does."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_lingudistill.checkpoints import (
+    STAGING,
+    STATE,
+    CheckpointError,
+    clear_staging,
+    flaw,
+    newest,
+    read_measured,
+    staged,
+    to_resume,
+)
+
+MakeTrainer = Callable[..., Any]
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS: dict[str, Any] = {
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "per_device_train_batch_size": 2,
+}
+TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "train_loss")
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints 2 and 4. Read-only: tests copy it."""
+    from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
+
+    folder = tmp_path_factory.mktemp("run")
+    LinguDistillTrainer(
+        model=tiny.make_vlm(0),
+        processing_class=tiny.make_processor(),
+        teacher_model=tiny.make_lm(1),
+        teacher_tokenizer=tiny.make_tokenizer(extra=False),
+        train_dataset=tiny.make_dataset(8),
+        args=LinguDistillConfig(
+            output_dir=str(folder), teacher_quantization="none", report_to="none", bf16=False, use_cpu=True, **SETTINGS
+        ),
+    ).train()
+    return folder
+
+
+@pytest.fixture
+def run(run_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run_folder, tmp_path / "run"))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is complete
+# --------------------------------------------------------------------------------------------------------------------
+def test_checkpoints_lie_in_their_places_and_nothing_beside_them(run: Path) -> None:
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["checkpoint-2", "checkpoint-4"]
+    assert flaw(run / "checkpoint-2") is None and newest(run) == run / "checkpoint-4"
+    assert to_resume(True, run) == to_resume("true", run) == str(run / "checkpoint-4")
+    assert to_resume(str(run / "checkpoint-2"), run) == str(run / "checkpoint-2")
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no state": (lambda folder: (folder / STATE).unlink(), "it has no trainer_state.json, which is written last"),
+    "half a state": (lambda folder: cut(folder / STATE), "its trainer_state.json is cut off"),
+    "half the weights": (lambda folder: cut(folder / "model.safetensors"), "its model.safetensors is cut off"),
+    "no optimizer": (
+        lambda folder: (folder / "optimizer.pt").unlink(),
+        "it holds no optimizer state (save_only_model?)",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_incomplete_checkpoint_is_not_resumed_from(run: Path, how: str) -> None:
+    spoil, reason = SPOILT[how]
+    spoil(run / "checkpoint-4")
+    assert flaw(run / "checkpoint-4") == reason
+    assert get_last_checkpoint(str(run)) == str(run / "checkpoint-4")  # what transformers would take
+    assert to_resume(True, run) == str(run / "checkpoint-2")
+    with pytest.raises(ValueError) as caught:
+        to_resume(str(run / "checkpoint-4"), run)
+    assert str(caught.value) == (
+        f"Checkpoint {str(run / 'checkpoint-4')!r} cannot be resumed from: {reason}; resume from {str(run / 'checkpoint-2')!r}."
+    )
+
+
+def test_without_a_complete_checkpoint_it_is_said(run: Path, tmp_path: Path) -> None:
+    for step in (2, 4):
+        (run / f"checkpoint-{step}" / STATE).unlink()
+    with pytest.raises(
+        ValueError, match=r"^No complete checkpoint .*\(checkpoint-4 is not complete: it has no trainer_state"
+    ):
+        to_resume(True, run)
+    with pytest.raises(ValueError, match="no other checkpoint of this run is complete.$"):
+        to_resume(str(run / "checkpoint-4"), run)
+    with pytest.raises(ValueError, match="^No complete checkpoint to resume from in '.*absent': train without"):
+        to_resume(True, tmp_path / "absent")
+    with pytest.raises(ValueError, match="it does not exist"):
+        to_resume(str(tmp_path / "absent" / "checkpoint-1"), run)
+
+
+def test_shards_that_an_index_names_must_be_there(run: Path) -> None:
+    folder = run / "checkpoint-4"
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert flaw(folder) == "it lacks model-00002-of-00002.safetensors"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------------------------
+def test_folder_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
+    with staged(str(tmp_path), "checkpoint-3", Accelerator(cpu=True)) as folder:
+        written = Path(folder) / "checkpoint-3"
+        written.mkdir()
+        (written / "file").write_text("new")
+        assert get_last_checkpoint(str(tmp_path)) is None and newest(tmp_path) is None
+    assert (tmp_path / "checkpoint-3" / "file").read_text() == "new" and not (tmp_path / STAGING).exists()
+
+
+def test_checkpoint_that_is_there_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "old").touch()
+    with staged(str(tmp_path), "checkpoint-3", Accelerator(cpu=True)) as folder:
+        (Path(folder) / "checkpoint-3").mkdir()
+        (Path(folder) / "checkpoint-3" / "new").touch()
+    assert [path.name for path in (tmp_path / "checkpoint-3").iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_what_a_killed_run_left_is_cleared_and_what_it_had_put_aside_comes_back(tmp_path: Path) -> None:
+    for name in ("checkpoint-6", "replaced-checkpoint-4", "replaced-checkpoint-2"):
+        (tmp_path / STAGING / name).mkdir(parents=True)
+    (tmp_path / "checkpoint-2").mkdir()  # its replacement had got there
+    (tmp_path / "checkpoint-2" / "new").touch()
+    clear_staging(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert (tmp_path / "checkpoint-2" / "new").exists()
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_full_disk_keeps_the_last_good_checkpoint_and_says_so(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step: int
+) -> None:
+    trainer, save = make_trainer(**SETTINGS), torch.save
+
+    def full(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        if trainer.state.global_step == step and str(path).endswith("optimizer.pt"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError) as caught:
+        trainer.train()
+    out, message = tmp_path / "out", str(caught.value)
+    assert message.startswith(f"checkpoint-{step} could not be written ([Errno 28] No space left on device")
+    kept = f"The last complete one is {str(out / 'checkpoint-2')!r}: resume from it when there is room."
+    assert message.endswith(kept if step == 4 else "There is none before it: start again when there is room.")
+    assert [path.name for path in out.glob("checkpoint-*")] == (["checkpoint-2"] if step == 4 else [])
+    assert not (out / STAGING).exists()
+    monkeypatch.undo()
+    if step == 4:
+        resumed = make_trainer(**SETTINGS)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == 4
+
+
+def test_older_checkpoints_are_removed_after_the_new_one_is_there(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer(**{**SETTINGS, "max_steps": 6}, save_total_limit=1)
+    trainer.train()
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_best_checkpoint_is_named_where_it_lies(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        **SETTINGS, eval_dataset=tiny.make_dataset(4), eval_strategy="steps", eval_steps=2, load_best_model_at_end=True
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.parent == tmp_path / "out" and best.is_dir()
+    state = json.loads((tmp_path / "out" / "checkpoint-4" / STATE).read_text())
+    assert state["best_model_checkpoint"] == str(best)
+    stored, now = load_file(best / "model.safetensors"), trainer.model.state_dict()
+    assert all(torch.equal(stored[name], now[name]) for name in stored)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Resuming
+# --------------------------------------------------------------------------------------------------------------------
+def entries(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in entry.items() if name not in TIMES} for entry in log]
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_log_between_whose_entries_a_checkpoint_fell_is_that_of_the_whole_run(
+    make_trainer: MakeTrainer, tmp_path: Path, forget: bool
+) -> None:
+    settings = {**SETTINGS, "max_steps": 6, "logging_steps": 3, "train_dataset": tiny.make_dataset(12)}
+    settings |= {"train_sampling_strategy": "sequential"}
+    whole = make_trainer(**settings, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    resumed = make_trainer(**settings, output_dir=str(tmp_path / "whole"))
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    if forget:  # the control
+        (checkpoint / "lingudistill_measured_0.json").unlink()
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    ours, theirs = entries(resumed.state.log_history), entries(whole.state.log_history)
+    assert ours[0] == theirs[0]
+    assert (ours[1] == theirs[1]) != forget
+    assert resumed.state.log_history[-1]["train_loss"] > 0
+
+
+def test_sums_of_another_number_of_processes_are_left_alone(run: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    file = run / "checkpoint-4" / "lingudistill_measured_0.json"
+    assert read_measured(file.parent, accelerator) is not None
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"processes": 2}))
+    assert read_measured(file.parent, accelerator) is None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# kill -9
+# --------------------------------------------------------------------------------------------------------------------
+STEPS, SAVE_STEPS, LOGGING_STEPS = 18, 4, 6
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of two sources and a student with dropout: sampler, mixture and RNG all matter."""
+    folder = tmp_path_factory.mktemp("kill")
+    student, teacher = tiny.save_pair(folder)
+    config = json.loads((student / "config.json").read_text())
+    config["text_config"]["attention_dropout"] = 0.2
+    (student / "config.json").write_text(json.dumps(config))
+    for name, seed in (("seen", 0), ("told", 1)):
+        tiny.make_dataset(12, seed=seed).save_to_disk(folder / name)
+    settings = {
+        "model_name_or_path": str(student),
+        "teacher_model_name_or_path": str(teacher),
+        "datasets": [
+            {"path": str(folder / "seen"), "fraction": 0.5, "distill": False},
+            {"path": str(folder / "told"), "fraction": 0.5, "distill": True},
+        ],
+        "max_steps": STEPS,
+        "save_steps": SAVE_STEPS,
+        "logging_steps": LOGGING_STEPS,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "teacher_quantization": "none",
+        "gradient_checkpointing": False,
+        "save_total_limit": 2,
+        "bf16": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "recipe.yaml"
+
+
+def start(recipe: Path, out: Path, at: dict[str, int] | None = None, *, resume: bool = False) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "tests" / "kill_worker.py"), json.dumps(at or {}), "--config", str(recipe)]
+    command += ["--output_dir", str(out), *(["--resume_from_checkpoint", "true"] if resume else [])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process: subprocess.Popen[str]) -> None:
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error[-3000:]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    finished(start(recipe, out))
+    return out
+
+
+def same_end(ours: Path, theirs: Path) -> bool:
+    weights = (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+    states = [json.loads((folder / f"checkpoint-{STEPS}" / STATE).read_text()) for folder in (ours, theirs)]
+    logs = [entries(state["log_history"]) for state in states]
+    return weights and logs[0] == logs[1]
+
+
+def resumable(out: Path) -> bool:
+    """Before the first checkpoint, a run starts again (in an empty folder)."""
+    if newest(out) is None:
+        shutil.rmtree(out, ignore_errors=True)
+        return False
+    return True
+
+
+@pytest.mark.parametrize("lost", ["nothing", "the random state"])
+def test_run_killed_in_a_checkpoint_ends_as_if_it_had_not_been(
+    recipe: Path, uninterrupted: Path, tmp_path: Path, lost: str
+) -> None:
+    """Half of the second checkpoint's optimizer is on disk. Control: a resume that forgets the random state ends elsewhere."""
+    out = tmp_path / "out"
+    process = start(recipe, out, {"torch_save": 6})
+    process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL
+    half = out / STAGING / "checkpoint-8" / "optimizer.pt"
+    assert half.is_file() and [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-4"]
+    if lost == "the random state":
+        (out / "checkpoint-4" / "rng_state.pth").unlink()
+    finished(start(recipe, out, resume=True))
+    assert same_end(out, uninterrupted) == (lost == "nothing")
+    assert not (out / STAGING).exists()
+
+
+@pytest.mark.slow
+def test_run_killed_ten_times_ends_as_if_it_had_not_been(recipe: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """Anywhere: while files of a checkpoint are opened, moved and removed, in a backward pass, and at random moments."""
+    rng, out, kills = random.Random(0), tmp_path / "out", {"write": 0, "torch_save": 0, "step": 0, "moment": 0}
+    plan = [{"write": rng.randint(1, 40)} for _ in range(3)] + [{"torch_save": rng.randint(1, 6)} for _ in range(2)]
+    plan += [{"step": rng.randint(2, 20)} for _ in range(2)] + [{} for _ in range(3)]
+    rng.shuffle(plan)
+    progress: list[int] = []
+    while sum(kills.values()) < 10 and len(progress) < 15:
+        at = plan[len(progress)] if len(progress) < len(plan) else {}
+        process = start(recipe, out, at, resume=resumable(out))
+        if not at:
+            watched = {path.name for path in out.glob("checkpoint-*")} if out.is_dir() else set()
+            while process.poll() is None and {path.name for path in out.glob("checkpoint-*")} == watched:
+                time.sleep(0.01)
+            time.sleep(rng.random() * 0.3)  # somewhere after the next checkpoint
+            process.kill()
+        process.communicate(timeout=300)
+        kills[next(iter(at), "moment")] += process.returncode == -signal.SIGKILL
+        last = newest(out)
+        progress.append(int(last.name.rpartition("-")[2]) if last else 0)
+        if process.returncode == 0:  # it had ended before the kill: again from the start
+            shutil.rmtree(out)
+    finished(start(recipe, out, resume=resumable(out)))
+    print(f"kills: {kills}; last complete checkpoint after each: {progress}")
+    assert sum(kills.values()) == 10
+    assert same_end(out, uninterrupted)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MiB, where the test may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_real_full_disk(recipe: Path, small_disk: Path) -> None:
+    """Checkpoints of a megabyte on a disk of three: one of them does not fit, and those before it are kept."""
+    text = recipe.read_text().replace("save_total_limit: 2", "save_total_limit: 10")
+    (recipe.parent / "full.yaml").write_text(text)
+    process = start(recipe.parent / "full.yaml", small_disk / "out")
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 2, error[-2000:]
+    told = next(line for line in error.splitlines() if line.startswith("error: "))
+    assert " could not be written (" in told and "resume from it when there is room" in told
+    last = newest(small_disk / "out")
+    assert last is not None and str(last) in told and not (small_disk / "out" / STAGING).exists()
