@@ -32,6 +32,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from accelerate import DistributedType, PartialState
 from peft import LoraConfig
 from PIL import Image
 from step_cost import EXTRA, TEMPLATE, make_tokenizer
@@ -239,6 +240,10 @@ def make_trainer(folder: Path, shape: Shape, steps: int) -> LinguDistillTrainer:
         kv_sharing=shape.kv_sharing,
         distill_tokens="all",
     )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        assert config.device.type == "cpu"  # the property joins the process group
+        # beside no accelerator accelerate runs DDP in place of FSDP: tell it that there is one
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     lora = None
     if shape.lora_rank:
         lora = LoraConfig(r=shape.lora_rank, target_modules=list(LORA_TARGETS), lora_dropout=0.05)
