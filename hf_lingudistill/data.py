@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -40,8 +40,25 @@ AnyDataset: TypeAlias = Dataset | IterableDataset
 Row = dict[str, Any]
 
 
+REASONS = (
+    "image missing",
+    "image of wrong type",
+    "image of zero size",
+    "image too large",
+    "image unreadable",
+    "image column missing",
+    "images not a list",
+    "image tokens over max_length",
+    "empty answer",
+    "no label",
+    "distill flag not boolean",
+    "processor failed",
+)
+_WORKERS = 65  # the main process, and as many dataloader workers before two share a place
+
+
 class BadRow(ValueError):
-    """A row that cannot be trained on. reason: a short class of failure, for counting."""
+    """A row that cannot be trained on. reason: a short class of failure, one of `REASONS`, for counting."""
 
     def __init__(self, reason: str, message: str | None = None) -> None:
         # one argument: how a dataloader worker's error is raised again in the main process
@@ -69,10 +86,16 @@ def prepare_dataset(dataset: AnyDataset) -> AnyDataset:
     if ROW_COLUMN in columns:
         return dataset
     if isinstance(dataset, IterableDataset):
-        return dataset.map(lambda _row, index: {ROW_COLUMN: index}, with_indices=True)
+        return dataset.map(lambda _row, index: {ROW_COLUMN: _number(index)}, with_indices=True)
     if dataset._indices is not None:  # numbering a shuffled view would copy every image; its rows are named by content
         return dataset
     return dataset.add_column(ROW_COLUMN, list(range(len(dataset))), feature=Value("int64"))
+
+
+def _number(index: int) -> int:
+    """A stream's row number; -1 where several dataloader workers each count their own part of it."""
+    worker = torch.utils.data.get_worker_info()
+    return index if worker is None or worker.num_workers == 1 else -1
 
 
 def _undecoded(dataset: AnyDataset) -> AnyDataset:
@@ -270,7 +293,7 @@ class DistillCollator:
 
 
 def _row_name(row: Row) -> str:
-    if row.get(ROW_COLUMN) is not None:
+    if row.get(ROW_COLUMN, -1) not in (None, -1):
         return f"Row {row[ROW_COLUMN]}"
     text = row.get("messages") or row.get("prompt") or row.get("text") or ""
     while isinstance(text, list) and text:
@@ -317,29 +340,85 @@ def _text_of(value: Any) -> str | None:
     return None
 
 
-def drop_bad_rows(dataset: AnyDataset, collator: DistillCollator) -> tuple[AnyDataset, Counter[str]]:
+class SharedCounts(Mapping[str, int]):
+    """Number of rows by reason, counted by all dataloader workers of a process in memory that they share."""
+
+    def __init__(self) -> None:
+        self._counts = torch.zeros(_WORKERS, len(REASONS), dtype=torch.int64).share_memory_()
+
+    def add(self, reason: str) -> None:
+        worker = torch.utils.data.get_worker_info()
+        slot = (
+            0 if worker is None else 1 + worker.id % (_WORKERS - 1)
+        )  # each its own: nothing is lost between two of them
+        self._counts[slot, REASONS.index(reason)] += 1
+
+    def __getitem__(self, reason: str) -> int:
+        count = int(self._counts[:, REASONS.index(reason)].sum()) if reason in REASONS else 0
+        if not count:
+            raise KeyError(reason)
+        return count
+
+    def __iter__(self) -> Iterator[str]:
+        return (reason for reason, count in zip(REASONS, self._counts.sum(dim=0).tolist(), strict=True) if count)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+def drop_empty_answers(dataset: AnyDataset) -> tuple[AnyDataset, Mapping[str, int]]:
+    """Leave out text-only rows whose answer is empty. -> (dataset, number of dropped rows by reason).
+
+    TRL would train such rows to say nothing. Rows of running text are left alone.
+    """
+    columns = dataset.column_names or []
+    column = next((name for name in ("completion", "messages") if name in columns), None)
+    if column is None:
+        return dataset, {}
+    dropped = SharedCounts()
+
+    def usable(value: Any) -> bool:
+        said = value if column == "completion" else [turn for turn in value if turn.get("role") == "assistant"]
+        if (_text_of(said) or "").strip():
+            return True
+        dropped.add("empty answer")
+        return False
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(usable, input_columns=column), dropped
+    keep = [index for index, value in enumerate(dataset.with_format(None)[column]) if usable(value)]
+    if not keep:
+        raise ValueError(f"No usable row is left of {len(dataset)}: all answers are empty. Repair the dataset.")
+    return (dataset if len(keep) == len(dataset) else dataset.select(keep)), dropped
+
+
+def drop_bad_rows(dataset: AnyDataset, collator: DistillCollator) -> tuple[AnyDataset, Mapping[str, int]]:
     """Leave out the rows that the collator refuses. -> (dataset, number of dropped rows by reason).
 
-    A map-style dataset is gone through once, with a progress bar. A stream is filtered as it is read: its counter fills up
-    during training (with several dataloader workers, each worker counts its own).
+    A map-style dataset is gone through once, with a progress bar, by each process. A stream is filtered as it is read: its counts
+    grow during training, by one each time a bad row is read, and are those of this process and its dataloader workers.
 
     Raises:
         ValueError: if no row of a map-style dataset is left.
     """
     from tqdm.auto import tqdm
 
-    dropped: Counter[str] = Counter()
+    shared = SharedCounts()
 
     def usable(row: Row) -> bool:
         try:
             collator([row])
         except BadRow as error:
-            dropped[error.reason] += 1
+            shared.add(error.reason)
             return False
         return True
 
     if isinstance(dataset, IterableDataset):
-        return dataset.filter(usable), dropped
+        return dataset.filter(usable), shared
+    dropped: Counter[str] = Counter()
     keep = []
     for index in tqdm(range(len(dataset)), desc="Checking rows", unit="row"):
         try:
@@ -349,6 +428,7 @@ def drop_bad_rows(dataset: AnyDataset, collator: DistillCollator) -> tuple[AnyDa
             continue
         if usable(row):
             keep.append(index)
+    dropped.update(shared)
     if not keep:
         raise ValueError(f"No usable row is left of {len(dataset)}: {dict(dropped)}. Repair the dataset.")
     return (dataset if not dropped else dataset.select(keep)), dropped

@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -30,7 +30,15 @@ from .card import render_card
 from .checkpoints import STATE, clear_staging, read_measured, staged, to_resume, write_measured
 from .compatibility import CompatibilityReport, check_compatibility, guess_teacher
 from .config import LinguDistillConfig
-from .data import ROW_COLUMN, DistillCollator, check_distill_column, drop_bad_rows, has_images, prepare_dataset
+from .data import (
+    ROW_COLUMN,
+    DistillCollator,
+    check_distill_column,
+    drop_bad_rows,
+    drop_empty_answers,
+    has_images,
+    prepare_dataset,
+)
 from .engines import blank_image, head_unsharded, is_teacher_sharded, shard_teacher, sharding_of, vision_on
 from .finite import IN_A_ROW, FiniteWatch, NotFinite, Problem
 from .kv_sharing import QueryPlan, SharedKV, placeholder_plan, plan_queries, recording, teacher_pass
@@ -137,7 +145,7 @@ class LinguDistillTrainer(SFTTrainer):
             )
         self.has_distill_column = False
         self.distill_share: float | None = None
-        self.skipped_rows: dict[str, int] = {}
+        self.skipped_rows: Mapping[str, int] = {}
         # For the record of the run; whoever knows more than this trainer (a script its arguments) sets them
         self.recipe: dict[str, Any] | None = None
         self.dataset_facts: list[Record] = []
@@ -179,6 +187,8 @@ class LinguDistillTrainer(SFTTrainer):
                     f"packing joins rows, so that column {args.distill_column!r} has no meaning: drop the column (every row is "
                     "distilled) or set packing=False."
                 )
+            if args.skip_bad_rows and not has_images(train_dataset.column_names or []):
+                train_dataset, self.skipped_rows = drop_empty_answers(train_dataset)
             train_dataset = prepare_dataset(train_dataset)
         if eval_dataset is not None:
             eval_dataset = (
@@ -212,8 +222,8 @@ class LinguDistillTrainer(SFTTrainer):
                 }
             elif self.eval_dataset is not None:
                 self.eval_dataset = drop_bad_rows(self.eval_dataset, self.data_collator)[0]
-            if dropped:
-                logger.warning("Skipped %d rows: %s", sum(dropped.values()), dict(dropped))
+        if self.skipped_rows:
+            logger.warning("Skipped %d rows: %s", sum(self.skipped_rows.values()), dict(self.skipped_rows))
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == 0:
             raise ValueError(
                 f"No row is left to train on: no answer token lies within max_length={args.max_length}. Raise max_length."
