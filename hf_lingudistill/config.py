@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -172,6 +175,7 @@ class LinguDistillConfig(SFTConfig):
             self.use_cpu = True
             if self.bf16 is None and not self.fp16:
                 self.bf16 = cpu_has_bf16()
+        self._check_types()
         super().__post_init__()  # type: ignore[no-untyped-call]
         for name, choices in (
             ("teacher_quantization", QUANTIZATION_CHOICES),
@@ -211,13 +215,6 @@ class LinguDistillConfig(SFTConfig):
             )
         if not math.isfinite(self.distill_margin):
             raise ValueError(f"distill_margin must be a finite number of nats; got {self.distill_margin}.")
-        if not isinstance(self.teacher_model_init_kwargs, dict | None):
-            raise ValueError(
-                f"teacher_model_init_kwargs must be a mapping, in JSON on the command line; got "
-                f"{self.teacher_model_init_kwargs!r}."
-            )
-        if not self.distill_column:
-            raise ValueError("distill_column must name a dataset column; got an empty string.")
         if self.loss_type != "nll":
             raise ValueError(
                 f"loss_type must be 'nll' for distillation; got {self.loss_type!r}. Use trl.SFTTrainer for other losses."
@@ -226,4 +223,34 @@ class LinguDistillConfig(SFTConfig):
             raise ValueError(
                 f"label_smoothing_factor must be 0 for distillation (the teacher smooths the labels); got "
                 f"{self.label_smoothing_factor}."
+            )
+
+    def _check_types(self) -> None:
+        """A recipe in YAML, or Python, may hold anything; argparse checks the command line alone."""
+        for name in ("beta", "temperature", "distill_weight", "ce_weight", "distill_margin"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a number; got {value!r}.")
+        for name in ("measure_teacher_quantization", "skip_bad_rows", "overwrite_output_dir"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false; got {getattr(self, name)!r}.")
+        for name in ("teacher_model_name_or_path", "teacher_model_revision"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str | os.PathLike) and str(value).strip()):
+                raise ValueError(f"{name} must be a name or path, or left out; got {value!r}.")
+        if not (isinstance(self.distill_column, str) and self.distill_column):
+            raise ValueError(f"distill_column must name a dataset column; got {self.distill_column!r}.")
+        kwargs = self.teacher_model_init_kwargs
+        if isinstance(kwargs, str):
+            try:
+                kwargs = json.loads(kwargs)
+            except ValueError:
+                kwargs = None
+            valid = isinstance(kwargs, dict)
+        else:
+            valid = kwargs is None or isinstance(kwargs, dict)
+        if not valid:
+            raise ValueError(
+                "teacher_model_init_kwargs must be a mapping, in JSON on the command line; got "
+                f"{self.teacher_model_init_kwargs!r}."
             )

@@ -453,18 +453,43 @@ class DistillMixtureConfig(DatasetMixtureConfig):
     """
 
     def __post_init__(self) -> None:
+        if not isinstance(self.datasets, list):
+            raise ValueError(f"datasets: expected a list of sources, found {self.datasets!r}.")
         for index, source in enumerate(self.datasets):
             if not isinstance(source, dict | DatasetConfig):
                 raise ValueError(f"datasets[{index}]: expected a mapping with 'path', found {source!r}.")
             if isinstance(source, dict):
                 known = DistillSource.__dataclass_fields__
-                unknown = sorted(set(source) - set(known))
+                unknown = sorted(map(str, set(source) - set(known)))
                 if unknown or "path" not in source:
                     raise ValueError(
                         f"datasets[{index}]: expected 'path' and any of {sorted(set(known) - {'path'})}; "
                         + (f"found unknown {unknown}." if unknown else "'path' is missing.")
                     )
                 self.datasets[index] = DistillSource(**source)
+            _check_source(index, self.datasets[index])
+
+
+def _check_source(index: int, source: DatasetConfig) -> None:
+    """Raise ValueError for a field of another type than `datasets.load_dataset` takes."""
+    text = ("a text", lambda value: isinstance(value, str | Path) and str(value).strip() != "")
+    expected: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "path": text,
+        "name": text,
+        "data_dir": text,
+        "data_files": ("a text, a list or a mapping", lambda value: isinstance(value, str | list | dict)),
+        "split": text,
+        "columns": (
+            "a list of names",
+            lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+        ),
+        "fraction": ("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
+        "distill": ("true or false", lambda value: isinstance(value, bool)),
+    }
+    for name, (what, fits) in expected.items():
+        value = getattr(source, name, None)
+        if not fits(value) and not (value is None and name not in ("path", "split")):
+            raise ValueError(f"datasets[{index}].{name}: expected {what}, found {value!r}.")
 
 
 def load_source(source: DatasetConfig, *, streaming: bool = False) -> AnyDataset:

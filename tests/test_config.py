@@ -72,7 +72,7 @@ INVALID = [
     ),
     ({"distill_margin": math.inf}, "distill_margin must be a finite number of nats; got inf."),
     ({"distill_margin": math.nan}, "distill_margin must be a finite number of nats; got nan."),
-    ({"distill_column": ""}, "distill_column must name a dataset column; got an empty string."),
+    ({"distill_column": ""}, "distill_column must name a dataset column; got ''."),
     (
         {"loss_type": "dft"},
         "loss_type must be 'nll' for distillation; got 'dft'. Use trl.SFTTrainer for other losses.",
