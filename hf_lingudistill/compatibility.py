@@ -382,6 +382,10 @@ def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
         text = config.get_text_config(decoder=True)
     except ValueError:  # more than one candidate: not a VLM of the kind meant here, and the role check says so
         return config
+    if isinstance(text, dict):  # code from the Hub that leaves its nested configs as they were read
+        from transformers import PreTrainedConfig
+
+        text = PreTrainedConfig(**text)
     if text is config and _get(config, "num_hidden_layers") is None:
         for name, nested in _nested_configs(config).items():  # `llm_config` and the like of code from the Hub
             if not _is_vision_key(name) and _get(nested, "vocab_size") and _get(nested, "num_hidden_layers"):

@@ -112,14 +112,14 @@ def load(source: str, *, sees: bool) -> Checkpoint:
     device, dtype = best_device_and_dtype()
     start = time.perf_counter()
     if sees:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True)  # no pickles
         processing = AutoProcessor.from_pretrained(source)
         image_processor = getattr(processing, "image_processor", None)
         if device == "cpu" and hasattr(image_processor, "do_image_splitting"):
             # An image in 17 tiles is 17 images to the vision tower: half a minute on the free hardware.
             image_processor.do_image_splitting = False
     else:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
         processing = AutoTokenizer.from_pretrained(source)
     return Checkpoint(source, model.to(device).eval(), processing, time.perf_counter() - start)
 

@@ -20,6 +20,7 @@ Instead of `path`, a task may name a `builtin` (data that installs with pip; see
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,8 +61,8 @@ class Data:
             raise ValueError(f"Task {self.name!r}: expected one of `builtin` and `path`, found both or neither.")
         if self.n is not None and self.n < 2:
             raise ValueError(f"Task {self.name!r}: n must be at least 2, got {self.n}.")
-        if not self.name or "/" in self.name:
-            raise ValueError(f"Task name {self.name!r}: expected a name without '/'.")
+        if not re.fullmatch(r"\w[\w.-]*", str(self.name)):
+            raise ValueError(f"Task name {self.name!r}: expected letters, digits, '.', '-' and '_'.")
 
 
 @dataclass(frozen=True)
