@@ -1,4 +1,4 @@
-# Two targets of one file; each runs `lingudistill` as a user without privileges, in /workspace:
+# Two targets of one file; each runs `lingudistill` as a user without privileges (10001), in /workspace:
 #
 #   docker build --target gpu -t lingudistill .                             (the default; CUDA 13 driver on the host)
 #   docker build --target cpu -t lingudistill:cpu .
@@ -30,7 +30,7 @@ RUN pip install --no-cache-dir "$(echo /wheels/*.whl)${EXTRAS:+[${EXTRAS}]}" \
 RUN useradd --create-home --uid 10001 lingudistill \
     && mkdir -p /workspace /home/lingudistill/.cache/huggingface \
     && chown -R lingudistill:lingudistill /workspace /home/lingudistill
-USER lingudistill
+USER 10001
 WORKDIR /workspace
 ENTRYPOINT ["lingudistill"]
 CMD ["--help"]
@@ -53,7 +53,7 @@ RUN pip install --no-cache-dir "$(echo /wheels/*.whl)${EXTRAS:+[${EXTRAS}]}" \
 RUN useradd --create-home --uid 10001 lingudistill \
     && mkdir -p /workspace /home/lingudistill/.cache/huggingface \
     && chown -R lingudistill:lingudistill /workspace /home/lingudistill
-USER lingudistill
+USER 10001
 WORKDIR /workspace
 ENTRYPOINT ["lingudistill"]
 CMD ["--help"]

@@ -32,7 +32,7 @@ DEV_STAMP := $(VENV)/.stamp-dev
 SPACE_STAMP := $(VENV)/.stamp-space
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-real space reproduce test test-slow test-gpu lint format results cards clean
+.PHONY: help install demo demo-real space reproduce test test-slow test-gpu lint audit format results cards clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,10 +65,15 @@ test-slow: $(DEV_STAMP)  ## Run the tests that `make test` leaves out for their 
 test-gpu: $(DEV_STAMP)  ## Run the tests that need a CUDA device
 	$(TEST_ENV) $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
-lint: $(DEV_STAMP)  ## Check style and types
+lint: $(DEV_STAMP)  ## Check style, types, the Dockerfile, and known vulnerabilities where they can be looked up
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/python .ci/audit
+
+audit: $(DEV_STAMP)  ## Look up known vulnerabilities of what is installed (part of `lint`)
+	$(BIN)/python .ci/audit
 
 format: $(DEV_STAMP)  ## Fix what ruff can fix
 	$(BIN)/ruff check --fix .

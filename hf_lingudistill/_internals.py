@@ -6,6 +6,9 @@ Tested with transformers 5.24.x and TRL 1.16.x (the bounds in `pyproject.toml`).
 - `SFTTrainer` patches `model.forward` with `add_fused_lm_head`: called with `fused_lm_head=True`, the model returns
   per-token `log_probs`, `entropy`, `is_top1` and `label_mask`, and reaches the backbone through `model.base_model(...)`.
 - `SFTTrainer.compute_loss` sums `-outputs.log_probs` and divides by `num_items_in_batch`.
+- `Trainer._get_grad_norm` runs once between backward pass and optimizer step; `_save_checkpoint` writes under `_get_output_dir`;
+  `_tr_loss`, `_globalstep_last_logged` and `_total_loss_scalar` are its sums between logs, `_metrics` and `_total_train_tokens` those of
+  `SFTTrainer` (used in `trainer.py`, which overrides and restores them).
 - `trl.scripts.utils.DatasetConfig`: one source of a mixture.
 - `AttentionInterface` / `AttentionMaskInterface`: named attention functions, looked up by `config._attn_implementation`
   on every call.

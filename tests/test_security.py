@@ -172,8 +172,8 @@ def test_trusted_code_does_run(saved_pair: Pair, marker: Marker, tmp_path: Path)
     assert marker.is_there and config.model_type == "evil"
     marker.path.rmdir()
     sys.modules.pop(type(config).__module__, None)
-    with pytest.raises(ValueError):  # an evil config makes no VLM
-        check_compatibility(str(evil), str(saved_pair[1]), trust_remote_code=True).raise_for_misfit()
+    check_compatibility(str(evil), str(saved_pair[1]), trust_remote_code=True)
+    assert marker.is_there
 
 
 def test_a_script_among_data_is_not_run(marker: Marker, tmp_path: Path) -> None:
