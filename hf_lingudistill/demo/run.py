@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -108,8 +109,14 @@ def run_demo(
     """Run a demo and write OUT/original, OUT/before, OUT/after, OUT/report.json and OUT/report.png.
 
     config: settings of the distillation step; `output_dir` is OUT. offline: for `real`, read the LM from the pip package.
-    Returns the report. Raises ModuleNotFoundError (with the command that installs it) if a data package is missing.
+    Returns the report.
+
+    Raises:
+        ModuleNotFoundError: if a data package is missing; the message holds the command that installs it.
+        ValueError: under several processes, which would all write the same files.
     """
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(f"The demo runs in one process, found {processes}: accelerate launch --num_processes 1 ...")
     demo, out, seed = DEMOS[kind], Path(str(config.output_dir)), config.seed
     disable_progress_bar()
     for name in ("original", "before", "after"):

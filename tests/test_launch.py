@@ -1,0 +1,155 @@
+"""`accelerate launch examples/distill.py` itself, on two CPU processes: what a user starts, to the end.
+
+(On CPUs accelerate runs DDP whatever the config's engine; `test_engines.py` has FSDP2.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from hf_lingudistill.checkpoints import STAGING, STATE, newest
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 6
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("launch")
+    student, teacher = tiny.save_pair(folder)
+    tiny.make_dataset(24).save_to_disk(folder / "data")
+    given = {
+        "model_name_or_path": student,
+        "teacher_model_name_or_path": teacher,
+        "dataset_name": folder / "data",
+        "max_steps": STEPS,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 0.1,
+        "optim": "sgd",  # a step is proportional to the gradient; Adam blows rounding up to the learning rate
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",
+        "teacher_quantization": "none",
+        "gradient_checkpointing": "false",
+        "bf16": "false",
+        "disable_tqdm": "true",
+        "report_to": "none",
+    }
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+def launch(
+    arguments: list[str], out: Path, *more: str, processes: int, script: list[str] | None = None, config: str = "ddp"
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    name = config if processes > 1 else "single"
+    command += ["--config_file", str(ROOT / f"examples/accelerate_configs/{name}.yaml")]
+    command += ["--num_processes", str(processes)] + (["--cpu"] if processes == 1 else [])
+    command += script or [str(ROOT / "examples" / "distill.py")]
+    batch = ["--per_device_train_batch_size", str(4 // processes)]
+    return subprocess.run(
+        [*command, *arguments, *batch, "--output_dir", str(out), *more],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=ROOT,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "out"
+    run = launch(arguments, out, processes=1)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def together(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("together") / "out"
+    run = launch(arguments, out, processes=2)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return out, run.stdout
+
+
+def gap(ours: Path, theirs: Path) -> float:
+    a, b = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).norm() / b[name].norm().clamp(min=1e-2)) for name in b)
+
+
+def test_two_processes_save_the_student_that_one_does(alone: Path, together: tuple[Path, str]) -> None:
+    out, _ = together
+    assert gap(out, alone) < 1e-5
+    assert gap(out, out / "checkpoint-2") > 1e-3  # the control: training moves it
+    logs = [json.loads((folder / "checkpoint-6" / STATE).read_text())["log_history"] for folder in (out, alone)]
+    for ours, theirs in zip(*logs, strict=True):
+        for name in ("loss", "ce_loss", "kd_loss", "teacher_ce", "answer_tokens"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_one_process_speaks(together: tuple[Path, str]) -> None:
+    _, said = together
+    for line in ("LinguDistill\n", "Done: 6 steps", "Saved to "):
+        assert said.count(line) == 1, said[-2000:]
+    assert "2 process(es)" in said
+
+
+def test_what_is_saved_is_a_plain_model(together: tuple[Path, str]) -> None:
+    out, _ = together
+    model = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(out)
+    inputs = processor(text="tell me about the sea", return_tensors="pt")
+    assert torch.isfinite(model(**inputs).logits).all()
+    assert not (out / STAGING).exists()
+
+
+def test_two_processes_killed_in_a_checkpoint_go_on_to_the_same_end(
+    arguments: list[str], together: tuple[Path, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    killed = launch(
+        arguments, out, processes=2, script=[str(ROOT / "tests" / "kill_worker.py"), json.dumps({"torch_save": 5})]
+    )
+    assert killed.returncode != 0 and str(-signal.SIGKILL) in killed.stderr
+    last = newest(out)
+    assert last is not None and last.name == "checkpoint-2"
+    resumed = launch(arguments, out, "--resume_from_checkpoint", "true", processes=2)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert (out / "model.safetensors").read_bytes() == (together[0] / "model.safetensors").read_bytes()
+
+
+def test_a_bad_row_on_one_process_ends_both_with_its_name(arguments: list[str], tmp_path: Path) -> None:
+    rows = tiny.make_rows(8)
+    rows[6]["completion"] = [{"role": "assistant", "content": " "}]
+    from datasets import Dataset
+
+    Dataset.from_list(rows, features=tiny.make_dataset(1).features).save_to_disk(tmp_path / "data")
+    given = [*arguments]
+    given[given.index("--dataset_name") + 1] = str(tmp_path / "data")
+    run = launch(given, tmp_path / "out", processes=2)
+    assert run.returncode != 0
+    assert "Row 6 has an empty completion" in run.stderr
+
+
+def test_the_demo_under_two_processes_ends(tmp_path: Path) -> None:
+    """It is made for one process; with two it must not hang or write its files twice over."""
+    shutil.rmtree(tmp_path / "demo", ignore_errors=True)
+    run = launch(["--demo", "tiny", "--max_steps", "2"], tmp_path / "demo", processes=2)
+    assert run.returncode == 2 and "one process" in run.stderr
