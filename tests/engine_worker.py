@@ -74,6 +74,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "quantised teacher": {"teacher": True, "teacher_quantization": "nf4"},
     "offloaded teacher": {"teacher": True, "teacher_offload": "cpu"},
     "bf16": {"bf16": True},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
     "wrong normalisation": {"wrong": True},
 }
 # Each ends its launch, and is not among those that are compared

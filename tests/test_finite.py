@@ -305,6 +305,18 @@ def test_script_says_it_in_a_sentence(
     assert "error: Training stopped in step 2: " in error and "Traceback" not in error
 
 
+@pytest.mark.gpu
+def test_fp16_overflows_until_the_scale_fits_and_trains_on(make_trainer: MakeTrainer) -> None:
+    """The scaler starts at 2^16, skips its first steps and goes down; none of them stops the run."""
+    trainer = make_trainer(fp16=True, use_cpu=False, learning_rate=1e-2, max_steps=40, optim="adamw_torch")
+    trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() < 2.0**40 and trainer.skipped_steps == 0
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.5 * losses[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("on_nan", ["stop", "skip"])
 def test_two_processes_decide_alike(tmp_path: Path, on_nan: str) -> None:
