@@ -75,6 +75,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "offloaded teacher": {"teacher": True, "teacher_offload": "cpu"},
     "bf16": {"bf16": True},
     "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
+    "resumed": {"save_strategy": "steps", "save_steps": 2},
+    "resumed lora": {"save_strategy": "steps", "save_steps": 2, "adapter": True, "optim": "adamw_torch", "learning_rate": 1e-3},
     "wrong normalisation": {"wrong": True},
 }
 # Each ends its launch, and is not among those that are compared
@@ -102,7 +104,7 @@ def make_trainer(folder: Path, name: str, *, accumulation: int, processes: int) 
     )
     torch.manual_seed(0)
     config = LinguDistillConfig(
-        output_dir=str(folder / "out"),
+        output_dir=str(folder / (name if name.startswith("resumed") else "out")),
         **{
             "report_to": "none",
             "disable_tqdm": True,
@@ -163,14 +165,20 @@ def run(folder: Path, name: str, *, accumulation: int = 1, processes: int = 1) -
         trainer.add_callback(Killed())
     if name == "no placeholder":
         trainer._blank_image = None
-    trainer.train()
+    if name.startswith("resumed"):
+        trainer.args.max_steps = 2
+        trainer.train()
+        trainer = make_trainer(folder, name, accumulation=accumulation, processes=processes)
+        trainer.train(resume_from_checkpoint=True)
+    else:
+        trainer.train()
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return {
         "engine": str(trainer.accelerator.distributed_type),
         "teacher": {"bytes": trainer.teacher.footprint, "sharded": trainer._is_teacher_sharded},
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "logs": trainer.state.log_history,
-        "weights": {key: value.detach().cpu().clone() for key, value in weights.items()},
+        "weights": {key.removeprefix("_orig_mod."): value.detach().cpu().clone() for key, value in weights.items()},
     }
 
 
