@@ -48,7 +48,7 @@ PICTURE_EXAMPLES = (
     ("red circle", "what color is the shape?"),
     ("blue triangle", "what shape is in the image?"),
 )
-TEXT_EXAMPLES = ("Tell me about the history of Scotland.", "Continue: The boy went to the")
+TEXT_EXAMPLES = ("Tell me about the history of Scotland.", "Tell me about a river.")
 
 # On a telephone the answers are below the fold. Takes the event's inputs and passes them on.
 SHOW_ANSWERS = """(...inputs) => {

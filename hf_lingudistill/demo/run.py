@@ -69,7 +69,7 @@ DEMOS: dict[str, Demo] = {
         grounded=100,
         texts=96,
         questions=400,
-        prompts=("Continue: The boy went to the", "Tell me about the history of Scotland."),
+        prompts=("Tell me about the history of Scotland.", "Tell me about a river."),
     ),
     "real": Demo(
         seeing=SMOLLM2_135M,
