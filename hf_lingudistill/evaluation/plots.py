@@ -110,9 +110,11 @@ def plot_trade_off(report: Report, path: Path) -> Path | None:
     if "before" in points:
         axis.axhline(points["before"]["vision"], color=NAMED["before"], lw=0.8, ls=":")
     for position, (model, point) in enumerate(points.items()):
+        # colors come round again after eight, with another mark
+        mark = MARKERS[(position + position // len(OTHERS)) % len(MARKERS)]
         axis.errorbar(
             point["language"], point["vision"], xerr=point["language_error"], yerr=point["vision_error"],
-            fmt=MARKERS[position % len(MARKERS)], color=palette[model], ms=6, lw=0.9, capsize=0, alpha=0.95, label=model,
+            fmt=mark, color=palette[model], ms=6, lw=0.9, capsize=0, alpha=0.95, label=model,
         )  # fmt: skip
     axis.invert_xaxis()
     axis.set_xlabel("bits per byte above the original LM, mean over unseen texts (better to the right)", fontsize=9)
