@@ -27,6 +27,16 @@ def cpu_has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def shown(value: Any) -> str:
+    """A value as an error sentence quotes it: not longer than a line, and never an error itself (of an integer, Python prints at
+    most 4,300 digits)."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"{type(value).__name__} of more digits than can be printed"
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
 @dataclass
 class LinguDistillConfig(SFTConfig):
     """Configuration of [`LinguDistillTrainer`]. Every field of [`~trl.SFTConfig`] keeps its meaning; with `push_to_hub=True` the
@@ -185,8 +195,9 @@ class LinguDistillConfig(SFTConfig):
             ("distill_tokens", DISTILL_TOKENS_CHOICES),
             ("on_nan", ON_NAN_CHOICES),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {shown(value)}.")
         if self.teacher_offload == "cpu" and self.teacher_quantization == "int8":
             raise ValueError(
                 "teacher_offload='cpu' cannot free an int8 teacher, of which bitsandbytes holds a second reference on the "
@@ -226,20 +237,28 @@ class LinguDistillConfig(SFTConfig):
             )
 
     def _check_types(self) -> None:
-        """A recipe in YAML, or Python, may hold anything; argparse checks the command line alone."""
+        """A recipe in YAML, or Python, may hold anything; argparse checks the command line alone. Numbers become floats and
+        paths texts, which is what loggers and records can write."""
         for name in ("beta", "temperature", "distill_weight", "ce_weight", "distill_margin"):
             value = getattr(self, name)
             if not isinstance(value, Real) or isinstance(value, bool):
-                raise ValueError(f"{name} must be a number; got {value!r}.")
+                raise ValueError(f"{name} must be a number; got {shown(value)}.")
+            try:
+                setattr(self, name, float(value))
+            except OverflowError:
+                raise ValueError(f"{name} must be a number that a float can hold; got {shown(value)}.") from None
         for name in ("measure_teacher_quantization", "skip_bad_rows", "overwrite_output_dir"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false; got {getattr(self, name)!r}.")
-        for name in ("teacher_model_name_or_path", "teacher_model_revision"):
+                raise ValueError(f"{name} must be true or false; got {shown(getattr(self, name))}.")
+        for name in ("teacher_model_name_or_path", "teacher_model_revision", "output_dir"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, str | os.PathLike) and str(value).strip()):
-                raise ValueError(f"{name} must be a name or path, or left out; got {value!r}.")
+            if value is None:
+                continue
+            if not (isinstance(value, str | os.PathLike) and str(value).strip()):
+                raise ValueError(f"{name} must be a name or path, or left out; got {shown(value)}.")
+            setattr(self, name, str(value))
         if not (isinstance(self.distill_column, str) and self.distill_column):
-            raise ValueError(f"distill_column must name a dataset column; got {self.distill_column!r}.")
+            raise ValueError(f"distill_column must name a dataset column; got {shown(self.distill_column)}.")
         kwargs = self.teacher_model_init_kwargs
         if isinstance(kwargs, str):
             try:
@@ -252,5 +271,5 @@ class LinguDistillConfig(SFTConfig):
         if not valid:
             raise ValueError(
                 "teacher_model_init_kwargs must be a mapping, in JSON on the command line; got "
-                f"{self.teacher_model_init_kwargs!r}."
+                f"{shown(self.teacher_model_init_kwargs)}."
             )

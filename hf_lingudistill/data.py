@@ -31,6 +31,7 @@ from PIL import ImageOps
 from trl import DatasetMixtureConfig, get_dataset
 
 from ._internals import DatasetConfig
+from .config import shown
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +62,9 @@ class BadRow(ValueError):
     """A row that cannot be trained on. reason: a short class of failure, one of `REASONS`, for counting."""
 
     def __init__(self, reason: str, message: str | None = None) -> None:
-        # one argument: how a dataloader worker's error is raised again in the main process
-        super().__init__(reason if message is None else message)
+        if message is None:  # how a dataloader worker's error is raised again in the main process: after its traceback
+            message = reason.rsplit(f"{__name__}.BadRow: ", 1)[-1].strip()
+        super().__init__(message)
         self.reason = reason
 
 
@@ -212,7 +214,7 @@ class DistillCollator:
         Raises:
             BadRow: a ValueError that names the row, what is wrong with it and what to do.
         """
-        distill = torch.tensor([self._flag(row) for row in rows])
+        distill = torch.tensor([_flag(row, self.distill_column) for row in rows])
         names = [_row_name(row) for row in rows]
         plain = [{k: v for k, v in row.items() if k not in (self.distill_column, ROW_COLUMN)} for row in rows]
         if self.vision:
@@ -232,15 +234,6 @@ class DistillCollator:
         if len(numbers) == len(distill) and None not in numbers:
             batch[ROW_COLUMN] = torch.tensor(numbers)
         return batch
-
-    def _flag(self, row: Row) -> bool:
-        value = row.get(self.distill_column, True)
-        if value not in (True, False):
-            raise BadRow(
-                "distill flag not boolean",
-                f"{_row_name(row)}: column {self.distill_column!r} must be true or false; found {value!r}.",
-            )
-        return bool(value)
 
     def _collate(self, rows: list[Row], names: list[str]) -> dict[str, Any]:
         # TRL's collator edits rows in place, so that a second try needs rows of its own.
@@ -292,6 +285,16 @@ class DistillCollator:
         }
 
 
+def _flag(row: Row, column: str) -> bool:
+    value = row.get(column, True)
+    if value not in (True, False):
+        raise BadRow(
+            "distill flag not boolean",
+            f"{_row_name(row)}: column {column!r} must be true or false; found {value!r}.",
+        )
+    return bool(value)
+
+
 def _row_name(row: Row) -> str:
     if row.get(ROW_COLUMN, -1) not in (None, -1):
         return f"Row {row[ROW_COLUMN]}"
@@ -326,10 +329,26 @@ def _decoded(row: Row, name: str) -> Row:
         raise BadRow(
             error.reason, f"{name}: {error}. Repair or remove the row, or pass --skip_bad_rows to skip such rows."
         ) from error
-    answer = row.get("completion")
-    if answer is not None and not (_text_of(answer) or "").strip():
-        raise BadRow("empty answer", f"{name} has an empty completion. Give it an answer, or pass --skip_bad_rows.")
+    _check_answer(row, name)
     return {**row, column: decoded}
+
+
+def _check_answer(row: Row, name: str) -> None:
+    """Raise BadRow where a completion, or every assistant's turn of a conversation, is empty. Running text has no answer."""
+    if "completion" in row:
+        answer, what = row["completion"], "completion"
+    elif "messages" in row:
+        turns = row["messages"] or []
+        answer = [turn for turn in turns if isinstance(turn, dict) and turn.get("role") == "assistant"]
+        if turns and not answer:  # a conversation under other names
+            return
+        what = "answer in its messages"
+    else:
+        return
+    # an assistant that calls a tool says nothing
+    calls = isinstance(answer, list) and any(isinstance(turn, dict) and turn.get("tool_calls") for turn in answer)
+    if not calls and not (_text_of(answer) or "").strip():
+        raise BadRow("empty answer", f"{name} has an empty {what}. Give it an answer, or pass --skip_bad_rows.")
 
 
 def _text_of(value: Any) -> str | None:
@@ -369,66 +388,105 @@ class SharedCounts(Mapping[str, int]):
         return repr(dict(self))
 
 
-def drop_empty_answers(dataset: AnyDataset) -> tuple[AnyDataset, Mapping[str, int]]:
-    """Leave out text-only rows whose answer is empty. -> (dataset, number of dropped rows by reason).
+def drop_bad_texts(dataset: AnyDataset, distill_column: str = "distill") -> tuple[AnyDataset, Mapping[str, int]]:
+    """Leave out text-only rows whose answer is empty or whose flag is not boolean. -> (dataset, number of dropped rows by reason).
 
-    TRL would train such rows to say nothing. Rows of running text are left alone.
+    TRL would train such answers to say nothing. Rows of running text are left alone.
+
+    Raises:
+        ValueError: if no row of a map-style dataset is left.
     """
-    columns = dataset.column_names or []
-    column = next((name for name in ("completion", "messages") if name in columns), None)
-    if column is None:
+    columns = [name for name in ("completion", "messages", distill_column) if name in (dataset.column_names or [])]
+    if not columns:
         return dataset, {}
     dropped = SharedCounts()
 
-    def usable(value: Any) -> bool:
-        said = value if column == "completion" else [turn for turn in value if turn.get("role") == "assistant"]
-        if (_text_of(said) or "").strip():
-            return True
-        dropped.add("empty answer")
-        return False
+    def usable(*values: Any) -> bool:
+        row = dict(zip(columns, values, strict=True))
+        try:
+            _flag(row, distill_column)
+            _check_answer(row, "The row")
+        except BadRow as error:
+            dropped.add(error.reason)
+            return False
+        return True
 
     if isinstance(dataset, IterableDataset):
-        return dataset.filter(usable, input_columns=column), dropped
-    keep = [index for index, value in enumerate(dataset.with_format(None)[column]) if usable(value)]
+        return dataset.filter(usable, input_columns=columns), dropped
+    rows = zip(*(dataset.with_format(None)[column] for column in columns), strict=True)
+    keep = [index for index, values in enumerate(rows) if usable(*values)]
     if not keep:
-        raise ValueError(f"No usable row is left of {len(dataset)}: all answers are empty. Repair the dataset.")
+        raise ValueError(f"No usable row is left of {len(dataset)}: {dict(dropped)}. Repair the dataset.")
     return (dataset if len(keep) == len(dataset) else dataset.select(keep)), dropped
 
 
-def drop_bad_rows(dataset: AnyDataset, collator: DistillCollator) -> tuple[AnyDataset, Mapping[str, int]]:
+@dataclass
+class _Checks(torch.utils.data.Dataset[str | None]):
+    """For each row, why the collator refuses it; None where it does not."""
+
+    dataset: Dataset
+    collator: DistillCollator
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> str | None:
+        try:
+            row = self.dataset[index]
+        except Exception as error:  # a row that datasets itself cannot read
+            return f"unreadable row ({type(error).__name__})"
+        return _why_refused(self.collator, row)
+
+
+def _why_refused(collator: DistillCollator, row: Row) -> str | None:
+    try:
+        collator([row])
+    except BadRow as error:
+        return error.reason
+    return None
+
+
+def drop_bad_rows(
+    dataset: AnyDataset, collator: DistillCollator, num_proc: int | None = None
+) -> tuple[AnyDataset, Mapping[str, int]]:
     """Leave out the rows that the collator refuses. -> (dataset, number of dropped rows by reason).
 
-    A map-style dataset is gone through once, with a progress bar, by each process. A stream is filtered as it is read: its counts
-    grow during training, by one each time a bad row is read, and are those of this process and its dataloader workers.
+    A map-style dataset is gone through once, with a progress bar, by each process of a run: each finds the same rows, and so does
+    a run that resumes. A stream is filtered as it is read: its counts grow during training, by one each time a bad row is read,
+    and are those of this process and its dataloader workers.
+
+    Args:
+        num_proc: how many processes share the work on a map-style dataset; None or 1 = this one alone.
 
     Raises:
         ValueError: if no row of a map-style dataset is left.
     """
     from tqdm.auto import tqdm
 
-    shared = SharedCounts()
-
-    def usable(row: Row) -> bool:
-        try:
-            collator([row])
-        except BadRow as error:
-            shared.add(error.reason)
-            return False
-        return True
-
     if isinstance(dataset, IterableDataset):
+        shared = SharedCounts()
+
+        def usable(row: Row) -> bool:
+            if (reason := _why_refused(collator, row)) is not None:
+                shared.add(reason)
+            return reason is None
+
         return dataset.filter(usable), shared
+    workers = num_proc if num_proc is not None and num_proc > 1 else 0
+    batches = torch.utils.data.DataLoader(
+        _Checks(dataset, collator),
+        batch_size=32,
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # the seed for its workers is not drawn from the run's random numbers
+    )
     dropped: Counter[str] = Counter()
-    keep = []
-    for index in tqdm(range(len(dataset)), desc="Checking rows", unit="row"):
-        try:
-            row = dataset[index]
-        except Exception as error:  # a row that datasets itself cannot read
-            dropped[f"unreadable row ({type(error).__name__})"] += 1
-            continue
-        if usable(row):
-            keep.append(index)
-    dropped.update(shared)
+    keep: list[int] = []
+    with tqdm(total=len(dataset), desc="Checking rows", unit="row") as progress:
+        for reasons in batches:
+            keep += [progress.n + offset for offset, reason in enumerate(reasons) if reason is None]
+            dropped.update(reason for reason in reasons if reason is not None)
+            progress.update(len(reasons))
     if not keep:
         raise ValueError(f"No usable row is left of {len(dataset)}: {dict(dropped)}. Repair the dataset.")
     return (dataset if not dropped else dataset.select(keep)), dropped
@@ -454,10 +512,10 @@ class DistillMixtureConfig(DatasetMixtureConfig):
 
     def __post_init__(self) -> None:
         if not isinstance(self.datasets, list):
-            raise ValueError(f"datasets: expected a list of sources, found {self.datasets!r}.")
+            raise ValueError(f"datasets: expected a list of sources, found {shown(self.datasets)}.")
         for index, source in enumerate(self.datasets):
             if not isinstance(source, dict | DatasetConfig):
-                raise ValueError(f"datasets[{index}]: expected a mapping with 'path', found {source!r}.")
+                raise ValueError(f"datasets[{index}]: expected a mapping with 'path', found {shown(source)}.")
             if isinstance(source, dict):
                 known = DistillSource.__dataclass_fields__
                 unknown = sorted(map(str, set(source) - set(known)))
@@ -483,17 +541,19 @@ def _check_source(index: int, source: DatasetConfig) -> None:
             "a list of names",
             lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
         ),
-        "fraction": ("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
+        "fraction": ("a number", lambda value: _is_number(value)),
         "distill": ("true or false", lambda value: isinstance(value, bool)),
     }
     for name, (what, fits) in expected.items():
         value = getattr(source, name, None)
         if not fits(value) and not (value is None and name not in ("path", "split")):
-            raise ValueError(f"datasets[{index}].{name}: expected {what}, found {value!r}.")
+            raise ValueError(f"datasets[{index}].{name}: expected {what}, found {shown(value)}.")
 
 
 def load_source(source: DatasetConfig, *, streaming: bool = False) -> AnyDataset:
     """One dataset: a Hub id, a loader name with `data_files`, or a folder written by `save_to_disk`."""
+    if not isinstance(source.path, str | Path):
+        raise ValueError(f"A dataset must be named by a Hub id or a folder; found {shown(source.path)}.")
     folder = Path(source.path)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         saved = load_from_disk(source.path)
@@ -530,8 +590,24 @@ def load_mixture(mixture: DistillMixtureConfig, distill_column: str = "distill")
     flagged = [part for part in flagged if not isinstance(part, Dataset) or len(part)] or flagged[:1]
     combined = concatenate_datasets(flagged)
     if mixture.test_split_size is not None:
+        _check_test_split(mixture)
         return combined.train_test_split(test_size=mixture.test_split_size)
     return DatasetDict({"train": combined})
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number to calculate with: not NaN, not infinite, not an integer that no float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300
+
+
+def _check_test_split(mixture: DistillMixtureConfig) -> None:
+    size: Any = mixture.test_split_size
+    if mixture.streaming:
+        raise ValueError(
+            "`test_split_size` needs the number of rows, which a streamed source does not tell: drop one of the two."
+        )
+    if not (_is_number(size) and size > 0):
+        raise ValueError(f"test_split_size must be a positive number (a share below 1, or rows); found {shown(size)}.")
 
 
 def _take_fractions(parts: list[AnyDataset], fractions: list[float | None], streaming: bool) -> list[AnyDataset]:
@@ -543,7 +619,7 @@ def _take_fractions(parts: list[AnyDataset], fractions: list[float | None], stre
     if len(shares) != len(fractions) or min(shares) <= 0:
         raise ValueError(f"`fraction` must be a positive number for every source or for none; found {fractions}.")
     weights = [share / sum(shares) for share in shares]
-    total = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
+    total = min(len(part) / weight for part, weight in zip(parts, weights, strict=True) if weight)
     return [part.select(range(round(weight * total))) for part, weight in zip(parts, weights, strict=True)]
 
 

@@ -35,7 +35,7 @@ from .data import (
     DistillCollator,
     check_distill_column,
     drop_bad_rows,
-    drop_empty_answers,
+    drop_bad_texts,
     has_images,
     prepare_dataset,
 )
@@ -188,14 +188,19 @@ class LinguDistillTrainer(SFTTrainer):
                     "distilled) or set packing=False."
                 )
             if args.skip_bad_rows and not has_images(train_dataset.column_names or []):
-                train_dataset, self.skipped_rows = drop_empty_answers(train_dataset)
+                train_dataset, self.skipped_rows = drop_bad_texts(train_dataset, args.distill_column)
             train_dataset = prepare_dataset(train_dataset)
         if eval_dataset is not None:
-            eval_dataset = (
-                {name: prepare_dataset(part) for name, part in eval_dataset.items()}
-                if isinstance(eval_dataset, dict)
-                else prepare_dataset(eval_dataset)
-            )
+            if args.skip_bad_rows:
+                eval_dataset = _each(
+                    lambda part: (
+                        part
+                        if has_images(part.column_names or [])
+                        else _kept(*drop_bad_texts(part, args.distill_column))
+                    ),
+                    eval_dataset,
+                )
+            eval_dataset = _each(prepare_dataset, eval_dataset)
         if isinstance(model, str):
             # SFTConfig owns the mapping; weights load from safetensors only
             args.model_init_kwargs = {"use_safetensors": True, **_as_dict(args.model_init_kwargs)}
@@ -214,14 +219,10 @@ class LinguDistillTrainer(SFTTrainer):
             vision=self._is_vision_dataset,
         )
         if args.skip_bad_rows and self._is_vision_dataset:
-            self.train_dataset, dropped = drop_bad_rows(self.train_dataset, self.data_collator)
-            self.skipped_rows = dropped
-            if isinstance(self.eval_dataset, dict):
-                self.eval_dataset = {
-                    name: drop_bad_rows(part, self.data_collator)[0] for name, part in self.eval_dataset.items()
-                }
-            elif self.eval_dataset is not None:
-                self.eval_dataset = drop_bad_rows(self.eval_dataset, self.data_collator)[0]
+            drop = functools.partial(drop_bad_rows, collator=self.data_collator, num_proc=args.dataset_num_proc)
+            self.train_dataset, self.skipped_rows = drop(self.train_dataset)
+            if self.eval_dataset is not None:
+                self.eval_dataset = _each(lambda part: _kept(*drop(part)), self.eval_dataset)
         if self.skipped_rows:
             logger.warning("Skipped %d rows: %s", sum(self.skipped_rows.values()), dict(self.skipped_rows))
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == 0:
@@ -810,6 +811,19 @@ class _Restore(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._restore_measured()
+
+
+def _each(change: Callable[[Any], Any], datasets: Any) -> Any:
+    """Change one evaluation set, or each of several by name."""
+    if isinstance(datasets, dict):
+        return {name: change(part) for name, part in datasets.items()}
+    return change(datasets)
+
+
+def _kept(dataset: Any, dropped: Mapping[str, int]) -> Any:
+    if dropped:
+        logger.warning("Skipped %d rows of an evaluation set: %s", sum(dropped.values()), dict(dropped))
+    return dataset
 
 
 def _reference(model: Any) -> str:

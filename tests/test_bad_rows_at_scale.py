@@ -13,10 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from datasets import Dataset, Features, Image, IterableDataset, Json, List, Value
 from PIL import Image as PILImage
 
-from hf_lingudistill.data import BadRow, SharedCounts, drop_empty_answers
+from hf_lingudistill.data import (
+    REASONS,
+    ROW_COLUMN,
+    BadRow,
+    DistillCollator,
+    SharedCounts,
+    decode_image,
+    drop_bad_rows,
+    drop_bad_texts,
+    prepare_dataset,
+)
 from hf_lingudistill.finite import FiniteWatch
 
 MakeTrainer = Callable[..., Any]
@@ -67,8 +77,15 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "claims 60,000 x 60,000": ([png_of_size(60_000, 60_000)], "image too large"),
     "missing file": (["absent/image.png"], "image unreadable"),
     "null": ([None], "image missing"),
+    "empty file": ([b""], "image missing"),
     "too many for max_length": ([JPEG] * 8, "image tokens over max_length"),
+    "long question": ([], "no label"),
     "empty answer": ([JPEG], "empty answer"),
+    "no answer": ([JPEG], "empty answer"),
+}
+ANSWERS: dict[str | None, list[dict[str, str]] | None] = {
+    "empty answer": [{"role": "assistant", "content": ""}],
+    "no answer": None,
 }
 
 
@@ -81,14 +98,12 @@ def make_rows(count: int, share: float = 0.05, seed: int = 0) -> tuple[list[dict
     for index in range(count):
         what = wrong.get(index)
         images = BAD[what][0] if what else [] if index % 3 == 0 else [GOOD[names[index % len(names)]]]
-        answer = "" if what == "empty answer" else "a small red circle"
+        question = "tell me " * (60 if what == "long question" else 1) if not images else "what shape is it?"
         rows.append(
             {
                 "images": [_stored(image) for image in images],
-                "prompt": [
-                    {"role": "user", "content": f"row {index}: {'what shape is it?' if images else 'tell me'}"}
-                ],
-                "completion": [{"role": "assistant", "content": answer}],
+                "prompt": [{"role": "user", "content": f"row {index}: {question}"}],
+                "completion": ANSWERS.get(what, [{"role": "assistant", "content": "a small red circle"}]),
                 "distill": index % 3 == 0,
             }
         )
@@ -109,20 +124,24 @@ def make_dataset(rows: list[dict[str, Any]]) -> Dataset:
     return Dataset.from_list(rows, features=Features(features))
 
 
+def numbers_of(tokenizer: Any, input_ids: torch.Tensor) -> list[int]:
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in input_ids]
+    return [int(re.search(r"row (\d+):", text)[1]) for text in texts]  # type: ignore[index]
+
+
 @pytest.fixture
-def trained_rows(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
-    """How often each row reached the student in training, by the number in its text."""
-    seen: Counter[int] = Counter()
+def trained_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows that reached the student in training, in order, by the number in their text."""
+    seen: list[int] = []
     begin = FiniteWatch.open
 
     def open_and_note(self: FiniteWatch, input_ids: torch.Tensor, row: torch.Tensor | None) -> None:
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in input_ids]
-        numbers = [int(re.search(r"row (\d+):", text)[1]) for text in texts]  # type: ignore[index]
+        numbers = numbers_of(self.tokenizer, input_ids)
         # rows are numbered, but for those of a stream that several workers read
         assert row is not None and all(
             given in (-1, number) for given, number in zip(row.tolist(), numbers, strict=True)
         )
-        seen.update(numbers)
+        seen.extend(numbers)
         begin(self, input_ids, row)
 
     monkeypatch.setattr(FiniteWatch, "open", open_and_note)
@@ -141,59 +160,154 @@ def expected_of(wrong: list[str | None]) -> tuple[list[int], dict[str, int]]:
 
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_every_bad_row_is_counted_and_every_good_row_is_used(
-    make_trainer: MakeTrainer, trained_rows: Counter[int], count: int
+    make_trainer: MakeTrainer, trained_rows: list[int], count: int
 ) -> None:
     rows, wrong = make_rows(count)
     good, reasons = expected_of(wrong)
-    assert len(good) == count * 95 // 100 and set(reasons) == {reason for _, reason in BAD.values()}
+    assert len(good) == count - max(len(BAD), count // 20) and set(reasons) == {reason for _, reason in BAD.values()}
     trainer = make_trainer(
         train_dataset=make_dataset(rows), per_device_train_batch_size=25, max_steps=-1, num_train_epochs=1, **SETTINGS
     )
     trainer.train()
     assert dict(trainer.skipped_rows) == reasons
-    assert trained_rows == Counter(good)  # each once, and no other
+    assert Counter(trained_rows) == Counter(good)  # each once, and no other
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_counts_what_its_workers_skip(
-    make_trainer: MakeTrainer, trained_rows: Counter[int], workers: int
-) -> None:
+def test_a_stream_counts_what_its_workers_skip(make_trainer: MakeTrainer, workers: int) -> None:
+    """Exactly, over one epoch. A flag that is null gets through to here: a stream's column is not read beforehand."""
     rows, wrong = make_rows(160)
     good, reasons = expected_of(wrong)
+    rows[good.pop()]["distill"] = None
     stream = make_dataset(rows).to_iterable_dataset(num_shards=2)
-    steps = -(-len(good) // 8)
     trainer = make_trainer(
-        train_dataset=stream,
+        train_dataset=stream, per_device_train_batch_size=8, dataloader_num_workers=workers, **SETTINGS
+    )
+    assert dict(trainer.skipped_rows) == {}  # nothing has been read yet
+    tokenizer = trainer.processing_class.tokenizer
+    read = [number for batch in trainer.get_train_dataloader() for number in numbers_of(tokenizer, batch["input_ids"])]
+    assert Counter(read) == Counter(good)
+    assert dict(trainer.skipped_rows) == {**reasons, "distill flag not boolean": 1}
+
+
+def test_stream_is_trained_on_without_its_bad_rows(make_trainer: MakeTrainer, trained_rows: list[int]) -> None:
+    rows, wrong = make_rows(60)
+    good, reasons = expected_of(wrong)
+    trainer = make_trainer(
+        train_dataset=make_dataset(rows).to_iterable_dataset(),
         per_device_train_batch_size=8,
-        max_steps=steps + 1,
-        dataloader_num_workers=workers,
+        max_steps=-(-len(good) // 8),
         **SETTINGS,
     )
     trainer.train()
-    assert set(trained_rows) == set(good)
-    if workers == 0:  # two workers may have begun the next epoch when the run ends
-        assert all(trainer.skipped_rows[reason] >= count for reason, count in reasons.items())
+    assert trained_rows[: len(good)] == good  # in order, and none is missing
+    # read once, and the beginning of a second time where the last batch was filled up
     assert set(trainer.skipped_rows) == set(reasons)
+    assert all(count <= trainer.skipped_rows[reason] <= 2 * count for reason, count in reasons.items())
 
 
-def test_without_skipping_the_first_bad_row_stops_the_run(make_trainer: MakeTrainer) -> None:
-    rows, wrong = make_rows(200)
-    first = next(index for index, what in enumerate(wrong) if what is not None)
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("streamed", [False, True], ids=["map-style", "stream"])
+def test_without_skipping_the_first_bad_row_stops_the_run(
+    make_trainer: MakeTrainer, streamed: bool, workers: int
+) -> None:
+    rows, first = [row for row, what in zip(*make_rows(40), strict=True) if what is None][:20], 7
+    rows[first] = {**rows[first], "images": [None]}
+    name = rows[first]["prompt"][0]["content"]
+    dataset: Any = make_dataset(rows)
     trainer = make_trainer(
-        train_dataset=make_dataset(rows),
+        train_dataset=dataset.to_iterable_dataset(num_shards=2) if streamed else dataset,
         train_sampling_strategy="sequential",
         per_device_train_batch_size=1,
-        max_steps=200,
+        max_steps=20,
+        dataloader_num_workers=workers,
         **{**SETTINGS, "skip_bad_rows": False},
     )
-    with pytest.raises(BadRow, match=f"^Row {first}"):
+    with pytest.raises(BadRow) as stopped:
         trainer.train()
+    # several workers of a stream each count their own part, so that its rows are named by how they begin
+    row = f"The row that begins {name!r}" if streamed and workers else f"Row {first}"
+    assert str(stopped.value) == (
+        f"{row}: an image is missing (null). Repair or remove the row, or pass --skip_bad_rows to skip such rows."
+    )
 
 
-def test_image_between_pils_warning_and_its_error_is_decoded(make_trainer: MakeTrainer) -> None:
+def test_rows_of_a_stream_without_a_schema_may_hold_anything(make_trainer: MakeTrainer) -> None:
+    """Arrow lets one type into a column. A generator lets in what it likes, and rows without the column too."""
+    rows, wrong = make_rows(40, share=0.0)
+    good = [row for row, what in zip(rows, wrong, strict=True) if what is None]
+    spoilt: list[tuple[Any, str]] = [
+        ([17], "image of wrong type"),
+        ([np.zeros((4, 4, 3), np.uint8)], "image of wrong type"),
+        ([PILImage.new("RGB", (0, 3))], "image of zero size"),
+        (noise(), "images not a list"),
+    ]
+    bad = [{**good[0], "images": images} for images, _ in spoilt]
+    bad.append({key: value for key, value in good[0].items() if key != "images"})
+    collator = make_trainer(train_dataset=make_dataset(good), max_length=MAX_LENGTH).data_collator
+    stream = IterableDataset.from_generator(lambda: iter([*good, *bad]))
+    kept, dropped = drop_bad_rows(stream, collator)
+    assert [row["prompt"] for row in kept] == [row["prompt"] for row in good]
+    assert dict(dropped) == {**Counter(reason for _, reason in spoilt), "image column missing": 1}
+
+
+def test_flag_that_is_null_is_refused_before_a_map_style_run(make_trainer: MakeTrainer) -> None:
+    rows, _ = make_rows(20)
+    rows[3]["distill"] = None
+    with pytest.raises(ValueError, match="^Column 'distill' must hold true or false in every row; found None"):
+        make_trainer(train_dataset=make_dataset(rows), **SETTINGS)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "by name"])
+def test_evaluation_sets_are_cleaned_as_well_and_it_is_said(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture, several: bool
+) -> None:
+    rows, wrong = make_rows(30)
+    good, reasons = expected_of(wrong)
+    evaluation: Any = make_dataset(rows)
+    trainer = make_trainer(
+        train_dataset=make_dataset([rows[index] for index in good]),
+        eval_dataset={"all": evaluation, "good": evaluation.select(good)} if several else evaluation,
+        **SETTINGS,
+    )
+    parts = trainer.eval_dataset if several else {"all": trainer.eval_dataset, "good": trainer.eval_dataset}
+    assert parts["all"][ROW_COLUMN] == good and len(parts["good"]) == len(good)
+    assert dict(trainer.skipped_rows) == {}  # those of the training set
+    (said,) = [record.getMessage() for record in caplog.records if "evaluation set" in record.getMessage()]
+    assert said.startswith(f"Skipped {len(rows) - len(good)} rows of an evaluation set: ")
+    assert all(f"'{reason}': {count}" in said for reason, count in reasons.items())
+    assert trainer.evaluate()
+
+
+def test_run_that_resumes_goes_on_with_the_same_rows(
+    make_trainer: MakeTrainer, trained_rows: list[int], tmp_path: Path
+) -> None:
+    rows, wrong = make_rows(40)
+    good, _ = expected_of(wrong)
+    common = {"train_dataset": make_dataset(rows), "max_steps": len(good) // 4, **SETTINGS}
+    make_trainer(output_dir=str(tmp_path / "whole"), **common).train()
+    whole = trained_rows.copy()
+    trained_rows.clear()
+    cut = {"output_dir": str(tmp_path / "cut"), "save_strategy": "steps", "save_steps": 3}
+    make_trainer(**{**common, **cut, "max_steps": 3}).train()
+    make_trainer(**common, **cut).train(resume_from_checkpoint=True)
+    assert trained_rows == whole and len(set(whole)) == len(good) // 4 * 4
+
+
+def test_processes_that_share_the_check_find_the_same_rows(make_trainer: MakeTrainer) -> None:
+    rows, wrong = make_rows(80)
+    good, reasons = expected_of(wrong)
+    collator: DistillCollator = make_trainer(max_length=MAX_LENGTH).data_collator
+    dataset = prepare_dataset(make_dataset(rows))
+    state = torch.get_rng_state()
+    for num_proc in (None, 1, 2):
+        kept, dropped = drop_bad_rows(dataset, collator, num_proc)
+        assert kept[ROW_COLUMN] == good and dropped == reasons
+    assert torch.equal(torch.get_rng_state(), state)  # no random number of the run was used
+
+
+def test_image_between_pils_warning_and_its_error_is_decoded() -> None:
     """PIL warns from 89 million pixels on and refuses from 179 million on."""
-    from hf_lingudistill.data import decode_image
-
     with pytest.warns(PILImage.DecompressionBombWarning):
         assert decode_image(encoded(PILImage.new("1", (10_000, 9_000)), "PNG")).size == (10_000, 9_000)
     with pytest.raises(BadRow, match="too large to decode"):
@@ -222,12 +336,14 @@ def test_empty_answers_among_texts_are_skipped_and_counted(make_trainer: MakeTra
     dataset: Any = Dataset.from_list(text_rows(kind))
     if stream:
         dataset = dataset.to_iterable_dataset()
-    kept, dropped = drop_empty_answers(dataset)
+    kept, dropped = drop_bad_texts(dataset)
     assert len(list(kept)) == 3 and dict(dropped) == {"empty answer": 2}
-    trainer = make_trainer(train_dataset=dataset, skip_bad_rows=True, per_device_train_batch_size=1, max_steps=3)
+    trainer = make_trainer(
+        train_dataset=dataset, eval_dataset=dataset, skip_bad_rows=True, per_device_train_batch_size=1, max_steps=3
+    )
     trainer.train()
     assert dict(trainer.skipped_rows) == {"empty answer": 2}
-    assert len(list(trainer.train_dataset)) == 3
+    assert len(list(trainer.train_dataset)) == len(list(trainer.eval_dataset)) == 3
     control = make_trainer(
         train_dataset=dataset, per_device_train_batch_size=1, output_dir=trainer.args.output_dir + "2"
     )
@@ -236,11 +352,44 @@ def test_empty_answers_among_texts_are_skipped_and_counted(make_trainer: MakeTra
 
 def test_running_text_and_unknown_columns_are_left_alone() -> None:
     running = Dataset.from_list([{"text": TEXT}, {"text": ""}])
-    assert drop_empty_answers(running)[0] is running
+    assert drop_bad_texts(running)[0] is running
     unknown = IterableDataset.from_generator(lambda: iter([{"completion": ""}]))
-    assert drop_empty_answers(unknown)[0] is unknown
-    with pytest.raises(ValueError, match="^No usable row is left of 2: all answers are empty"):
-        drop_empty_answers(Dataset.from_list([{"prompt": "a", "completion": ""}] * 2))
+    assert drop_bad_texts(unknown)[0] is unknown
+    with pytest.raises(ValueError, match="^No usable row is left of 2: {'empty answer': 2}. Repair the dataset.$"):
+        drop_bad_texts(Dataset.from_list([{"prompt": "a", "completion": ""}] * 2))
+
+
+USER = {"role": "user", "content": "what is the weather in Aberdeen?"}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+
+
+def is_kept(row: dict[str, Any]) -> bool:
+    stream = IterableDataset.from_generator(lambda: iter([row]), features=Features({name: Json() for name in row}))
+    kept, dropped = drop_bad_texts(stream)
+    rows = list(kept)
+    assert len(rows) + sum(dropped.values()) == 1
+    return bool(rows)
+
+
+def test_what_counts_as_an_empty_answer() -> None:
+    said, silent = {"role": "assistant", "content": "Rain."}, {"role": "assistant", "content": ""}
+    calling = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    conversations: list[tuple[Any, bool]] = [
+        ([USER, said], True),
+        ([USER, silent], False),
+        ([USER, silent, USER, said], True),
+        ([USER, {"role": "assistant", "content": [{"type": "text", "text": " "}]}], False),
+        ([USER, {"role": "assistant", "content": [{"type": "text", "text": "Rain."}]}], True),
+        ([USER, calling], True),  # says nothing, does something
+        ([USER, {"role": "model", "content": "Rain."}], True),  # other names: no judgement
+        ([], False),
+        (None, False),
+    ]
+    for messages, usable in conversations:
+        assert is_kept({"messages": messages}) is usable, messages
+    assert is_kept({"prompt": [USER], "completion": [calling]})
+    assert not is_kept({"prompt": [USER], "completion": [{**calling, "tool_calls": []}]})
+    assert not is_kept({"prompt": "a", "completion": None})
 
 
 def test_counts_behave_as_a_mapping() -> None:
@@ -253,13 +402,12 @@ def test_counts_behave_as_a_mapping() -> None:
         counts["no label"]
     with pytest.raises(ValueError):
         counts.add("a reason of which nobody knows")
+    assert {reason for _, reason in BAD.values()} <= set(REASONS)
 
 
 def test_a_huge_image_costs_no_memory(tmp_path: Path) -> None:
     """The claim is refused before anything of its size is made."""
     import resource
-
-    from hf_lingudistill.data import decode_image
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(BadRow, match="too large to decode"):

@@ -5,12 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
-from hypothesis import given, settings
+from datasets import Dataset
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from trl import SFTConfig
 
@@ -23,7 +30,7 @@ from hf_lingudistill.config import (
     QUANTIZATION_CHOICES,
     SHARDING_CHOICES,
 )
-from hf_lingudistill.data import DistillMixtureConfig, load_mixture
+from hf_lingudistill.data import DistillMixtureConfig, DistillSource, load_mixture
 from hf_lingudistill.scripts.distill import main, parse
 
 OWN = [f.name for f in dataclasses.fields(LinguDistillConfig) if f.name not in SFTConfig.__dataclass_fields__]
@@ -36,11 +43,20 @@ CHOICES = {
     "on_nan": ON_NAN_CHOICES,
 }
 FLAGS = ("measure_teacher_quantization", "skip_bad_rows", "overwrite_output_dir")
+NUMBERS = ("beta", "temperature", "distill_weight", "ce_weight", "distill_margin")
 NAMES = ("teacher_model_name_or_path", "teacher_model_revision")
 
 
+ARRAYS = [np.array([0.5, 1.0]), np.array(["nf4", "prompt"]), torch.tensor(0.5)]  # `==` and `in` ask them for one truth
+
+
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def is_valid(name: str, value: Any) -> bool:
@@ -50,13 +66,12 @@ def is_valid(name: str, value: Any) -> bool:
     if name in FLAGS:
         return isinstance(value, bool)
     if name in NAMES:
-        return value is None or (isinstance(value, str) and value.strip() != "")
+        return value is None or (isinstance(value, str | Path) and str(value).strip() != "")
     if name == "teacher_model_init_kwargs":
         try:
-            value = json.loads(value) if isinstance(value, str) else value
+            return value is None or isinstance(json.loads(value) if isinstance(value, str) else value, dict)
         except ValueError:
             return False
-        return isinstance(value, dict) or (value is None)
     if name == "distill_column":
         return isinstance(value, str) and value != ""
     if not is_number(value):
@@ -69,6 +84,8 @@ anything = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-(10**9), 10**9),
+    st.sampled_from([10**400, -(10**400), 10**5000, Fraction(1, 3), np.float32(0.5), np.int64(1), Path("a")]),
+    st.sampled_from(ARRAYS),
     st.floats(allow_nan=True, allow_infinity=True),
     st.sampled_from(
         [0, 1, 0.0, 0.5, 1.0, -1, 1e308, "", " ", "none", "0.5", "nan", "True", "prompt", "nf4", "{}", "ünï"]
@@ -89,6 +106,24 @@ def verdict(**values: Any) -> LinguDistillConfig | str:
         return str(error)
 
 
+def judge(name: str, value: Any) -> bool:
+    """Whether the value is valid. Fails where the config says otherwise, or says it in other words."""
+    valid, found = is_valid(name, value), verdict(**{name: value})
+    if valid:
+        assert isinstance(found, LinguDistillConfig), f"{value!r} is valid, but: {found}"
+        if name == "teacher_model_init_kwargs" and isinstance(value, str):
+            value = json.loads(value)
+        kept = getattr(found, name)
+        assert kept == (str(value) if isinstance(value, Path) else float(value) if name in NUMBERS else value)
+        # what a logger and a record write, and what a recipe gives back
+        assert json.loads(found.to_json_string())[name] == kept
+        assert yaml.safe_load(yaml.safe_dump({name: found.to_dict()[name]}))[name] == kept
+    else:
+        assert isinstance(found, str), f"{value!r} is not valid, but was accepted"
+        assert name in found and len(found) < 300 and found.endswith("."), found
+    return valid
+
+
 @pytest.mark.parametrize("name", OWN)
 def test_every_value_of_every_field_is_kept_or_refused_by_name(name: str) -> None:
     seen = {True: 0, False: 0}
@@ -96,18 +131,24 @@ def test_every_value_of_every_field_is_kept_or_refused_by_name(name: str) -> Non
     @given(anything)
     @settings(max_examples=150)
     def check(value: Any) -> None:
-        valid, found = is_valid(name, value), verdict(**{name: value})
-        seen[valid] += 1
-        if valid:
-            assert isinstance(found, LinguDistillConfig), f"{value!r} is valid, but: {found}"
-            kept = json.loads(value) if name == "teacher_model_init_kwargs" and isinstance(value, str) else value
-            assert getattr(found, name) == kept
-        else:
-            assert isinstance(found, str), f"{value!r} is not valid, but was accepted"
-            assert name in found and len(found) < 300 and found.endswith("."), found
+        seen[judge(name, value)] += 1
 
     check()
     assert min(seen.values()) > 0  # both kinds were tried
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, *FLAGS, *NAMES, "distill_column", "teacher_model_init_kwargs"])
+def test_a_check_that_is_missing_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: the same values, the same judge."""
+    monkeypatch.setattr(LinguDistillConfig, "_check_types", lambda self: None)
+
+    @given(anything)
+    @settings(max_examples=150, phases=[Phase.generate])
+    def check(value: Any) -> None:
+        judge(name, value)
+
+    with pytest.raises((Exception, ExceptionGroup)):
+        check()
 
 
 @given(st.sampled_from(OWN), anything)
@@ -118,7 +159,7 @@ def test_a_recipe_with_any_value_ends_in_the_same_verdict(
     """Through YAML, where a text that reads as a number is one. Nothing but a ValueError, or argparse's own exit, comes out."""
     try:
         text = yaml.safe_dump({name: value, "output_dir": "out", "report_to": "none"}, allow_unicode=True)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # an object of Python's, or an integer of more digits than Python prints
         return
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
@@ -135,6 +176,18 @@ def test_a_recipe_with_any_value_ends_in_the_same_verdict(
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
+        (["--betta", "1"], "not used by the HfArgumentParser: ['--betta', '1']"),
+        (["--on_nan", ""], "argument --on_nan/--on-nan: invalid choice: ''"),
+        (["--kv_sharing", "some"], "argument --kv_sharing/--kv-sharing: invalid choice: 'some'"),
+        (["--beta", "much"], "argument --beta: invalid float value: 'much'"),
+        (
+            ["--skip_bad_rows", "perhaps"],
+            "argument --skip_bad_rows/--skip-bad-rows: Truthy value expected: got perhaps",
+        ),
+        (["--demo", "huge"], "argument --demo: invalid choice: 'huge'"),
+        (["--merge_adapter", "3"], "argument --merge_adapter/--merge-adapter: Truthy value expected: got 3"),
+        (["--offline", ""], "argument --offline: Truthy value expected"),
+        (["--temperature", "1e400"], "temperature must be a positive number; got inf"),
         (["--beta", "1.5"], "beta must be in [0.0, 1.0]"),
         (["--beta", "nan"], "beta must be"),
         (["--temperature", "0"], "temperature must be a positive number"),
@@ -150,20 +203,106 @@ def test_a_recipe_with_any_value_ends_in_the_same_verdict(
 def test_a_bad_flag_is_one_sentence_and_exit_code_2(
     arguments: list[str], part: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    code = main(
-        ["--model_name_or_path", "absent", "--dataset_name", "absent", "--output_dir", str(tmp_path), *arguments]
+    code = exit_code(
+        "--model_name_or_path", "absent", "--dataset_name", "absent", "--output_dir", str(tmp_path), *arguments
     )
     error = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and part in error[-1] and "Traceback" not in "".join(error)
 
 
+def exit_code(*arguments: str) -> Any:
+    """Of the command: what `main` returns, or argparse's own exit."""
+    try:
+        return main(list(arguments))
+    except SystemExit as stopped:
+        return stopped.code
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--kv_sharing", "some"], ["--on_nan", "ignore"], ["--beta", "much"], ["--betta", "1"]]
+    ("recipe", "sentence"),
+    [
+        ({"kv_shearing": "full"}, "Unknown arguments from config file: ['--kv_shearing', 'full']"),
+        ({"kv_sharing": ["full"]}, "kv_sharing must be one of full, prompt, vision, none; got ['full']."),
+        ({"beta": None}, "beta must be a number; got None."),
+        ({"temperature": 10**400}, "temperature must be a number that a float can hold; got 1000000"),
+        ({"skip_bad_rows": 2}, "skip_bad_rows must be true or false; got 2."),
+        (
+            {"teacher_model_name_or_path": [1]},
+            "teacher_model_name_or_path must be a name or path, or left out; got [1].",
+        ),
+        ({"output_dir": 3}, "output_dir must be a name or path, or left out; got 3."),
+        ({"dataset_name": 3}, "A dataset must be named by a Hub id or a folder; found 3."),
+        ({"datasets": 3}, "datasets: expected a list of sources, found 3."),
+        ({"datasets": [{"path": "a", "fraction": math.nan}]}, "datasets[0].fraction: expected a number, found nan."),
+        ({"datasets": [{"path": "a", "split": 3}]}, "datasets[0].split: expected a text, found 3."),
+        ({"datasets": [{"path": "a", "frction": 1}]}, "found unknown ['frction']."),
+        ([1], "must contain a YAML mapping."),
+    ],
+    ids=str,
 )
-def test_what_argparse_refuses_ends_with_code_2_too(arguments: list[str], tmp_path: Path) -> None:
-    with pytest.raises((SystemExit, ValueError)) as stopped:
-        parse(["--model_name_or_path", "absent", "--output_dir", str(tmp_path), *arguments])
-    assert isinstance(stopped.value, ValueError) or stopped.value.code == 2
+def test_a_bad_recipe_is_one_sentence_and_exit_code_2(
+    recipe: Any, sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    given = {"model_name_or_path": "absent", "dataset_name": "absent", "output_dir": str(tmp_path / "out")}
+    path.write_text(yaml.safe_dump({**given, **recipe} if isinstance(recipe, dict) else recipe))
+    assert exit_code("--config", str(path)) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith("error: ") and sentence in error
+
+
+SOURCE_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "name": lambda value: value is None or is_text(value),
+    "data_dir": lambda value: value is None or is_text(value),
+    "data_files": lambda value: value is None or isinstance(value, str | list | dict),
+    "split": lambda value: is_text(value),
+    "columns": lambda value: value is None or isinstance(value, list) and all(isinstance(n, str) for n in value),
+    "fraction": lambda value: value is None or type(value) in (int, float) and abs(value) <= 1e300,
+    "distill": lambda value: value is None or isinstance(value, bool),
+}
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str | Path) and str(value).strip() != ""
+
+
+@pytest.mark.parametrize("name", SOURCE_FIELDS)
+def test_every_value_of_every_field_of_a_source_is_kept_or_refused_by_name(name: str) -> None:
+    seen = {True: 0, False: 0}
+
+    @given(anything)
+    @settings(max_examples=100)
+    def check(value: Any) -> None:
+        valid = SOURCE_FIELDS[name](value)
+        seen[valid] += 1
+        try:
+            (source,) = DistillMixtureConfig(datasets=[{"path": "some/data", name: value}]).datasets
+        except ValueError as refusal:
+            assert not valid, value
+            assert re.fullmatch(rf"datasets\[0\]\.{name}: expected .+, found .+\.", str(refusal), re.DOTALL)
+        else:
+            assert valid, f"{value!r} is not valid, but was accepted"
+            assert source == DistillSource(path="some/data", **{name: value})
+
+    check()
+    assert min(seen.values()) > 0
+
+
+@given(anything, st.booleans())
+@settings(max_examples=60)
+def test_test_split_of_any_size_is_made_or_refused_by_name(
+    tmp_path_factory: pytest.TempPathFactory, size: Any, streaming: bool
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "texts"
+    if not folder.exists():
+        Dataset.from_list([{"text": str(index)} for index in range(4)]).save_to_disk(folder)
+    mixture = DistillMixtureConfig(datasets=[{"path": str(folder)}], test_split_size=size, streaming=streaming)
+    try:
+        parts = load_mixture(mixture)
+    except ValueError as refusal:
+        assert re.search("test_(split_)?size", str(refusal)), refusal
+    else:
+        assert set(parts) == ({"train"} if size is None else {"train", "test"})
 
 
 sources = st.dictionaries(

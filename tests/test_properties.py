@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import test_losses
 import test_mask_rows
+import test_query_plan
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from hf_lingudistill.kv_sharing import _LayerMask, mask_rows
+from hf_lingudistill import kv_sharing
+from hf_lingudistill.kv_sharing import QueryPlan, SharedKV, _LayerMask, _Replay, mask_rows
 from hf_lingudistill.losses import combine, confident_tokens, distil
 
 MaskRows = Callable[..., torch.Tensor]
+Planner = Callable[..., QueryPlan]
+
+
+class Found(Exception):
+    """A checker has said no."""
+
+
+def found_by(strategy: Any, check: Callable[[Any], bool], examples: int = 100) -> bool:
+    """Whether a checker says no to any of the cases that the property is tried on."""
+
+    @given(strategy)
+    @settings(max_examples=examples, phases=[Phase.generate])  # the first no is enough, however large
+    def look(case: Any) -> None:
+        if not check(case):
+            raise Found
+
+    try:
+        look()
+    except Found:
+        return True
+    return False
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -87,15 +112,225 @@ def without(part: str) -> MaskRows:
 @pytest.mark.parametrize("part", ["mask", "window", "documents", "window by one", "query by one", "boundary by one"])
 def test_a_mask_that_forgets_something_is_found(part: str) -> None:
     """The control: the same cases, the same checker."""
-    verdicts: list[bool] = []
+    assert found_by(masks(), lambda case: rows_are_right(case, without(part)), examples=200)
 
-    @given(masks())
-    @settings(max_examples=200)
-    def look(case: dict[str, Any]) -> None:
-        verdicts.append(rows_are_right(case, without(part)))
 
-    look()
-    assert not all(verdicts)
+# --------------------------------------------------------------------------------------------------------------------
+# Gathering: whose keys and values a query reads
+# --------------------------------------------------------------------------------------------------------------------
+def own_tokens(rows: test_query_plan.Rows, mode: str, row: int) -> set[int]:
+    """Where the teacher's own K/V stand, by the meaning of the mode; up to the row's last loss position."""
+    planned = test_query_plan.reference(rows, mode)  # type: ignore[arg-type]
+    real = [True] * len(rows.input_ids[row]) if rows.mask is None else [bool(m) for m in rows.mask[row]]
+    read = [t for t, token in enumerate(rows.input_ids[row]) if real[t] and test_query_plan.readable(token)]
+    answer = [t for t in read if rows.labels[row][t] != test_query_plan.IGNORED]
+    shared_nowhere = {"full": [], "prompt": answer, "vision": read, "none": read}
+    return {t for t in shared_nowhere[mode] if t <= planned[row].loss[-1]}
+
+
+def columns_are_right(rows: test_query_plan.Rows, mode: Any, planner: Planner = test_query_plan.Rows.plan) -> bool:
+    """Every query's attention, column by column: which positions it reads, and whether the student's K/V or the teacher's own.
+
+    Keys are zero, so that a query weighs all that it sees alike; the value at a position names the position and whose it is.
+    """
+    plan = planner(rows, mode)
+    if plan.empty:
+        return bool(test_query_plan.reference(rows, mode) == {})
+    (B, T), queries = plan.input_ids.shape, plan.positions.shape[1]
+    students, own = torch.eye(2 * T)[:T], torch.eye(2 * T)[T:]
+    shared = SharedKV(
+        keys={0: torch.zeros(B, 1, T, 2 * T)},
+        values={0: students.expand(B, 1, T, 2 * T)},
+        masks={0: _LayerMask(None if rows.mask is None else torch.tensor(rows.mask), True, None, None)},
+    )
+    own_rows, own_slots = plan.own.nonzero(as_tuple=True)
+    layer: Any = types.SimpleNamespace(config=object(), layer_idx=0)
+    zeros = torch.zeros(len(plan.rows), 1, queries, 2 * T)
+    kv_sharing._REPLAYS[id(layer.config)] = _Replay(shared, plan, B, own_rows, own_slots)
+    try:
+        read, _ = kv_sharing._replay_attention(layer, zeros, zeros, own[plan.positions][:, None], None)
+    finally:
+        del kv_sharing._REPLAYS[id(layer.config)]
+    if set(plan.rows.tolist()) != set(test_query_plan.reference(rows, mode)):
+        return False
+    for r, row in enumerate(plan.rows.tolist()):
+        teachers = own_tokens(rows, mode, row)
+        for slot in plan.valid[r].nonzero().flatten().tolist():
+            query = int(plan.positions[r, slot])
+            seen = [k for k in range(query + 1) if rows.mask is None or rows.mask[row][k]]
+            if not seen:  # a query at padding
+                return False
+            expected = torch.zeros(2 * T)
+            expected[[k + T if k in teachers else k for k in seen]] = 1 / len(seen)
+            if not torch.allclose(read[r, slot, 0], expected, atol=1e-6):
+                return False
+    return True
+
+
+SHARING = st.tuples(test_query_plan.batches(), st.sampled_from(["full", "prompt", "vision"]))
+
+
+@given(SHARING)
+@settings(max_examples=100)
+def test_a_query_reads_the_columns_that_its_mode_says(case: tuple[test_query_plan.Rows, str]) -> None:
+    assert columns_are_right(*case)
+
+
+@given(test_query_plan.batches())
+@settings(max_examples=100)
+def test_without_sharing_the_teacher_reads_the_text_alone(rows: test_query_plan.Rows) -> None:
+    """Mode `none` compacts: what is left of a slot are all readable tokens before it, and nothing else."""
+    plan = rows.plan("none")
+    for r, row in enumerate(plan.rows.tolist()):
+        assert plan.positions[r][plan.valid[r]].tolist() == sorted(own_tokens(rows, "none", row))
+
+
+def mutated_plan(part: str) -> Planner:
+    def plan(rows: test_query_plan.Rows, mode: Any) -> QueryPlan:
+        if part == "another mode":
+            return rows.plan("full" if mode == "prompt" else "prompt")
+        if part == "padding":
+            return dataclasses.replace(rows, mask=None).plan(mode)
+        found = rows.plan(mode)
+        if found.empty:
+            return found
+        last = found.input_ids.shape[1] - 1
+        if part == "query by one":
+            # what is read at a slot is not of the position that the slot stands for
+            return dataclasses.replace(found, positions=(found.positions + 1).clamp(max=last))
+        if part == "own forgotten":
+            return dataclasses.replace(found, own=torch.zeros_like(found.own))
+        return dataclasses.replace(found, own=found.valid & ~found.own)
+
+    return plan
+
+
+@pytest.mark.parametrize("part", ["another mode", "padding", "query by one", "own forgotten", "own inverted"])
+def test_a_plan_that_reads_other_columns_is_found(part: str) -> None:
+    """The control."""
+    assert found_by(SHARING, lambda case: columns_are_right(*case, planner=mutated_plan(part)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The loss of a batch, from ids to one number
+# --------------------------------------------------------------------------------------------------------------------
+V, WEIGHTS = test_query_plan.VOCAB, {"ce_weight": 0.25, "distill_weight": 2.0}
+# A model whose logits depend on the token that it stands at alone: padding and order cannot matter to it, only to the loss
+STUDENT = torch.randn(V, V, generator=torch.Generator().manual_seed(1))
+TEACHER = torch.randn(V, V, generator=torch.Generator().manual_seed(2))
+EYE = test_losses.Head(torch.eye(V))
+STUDENT_LOG, TEACHER_LOG = STUDENT.log_softmax(-1).tolist(), TEACHER.log_softmax(-1).tolist()
+KL = torch.nn.functional.kl_div(STUDENT.log_softmax(-1), TEACHER.softmax(-1), reduction="none").sum(-1).tolist()
+
+
+def loss_by_token(rows: test_query_plan.Rows, mode: Any) -> float:
+    """Sum over the tokens, one by one, by the number of labels."""
+    planned, total, count = test_query_plan.reference(rows, mode), 0.0, 0
+    for row, (ids, labels) in enumerate(zip(rows.input_ids, rows.labels, strict=True)):
+        for t in range(len(ids) - 1):
+            label = labels[t + 1]
+            if label == test_query_plan.IGNORED:
+                continue
+            count += 1
+            student, teacher = STUDENT_LOG[ids[t]][label], TEACHER_LOG[ids[t]][label]
+            distilled = row in planned and t in planned[row].loss and teacher >= student
+            total -= student * (WEIGHTS["ce_weight"] if distilled else 1.0)
+            total += WEIGHTS["distill_weight"] * KL[ids[t]] if distilled else 0.0
+    return total / max(count, 1)
+
+
+def loss_of_batch(rows: test_query_plan.Rows, mode: Any, planner: Planner, divisor: str) -> float:
+    """As the trainer puts it together."""
+    ids, labels = torch.tensor(rows.input_ids), torch.tensor(rows.labels)
+    wanted = labels[:, 1:]
+    counted = wanted != test_query_plan.IGNORED
+    log_prob = STUDENT[ids[:, :-1]].log_softmax(-1).gather(2, wanted.clamp(min=0)[..., None])[..., 0]
+    cross_entropy = torch.where(counted, -log_prob, 0.0)
+    if not (plan := planner(rows, mode)).empty:
+        at = ids[plan.loss_rows, plan.loss_positions]
+        label = labels[plan.loss_rows, plan.loss_positions + 1].clamp(min=0)
+        student_log_prob = -cross_entropy[plan.loss_rows, plan.loss_positions]
+        said = distil(STUDENT[at], EYE, TEACHER[at], EYE, label, student_log_prob, margin=0.0)
+        cross_entropy = combine(
+            cross_entropy, said.divergence, said.chosen, plan.loss_rows, plan.loss_positions, **WEIGHTS
+        )
+    count = counted.sum() if divisor == "labels" else cross_entropy.numel()
+    return float(cross_entropy.sum() / max(int(count), 1))
+
+
+def rearranged(rows: test_query_plan.Rows, left: int, right: int, order: list[int]) -> test_query_plan.Rows:
+    """The same rows, padded and in another order."""
+
+    def padded(parts: list[list[int]], fill: int) -> list[list[int]]:
+        return [[fill] * left + parts[row] + [fill] * right for row in order]
+
+    mask = rows.mask or [[1] * len(ids) for ids in rows.input_ids]
+    return test_query_plan.Rows(
+        padded(rows.input_ids, test_query_plan.PAD),
+        padded(rows.labels, test_query_plan.IGNORED),
+        padded(mask, 0),
+        None if rows.distill is None else [rows.distill[row] for row in order],
+    )
+
+
+def loss_is_right(
+    case: tuple[Any, ...], planner: Planner = test_query_plan.Rows.plan, divisor: str = "labels"
+) -> bool:
+    """The loss of the batch as it is, padded and reordered, is that of its tokens."""
+    rows, mode, left, right, rng = case
+    order = rng.sample(range(len(rows.input_ids)), len(rows.input_ids))
+    expected = loss_by_token(rows, mode)
+    batches = (rows, rearranged(rows, left, right, order))
+    return all(
+        abs(loss_of_batch(batch, mode, planner, divisor) - expected) <= 1e-4 * max(1.0, abs(expected))
+        for batch in batches
+    )
+
+
+def unlabelled_at_first(rows: test_query_plan.Rows) -> test_query_plan.Rows:
+    """A row's first token has nothing before it. (SFT predicts it all the same where padding stands before it.)"""
+    labels = [list(row) for row in rows.labels]
+    for row in range(len(labels)):
+        labels[row][0 if rows.mask is None else (rows.mask[row] + [1]).index(1) % len(labels[row])] = -100
+    return dataclasses.replace(rows, labels=labels)
+
+
+LOSSES = st.tuples(
+    test_query_plan.batches().filter(lambda rows: len(rows.input_ids[0]) > 1).map(unlabelled_at_first),
+    st.sampled_from(test_query_plan.MODES),
+    st.integers(0, 3),
+    st.integers(0, 3),
+    st.randoms(use_true_random=False),
+)
+
+
+@given(LOSSES)
+@settings(max_examples=100)
+def test_the_loss_is_that_of_its_tokens_whatever_the_padding_and_the_order(case: tuple[Any, ...]) -> None:
+    assert loss_is_right(case)
+
+
+def planned_without(part: str) -> Planner:
+    def plan(rows: test_query_plan.Rows, mode: Any) -> QueryPlan:
+        if part == "distill":
+            return dataclasses.replace(rows, distill=None).plan(mode)
+        found = rows.plan(mode)
+        if part == "position by one":
+            return dataclasses.replace(found, loss_positions=(found.loss_positions - 1).clamp(min=0))
+        return dataclasses.replace(found, loss_rows=found.loss_rows.flip(0))
+
+    return plan
+
+
+@pytest.mark.parametrize("part", ["distill", "position by one", "row order"])
+def test_a_plan_that_is_off_changes_the_loss(part: str) -> None:
+    """The control."""
+    assert found_by(LOSSES, lambda case: loss_is_right(case, planned_without(part)))
+
+
+def test_a_mean_over_positions_is_found() -> None:
+    """The control."""
+    assert found_by(LOSSES, lambda case: loss_is_right(case, divisor="positions"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -132,22 +367,20 @@ def test_the_loss_of_a_step_does_not_depend_on_how_its_rows_are_shared_out(case:
 
 def test_a_mean_of_local_means_is_found() -> None:
     """The control."""
-    gaps: list[float] = []
 
-    @given(split_batches())
-    @settings(max_examples=100)
-    def look(case: tuple[Any, list[list[int]]]) -> None:
+    def alike(case: tuple[Any, list[list[int]]]) -> bool:
         batch, shares = case
-        gaps.append(abs(total(batch, shares, "local") - total(batch, [list(range(len(batch.label_mask)))], "global")))
+        whole = total(batch, [list(range(len(batch.label_mask)))], "global")
+        return abs(total(batch, shares, "local") - whole) < 0.1
 
-    look()
-    assert max(gaps) > 0.1
+    assert found_by(split_batches(), alike)
 
 
-@given(split_batches(), st.floats(0, 3), st.floats(0, 3))
-@settings(max_examples=60)
-def test_the_weights_are_linear(case: tuple[Any, Any], ce_weight: float, distill_weight: float) -> None:
-    batch, _ = case
+WEIGHTED = st.tuples(split_batches(), st.floats(0, 3), st.floats(0, 3))
+
+
+def weights_are_linear(case: tuple[Any, float, float], combine: Callable[..., torch.Tensor]) -> bool:
+    (batch, _), ce_weight, distill_weight = case
     rows, positions = batch.candidates.nonzero(as_tuple=True)
     chosen = batch.chosen[rows, positions]
     kd = torch.where(chosen, batch.kd[rows, positions], 0.0)
@@ -158,7 +391,27 @@ def test_the_weights_are_linear(case: tuple[Any, Any], ce_weight: float, distill
     expected = (
         others + ce_weight * batch.cross_entropy[batch.chosen].sum() + distill_weight * batch.kd[batch.chosen].sum()
     )
-    torch.testing.assert_close(loss.sum(), expected, rtol=1e-4, atol=1e-4)
+    return torch.allclose(loss.sum(), expected, rtol=1e-4, atol=1e-4)
+
+
+@given(WEIGHTED)
+@settings(max_examples=60)
+def test_the_weights_are_linear(case: tuple[Any, float, float]) -> None:
+    assert weights_are_linear(case, combine)
+
+
+@pytest.mark.parametrize("part", ["exchanged", "on every candidate"])
+def test_a_weight_in_another_place_is_found(part: str) -> None:
+    """The control."""
+
+    def mutated(ce: Any, kd: Any, chosen: Any, *at: Any, ce_weight: float, distill_weight: float) -> torch.Tensor:
+        if part == "exchanged":
+            ce_weight, distill_weight = distill_weight, ce_weight
+        else:
+            chosen = torch.ones_like(chosen)
+        return combine(ce, kd, chosen, *at, ce_weight=ce_weight, distill_weight=distill_weight)
+
+    assert found_by(WEIGHTED, lambda case: weights_are_linear(case, mutated))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -175,27 +428,46 @@ problems = st.fixed_dictionaries(
 betas = st.one_of(st.sampled_from([0.0, 1.0, 0.5]), st.floats(0.01, 0.99))
 
 
-@given(problems, betas, st.floats(0.25, 4.0))
-@settings(max_examples=100)
-def test_divergence_is_not_negative_and_is_that_of_the_definition(
-    case: dict[str, Any], beta: float, temperature: float
-) -> None:
-    problem = test_losses.make_problem(**case)
-    actual = problem.divergence(beta=beta, temperature=temperature)
+DIVERGENCES = st.tuples(problems, betas, st.floats(0.25, 4.0))
+
+
+def divergence_is_right(case: tuple[Any, ...], implementation: Callable[..., torch.Tensor]) -> bool:
+    """Not negative; value and gradient those of the definition in float64."""
+    problem, beta, temperature = test_losses.make_problem(**case[0]), case[1], case[2]
+    actual = implementation(problem, beta=beta, temperature=temperature)
     expected = problem.reference(beta=beta, temperature=temperature)
-    assert (actual > -1e-5).all()
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-5)
+    if not (actual > -1e-5).all() or not torch.allclose(actual.double(), expected, rtol=1e-3, atol=1e-5):
+        return False
     ours = test_losses.gradients(actual, problem.leaves)
     theirs = test_losses.gradients(expected, problem.leaves)
-    for got, wanted in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(got.double(), wanted.double(), rtol=1e-3, atol=1e-4)
+    return all(
+        torch.allclose(got.double(), wanted.double(), rtol=1e-3, atol=1e-4)
+        for got, wanted in zip(ours, theirs, strict=True)
+    )
 
 
-def test_another_beta_or_temperature_is_found() -> None:
-    """The control: at any but these the definition gives other numbers."""
-    problem = test_losses.make_problem()
-    for other in ({"beta": 0.1}, {"temperature": 1.1}):
-        assert test_losses.difference(problem.divergence(), problem.reference(**other)) > 1e-2
+@given(DIVERGENCES)
+@settings(max_examples=100)
+def test_divergence_is_not_negative_and_is_that_of_the_definition(case: tuple[Any, ...]) -> None:
+    assert divergence_is_right(case, test_losses.Problem.divergence)
+
+
+@pytest.mark.parametrize("part", ["beta", "temperature", "squared", "gradient", "softcap"])
+def test_another_divergence_is_found(part: str) -> None:
+    """The control."""
+
+    def mutated(problem: test_losses.Problem, beta: float, temperature: float) -> torch.Tensor:
+        if part == "beta":
+            return problem.divergence(beta=1 - beta, temperature=temperature)
+        if part == "temperature":
+            return problem.divergence(beta=beta, temperature=1.1 * temperature)
+        if part == "softcap":
+            heads = {name: dataclasses.replace(getattr(problem, name), softcap=None) for name in ("student_head",)}
+            return dataclasses.replace(problem, **heads).divergence(beta=beta, temperature=temperature)
+        value = problem.divergence(beta=beta, temperature=temperature)
+        return value * temperature**2 if part == "squared" else 2 * value - value.detach()  # twice the gradient
+
+    assert found_by(DIVERGENCES, lambda case: divergence_is_right(case, mutated))
 
 
 @given(problems, betas, st.floats(0.25, 4.0))
@@ -216,10 +488,33 @@ def test_equal_distributions_have_no_divergence_and_no_gradient(
 log_probs = st.lists(st.floats(-20, 0), min_size=1, max_size=8)
 
 
-@given(log_probs, st.floats(-3, 3), st.floats(0, 3), st.randoms(use_true_random=False))
-def test_a_larger_margin_lets_no_other_token_pass(values: list[float], margin: float, more: float, rng: Any) -> None:
+GATES = st.tuples(log_probs, st.floats(-3, 3), st.floats(0, 3), st.randoms(use_true_random=False))
+
+
+def gate_is_right(case: tuple[Any, ...], gate: Callable[..., torch.Tensor]) -> bool:
+    """A larger margin lets no other token pass, and each token passes by the definition."""
+    values, margin, more, rng = case
     teacher = torch.tensor(values, dtype=torch.float64)
     student = torch.tensor(rng.sample(values, len(values)), dtype=torch.float64)
-    loose, strict = confident_tokens(teacher, student, margin), confident_tokens(teacher, student, margin + more)
-    assert (loose | ~strict).all()
-    assert torch.equal(loose, torch.tensor([t >= s + margin for t, s in zip(teacher, student, strict=True)]))
+    loose, strict = gate(teacher, student, margin), gate(teacher, student, margin + more)
+    expected = torch.tensor([t >= s + margin for t, s in zip(teacher, student, strict=True)])
+    return bool((loose | ~strict).all()) and torch.equal(loose, expected)
+
+
+@given(GATES)
+def test_a_larger_margin_lets_no_other_token_pass(case: tuple[Any, ...]) -> None:
+    assert gate_is_right(case, confident_tokens)
+
+
+GATES_THAT_ARE_OFF: dict[str, Callable[..., torch.Tensor]] = {
+    "sign": lambda teacher, student, margin: teacher >= student - margin,
+    "no margin": lambda teacher, student, margin: teacher >= student,
+    "the other way": lambda teacher, student, margin: student >= teacher + margin,
+    "above alone": lambda teacher, student, margin: teacher > student + margin,
+}
+
+
+@pytest.mark.parametrize("part", GATES_THAT_ARE_OFF)
+def test_another_gate_is_found(part: str) -> None:
+    """The control."""
+    assert found_by(GATES, lambda case: gate_is_right(case, GATES_THAT_ARE_OFF[part]))
