@@ -117,7 +117,13 @@ RECIPE_ARMS = {
     "prompt_unselected": "`prompt`, KL on all rows and tokens",
     "prompt_int8": "`prompt`, int8 teacher",
     "prompt_fp32": "`prompt`, unquantised teacher",
+    "none_kl": "`none`, KL without CE, confident tokens",
+    "prompt_kl_half": "`prompt`, KL without CE, `distill_weight` .5",
+    "prompt_kl_reverse": "`prompt`, KL without CE, `beta` 1 (reverse)",
+    "prompt_kl_warm": "`prompt`, KL without CE, `temperature` 2",
 }
+# The arm whose settings are the package's defaults
+DEFAULT = "prompt"
 
 
 def _recipe_reports() -> dict[str, dict[str, Any]]:
@@ -192,27 +198,27 @@ def recipe_screen() -> str:
 
 def recipe_targets() -> str:
     """What was to be reached, and by how much each run of the default missed it."""
-    reports = {name: report for name, report in _recipe_reports().items() if "prompt" in report["models"]}
+    reports = {name: report for name, report in _recipe_reports().items() if DEFAULT in report["models"]}
     if not reports:
         return "_Not measured yet: run `make reproduce`._"
     head = (
         "run",
         "recovered on the worst source (90 %)",
         "image questions lost (1 point)",
-        "image tokens, nats: CE - `prompt` (> 0)",
+        "image tokens, nats: CE minus default (> 0)",
+        "image tokens, nats: interpolation minus default (> 0)",
     )
-    head += ("image tokens, nats: interpolation - `prompt` (> 0)",)
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, report in reports.items():
-        share, seeing = _excess(report, "prompt"), _task(report, "exact_match")["scores"]
-        lost = 100 * (seeing["before"]["value"] - seeing["prompt"]["value"])
+        share, seeing = _excess(report, DEFAULT), _task(report, "exact_match")["scores"]
+        lost = 100 * (seeing["before"]["value"] - seeing[DEFAULT]["value"])
         cells = [name, "nothing was lost" if share is None else f"{share[1]:.0%}{_mark(share[1] >= 0.9)}"]
         cells.append(f"{lost:.1f}{_mark(lost <= 1.0)}")
         for rival in ("ce", "interpolate_05"):
             if rival not in report["models"]:
                 cells.append("-")
                 continue
-            value, low, high = _paired(_task(report, "image_nll"), rival)
+            value, low, high = _paired(_task(report, "image_nll"), DEFAULT, rival)
             cells.append(f"{-value:+.3f} [{-high:+.3f}, {-low:+.3f}]{_mark(high < 0)}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -222,13 +228,18 @@ def _mark(reached: bool) -> str:
     return " reached" if reached else " missed"
 
 
-# What each default is compared with: the same arm but for that one setting
+# What each setting is compared with: two arms that differ in it alone
 SETTINGS = {
     "`kv_sharing`: `prompt` against `full`": ("prompt", "full"),
     "`kv_sharing`: `prompt` against `vision`": ("prompt", "vision"),
     "`kv_sharing`: `prompt` against `none`": ("prompt", "none"),
+    "the same without CE": ("prompt_kl", "none_kl"),
     "`distill_tokens`: `confident` against `all`": ("prompt", "prompt_all"),
-    "`ce_weight`: .5 against 0": ("prompt", "prompt_kl"),
+    "the same without CE ": ("prompt_kl", "prompt_all_kl"),
+    "`ce_weight`: 0 against .5": ("prompt_kl", "prompt"),
+    "`distill_weight`: 1 against .5 (without CE)": ("prompt_kl", "prompt_kl_half"),
+    "`beta`: 0 against 1 (without CE)": ("prompt_kl", "prompt_kl_reverse"),
+    "`temperature`: 1 against 2 (without CE)": ("prompt_kl", "prompt_kl_warm"),
     "rows: marked ones against all (and all tokens)": ("prompt", "prompt_unselected"),
     "`teacher_quantization`: `nf4` against `int8`": ("prompt", "prompt_int8"),
     "`teacher_quantization`: `nf4` against `none`": ("prompt", "prompt_fp32"),
@@ -236,33 +247,35 @@ SETTINGS = {
 
 
 def recipe_settings() -> str:
-    """The default minus the same arm with one setting changed, on the same items."""
+    """The first arm minus the second, which differ in one setting, on the same items."""
     report = _recipe_reports().get("severe-0")
-    known = {} if report is None else {t: pair for t, pair in SETTINGS.items() if set(pair) <= set(report["models"])}
+    known = {} if report is None else {title: pair for title, pair in SETTINGS.items() if _compared(report, *pair)}
     if report is None or not known:
         return "_Not measured yet: run `make reproduce`._"
     head = ("setting", "bits/byte, unseen texts", "image questions", "image tokens, nats", "other tokens, nats")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join([title, *_paired_cells(report, rival)]) + " |" for title, (_, rival) in known.items()]
+    lines += [
+        "| " + " | ".join([title.strip(), *_paired_cells(report, *pair)]) + " |" for title, pair in known.items()
+    ]
     return "\n".join(lines)
 
 
-def _paired_cells(report: dict[str, Any], rival: str) -> list[str]:
-    """`prompt` minus a rival: bits/byte over all texts, image questions, nats of the image's and of other tokens."""
-    found = [_paired(t, rival) for t in report["tasks"] if t["metric"] == "bits_per_byte"]
+def _paired_cells(report: dict[str, Any], arm: str, rival: str) -> list[str]:
+    """An arm minus a rival: bits/byte over all texts, image questions, nats of the image's and of other tokens."""
+    found = [_paired(t, arm, rival) for t in report["tasks"] if t["metric"] == "bits_per_byte"]
     mean = sum(f[0] for f in found) / len(found)
     # other items in every task: the intervals' halves add in squares
     half = sum(((f[2] - f[1]) / 2) ** 2 for f in found) ** 0.5 / len(found)
     cells = [f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"]
     for metric in ("exact_match", "image_nll", "rest_nll"):
-        value, low, high = _paired(_task(report, metric), rival)
+        value, low, high = _paired(_task(report, metric), arm, rival)
         cells.append(f"{value:+.3f} [{low:+.3f}, {high:+.3f}]")
     return cells
 
 
 def recipe_against() -> str:
     """The default against its rivals, paired, for every drift and seed."""
-    reports = {name: report for name, report in _recipe_reports().items() if "prompt" in report["models"]}
+    reports = {name: report for name, report in _recipe_reports().items() if DEFAULT in report["models"]}
     if not reports:
         return "_Not measured yet: run `make reproduce`._"
     head = ("run", "against", "bits/byte, unseen texts", "image questions", "image tokens, nats", "other tokens, nats")
@@ -271,19 +284,79 @@ def recipe_against() -> str:
         for rival in ("before", "ce", "interpolate_05"):
             if rival not in report["models"]:
                 continue
-            cells = [name, rival, *_paired_cells(report, rival)]
+            cells = [name, rival, *_paired_cells(report, DEFAULT, rival)]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _paired(task: dict[str, Any], rival: str) -> tuple[float, float, float]:
-    """LinguDistill `prompt` minus a rival."""
-    found = _difference(task, "prompt", rival)
+def _compared(report: dict[str, Any], arm: str, rival: str) -> bool:
+    """Whether a report has both arms, and their difference."""
+    task = _task(report, "exact_match")
+    return _difference(task, arm, rival) is not None or _difference(task, rival, arm) is not None
+
+
+def _paired(task: dict[str, Any], arm: str, rival: str) -> tuple[float, float, float]:
+    """An arm minus a rival."""
+    found = _difference(task, arm, rival)
     if found is not None:
         return found["value"], found["low"], found["high"]
-    found = _difference(task, rival, "prompt")
+    found = _difference(task, rival, arm)
     assert found is not None
     return -found["value"], -found["high"], -found["low"]
+
+
+SEEN = (("bits_per_byte", 3), ("recovered_worst", None), ("questions", 3), ("image_accuracy", 3), ("image_nll", 2), ("rest_nll", 2))  # fmt: skip
+
+
+def _over_seeds() -> dict[str, Any]:
+    path = RECIPE / "results/seeds.json"
+    found = _read(path) if path.is_file() else {}
+    return {drift: part for drift, part in found.items() if len(part["arms"]) > 2}
+
+
+def _spread(found: dict[str, Any] | None, digits: int | None, sign: str = "") -> str:
+    if found is None:
+        return "-"
+    form = f"{sign}.0%" if digits is None else f"{sign}.{digits}f"
+    half = "" if found["half"] is None else f" ± {found['half']:{form.lstrip('+')}}"
+    return f"{found['mean']:{form}}{half}"
+
+
+def recipe_seeds() -> str:
+    """The decisive arms over seeds, a table for each drift."""
+    found = _over_seeds()
+    if not found:
+        return "_Not measured yet: run `make reproduce`._"
+    head = ("drift", "arm", "seeds", "bits/byte, unseen texts", "recovered, worst source", "image questions")
+    head += ("image tokens right", "image tokens, nats", "other tokens, nats")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for drift, part in found.items():
+        for arm, measures in part["arms"].items():
+            seeds = ", ".join(measures["bits_per_byte"]["values"])
+            cells = [drift, RECIPE_ARMS[arm], seeds, *(_spread(measures.get(m), digits) for m, digits in SEEN)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def recipe_seed_differences() -> str:
+    """Differences of two arms of the same seed, over seeds."""
+    found = _over_seeds()
+    if not found:
+        return "_Not measured yet: run `make reproduce`._"
+    head = ("drift", "arm", "minus", "seeds", "bits/byte, unseen texts", "image questions", "image tokens, nats")
+    head += ("other tokens, nats",)
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    pairs = [("prompt_kl", rival) for rival in ("before", "ce", "interpolate_05", "kl_text", "none_kl", "prompt")]
+    for drift, part in found.items():
+        for arm, rival in [*pairs, *(("prompt", rival) for rival in ("before", "ce", "interpolate_05", "kl_text"))]:
+            measures = part["differences"].get(arm, {}).get(rival)
+            if not measures:
+                continue
+            seeds = ", ".join(measures["bits_per_byte"]["values"])
+            wanted = (("bits_per_byte", 3), ("questions", 3), ("image_nll", 2), ("rest_nll", 2))
+            cells = [drift, f"`{arm}`", f"`{rival}`", seeds, *(_spread(measures.get(m), d, "+") for m, d in wanted)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 BLOCKS = {
@@ -295,6 +368,8 @@ BLOCKS = {
     "recipe_targets": recipe_targets,
     "recipe_settings": recipe_settings,
     "recipe_against": recipe_against,
+    "recipe_seeds": recipe_seeds,
+    "recipe_seed_differences": recipe_seed_differences,
 }
 
 

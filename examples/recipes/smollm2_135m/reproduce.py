@@ -325,7 +325,7 @@ def score(drift: str, seed: int, names: list[str]) -> Any:
         str(HERE / "suite.yaml"),
         OUT / "evaluation" / f"{drift}-{seed}",
         reference=str((OUT / "reference").relative_to(ROOT)),
-        compare=[name for name in ("prompt", "ce", "interpolate_05") if name in names],
+        compare=[name for name in ("prompt", "prompt_kl", "ce", "interpolate_05") if name in names],
         progress=False,
     )
 
@@ -339,11 +339,14 @@ def _reuse_original(items: Path) -> None:
 
 
 def report() -> None:
-    """RESULTS/DRIFT-SEED.json, one for every drift and seed that has arms done."""
+    """RESULTS/DRIFT-SEED/ for every drift and seed that has arms done, and RESULTS/seeds.* over the seeds."""
+    from seeds import plot, summarise
+
     from hf_lingudistill.evaluation.plots import plot_all
     from hf_lingudistill.evaluation.report import markdown
 
     RESULTS.mkdir(exist_ok=True)
+    reports = []
     for drift in RECIPE["drift"]:
         for seed in RECIPE["seeds"]:
             names = [name for name in RECIPE["arms"] if is_done(folder(drift, seed, name))]
@@ -360,7 +363,11 @@ def report() -> None:
             (target / "report.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             (target / "report.md").write_text(markdown(found), encoding="utf-8")
             plot_all(found, target)
+            reports.append(found)
             print(f"{target.relative_to(ROOT)}: {', '.join(names)}")
+    summary = summarise(reports, RECIPE["decisive"])
+    (RESULTS / "seeds.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    plot(summary, {}, RESULTS / "seeds")
 
 
 # --------------------------------------------------------------------------------------------------------------------
