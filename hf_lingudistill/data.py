@@ -193,7 +193,9 @@ class DistillCollator:
     """TRL's collator with the `distill` flag, decoded images and checks around it.
 
     inner: the collator that makes `input_ids`, `labels`, ... max_length: truncation, done here so that the length that
-    would have been needed can be told. image_token_ids: ids whose truncation would tear an image apart.
+    would have been needed can be told. image_token_ids: ids whose truncation would tear an image apart. prefix_lm: whether the
+    student reads tokens of type 0 in both directions (PaliGemma): everything from the first label on is then of type 1, which
+    TRL's collator leaves at 0, so that no answer is seen before it is predicted.
     """
 
     inner: Callable[[list[Row]], dict[str, Any]]
@@ -201,6 +203,7 @@ class DistillCollator:
     max_length: int | None = None
     image_token_ids: tuple[int, ...] = ()
     vision: bool = True
+    prefix_lm: bool = False
     _image_ids: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -229,6 +232,8 @@ class DistillCollator:
                     "padding_free=False, or drop the column."
                 )
             distill = distill[:1]
+        if self.prefix_lm:
+            batch["token_type_ids"] = ((batch["labels"] != -100).cumsum(dim=1) > 0).long()
         batch["distill"] = distill
         numbers = [row.get(ROW_COLUMN) for row in rows]
         if len(numbers) == len(distill) and None not in numbers:

@@ -217,6 +217,7 @@ class LinguDistillTrainer(SFTTrainer):
             max_length=args.max_length,
             image_token_ids=self.compatibility.image_token_ids,
             vision=self._is_vision_dataset,
+            prefix_lm=student.config.model_type == "paligemma",
         )
         if args.skip_bad_rows and self._is_vision_dataset:
             drop = functools.partial(drop_bad_rows, collator=self.data_collator, num_proc=args.dataset_num_proc)

@@ -18,6 +18,7 @@ from oracle import loss_mask, oracle_hidden, readable_tokens, student_kv
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
+from hf_lingudistill.data import DistillCollator
 from hf_lingudistill.kv_sharing import KVSharing, QueryPlan, SharedKV, plan_queries, recording, teacher_pass
 
 SHARING: tuple[KVSharing, ...] = ("full", "prompt", "vision")
@@ -202,6 +203,36 @@ def test_text_only_batches_share_in_every_mode(case: Case) -> None:
         # Without an image, even a teacher that shares nothing agrees; not where the student's prompt is bidirectional.
         agrees = mode != "none" or case.family.name != "paligemma"
         assert (worst(logits, expected) < TOLERANCE) == agrees, mode
+
+
+@pytest.mark.parametrize("with_image", [True, False])
+@pytest.mark.parametrize("prefix_lm", [True, False])
+def test_the_collator_keeps_answers_from_being_seen_before_they_are_predicted(
+    prefix_lm: bool, with_image: bool
+) -> None:
+    """TRL's collator leaves a PaliGemma answer at type 0 (or gives no types to text): exchanging its last token must not move
+    the logits before it. Without `prefix_lm` it does: the control."""
+    family = build_family("paligemma")
+    whole = family.make_inputs("none", seed=0)
+    if not with_image:
+        whole = {name: whole[name] for name in ("input_ids", "attention_mask", "labels")}
+        whole["input_ids"] = whole["input_ids"].clamp(max=100)
+
+    def collated(last: int) -> dict[str, Any]:
+        def inner(_: Any) -> dict[str, Any]:
+            batch = {name: value.clone() for name, value in whole.items() if name != "token_type_ids"}
+            if with_image:
+                batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+            batch["input_ids"][:, -1] = last
+            return batch
+
+        batch = DistillCollator(inner, vision=False, prefix_lm=prefix_lm)([{}, {}])
+        return {name: value for name, value in batch.items() if name not in ("labels", "distill")}
+
+    model = family.student.eval()
+    with torch.no_grad():
+        first, second = (model(**collated(last), use_cache=False).logits[:, :-1] for last in (20, 21))
+    assert torch.equal(first, second) == prefix_lm
 
 
 # --- (b) different teacher -------------------------------------------------------------------------------------------
