@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,20 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback
+from transformers import (
+    BitsAndBytesConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    TrainerCallback,
+)
 from trl import SFTTrainer
 
 import hf_lingudistill.trainer as trainer_module
@@ -778,3 +789,33 @@ def test_trainer_is_an_sft_trainer_with_tags_of_its_own(make_trainer: MakeTraine
     trainer = make_trainer()
     assert isinstance(trainer, SFTTrainer) and type(trainer) is LinguDistillTrainer
     assert {"lingudistill", "trl"} <= set(trainer.model.model_tags)
+
+
+def test_a_prefix_lm_is_trained_on_answers_that_it_does_not_see(make_trainer):
+    """A PaliGemma student whose collator gives no token types: its CE must not know the answer's next token."""
+    sizes = {
+        "vocab_size": len(tiny.make_tokenizer(extra=True)),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "head_dim": 8,
+    }
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    vision = SiglipVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)  # fmt: skip
+    image_token = tiny.make_vlm(0).config.image_token_id
+    config = PaliGemmaConfig(vision_config=vision, text_config=GemmaConfig(**sizes), image_token_index=image_token)
+    torch.manual_seed(0)
+    student = PaliGemmaForConditionalGeneration(config)
+    rows = [row for row in tiny.make_dataset(16) if not row["images"]]
+    dataset = Dataset.from_list([{name: row[name] for name in ("prompt", "completion", "distill")} for row in rows])
+    trainer = make_trainer(
+        model=student,
+        teacher_model=GemmaForCausalLM(GemmaConfig(**sizes | {"vocab_size": len(tiny.make_tokenizer(extra=False))})),
+        train_dataset=dataset,
+        processing_class=tiny.make_tokenizer(extra=True),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    first = (batch["labels"] != -100).int().argmax(dim=1)
+    assert [row.tolist().index(1) for row in batch["token_type_ids"]] == first.tolist()
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+    assert not make_trainer(output_dir=str(trainer.args.output_dir) + "_2").data_collator.prefix_lm
