@@ -122,8 +122,10 @@ def _undecoded(dataset: AnyDataset) -> AnyDataset:
     return undecoded.with_format(**dataset.format)
 
 
-def check_distill_column(dataset: AnyDataset, column: str) -> tuple[bool, float | None]:
+def check_distill_column(dataset: AnyDataset, column: str, *, skip_bad: bool = False) -> tuple[bool, float | None]:
     """Whether the dataset has the flag column, and the share of marked rows (None for a stream or without the column).
+
+    skip_bad: leave rows whose flag is not boolean out of the share; they are dropped later, and counted.
 
     Raises:
         ValueError: if the column is not boolean, or marks no row at all.
@@ -134,13 +136,17 @@ def check_distill_column(dataset: AnyDataset, column: str) -> tuple[bool, float 
     if isinstance(dataset, IterableDataset):
         return True, None
     values = dataset.with_format(None)[column]
-    bad = next((value for value in values if value not in (True, False)), None)
-    if bad is not None or any(value is None for value in values):
-        raise ValueError(f"Column {column!r} must hold true or false in every row; found {bad!r}.")
-    share = sum(bool(value) for value in values) / max(len(dataset), 1)
+    good = [value for value in values if value in (True, False)]
+    if len(good) < len(values) and not (skip_bad and good):
+        bad = next(value for value in values if value not in (True, False))
+        raise ValueError(
+            f"Column {column!r} must hold true or false in every row; found {bad!r} in {len(values) - len(good)} of "
+            f"{len(values)}. Repair them{'' if skip_bad else ', or pass --skip_bad_rows'}."
+        )
+    share = sum(bool(value) for value in good) / max(len(good), 1)
     if share == 0.0:
         raise ValueError(
-            f"No row is marked for distillation: column {column!r} is false in all {len(dataset)} rows. Mark the "
+            f"No row is marked for distillation: column {column!r} is false in all {len(good)} rows. Mark the "
             "language-intensive rows true, or train with trl.SFTTrainer."
         )
     return True, share

@@ -174,7 +174,9 @@ class LinguDistillTrainer(SFTTrainer):
         self.compatibility.raise_for_misfit()
 
         if train_dataset is not None:
-            self.has_distill_column, self.distill_share = check_distill_column(train_dataset, args.distill_column)
+            self.has_distill_column, self.distill_share = check_distill_column(
+                train_dataset, args.distill_column, skip_bad=args.skip_bad_rows
+            )
             _warn_if_grounding_is_at_risk(args, train_dataset)
             packed = args.packing or args.padding_free
             if packed and args.kv_sharing == "none":

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from datasets import Dataset, Features, Image, IterableDataset, Json, List, Value
 from PIL import Image as PILImage
@@ -251,11 +252,16 @@ def test_rows_of_a_stream_without_a_schema_may_hold_anything(make_trainer: MakeT
     assert dict(dropped) == {**Counter(reason for _, reason in spoilt), "image column missing": 1}
 
 
-def test_flag_that_is_null_is_refused_before_a_map_style_run(make_trainer: MakeTrainer) -> None:
-    rows, _ = make_rows(20)
+@pytest.mark.parametrize("images", [True, False])
+def test_a_flag_that_is_null_is_refused_or_its_row_is_skipped(make_trainer: MakeTrainer, images: bool) -> None:
+    rows = tiny.make_rows(20, images=images)
     rows[3]["distill"] = None
-    with pytest.raises(ValueError, match="^Column 'distill' must hold true or false in every row; found None"):
-        make_trainer(train_dataset=make_dataset(rows), **SETTINGS)
+    dataset = Dataset.from_list(rows if images else [{k: v for k, v in row.items() if k != "images"} for row in rows])
+    with pytest.raises(ValueError, match="found None in 1 of 20. Repair them, or pass --skip_bad_rows.$"):
+        make_trainer(train_dataset=dataset, **SETTINGS | {"skip_bad_rows": False})
+    trainer = make_trainer(train_dataset=dataset, **SETTINGS | {"skip_bad_rows": True})
+    assert dict(trainer.skipped_rows) == {"distill flag not boolean": 1}
+    assert len(trainer.train_dataset) == 19
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one", "by name"])

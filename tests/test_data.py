@@ -533,13 +533,28 @@ def test_check_distill_column_refuses_when_no_row_is_marked() -> None:
 
 @pytest.mark.parametrize(
     ("values", "found"),
-    [([True, None], "None"), (["yes", "no"], "'yes'"), ([0.0, 0.5], "0.5"), ([1, 2], "2")],
+    [
+        ([True, None], "None in 1 of 2"),
+        (["yes", "no"], "'yes' in 2 of 2"),
+        ([0.0, 0.5], "0.5 in 1 of 2"),
+        ([1, 2], "2 in 1 of 2"),
+    ],
     ids=repr,
 )
 def test_check_distill_column_refuses_what_is_not_boolean(values: list[Any], found: str) -> None:
     with pytest.raises(ValueError) as refusal:
         check_distill_column(Dataset.from_dict({"distill": values}), "distill")
-    assert str(refusal.value) == f"Column 'distill' must hold true or false in every row; found {found}."
+    sentence = f"Column 'distill' must hold true or false in every row; found {found}. Repair them"
+    assert str(refusal.value) == f"{sentence}, or pass --skip_bad_rows."
+    dataset = Dataset.from_dict({"distill": values})
+    if "2 of 2" in found:  # nothing would be left
+        with pytest.raises(ValueError, match="Repair them.$"):
+            check_distill_column(dataset, "distill", skip_bad=True)
+    elif values[0]:
+        assert check_distill_column(dataset, "distill", skip_bad=True) == (True, 1.0)
+    else:
+        with pytest.raises(ValueError, match="is false in all 1 rows"):
+            check_distill_column(dataset, "distill", skip_bad=True)
 
 
 # Ten rows: 0, 4 and 8 can be trained on.
