@@ -342,7 +342,7 @@ def report() -> None:
     """RESULTS/DRIFT-SEED/ for every drift and seed that has arms done, and RESULTS/seeds.* over the seeds."""
     from seeds import plot, summarise
 
-    from hf_lingudistill.evaluation.plots import plot_all
+    from hf_lingudistill.evaluation.plots import plot_all, plot_training
     from hf_lingudistill.evaluation.report import markdown
 
     RESULTS.mkdir(exist_ok=True)
@@ -363,6 +363,8 @@ def report() -> None:
             (target / "report.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             (target / "report.md").write_text(markdown(found), encoding="utf-8")
             plot_all(found, target)
+            for name in set(names) & {"prompt", "prompt_kl"}:
+                plot_training(folder(drift, seed, name) / "trainer_state.json", target / f"training_{name}.png")
             reports.append(found)
             print(f"{target.relative_to(ROOT)}: {', '.join(names)}")
     summary = summarise(reports, RECIPE["decisive"])
