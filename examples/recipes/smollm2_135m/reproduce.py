@@ -369,7 +369,7 @@ def report() -> None:
             print(f"{target.relative_to(ROOT)}: {', '.join(names)}")
     summary = summarise(reports, RECIPE["decisive"])
     (RESULTS / "seeds.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    plot(summary, {}, RESULTS / "seeds")
+    plot(summary, RESULTS / "seeds")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,16 @@ MEASURES = {
     "image_nll": ("image tokens, nats", False),
     "rest_nll": ("other tokens, nats", False),
 }
+# Labels in the picture, where the arm's name would not say it
+TITLES = {
+    "before": "VLM before",
+    "interpolate_05": "interpolation, .5 + .5",
+    "ce": "CE on the mix",
+    "prompt": "LinguDistill (default)",
+    "prompt_kl": "the same, ce_weight 0",
+    "none_kl": "nothing shared, ce_weight 0",
+    "kl_text": "KL on text rows alone",
+}
 # 97.5 % quantiles of Student's t by degrees of freedom
 T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -101,10 +111,10 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def plot(summary: Mapping[str, Any], titles: Mapping[str, str], path: Path) -> None:
+def plot(summary: Mapping[str, Any], path: Path, titles: Mapping[str, str] = TITLES) -> None:
     """Language (bits per byte above the original) against what is seen; a small mark a seed, a large one their mean.
 
-    summary: of `summarise`. titles: {arm: label}. path: without suffix; .png and .svg are written.
+    summary: of `summarise`. path: without suffix; .png and .svg are written. titles: {arm: label}, the arm's name where there is none.
     """
     import matplotlib
 
