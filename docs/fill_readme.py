@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -335,6 +336,14 @@ def recipe_seeds() -> str:
             seeds = ", ".join(measures["bits_per_byte"]["values"])
             cells = [drift, RECIPE_ARMS[arm], seeds, *(_spread(measures.get(m), digits) for m, digits in SEEN)]
             lines.append("| " + " | ".join(cells) + " |")
+    stages = [stage for report in _recipe_reports().values() for stage in report["stages"].values()]
+    seconds = [stage["cpu_seconds"] for stage in stages if "distilled_tokens" in stage.get("last_log", {})]
+    if seconds:
+        lines += [
+            "",
+            f"Training one distilled arm took {statistics.median(seconds):.0f} s of CPU time in the median of {len(seconds)} "
+            f"({min(seconds):.0f} to {max(seconds):.0f}), one thread, fp32.",
+        ]
     return "\n".join(lines)
 
 
