@@ -37,7 +37,7 @@ SPACE_STAMP := $(VENV)/.stamp-space
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# glibc gives every large tensor back to the kernel at once, which then clears its pages anew: 5 to 37 % of a step, as busy as the
+# glibc gives every large tensor back to the kernel at once, which then clears its pages anew: 5 to 42 % of a step, as busy as the
 # machine is. Nothing but glibc reads it.
 demo demo-real: export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776
 
