@@ -45,7 +45,7 @@ demo: $(DEMO_STAMP)  ## Make a small VLM, break its language, restore it (no Hub
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet --config_file examples/accelerate_configs/single.yaml examples/distill.py --output_dir outputs/demo
 
 demo-real: $(DEMO_STAMP)  ## The same with real weights, SmolLM2-135M-Instruct (ARGS=--offline: no Hub)
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet --config_file examples/accelerate_configs/single.yaml examples/distill.py --config hf_lingudistill/demo/real.yaml $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet --config_file examples/accelerate_configs/single.yaml examples/distill.py --config hf_lingudistill/labs/demo/real.yaml $(ARGS)
 
 # The folders in it are relative to the file.
 SPACE_CONFIG := outputs/space/config.json

@@ -48,7 +48,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 import hf_lingudistill.trainer as lingudistill_trainer
 from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer, losses
-from hf_lingudistill.plan import LORA_TARGETS, Plan, Setup, make_plan, model_facts
+from hf_lingudistill.labs.memory import LORA_TARGETS, Plan, Setup, make_plan, model_facts
 
 HERE = Path(__file__).resolve().parent
 MIB = 2**20

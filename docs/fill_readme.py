@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hf_lingudistill.report import prompts_text, table
+from hf_lingudistill.labs.demo_report import prompts_text, table
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "docs/results/demo/report.json"

@@ -1,4 +1,4 @@
-"""Fill the tables of docs/scale.md from `hf_lingudistill.plan` and from the benchmark's results.
+"""Fill the tables of docs/scale.md from `hf_lingudistill.labs.memory` and from the benchmark's results.
 
     python docs/fill_scale.py            # rewrite them
     python docs/fill_scale.py --check    # exit 1 if one is stale (the tests do the same)
@@ -16,7 +16,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_lingudistill.plan import BUILT_IN_PAIRS, GIB, QUANTIZATIONS, ModelFacts, Plan, Setup, read_pair, smallest_plan
+from hf_lingudistill.labs.memory import (
+    BUILT_IN_PAIRS,
+    GIB,
+    QUANTIZATIONS,
+    ModelFacts,
+    Plan,
+    Setup,
+    read_pair,
+    smallest_plan,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/scale.md"

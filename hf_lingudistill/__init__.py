@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ._moved import install as _install_old_paths
 from ._version import __version__
+
+_install_old_paths()
 
 if TYPE_CHECKING:
     from .compatibility import CompatibilityReport, check_compatibility

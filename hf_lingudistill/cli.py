@@ -181,7 +181,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         return _bad_input(f"--batch_size must be at least 1, got {args.batch_size}.")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from .evaluation import evaluate_models
+    from .labs.evaluation import evaluate_models
 
     try:
         evaluate_models(
@@ -259,7 +259,7 @@ def _diagnose(args: argparse.Namespace) -> int:
         return _bad_input(f"--max_answer_tokens must be at least 1, got {args.max_answer_tokens}.")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from .compatibility import guess_teacher
-    from .diagnose import as_text, diagnose, load_prompts, write_report
+    from .labs.diagnose import as_text, diagnose, load_prompts, write_report
 
     try:
         teacher = args.teacher or guess_teacher(args.student)
@@ -295,7 +295,7 @@ def _diagnose(args: argparse.Namespace) -> int:
 
 
 def _add_plan(commands: Any) -> None:
-    from .plan import DEVICES, DTYPES, ENGINES, MIXED_PRECISIONS, OPTIMIZERS, QUANTIZATIONS, SHARINGS
+    from .labs.memory import DEVICES, DTYPES, ENGINES, MIXED_PRECISIONS, OPTIMIZERS, QUANTIZATIONS, SHARINGS
 
     parser = commands.add_parser(
         "plan",
@@ -344,7 +344,7 @@ def _plan(args: argparse.Namespace) -> int:
     from dataclasses import fields
 
     from .compatibility import UnreadableModelError
-    from .plan import PlanError, Setup, make_plan, read_pair, smallest_plan
+    from .labs.memory import PlanError, Setup, make_plan, read_pair, smallest_plan
 
     try:
         setup = Setup(**{field.name: getattr(args, field.name) for field in fields(Setup)})
@@ -388,8 +388,8 @@ def _add_publish(commands: Any) -> None:
 
 
 def _publish(args: argparse.Namespace) -> int:
-    from .manifest import PublishError, command_for, model_manifest, space_manifest
-    from .publish import publish, whole_name
+    from .hub.manifest import PublishError, command_for, model_manifest, space_manifest
+    from .hub.publish import publish, whole_name
 
     command = command_for(args.output_dir, args.repo_id, private=args.private)
     command += "".join(

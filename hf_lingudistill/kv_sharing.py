@@ -27,12 +27,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ._internals import (
-    attention_switched,
-    base_attention_function,
-    decoder_of,
-    register_attention,
-)
+from ._internals import attention_switched, base_attention_function, decoder_of, register_attention
 from .config import KVSharing
 
 KV_SHARING_MODES = get_args(KVSharing)

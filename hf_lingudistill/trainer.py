@@ -26,11 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
 from ._internals import head_of
-from .card import render_card
-from .checkpoints import STATE, clear_staging, read_measured, staged, to_resume, write_measured
-from .compatibility import CompatibilityReport, check_compatibility, guess_teacher
-from .config import LinguDistillConfig
-from .data import (
+from .batch import (
     ROW_COLUMN,
     DistillCollator,
     check_distill_column,
@@ -39,13 +35,17 @@ from .data import (
     has_images,
     prepare_dataset,
 )
+from .checkpoints import STATE, clear_staging, read_measured, staged, to_resume, write_measured
+from .compatibility import CompatibilityReport, check_compatibility, guess_teacher
+from .config import LinguDistillConfig
 from .engines import blank_image, head_unsharded, is_teacher_sharded, shard_teacher, sharding_of, vision_on
 from .finite import IN_A_ROW, FiniteWatch, NotFinite, Problem
+from .hub.card import render_card
+from .hub.manifest import PublishError, check_repo_id, command_for, model_manifest
+from .hub.publish import Published, publish, whole_name
+from .hub.run_facts import Record, dataset_fact, read_record, training_record, write_record
 from .kv_sharing import QueryPlan, SharedKV, placeholder_plan, plan_queries, recording, teacher_pass
 from .losses import combine, distil, divergence, label_nll
-from .manifest import PublishError, check_repo_id, command_for, model_manifest
-from .publish import Published, publish, whole_name
-from .record import Record, dataset_fact, read_record, training_record, write_record
 from .teacher import Teacher, compute_dtype_of, load_teacher_model, on_device, prepare_teacher
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hf_lingudistill.card import PLOTS, render_card
-from hf_lingudistill.record import read_record
+from hf_lingudistill.hub.card import PLOTS, render_card
+from hf_lingudistill.hub.run_facts import read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset, Features, Image, IterableDataset, Json, List, Value
 from PIL import Image as PILImage
 
-from hf_lingudistill.data import (
+from hf_lingudistill.batch import (
     REASONS,
     ROW_COLUMN,
     BadRow,

@@ -17,8 +17,8 @@ from datasets import Dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from hf_lingudistill import LinguDistillConfig
-from hf_lingudistill.data import DistillMixtureConfig
-from hf_lingudistill.evaluation.models import load_scored
+from hf_lingudistill.labs.evaluation.models import load_scored
+from hf_lingudistill.mixtures import DistillMixtureConfig
 
 FOLDER = Path(__file__).parents[1] / "examples" / "baselines"
 

@@ -18,9 +18,9 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_lingudistill.card import eval_result_file, fenced, markdown, render_card
-from hf_lingudistill.record import hub_id, public_name, recipe_of
-from hf_lingudistill.results import main_model, tasks_of
+from hf_lingudistill.hub.card import eval_result_file, fenced, markdown, render_card
+from hf_lingudistill.hub.results import main_model, tasks_of
+from hf_lingudistill.hub.run_facts import hub_id, public_name, recipe_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -427,7 +427,7 @@ def test_a_recipe_holds_what_was_chosen_and_no_token(tmp_path: Path) -> None:
     from trl import ModelConfig
 
     from hf_lingudistill import LinguDistillConfig
-    from hf_lingudistill.data import DistillMixtureConfig
+    from hf_lingudistill.mixtures import DistillMixtureConfig
 
     config = LinguDistillConfig(
         output_dir=str(tmp_path),

@@ -30,7 +30,7 @@ from hf_lingudistill.config import (
     QUANTIZATION_CHOICES,
     SHARDING_CHOICES,
 )
-from hf_lingudistill.data import DistillMixtureConfig, DistillSource, load_mixture
+from hf_lingudistill.mixtures import DistillMixtureConfig, DistillSource, load_mixture
 from hf_lingudistill.scripts.distill import main, parse
 
 OWN = [f.name for f in dataclasses.fields(LinguDistillConfig) if f.name not in SFTConfig.__dataclass_fields__]

@@ -21,17 +21,16 @@ from trl import DatasetMixtureConfig, get_dataset
 from trl.scripts.utils import DatasetConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hf_lingudistill.data import (
+from hf_lingudistill.batch import (
     ROW_COLUMN,
     BadRow,
     DistillCollator,
-    DistillMixtureConfig,
     check_distill_column,
     decode_image,
     drop_bad_rows,
-    load_mixture,
     prepare_dataset,
 )
+from hf_lingudistill.mixtures import DistillMixtureConfig, load_mixture
 
 Row = dict[str, Any]
 EXIF_ORIENTATION, EXIF_ROTATE_270 = 0x0112, 6

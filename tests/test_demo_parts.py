@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from hf_lingudistill.demo import measure, models, text, vqa
+from hf_lingudistill.labs.demo import measure, models, text, vqa
 
 
 def needs(*packages: str) -> pytest.MarkDecorator:

@@ -22,14 +22,14 @@ from PIL import Image as PILImage
 
 from hf_lingudistill._internals import decoder_of
 from hf_lingudistill.cli import main
-from hf_lingudistill.diagnose import Prompts, as_text, diagnose, load_prompts, write_report
-from hf_lingudistill.diagnose.measure import READERS, Reading, measure, read
-from hf_lingudistill.diagnose.prompts import Prompt
-from hf_lingudistill.diagnose.recommend import Recommendation, recommend
-from hf_lingudistill.diagnose.run import _keep_pictures_whole
-from hf_lingudistill.diagnose.states import STATES, recording_own
-from hf_lingudistill.evaluation.models import Scored, load_scored
-from hf_lingudistill.statistics import Bootstrap
+from hf_lingudistill.labs.diagnose import Prompts, as_text, diagnose, load_prompts, write_report
+from hf_lingudistill.labs.diagnose.measure import READERS, Reading, measure, read
+from hf_lingudistill.labs.diagnose.prompts import Prompt
+from hf_lingudistill.labs.diagnose.recommend import Recommendation, recommend
+from hf_lingudistill.labs.diagnose.run import _keep_pictures_whole
+from hf_lingudistill.labs.diagnose.states import STATES, recording_own
+from hf_lingudistill.labs.evaluation.models import Scored, load_scored
+from hf_lingudistill.labs.statistics import Bootstrap
 from hf_lingudistill.teacher import Teacher, prepare_teacher
 
 LAYERS = 4
@@ -593,7 +593,7 @@ def test_the_command_prints_text_or_json_and_writes_files(
 def test_without_matplotlib_all_but_the_plot_is_written(
     drifted: Path, original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "hf_lingudistill.diagnose.plot", raising=False)
+    monkeypatch.delitem(sys.modules, "hf_lingudistill.labs.diagnose.plot", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     texts = tmp_path / "own.jsonl"
     texts.write_text('{"prompt": "What is the sea?", "completion": "It is deep, wide and full of salt."}')

@@ -17,12 +17,12 @@ from PIL import Image as PILImage
 from tokenizers.processors import TemplateProcessing
 from tokenizers_for_tests import PARTS_TEMPLATE
 
-from hf_lingudistill.evaluation import language
-from hf_lingudistill.evaluation import tasks as local_tasks
-from hf_lingudistill.evaluation.cache import ItemCache
-from hf_lingudistill.evaluation.language import TextPath, bits_per_byte, harness_scores, sequence_nll
-from hf_lingudistill.evaluation.models import Scored, chat_template_of, fingerprint, load_scored, user_turn
-from hf_lingudistill.evaluation.suite import HarnessTasks, TextTask
+from hf_lingudistill.labs.evaluation import language
+from hf_lingudistill.labs.evaluation import tasks as local_tasks
+from hf_lingudistill.labs.evaluation.cache import ItemCache
+from hf_lingudistill.labs.evaluation.language import TextPath, bits_per_byte, harness_scores, sequence_nll
+from hf_lingudistill.labs.evaluation.models import Scored, chat_template_of, fingerprint, load_scored, user_turn
+from hf_lingudistill.labs.evaluation.suite import HarnessTasks, TextTask
 
 instances = pytest.importorskip("lm_eval.api.instance", reason="the `eval` extra is not installed")
 hflm = pytest.importorskip("lm_eval.models.huggingface", reason="the `eval` extra is not installed").HFLM

@@ -19,12 +19,12 @@ from PIL import ImageDraw
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from hf_lingudistill.evaluation import Suite, evaluate_models, lmms
-from hf_lingudistill.evaluation.cache import ItemCache
-from hf_lingudistill.evaluation.data import ImageItem, grey
-from hf_lingudistill.evaluation.models import Scored, load_scored, user_turn
-from hf_lingudistill.evaluation.suite import GroundedTask, HarnessTasks, VisionTask
-from hf_lingudistill.evaluation.vision import answers, score_answers
+from hf_lingudistill.labs.evaluation import Suite, evaluate_models, lmms
+from hf_lingudistill.labs.evaluation.cache import ItemCache
+from hf_lingudistill.labs.evaluation.data import ImageItem, grey
+from hf_lingudistill.labs.evaluation.models import Scored, load_scored, user_turn
+from hf_lingudistill.labs.evaluation.suite import GroundedTask, HarnessTasks, VisionTask
+from hf_lingudistill.labs.evaluation.vision import answers, score_answers
 
 needs_lmms_eval = pytest.mark.skipif(bool(lmms.MISSING), reason=f"lmms-eval cannot be imported: {lmms.MISSING}")
 
@@ -135,7 +135,7 @@ def scores(vlm: Scored, task: str, **settings: Any) -> dict[str, dict[str, Any]]
 def test_without_lmms_eval_the_error_says_what_to_install(vlm: Scored, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("lmms_eval", "lmms_eval.api.instance"):
         monkeypatch.setitem(sys.modules, module, None)  # what makes Python say that there is none
-    spec = importlib.util.spec_from_file_location("hf_lingudistill.evaluation.lmms_afresh", lmms.__file__)
+    spec = importlib.util.spec_from_file_location("hf_lingudistill.labs.evaluation.lmms_afresh", lmms.__file__)
     assert spec is not None and spec.loader is not None
     afresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(afresh)

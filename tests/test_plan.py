@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lingudistill.cli import main
 from hf_lingudistill.kv_sharing import recording
-from hf_lingudistill.plan import (
+from hf_lingudistill.labs.memory import (
     BUILT_IN_PAIRS,
     ENGINES,
     GIB,

@@ -29,11 +29,11 @@ from huggingface_hub.utils import close_session
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hf_lingudistill import publish as publishing
 from hf_lingudistill.cli import main as cli
-from hf_lingudistill.manifest import Manifest, PublishError, model_manifest, space_manifest
-from hf_lingudistill.publish import publish
-from hf_lingudistill.record import SCHEMA
+from hf_lingudistill.hub import publish as publishing
+from hf_lingudistill.hub.manifest import Manifest, PublishError, model_manifest, space_manifest
+from hf_lingudistill.hub.publish import publish
+from hf_lingudistill.hub.run_facts import SCHEMA
 from hf_lingudistill.scripts.distill import main as distill
 from hf_lingudistill.scripts.distill import parse
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_lingudistill.report import (
+from hf_lingudistill.labs.demo_report import (
     bootstrap_interval,
     language_entry,
     prompts_text,

@@ -23,11 +23,12 @@ from transformers import AutoConfig
 from transformers.dynamic_module_utils import TIME_OUT_REMOTE_CODE  # noqa: F401  (the module that would ask)
 
 from hf_lingudistill import check_compatibility
+from hf_lingudistill.batch import BadRow, decode_image
 from hf_lingudistill.cli import main as cli
-from hf_lingudistill.data import BadRow, DistillMixtureConfig, DistillSource, decode_image, load_mixture, load_source
-from hf_lingudistill.evaluation.models import UnreadableModelError, load_scored
-from hf_lingudistill.evaluation.run import evaluate_models
-from hf_lingudistill.evaluation.suite import load_suite
+from hf_lingudistill.labs.evaluation.models import UnreadableModelError, load_scored
+from hf_lingudistill.labs.evaluation.run import evaluate_models
+from hf_lingudistill.labs.evaluation.suite import load_suite
+from hf_lingudistill.mixtures import DistillMixtureConfig, DistillSource, load_mixture, load_source
 from hf_lingudistill.scripts.distill import main as distill
 from hf_lingudistill.scripts.distill import parse
 from hf_lingudistill.teacher import load_teacher_model

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hf_lingudistill import statistics
-from hf_lingudistill.evaluation import plots
-from hf_lingudistill.evaluation.report import Task, build_report, markdown, task_entry, write_report
-from hf_lingudistill.statistics import Bootstrap, Items, loss_is_real
+from hf_lingudistill.labs import statistics
+from hf_lingudistill.labs.evaluation import plots
+from hf_lingudistill.labs.evaluation.report import Task, build_report, markdown, task_entry, write_report
+from hf_lingudistill.labs.statistics import Bootstrap, Items, loss_is_real
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

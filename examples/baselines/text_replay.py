@@ -12,7 +12,7 @@ import sys
 from datasets import Image, List
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
-from hf_lingudistill.data import DistillMixtureConfig, load_mixture
+from hf_lingudistill.mixtures import DistillMixtureConfig, load_mixture
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -28,12 +28,12 @@ import yaml
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from ..config import LinguDistillConfig, shown
-from ..data import DistillMixtureConfig, DistillSource, load_mixture, load_source
 from ..finite import NotFinite
-from ..manifest import PublishError, command_for
-from ..publish import Published
-from ..record import FILE_NAME as RECORD
-from ..record import Record, dataset_fact, recipe_of
+from ..hub.manifest import PublishError, command_for
+from ..hub.publish import Published
+from ..hub.run_facts import FILE_NAME as RECORD
+from ..hub.run_facts import Record, dataset_fact, recipe_of
+from ..mixtures import DistillMixtureConfig, DistillSource, load_mixture, load_source
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -95,7 +95,7 @@ def parse(argv: Sequence[str]) -> Parsed:
     argv = list(argv)
     names = {arg.split("=", 1)[0].replace("-", "_").removeprefix("__") for arg in argv if arg.startswith("--")}
     if not names & {"config", "model_name_or_path", "dataset_name"}:
-        from ..demo import recipe
+        from ..labs.demo import recipe
 
         kind = "real" if any(arg in ("--demo=real", "real") for arg in argv) and "demo" in names else "tiny"
         argv = ["--config", str(recipe(kind)), *argv]
@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         script_args, config, model_args, mixture = parse(sys.argv[1:] if argv is None else argv)
         if script_args.demo is not None and not model_args.model_name_or_path:
-            from ..demo import run_demo
+            from ..labs.demo import run_demo
 
             if config.push_to_hub:
                 raise ValueError(

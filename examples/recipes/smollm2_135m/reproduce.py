@@ -64,7 +64,7 @@ def finish(path: Path, started: float, **facts: Any) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 def base(offline: bool) -> None:
     """OUT/original (the LM) and OUT/vlm (the same LM with a tower that tells colors and shapes apart)."""
-    from hf_lingudistill.demo.models import build_vlm, load_smollm2, pretrain_vision
+    from hf_lingudistill.labs.demo.models import build_vlm, load_smollm2, pretrain_vision
 
     started = time.time()
     lm, tokenizer = load_smollm2(offline=offline)
@@ -101,8 +101,8 @@ def adapt(drift: str, seed: int) -> None:
 
 
 def _adapt(drift: str, seed: int, arm: str, learning_rate: float, lora_rank: int | None = None) -> None:
-    from hf_lingudistill.demo.models import SeeingRecipe, teach_to_see
-    from hf_lingudistill.demo.vqa import vqa_rows
+    from hf_lingudistill.labs.demo.models import SeeingRecipe, teach_to_see
+    from hf_lingudistill.labs.demo.vqa import vqa_rows
 
     started, path = time.time(), folder(drift, seed, arm)
     vlm, processor = load(OUT / "vlm")
@@ -161,7 +161,7 @@ def row_of(path: Path | None, prompt: str, completion: str, distill: bool) -> di
 def as_dataset(rows: list[dict[str, Any]]) -> Any:
     from datasets import Dataset
 
-    from hf_lingudistill.demo.text import ROW_FEATURES
+    from hf_lingudistill.labs.demo.text import ROW_FEATURES
 
     return Dataset.from_list(rows, features=ROW_FEATURES)
 
@@ -173,8 +173,8 @@ def mix(seed: int, kinds: list[str] | None, distilled: list[str] | None) -> Any:
 
     from sentences import answer_rows
 
-    from hf_lingudistill.demo.text import language_rows
-    from hf_lingudistill.demo.vqa import annotated_images, vqa_rows
+    from hf_lingudistill.labs.demo.text import language_rows
+    from hf_lingudistill.labs.demo.vqa import annotated_images, vqa_rows
 
     steps, shares = RECIPE["training"]["max_steps"], dict(RECIPE["mix"])
     per_step = sum(shares.values())
@@ -316,7 +316,7 @@ def models(drift: str, seed: int, names: list[str]) -> dict[str, str]:
 
 def score(drift: str, seed: int, names: list[str]) -> Any:
     """Fill the item cache for these arms and those that they are compared with; -> the report."""
-    from hf_lingudistill.evaluation import evaluate_models
+    from hf_lingudistill.labs.evaluation import evaluate_models
 
     os.chdir(ROOT)
     _reuse_original(OUT / "evaluation" / f"{drift}-{seed}" / "items" / "original")
@@ -342,8 +342,8 @@ def report() -> None:
     """RESULTS/DRIFT-SEED/ for every drift and seed that has arms done, and RESULTS/seeds.* over the seeds."""
     from seeds import plot, summarise
 
-    from hf_lingudistill.evaluation.plots import plot_all, plot_training
-    from hf_lingudistill.evaluation.report import markdown
+    from hf_lingudistill.labs.evaluation.plots import plot_all, plot_training
+    from hf_lingudistill.labs.evaluation.report import markdown
 
     RESULTS.mkdir(exist_ok=True)
     reports = []

@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from hf_lingudistill.demo.vqa import COLORS, SHAPES, annotated_images
+from hf_lingudistill.labs.demo.vqa import COLORS, SHAPES, annotated_images
 
 REQUESTS = {
     "train": (

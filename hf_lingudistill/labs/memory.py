@@ -290,7 +290,7 @@ def read_pair(student: str, teacher: str | None) -> tuple[ModelFacts, ModelFacts
         PlanError: if no teacher is named, if one of the two is not a causal LM, or if the student has no vision tower.
         UnreadableModelError: if a config cannot be read.
     """
-    from .compatibility import guess_teacher
+    from ..compatibility import guess_teacher
 
     if teacher is None:
         teacher = BUILT_IN_PAIRS.get(student) or guess_teacher(student)
@@ -308,7 +308,7 @@ def _read_facts(role: str, name_or_path: str) -> ModelFacts:
 
         settings = dict(BUILT_IN[name_or_path])
         return model_facts(AutoConfig.for_model(settings.pop("model_type"), **settings), name_or_path)
-    from .compatibility import load_config
+    from ..compatibility import load_config
 
     return model_facts(load_config(role, name_or_path, trust_remote_code=False, revision=None), name_or_path)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .record import public_name
+from .run_facts import public_name
 
 Facts = Mapping[str, Any]
 

@@ -23,7 +23,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from ..compatibility import UnreadableModelError
+from ...compatibility import UnreadableModelError
 
 
 @dataclass

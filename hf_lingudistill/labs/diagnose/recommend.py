@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..config import KVSharing
+from ...config import KVSharing
 from ..statistics import Bootstrap, Items
 from .prompts import CONDITIONS
 

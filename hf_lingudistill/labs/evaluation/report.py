@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..results import number
+from ...hub.results import number
 from ..statistics import Bootstrap, Items, loss_is_real
 
 Report = dict[str, Any]

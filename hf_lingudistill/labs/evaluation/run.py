@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from .._version import __version__
+from ..._version import __version__
 from ..statistics import Bootstrap
 from .cache import ItemCache, digest
 from .data import ImageItem, image_items, text_items

@@ -19,11 +19,11 @@ from datasets.utils.logging import disable_progress_bar
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from trl import SFTTrainer
 
-from .._version import __version__
-from ..config import LinguDistillConfig
-from ..record import SETTINGS
-from ..report import Report, language_entry, prompts_text, table, vision_entry, write_report
-from ..trainer import LinguDistillTrainer
+from ..._version import __version__
+from ...config import LinguDistillConfig
+from ...hub.run_facts import SETTINGS
+from ...trainer import LinguDistillTrainer
+from ..demo_report import Report, language_entry, prompts_text, table, vision_entry, write_report
 from .measure import answer, text_perplexity, what_accuracy
 from .models import (
     SMOLLM2_135M,

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from .._internals import attention_switched, decoder_of
-from ..kv_sharing import QueryPlan, SharedKV, recording
+from ..._internals import attention_switched, decoder_of
+from ...kv_sharing import QueryPlan, SharedKV, recording
 
 STATES = ("keys", "values", "hidden")
 LayerOutputs = dict[int, torch.Tensor]

@@ -19,7 +19,8 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 from trl import prepare_multimodal_messages
 
-from ..data import IMAGE_COLUMNS, BadRow, DistillSource, decode_image, load_source, prepare_dataset
+from ...batch import IMAGE_COLUMNS, BadRow, decode_image, prepare_dataset
+from ...mixtures import DistillSource, load_source
 
 CONDITIONS = {
     "text": "text, no image",

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .._internals import head_of
-from ..config import KVSharing
+from ..._internals import head_of
+from ...config import KVSharing
+from ...kv_sharing import KV_SHARING_MODES, QueryPlan, plan_queries, recording, teacher_pass
+from ...losses import label_nll
+from ...teacher import Teacher
 from ..evaluation.models import Scored
-from ..kv_sharing import KV_SHARING_MODES, QueryPlan, plan_queries, recording, teacher_pass
-from ..losses import label_nll
-from ..teacher import Teacher
 from .prompts import Prompt
 from .states import layer_outputs, recording_own, state_drift
 

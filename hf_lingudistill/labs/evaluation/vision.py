@@ -28,7 +28,7 @@ Images = Sequence[PILImage.Image]
 
 @cache
 def load_metric(name: str) -> Any:
-    """One of the `evaluate` modules in `hf_lingudistill/metrics`; `compute` returns the mean and `scores` per item."""
+    """One of the `evaluate` modules in `hf_lingudistill/labs/metrics`; `compute` returns the mean and `scores` per item."""
     return evaluate.load(str(METRICS / name / f"{name}.py"))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .._internals import decoder_of, head_of
+from ..._internals import decoder_of, head_of
 
 _IN_LAYER = re.compile(r"layers\.(\d+)\.(.+)\.\w+$")
 

@@ -23,9 +23,9 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from safetensors import SafetensorError, safe_open
 
 from .card import PLOTS, eval_result_file, licence_of, render_card
-from .record import FILE_NAME as RECORD
-from .record import Record, is_local, read_record
 from .results import main_model, tasks_of
+from .run_facts import FILE_NAME as RECORD
+from .run_facts import Record, is_local, read_record
 
 # Files of a model's folder that transformers reads. All else there stays at home: optimizer states, `training_args.bin` (which
 # holds the token), checkpoints, caches, logs.
@@ -223,7 +223,7 @@ def space_manifest(
             "with `hf upload ORG/BEFORE FOLDER` and pass --before ORG/BEFORE."
         )
     check_repo_id(before, original)
-    folder = Path(files).expanduser() if files else Path(__file__).resolve().parents[1] / "examples" / "space"
+    folder = Path(files).expanduser() if files else Path(__file__).resolve().parents[2] / "examples" / "space"
     if not (folder / "app.py").is_file():
         raise PublishError(
             f"The Space's app.py is not in {folder.name!r}: it is no part of the installed package. Clone the repository of "

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from ._version import __version__
+from .._version import __version__
 
 Record = dict[str, Any]
 FILE_NAME = "lingudistill.json"

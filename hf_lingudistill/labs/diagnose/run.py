@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .._version import __version__
-from ..compatibility import check_compatibility
+from ..._version import __version__
+from ...compatibility import check_compatibility
+from ...teacher import prepare_teacher
 from ..evaluation.models import Scored, describe, load_scored
 from ..statistics import Bootstrap, Items
-from ..teacher import prepare_teacher
 from .measure import READERS, Measured, measure
 from .prompts import CONDITIONS, Prompts, load_prompts
 from .recommend import RULE, recommend

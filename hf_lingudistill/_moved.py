@@ -1,0 +1,58 @@
+"""Modules that moved in 0.2: the old paths still import, with a warning, and give the very modules of the new ones."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+PACKAGE = "hf_lingudistill"
+MOVED = {
+    "card": "hub.card",
+    "data": "batch",
+    "demo": "labs.demo",
+    "diagnose": "labs.diagnose",
+    "evaluation": "labs.evaluation",
+    "manifest": "hub.manifest",
+    "metrics": "labs.metrics",
+    "plan": "labs.memory",
+    "publish": "hub.publish",
+    "record": "hub.run_facts",
+    "report": "labs.demo_report",
+    "results": "hub.results",
+    "statistics": "labs.statistics",
+}
+
+
+class _OldPath(Loader):
+    """Loads one old path: as the module at its new one."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        first, _, rest = spec.name.removeprefix(f"{PACKAGE}.").partition(".")
+        new = ".".join(part for part in (PACKAGE, MOVED[first], rest) if part)
+        warnings.warn(f"{spec.name} has moved: import {new}.", FutureWarning, stacklevel=2)
+        module = importlib.import_module(new)
+        # The import system writes the old name into what it gets: the module keeps its own
+        self.own = (module.__spec__, module.__name__, module.__loader__, module.__package__)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__, module.__name__, module.__loader__, module.__package__ = self.own
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, below = name.partition(".")
+        return ModuleSpec(name, _OldPath()) if package == PACKAGE and below.split(".")[0] in MOVED else None
+
+
+def install() -> None:
+    """Let the old paths be found: before other finders, which would load `evaluation.vision` a second time."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
