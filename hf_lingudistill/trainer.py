@@ -12,7 +12,6 @@ import logging
 import math
 import types
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from huggingface_hub import HfApi
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
@@ -40,10 +38,7 @@ from .compatibility import CompatibilityReport, check_compatibility, guess_teach
 from .config import LinguDistillConfig
 from .engines import blank_image, head_unsharded, is_teacher_sharded, shard_teacher, sharding_of, vision_on
 from .finite import IN_A_ROW, FiniteWatch, NotFinite, Problem
-from .hub.card import render_card
-from .hub.manifest import PublishError, check_repo_id, command_for, model_manifest
-from .hub.publish import Published, publish, whole_name
-from .hub.run_facts import Record, dataset_fact, read_record, training_record, write_record
+from .hub.mixin import PublishingMixin
 from .kv_sharing import QueryPlan, SharedKV, placeholder_plan, plan_queries, recording, teacher_pass
 from .losses import combine, distil, divergence, label_nll
 from .teacher import Teacher, compute_dtype_of, load_teacher_model, on_device, prepare_teacher
@@ -75,7 +70,7 @@ _ONCE = (
 )
 
 
-class LinguDistillTrainer(SFTTrainer):
+class LinguDistillTrainer(PublishingMixin, SFTTrainer):
     """Distil a VLM's original LM back into it.
 
     Everything that [`~trl.SFTTrainer`] accepts is accepted here; two arguments are added.
@@ -103,11 +98,9 @@ class LinguDistillTrainer(SFTTrainer):
     """
 
     args: LinguDistillConfig
-    model: Any  # narrower than transformers' declarations, which admit None
-    train_dataset: Any
+    train_dataset: Any  # narrower than transformers' declarations, which admit None
     processing_class: Any
     _signature_columns: Any
-    hub_model_id: Any
 
     _tag_names = ["trl", "sft", "lingudistill", "distillation"]
     _name = "LinguDistill"
@@ -143,12 +136,7 @@ class LinguDistillTrainer(SFTTrainer):
                 f"{type(adapter).__name__} puts virtual tokens before the text, which the teacher cannot read: use LoRA "
                 "or full fine-tuning."
             )
-        self.has_distill_column = False
-        self.distill_share: float | None = None
         self.skipped_rows: Mapping[str, int] = {}
-        # For the record of the run; whoever knows more than this trainer (a script its arguments) sets them
-        self.recipe: dict[str, Any] | None = None
-        self.dataset_facts: list[Record] = []
 
         # Teacher: who, and does it fit? Configs and tokenizers only, before any weight is loaded.
         teacher_ref = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
@@ -701,94 +689,6 @@ class LinguDistillTrainer(SFTTrainer):
         for name in _ONCE:
             setattr(self, name, kept[name])
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # Saving and publishing
-    # ----------------------------------------------------------------------------------------------------------------
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`Trainer.save_model`, with the record of the run (`lingudistill.json`) beside the model.
-
-        With `push_to_hub=True` the model is published as well; if that fails, it is logged, with what goes on.
-        """
-        super().save_model(output_dir, _internal_call=True)
-        if self.is_world_process_zero():
-            record = training_record(self, recipe=self.recipe, datasets=self.dataset_facts)
-            write_record(record, output_dir or str(self.args.output_dir))
-        if self.args.push_to_hub and not _internal_call:
-            try:
-                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-            except PublishError as error:
-                logger.error("Saved, but not published. %s", error)
-
-    def create_model_card(  # type: ignore[override]  # SFTTrainer's own signature
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write `README.md` to `output_dir`, rendered from the run's record in place of TRL's automatic card."""
-        if not self.is_world_process_zero():
-            return
-        record = training_record(self, recipe=self.recipe, datasets=self._dataset_facts(dataset_name))
-        card = render_card(record, {}, repo_id=self.hub_model_id, name=model_name, tags=_as_list(tags))
-        card.save(Path(str(self.args.output_dir)) / "README.md")
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Name the repository. It is made when there is something to publish: no Hub, no reason not to train."""
-        self.hub_model_id = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
-        self.push_in_progress = None
-        try:
-            check_repo_id(self.hub_model_id)
-        except PublishError as error:
-            raise ValueError(f"hub_model_id (default: the name of output_dir): {error}") from None
-
-    def push_to_hub(  # type: ignore[override]  # says more than a CommitInfo
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        *,
-        save: bool = True,
-        **kwargs: Any,
-    ) -> Published | Future[Published] | None:
-        """Save to `output_dir` and publish what is there: the model, its processor, card, record and recipe, no more.
-
-        The arguments are those of `Trainer.push_to_hub`; kwargs those of `create_model_card`. With `save=False` the folder is
-        taken as it is: it may hold more than this trainer knows, such as merged weights. Returns where it is now, a
-        future of that with `blocking=False`, and None on any process but the first.
-
-        Raises:
-            PublishError: if it could not be published. The saved model is whole; the message names the command that goes on.
-        """
-        if save:
-            self.save_model(_internal_call=True)
-        if self.hub_model_id is None:
-            self.init_hf_repo()
-        if not self.is_world_process_zero():
-            return None
-        args, out = self.args, str(self.args.output_dir)
-        token = token or args.hub_token
-        private = bool(args.hub_private_repo if private is None else private)
-        command = command_for(out, self.hub_model_id, private=private)
-        self.hub_model_id = whole_name(self.hub_model_id, command, token=token)
-        self.create_model_card(**kwargs)
-        record = {**read_record(out)}
-        record["datasets"] = record.get("datasets") or self._dataset_facts(kwargs.get("dataset_name"))
-        manifest = model_manifest(
-            out,
-            self.hub_model_id,
-            private=private,
-            record=record,
-            tags=_as_list(kwargs.get("tags")),
-            revision=revision or args.hub_revision,
-            message=commit_message,
-        )
-        if blocking:
-            return publish(manifest, token=token)
-        return HfApi().run_as_future(publish, manifest, token=token)
-
-    def _dataset_facts(self, dataset_name: str | None) -> list[Record]:
-        """What the script said about the data, or the name that the caller of a push gave."""
-        return self.dataset_facts or ([dataset_fact(dataset_name)] if dataset_name else [])
-
     def _plain_student(self) -> PreTrainedModel:
         return self.model.get_base_model() if is_peft_model(self.model) else self.model  # type: ignore[no-any-return]
 
@@ -836,10 +736,6 @@ def _reference(model: Any) -> str:
 
 def _as_dict(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {}
-
-
-def _as_list(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
 
 
 def _is_quantised(model: PreTrainedModel) -> bool:

@@ -173,12 +173,14 @@ def training_record(
     """What a card says about how a model was trained.
 
     Args:
-        trainer: a `LinguDistillTrainer`, at any time; what is not known yet (steps, seconds) is None.
+        trainer: a `PublishingMixin`, at any time; what is not known yet (steps, seconds) is None.
         recipe: `recipe_of` the run's arguments; left out, of the trainer's alone.
         datasets: `dataset_fact` of each source.
     """
+    from accelerate.utils import is_peft_model
+
     args, state = trainer.args, trainer.state
-    student = trainer._plain_student()
+    student = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
     name = str(getattr(student.config, "_name_or_path", "") or "")
     return {
         "schema": SCHEMA,
@@ -194,7 +196,7 @@ def training_record(
             "quantization_kl": trainer.teacher_quantization_kl,
         },
         "datasets": list(datasets),
-        "settings": {name: getattr(args, name) for name in SETTINGS},
+        "settings": {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)},
         "training": {
             "steps": state.global_step or None,
             "epochs": state.epoch,
