@@ -291,7 +291,7 @@ def test_what_is_wrong_with_a_dataset_is_said_by_task(rows: datasets.Dataset, tm
     with pytest.raises(ValueError) as raised:
         image_items(VisionTask(name="t", path=path, n=5), seed=0)
     assert str(raised.value) == "Task 't' asks for 5 items, the data has 4 usable ones: lower n."
-    with pytest.raises(ValueError, match=r"^Task 't', item 0: expected an image, found one that cannot be read \(.+Repair or drop"):  # fmt: skip
+    with pytest.raises(ValueError, match=r"^Task 't', item 0: expected an image; an image cannot be read \(.+Repair or drop"):  # fmt: skip
         image_items(VisionTask(name="t", path=path, image="question"), seed=0)
     for builtin in (VisionTask(name="t", builtin="nope"), GroundedTask(name="t", builtin="nope")):
         with pytest.raises(ValueError, match=r"^Task 't': built-in 'nope' is unknown; expected easy_vqa_what or easy"):

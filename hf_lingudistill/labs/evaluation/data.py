@@ -6,19 +6,22 @@ sentences in wordings of the test split). They come from the packages of the `de
 
 from __future__ import annotations
 
-import io
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from datasets import load_dataset, load_from_disk
+from datasets import ClassLabel, load_dataset, load_from_disk
 from PIL import Image as PILImage
 
+from ...batch import BadRow, decode_image
+from .shapes import ShapeError, accepted_answers, choices_of, found, right_choices, text_of
 from .suite import Data, GroundedTask, TextTask, VisionTask
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,11 @@ class ImageItem:
 
 
 def text_items(task: TextTask, seed: int) -> dict[str, str]:
-    """{key: text}, each cut to `max_words` words; texts of fewer than `head_words` + 8 words are left out."""
+    """{key: text}, each cut to `max_words` words; texts of fewer than `head_words` + 8 words are left out.
+
+    Raises:
+        ValueError: naming task and item, for what is no text.
+    """
     if task.builtin is not None:
         from ..demo.text import UNSEEN_SOURCES, passages
 
@@ -41,81 +48,165 @@ def text_items(task: TextTask, seed: int) -> dict[str, str]:
             raise ValueError(
                 f"Task {task.name!r}: built-in text {task.builtin!r} is unknown; expected one of {', '.join(UNSEEN_SOURCES)}."
             )
-        texts = dict(enumerate(passages(task.builtin)))
+        texts: dict[int, Any] = dict(enumerate(passages(task.builtin)))
     else:
-        texts = {index: str(row[task.column]) for index, row in _rows(task, (task.column,)).items()}
-    words = {index: text.split(" ") for index, text in texts.items()}
+        rows = Rows(task, (task.column,))
+        texts = dict(zip(rows.numbers, rows.column(task.column), strict=True))
+    words: dict[int, list[str]] = {}
+    for index, text in texts.items():
+        if not isinstance(text, str):  # a blank one is short, and left out like every short one
+            raise ValueError(
+                f"Task {task.name!r}, item {index}: column {task.column!r}: expected a text, found {found(text)}. Name another "
+                "column, or drop the row."
+            )
+        words[index] = text.split(" ")
     long_enough = [index for index, row in words.items() if len(row) >= task.head_words + 8]
     return {str(index): " ".join(words[index][: task.max_words]) for index in _draw(task, long_enough, seed)}
 
 
 def image_items(task: VisionTask | GroundedTask, seed: int) -> list[ImageItem]:
-    """The items of a task about images, in the order in which they are scored."""
+    """The items of a task about images, in the order in which they are scored; `shapes` says what the columns may hold.
+
+    Raises:
+        ValueError: naming task, item and column, for a value of no accepted shape.
+    """
     if task.builtin is not None:
         return _easy_vqa(task, seed)
+    pictures = (task.image,) if isinstance(task.image, str) else task.image
     choices = getattr(task, "choices", None)
-    columns = (task.image, task.question, task.answer, *([choices] if choices else []))
-    rows = _rows(task, columns)
-    return [_item(str(index), rows[index], task, choices) for index in _draw(task, list(rows), seed)]
+    rows = Rows(task, (*pictures, task.question, task.answer, *([choices] if choices else [])))
+    drawn = _draw(task, list(rows.numbers), seed)
+    right = _right_choices(task, rows) if isinstance(task, VisionTask) and choices else {}
+    read_answers = partial(accepted_answers, metric=getattr(task, "metric", ""))
+    items = []
+    for index in drawn:
+        row, key = rows[index], str(index)
+        images = _row_images([row[column] for column in pictures], task, key)
+        question = _question(_in(task, key, task.question, text_of, row[task.question]), len(images), task, key)
+        if key in right:
+            texts = choices_of(row[str(choices)]).texts
+            items.append(ImageItem(key, images, question, tuple(texts[i] for i in right[key]), texts))
+        else:
+            accepted = _in(task, key, task.answer, read_answers, row[task.answer])
+            items.append(ImageItem(key, images, question, accepted))
+    return items
 
 
-def _item(key: str, row: Row, task: VisionTask | GroundedTask, choices: str | None) -> ImageItem:
-    answer, images = row[task.answer], row[task.image]
-    if choices and isinstance(answer, int):  # ScienceQA and others give the right choice by its index
-        answer = row[choices][answer]
-    if answer == [] and isinstance(task, GroundedTask):
-        raise ValueError(f"Task {task.name!r}, item {key}: expected an answer to score, found none. Drop the row.")
-    return ImageItem(
-        key,
-        tuple(_image(image, task, key) for image in (images if isinstance(images, list) else [images])),
-        str(row[task.question]),
-        tuple(str(text) for text in (answer if isinstance(answer, list) else [answer])),
-        tuple(str(text) for text in row[choices]) if choices else (),
-    )
-
-
-def _image(image: Any, task: Data, key: str) -> PILImage.Image:
+def _right_choices(task: VisionTask, rows: Rows) -> dict[str, tuple[int, ...]]:
+    """{key: indices of the right choices} of every row of the data: a column says together what its answers are."""
+    given = rows.column(str(task.choices))
+    column = [
+        (str(index), answer, _in(task, str(index), str(task.choices), choices_of, value))
+        for index, answer, value in zip(rows.numbers, rows.column(task.answer), given, strict=True)
+    ]
     try:
-        if isinstance(image, dict):
-            image = PILImage.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"])
-        return image.convert("RGB")  # type: ignore[no-any-return]
-    except Exception as error:
+        return right_choices(column, task.answer_is)
+    except ShapeError as error:
+        raise ValueError(f"Task {task.name!r}, column {task.answer!r}, {error}.") from error
+
+
+def _in(task: Data, key: str, column: str, read: Callable[[Any], T], value: Any) -> T:
+    """A value read, or refused with the place where it stands."""
+    try:
+        return read(value)
+    except ShapeError as error:
+        raise ValueError(f"Task {task.name!r}, item {key}: column {column!r}: {error}.") from error
+
+
+def _question(text: str, images: int, task: Data, key: str) -> str:
+    """The question without LLaVA's `<image>` marks: the images are put before it."""
+    if marks := text.count("<image>"):
+        if marks != images:
+            raise ValueError(
+                f"Task {task.name!r}, item {key}: its question has {marks} <image> marks for {images} images. Repair or drop the row."
+            )
+        text = text.replace("<image>", "").strip()
+    return text
+
+
+def _row_images(values: list[Any], task: Data, key: str) -> tuple[PILImage.Image, ...]:
+    """The images of one column (one, or a list), or of several columns (those that are null are not used)."""
+    if len(values) > 1:
+        values = [value for value in values if value is not None]
+    elif isinstance(values[0], list | tuple):
+        values = list(values[0])
+    if not values:
         raise ValueError(
-            f"Task {task.name!r}, item {key}: expected an image, found one that cannot be read ({error}). Repair or drop the row."
-        ) from error
+            f"Task {task.name!r}, item {key}: it has no image. Drop the row, or leave it out with `where`."
+        )
+    return tuple(_image(value, task, key) for value in values)
 
 
-def _rows(task: Data, columns: tuple[str, ...]) -> dict[int, Row]:
-    path = str(task.path)
-    files = task.data_files
+def _image(image: Any, task: Data | None, key: str) -> PILImage.Image:
+    """An RGB image as the training reads it."""
+    try:
+        return decode_image(image)
+    except BadRow as error:
+        name = f"Task {task.name!r}, item" if task else "Item"
+        raise ValueError(f"{name} {key}: expected an image; {error}. Repair or drop the row.") from error
+
+
+class Rows:
+    """The rows of a task's data that its `where` lets in, by their number in the data; read when asked for.
+
+    Raises:
+        ValueError: if a column is missing, or `where` lets none in.
+    """
+
+    def __init__(self, task: Data, columns: tuple[str, ...]) -> None:
+        self.task, dataset = task, _load(task)
+        where = dict(task.where or {})
+        if missing := [column for column in (*columns, *where) if column not in dataset.column_names]:
+            raise ValueError(
+                f"Task {task.name!r}: {task.path} has no column {missing[0]!r}, found {', '.join(dataset.column_names)}. Name the "
+                "columns in the suite."
+            )
+        self.dataset = dataset.select_columns(list(dict.fromkeys((*columns, *where))))
+        self.numbers: Sequence[int] = range(len(dataset))
+        for column, wanted in where.items():
+            allowed = wanted if isinstance(wanted, list | tuple) else [wanted]
+            self.numbers = [i for i, v in zip(self.numbers, self.column(column), strict=True) if v in allowed]
+            if not self.numbers:
+                seen = sorted({found(value) for value in self._whole(column)})[:5]
+                raise ValueError(
+                    f"Task {task.name!r}: where {column} is {wanted!r} there is no row, found {', '.join(seen)}."
+                )
+
+    def __getitem__(self, number: int) -> Row:
+        try:
+            row = dict(self.dataset[number])
+        except Exception as error:  # an image that `datasets` cannot decode; PIL raises a dozen types
+            raise ValueError(
+                f"Task {self.task.name!r}, item {number}: expected an image, found one that cannot be read "
+                f"({' '.join(str(error).split())[:200]}). Repair or drop the row."
+            ) from error
+        return {column: self._named(column, value) for column, value in row.items()}
+
+    def column(self, name: str) -> list[Any]:
+        """One column of these rows."""
+        whole = self._whole(name)
+        return [whole[number] for number in self.numbers]
+
+    def _whole(self, name: str) -> list[Any]:
+        return [self._named(name, value) for value in self.dataset.select_columns([name])[:][name]]
+
+    def _named(self, column: str, value: Any) -> Any:
+        """A class label by its name: its number says nothing to a reader."""
+        feature = self.dataset.features[column]
+        if isinstance(feature, ClassLabel) and isinstance(value, int):
+            return feature.int2str(value) if value >= 0 else None  # -1: hidden
+        return value
+
+
+def _load(task: Data) -> Any:
+    path, files = str(task.path), task.data_files
     if files is not None and not isinstance(files, Mapping):
         files = {task.split: list(files) if isinstance(files, tuple) else files}  # else `datasets` calls them "train"
     if (Path(path) / "state.json").is_file():
-        dataset = load_from_disk(path)
-    elif (Path(path) / "dataset_dict.json").is_file():
-        dataset = load_from_disk(str(Path(path) / task.split))
-    else:
-        dataset = load_dataset(path, task.config, split=task.split, data_files=files, revision=task.revision)
-    if missing := [column for column in columns if column not in dataset.column_names]:
-        raise ValueError(
-            f"Task {task.name!r}: {path} has no column {missing[0]!r}, found {', '.join(dataset.column_names)}. Name the columns "
-            "in the suite."
-        )
-    return _Lazy(dataset)
-
-
-class _Lazy(dict[int, Row]):
-    """Rows by index, read when asked for."""
-
-    def __init__(self, dataset: Any) -> None:
-        super().__init__((index, {}) for index in range(len(dataset)))
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> Row:
-        return dict(self.dataset[index])
-
-    def items(self) -> Any:
-        return ((index, self[index]) for index in self)
+        return load_from_disk(path)
+    if (Path(path) / "dataset_dict.json").is_file():
+        return load_from_disk(str(Path(path) / task.split))
+    return load_dataset(path, task.config, split=task.split, data_files=files, revision=task.revision)
 
 
 def _draw(task: Data, keys: list[int], seed: int) -> list[int]:

@@ -28,6 +28,8 @@ from typing import Any
 
 import yaml
 
+from .shapes import ANSWER_KINDS
+
 FORMS = ("plain", "chat")
 METRICS = ("exact_match", "vqa_accuracy", "anls", "relaxed_accuracy", "multiple_choice")
 CONTROLS = ("grey", "shuffled")
@@ -44,6 +46,8 @@ class Data:
         builtin (`str`, *optional*): data that installs with pip.
         path, config, split, data_files, revision: of a dataset, on the Hub or local.
         n (`int`, *optional*): number of items, drawn with the suite's seed; default: all.
+        where (`dict`, *optional*): {column: value or list of values}; only such rows. Two tasks on the same data are thus its
+            seen and its unseen part.
     """
 
     name: str
@@ -55,8 +59,11 @@ class Data:
     data_files: Any = None
     revision: str | None = None
     n: int | None = None
+    where: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.where and self.builtin is not None:
+            raise ValueError(f"Task {self.name!r}: `where` reads columns of a dataset, and a builtin has none.")
         if (self.builtin is None) == (self.path is None):
             raise ValueError(f"Task {self.name!r}: expected one of `builtin` and `path`, found both or neither.")
         if self.n is not None and self.n < 2:
@@ -95,17 +102,21 @@ class VisionTask(Data):
     """Answers written by greedy decoding, scored by a metric of `metrics/`.
 
     Parameters:
-        image, question, answer, choices: columns. `answer` holds one text or a list of accepted ones.
+        image, question, answer, choices: columns; `shapes` says what they may hold. `image` may be a list of columns, of which a
+            row leaves the unused ones null.
+        answer_is: with `choices`: whether the column `answer` holds a choice's `text`, `letter`, `index` or `label`, where the
+            column does not show it by itself.
         metric: one of `exact_match`, `vqa_accuracy`, `anls`, `relaxed_accuracy`, `multiple_choice`.
         max_new_tokens (`int`): length of an answer.
         suffix (`str`): text after each question, such as "Answer with one word."
         controls: `grey` (each image replaced by an even grey) and/or `shuffled` (images permuted between items).
     """
 
-    image: str = "image"
+    image: str | tuple[str, ...] = "image"
     question: str = "question"
     answer: str = "answer"
     choices: str | None = None
+    answer_is: str | None = None
     metric: str = "exact_match"
     max_new_tokens: int = 16
     suffix: str = ""
@@ -117,6 +128,12 @@ class VisionTask(Data):
         _known(self, "metric", (self.metric,), METRICS)
         if (self.metric == "multiple_choice") != (self.choices is not None) and self.builtin is None:
             raise ValueError(f"Task {self.name!r}: metric multiple_choice and the column `choices` go together.")
+        if self.answer_is is not None:
+            _known(self, "answer_is", (self.answer_is,), ANSWER_KINDS)
+            if self.choices is None:
+                raise ValueError(
+                    f"Task {self.name!r}: `answer_is` is about the column `choices`, which it does not name."
+                )
 
 
 @dataclass(frozen=True)
@@ -124,14 +141,14 @@ class GroundedTask(Data):
     """Language about an image: the likelihood of held-out answers, split into what depends on the image and the rest.
 
     Parameters:
-        image, question, answer: columns; the answer is a text of some length.
+        image, question, answer: columns; the answer is a text of some length (of several, the first).
         swaps (`int`): other images under the same answer, from which the split is found.
         threshold (`float`): a token depends on the image if the reference model gives it on average so many nats more with
             its own image than with the others.
         max_answer_tokens (`int`): answers are cut there.
     """
 
-    image: str = "image"
+    image: str | tuple[str, ...] = "image"
     question: str = "question"
     answer: str = "answer"
     swaps: int = 4
@@ -188,12 +205,13 @@ class Suite:
 
 
 _PARTS: dict[str, Any] = {"texts": TextTask, "vision": VisionTask, "grounded": GroundedTask}
-_TYPES: dict[str, Any] = {  # by the annotation's first word
+_TYPES: dict[str, Any] = {  # by the words of an annotation
     "str": (str, "a text"),
     "int": (int, "a whole number"),
     "float": (int | float, "a number"),
     "bool": (bool, "true or false"),
     "tuple": (list | tuple, "a list"),
+    "dict": (Mapping, "a mapping"),
 }
 
 
@@ -240,10 +258,12 @@ def _build(kind: Any, entry: Any, where: str) -> Any:
         raise ValueError(f"{where}: {', '.join(missing)} is missing.")
     types = {f.name: f.type for f in dataclasses.fields(kind)}
     for name, value in entry.items():
-        expected, described = _TYPES.get(types[name].split(" | ")[0].split("[")[0], (object, ""))
-        absent = value is None and types[name].endswith("| None")
-        if not (absent or isinstance(value, expected)) or (isinstance(value, bool) and expected is not bool):
-            raise ValueError(f"{where}: {name} must be {described}, found {value!r}.")
+        words = [word.split("[")[0] for word in types[name].split(" | ")]
+        expected = [_TYPES[word] for word in words if word in _TYPES]
+        absent = value is None and "None" in words
+        fits = any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in expected)
+        if expected and not (absent or fits):
+            raise ValueError(f"{where}: {name} must be {' or '.join(said for _, said in expected)}, found {value!r}.")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
     try:
         return kind(**values)

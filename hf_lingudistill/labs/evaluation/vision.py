@@ -16,6 +16,7 @@ import torch
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
+from ..metrics.multiple_choice.multiple_choice import lettered
 from ..statistics import Items
 from .cache import ItemCache
 from .data import ImageItem, grey, other_item
@@ -66,9 +67,9 @@ def answers(
 
 
 def question(item: ImageItem) -> str:
-    """The question, and on lines of their own the lettered choices if there are any."""
-    choices = (f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, item.choices, strict=False))
-    return "\n".join((item.question, *choices))
+    """The question, and on lines of their own the choices if there are any: with letters, where letters name choices."""
+    marks = [f"{letter}." for letter in ascii_uppercase] if lettered(list(item.choices)) else ["-"] * len(item.choices)
+    return "\n".join((item.question, *(f"{mark} {choice}" for mark, choice in zip(marks, item.choices, strict=False))))
 
 
 @torch.inference_mode()

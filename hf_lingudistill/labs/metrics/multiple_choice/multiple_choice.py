@@ -9,13 +9,14 @@ import evaluate
 
 _DESCRIPTION = """
 Which of the choices an answer names, and whether that is the right one. An answer names a choice by its letter ("B", "(B)",
-"B. ...", "the answer is B") or by its text. What names no choice, or more than one, is wrong.
+"B. ...", "the answer is B") or by its text. What names no choice, or more than one, is wrong. Where a choice's text is itself the
+letter of another one (the labels in a diagram), letters would mean two things: then its text alone names a choice.
 """
 
 _INPUTS = """
 Args:
     predictions: list of n answers.
-    references: list of n lists, each holding the right choice: its text or its letter.
+    references: list of n lists, each holding the right choice: its text, or its letter where letters name choices.
     choices: list of n lists of texts, in the order of the letters A, B, ...
 Returns:
     multiple_choice: mean over items. scores: list of n, 0.0 or 1.0. unparsed: number of answers that name no choice.
@@ -37,6 +38,12 @@ def _normal(text: str) -> str:
     return re.sub(rf"^(?:(?!-\d)[{outer}\s])+|[{outer}\s]+$", "", text) or text
 
 
+def lettered(choices: list[str]) -> bool:
+    """Whether a letter names a choice: not where one choice's text is the letter of another."""
+    letters = list(LETTERS.lower()[: len(choices)])
+    return not any(_normal(text) in letters and _normal(text) != letters[i] for i, text in enumerate(choices))
+
+
 def named(answer: str, choices: list[str]) -> int | None:
     """The index of the one choice that an answer names, or None."""
     letters = LETTERS[: len(choices)]
@@ -50,7 +57,7 @@ def named(answer: str, choices: list[str]) -> int | None:
         # In capitals: "the answer is a circle" names no letter
         rf"(?i:answer\s*(?:is|:))\s*\(?([{letters}])(?!\w)",
     )
-    for pattern in patterns:
+    for pattern in patterns if lettered(choices) else ():
         if (found := re.search(pattern, answer)) is not None:
             return letters.index(found.group(1).upper())
     rest, inside = answer.lower(), []
@@ -81,5 +88,8 @@ class MultipleChoice(evaluate.Metric):  # type: ignore[misc]
         for answer, accepted, options in zip(predictions, references, choices, strict=True):
             given = named(answer, options)
             unparsed += given is None
-            scores.append(float(given is not None and given in {named(text, options) for text in accepted}))
+            right = {named(text, options) for text in accepted}
+            # By text, not by index: of two choices with the same text, both are right
+            texts = {_lower(options[index]) for index in right if index is not None}
+            scores.append(float(given is not None and _lower(options[given]) in texts))
         return {"multiple_choice": sum(scores) / len(scores), "scores": scores, "unparsed": unparsed}
