@@ -42,7 +42,7 @@ help:  ## List the targets
 demo demo-real: export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776
 
 demo: $(DEMO_STAMP)  ## Make a small VLM, break its language, restore it (no Hub); results in outputs/demo
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet --config_file examples/accelerate_configs/single.yaml examples/distill.py --output_dir outputs/demo
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet --config_file examples/accelerate_configs/single.yaml examples/distill.py --demo --output_dir outputs/demo
 
 demo-real: $(DEMO_STAMP)  ## The same with real weights, SmolLM2-135M-Instruct (ARGS=--offline: no Hub)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet --config_file examples/accelerate_configs/single.yaml examples/distill.py --config hf_lingudistill/labs/demo/real.yaml $(ARGS)

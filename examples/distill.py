@@ -1,6 +1,6 @@
-"""Distil a VLM's original LM back into it; without a model, run the embedded demo.
+"""Distil a VLM's original LM back into it; with `--demo`, run the embedded demo.
 
-    accelerate launch examples/distill.py --output_dir outputs/demo
+    accelerate launch examples/distill.py --demo --output_dir outputs/demo
 
     accelerate launch examples/distill.py --model_name_or_path VLM --teacher_model_name_or_path LM \\
         --dataset_name DATA --output_dir OUT

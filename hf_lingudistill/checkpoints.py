@@ -7,20 +7,37 @@ its own name by one rename when every process has written its part.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
+from .folders import MARKER, clear_staging, forget, is_ours, make_staging, record, remove
+
+BY = "distill"  # whose files they are, in the folder's list
 STAGING = ".checkpoint-being-written"
 STATE = "trainer_state.json"
+# What makes a folder one of a run, and what saving a model, its processor, its card and a run's state may write to it
+_OF_A_RUN = (STATE, "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+_WRITTEN = (
+    "*.json",
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.model",
+    "*.jinja",
+    "README.md",
+    "vocab.txt",
+    "merges.txt",
+    "adapter",
+)
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")  # one process or DDP, older, FSDP2, DeepSpeed
 
 
@@ -91,14 +108,55 @@ def _is_numbered(path: Path) -> bool:
     return path.name.rpartition("-")[2].isdecimal()
 
 
-def clear_staging(run: str | os.PathLike[str]) -> None:
+def check_output_dir(output_dir: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Before a new run: its folder must not hold what the run would write over, another run's files or anyone's.
+
+    Raises:
+        ValueError: if it does (and not `overwrite`), or is a file.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {str(folder)!r} is a file, expected a folder: choose another name.")
+    if overwrite:
+        return
+    runs = sorted((path.name for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")), key=len)
+    runs = [*(name for name in _OF_A_RUN if (folder / name).exists()), *runs]
+    files = sorted({path.name for pattern in _WRITTEN for path in folder.glob(pattern)} - {MARKER})
+    if runs or files:
+        found = f"another run ({runs[0]})" if runs else f"{files[0]!r}, which a run may write over"
+        raise ValueError(
+            f"output_dir {str(folder)!r} holds {found}: choose another folder, continue a run with "
+            "--resume_from_checkpoint PATH/checkpoint-N, or pass --overwrite_output_dir."
+        )
+
+
+def start_afresh(run: str | os.PathLike[str]) -> None:
+    """A new run begins in this folder: checkpoints of an earlier one, if any, are not its own, and `rotate` leaves them."""
+    put_back(run)
+    forget(run, by=BY)
+
+
+def rotate(run: str | os.PathLike[str], limit: int | None, best: str | None) -> None:
+    """Remove the run's own oldest checkpoints over `limit`; the newest and the `best` stay, and so does every folder that
+    this run did not write, or that has been changed since."""
+    if not limit or limit < 0:
+        return
+    found = map(Path, sort_checkpoints(str(run), use_mtime=True))
+    own = [path for path in found if is_ours(run, path.name, by=BY)]
+    protected = {*own[-1:], *([Path(best)] if best else [])}
+    excess = len(own) - max(limit, len(protected))
+    for path in [path for path in own if path not in protected][: max(excess, 0)]:
+        remove(run, path.name, by=BY)
+
+
+def put_back(run: str | os.PathLike[str]) -> None:
     """Remove what a killed run left half-written, and put back a checkpoint that was about to be replaced."""
     staging = Path(run) / STAGING
     for aside in staging.glob("replaced-*"):
         place = Path(run) / aside.name.removeprefix("replaced-")
         if not place.exists():
             aside.rename(place)
-    shutil.rmtree(staging, ignore_errors=True)
+    clear_staging(staging)
 
 
 @contextmanager
@@ -111,11 +169,11 @@ def staged(run: str, name: str, accelerator: Accelerator) -> Iterator[str]:
         CheckpointError: if something in the context could not be written. What was is removed.
     """
     staging = Path(run) / STAGING
-    if accelerator.is_local_main_process:
-        clear_staging(run)
-    accelerator.wait_for_everyone()
     try:
-        staging.mkdir(parents=True, exist_ok=True)
+        if accelerator.is_local_main_process:
+            put_back(run)
+            make_staging(staging)
+        accelerator.wait_for_everyone()
         yield str(staging)
         accelerator.wait_for_everyone()
         if accelerator.is_local_main_process:
@@ -125,7 +183,7 @@ def staged(run: str, name: str, accelerator: Accelerator) -> Iterator[str]:
         RuntimeError,
         SafetensorError,
     ) as error:  # torch and safetensors raise the last two when a disk is full
-        shutil.rmtree(staging, ignore_errors=True)
+        clear_staging(staging)
         last = newest(run)
         kept = (
             f"The last complete one is {str(last)!r}: resume from it"
@@ -147,11 +205,22 @@ def _move(staging: Path, name: str) -> None:
         return
     for path in [*whole.rglob("*"), whole]:  # after a power cut the rename may be there and the data not
         _flush(path)
-    if place.exists():
-        place.rename(staging / f"replaced-{name}")
+    if (
+        place.exists()
+    ):  # of this run, before it was resumed from an earlier one; or of anyone's, under overwrite_output_dir
+        own = is_ours(place.parent, name, by=BY)
+        place.rename(staging / f"replaced-{name}" if own else _free(place.with_name(f"earlier-{name}")))
     whole.rename(place)
+    with suppress(OSError):  # a disk that is full now: this checkpoint stays, and is not counted as the run's own
+        record(place.parent, name, by=BY)
     _flush(place.parent)
-    shutil.rmtree(staging, ignore_errors=True)
+    clear_staging(staging)
+
+
+def _free(path: Path) -> Path:
+    """The path, or one with a number behind it that nothing bears."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not name.exists())
 
 
 def _flush(path: Path) -> None:

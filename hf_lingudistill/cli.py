@@ -259,9 +259,12 @@ def _diagnose(args: argparse.Namespace) -> int:
         return _bad_input(f"--max_answer_tokens must be at least 1, got {args.max_answer_tokens}.")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from .compatibility import guess_teacher
-    from .labs.diagnose import as_text, diagnose, load_prompts, write_report
+    from .folders import check
+    from .labs.diagnose import FILES, as_text, diagnose, load_prompts, write_report
 
     try:
+        if args.output_dir:
+            check(args.output_dir, *FILES, by="diagnose")
         teacher = args.teacher or guess_teacher(args.student)
         if teacher is None:
             return _bad_input(

@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from ._internals import head_of
@@ -33,7 +33,17 @@ from .batch import (
     has_images,
     prepare_dataset,
 )
-from .checkpoints import STATE, clear_staging, read_measured, staged, to_resume, write_measured
+from .checkpoints import (
+    STATE,
+    check_output_dir,
+    put_back,
+    read_measured,
+    rotate,
+    staged,
+    start_afresh,
+    to_resume,
+    write_measured,
+)
 from .compatibility import CompatibilityReport, check_compatibility, guess_teacher
 from .config import LinguDistillConfig
 from .engines import blank_image, head_unsharded, is_teacher_sharded, shard_teacher, sharding_of, vision_on
@@ -630,12 +640,14 @@ class LinguDistillTrainer(PublishingMixin, SFTTrainer):
             resume_from_checkpoint = None
         if resume_from_checkpoint:
             if self.accelerator.is_local_main_process:
-                clear_staging(str(self.args.output_dir))
+                put_back(str(self.args.output_dir))
             self.accelerator.wait_for_everyone()
             resume_from_checkpoint = to_resume(resume_from_checkpoint, str(self.args.output_dir))
             self._resumed_from = Path(resume_from_checkpoint)
         else:
-            _check_output_dir(self.args)
+            check_output_dir(str(self.args.output_dir), overwrite=self.args.overwrite_output_dir)
+            if self.accelerator.is_local_main_process:
+                start_afresh(str(self.args.output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -661,7 +673,7 @@ class LinguDistillTrainer(PublishingMixin, SFTTrainer):
             finally:
                 self._staging = None
         if self.args.should_save:
-            rotate_checkpoints(run, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _measured(self) -> dict[str, Any]:
         """What this process has measured since the last log, and what it does only once: a checkpoint between two logs holds it,
@@ -740,17 +752,6 @@ def _as_dict(value: Any) -> dict[str, Any]:
 
 def _is_quantised(model: PreTrainedModel) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
-
-
-def _check_output_dir(args: LinguDistillConfig) -> None:
-    folder = Path(str(args.output_dir))
-    marks = ("trainer_state.json", "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-    held = [name for name in marks if (folder / name).exists()] + sorted(p.name for p in folder.glob("checkpoint-*"))
-    if held and not args.overwrite_output_dir:
-        raise ValueError(
-            f"output_dir {str(folder)!r} holds another run ({held[0]}): choose another folder, continue it with "
-            "--resume_from_checkpoint PATH/checkpoint-N, or pass --overwrite_output_dir."
-        )
 
 
 def _warn_if_grounding_is_at_risk(args: LinguDistillConfig, dataset: Dataset | IterableDataset) -> None:

@@ -49,8 +49,10 @@ def render(root: Path = ROOT) -> dict[str, str]:
 
 
 def stale(cards: dict[str, str], folder: Path = CARDS) -> list[str]:
-    """File names whose content in the folder is not what was rendered, or that should not be there."""
-    held = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md") if path.name != "README.md"}
+    """File names whose content in the folder is not what was rendered, or that were rendered once and should not be there. A card
+    that somebody wrote is left alone, whatever it is called."""
+    held = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
+    held = {name: text for name, text in held.items() if name in cards or text.endswith(NOTE)}
     return sorted(name for name in cards.keys() | held.keys() if cards.get(name) != held.get(name))
 
 

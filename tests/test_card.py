@@ -474,7 +474,8 @@ def test_a_changed_result_makes_a_card_stale_and_a_new_recipe_gets_one(tmp_path:
     cards = renderer()
     shutil.copytree(ROOT / "docs/results/demo", tmp_path / "docs/results/demo")
     (tmp_path / "cards").mkdir()
-    (tmp_path / "cards/gone.md").write_text("left over")
+    (tmp_path / "cards/gone.md").write_text("left over" + cards.NOTE)
+    (tmp_path / "cards/mine.md").write_text("written by hand")  # nothing that `make cards` may remove
     for name, text in cards.render(tmp_path).items():
         (tmp_path / "cards" / name).write_text(text, encoding="utf-8")
     assert cards.stale(cards.render(tmp_path), tmp_path / "cards") == ["gone.md"]

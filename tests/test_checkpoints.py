@@ -27,13 +27,16 @@ from hf_lingudistill.checkpoints import (
     STAGING,
     STATE,
     CheckpointError,
-    clear_staging,
+    check_output_dir,
     flaw,
     newest,
+    put_back,
     read_measured,
+    rotate,
     staged,
     to_resume,
 )
+from hf_lingudistill.folders import MARKER, NotOurs
 
 MakeTrainer = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,24 +147,38 @@ def test_folder_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-3" / "file").read_text() == "new" and not (tmp_path / STAGING).exists()
 
 
-def test_checkpoint_that_is_there_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint-3").mkdir()
-    (tmp_path / "checkpoint-3" / "old").touch()
-    with staged(str(tmp_path), "checkpoint-3", Accelerator(cpu=True)) as folder:
-        (Path(folder) / "checkpoint-3").mkdir()
-        (Path(folder) / "checkpoint-3" / "new").touch()
-    assert [path.name for path in (tmp_path / "checkpoint-3").iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+def test_checkpoint_that_is_there_is_replaced_and_one_that_is_not_the_runs_own_is_kept(tmp_path: Path) -> None:
+    for name in ("mine", "first", "second"):
+        if name == "mine":
+            (tmp_path / "checkpoint-3").mkdir()
+            (tmp_path / "checkpoint-3" / name).touch()
+            continue
+        with staged(str(tmp_path), "checkpoint-3", Accelerator(cpu=True)) as folder:
+            (Path(folder) / "checkpoint-3").mkdir()
+            (Path(folder) / "checkpoint-3" / name).touch()
+    assert [path.name for path in (tmp_path / "checkpoint-3").iterdir()] == ["second"]
+    assert [path.name for path in (tmp_path / "earlier-checkpoint-3").iterdir()] == ["mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MARKER, "checkpoint-3", "earlier-checkpoint-3"]
 
 
 def test_what_a_killed_run_left_is_cleared_and_what_it_had_put_aside_comes_back(tmp_path: Path) -> None:
     for name in ("checkpoint-6", "replaced-checkpoint-4", "replaced-checkpoint-2"):
         (tmp_path / STAGING / name).mkdir(parents=True)
+    (tmp_path / STAGING / MARKER).touch()
     (tmp_path / "checkpoint-2").mkdir()  # its replacement had got there
     (tmp_path / "checkpoint-2" / "new").touch()
-    clear_staging(tmp_path)
+    put_back(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     assert (tmp_path / "checkpoint-2" / "new").exists()
+
+
+def test_folder_that_only_bears_the_name_of_a_half_written_checkpoint_is_left(tmp_path: Path) -> None:
+    (tmp_path / STAGING).mkdir()
+    (tmp_path / STAGING / "mine").write_text("precious")
+    with pytest.raises(NotOurs, match="in the way and was not made by this library"):
+        with staged(str(tmp_path), "checkpoint-3", Accelerator(cpu=True)):
+            pass
+    assert (tmp_path / STAGING / "mine").read_text() == "precious"
 
 
 @pytest.mark.parametrize("step", [2, 4])
@@ -195,6 +212,39 @@ def test_older_checkpoints_are_removed_after_the_new_one_is_there(make_trainer: 
     trainer = make_trainer(**{**SETTINGS, "max_steps": 6}, save_total_limit=1)
     trainer.train()
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_only_the_runs_own_checkpoints_are_removed(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """Three that stay: one of an earlier run, one that only had the name, one that the user has changed since."""
+    out = tmp_path / "out"
+    make_trainer(**{**SETTINGS, "max_steps": 2}).train()
+    (out / "checkpoint-1").mkdir()
+    (out / "checkpoint-1" / "mine").write_text("precious")
+    (out / "checkpoint-2").rename(out / "checkpoint-9")
+    again = make_trainer(**{**SETTINGS, "save_steps": 1}, overwrite_output_dir=True, save_total_limit=10)
+    again.train()
+    (out / "checkpoint-3" / "notes.txt").write_text("the best so far")
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3, 4, 9)]
+    rotate(out, 1, None)
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-4",
+        "checkpoint-9",
+    ]
+    assert (out / "earlier-checkpoint-1" / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["config.json", "README.md", "pytorch_model.bin", "model-00001-of-00002.safetensors"])
+def test_output_dir_with_files_that_a_run_would_write_over_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "train.log").touch()
+    (tmp_path / "recipe.yaml").touch()
+    check_output_dir(tmp_path)  # the control: a run writes no such files
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"holds '{name}', which a run may write over: choose another folder"):
+        check_output_dir(tmp_path)
+    check_output_dir(tmp_path, overwrite=True)
+    with pytest.raises(ValueError, match="is a file, expected a folder"):
+        check_output_dir(tmp_path / name, overwrite=True)
 
 
 def test_best_checkpoint_is_named_where_it_lies(make_trainer: MakeTrainer, tmp_path: Path) -> None:

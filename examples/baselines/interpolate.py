@@ -14,15 +14,20 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
+from hf_lingudistill.folders import check, replacing
+
 
 def interpolate(vlm_path: str | Path, lm_path: str | Path, alpha: float, output_dir: str | Path) -> None:
     """alpha * VLM + (1 - alpha) * LM on every weight that the LM has; rows of the VLM's own tokens stay the VLM's.
 
     Raises:
+        NotOurs: if output_dir holds what this function did not write.
         ValueError: if alpha is outside [0, 1], or the two have other weights or weights of other shapes.
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be in [0, 1] (the share of the VLM), got {alpha}.")
+    out = Path(output_dir)
+    check(out.parent, out.name, by="interpolate")
     vlm = AutoModelForImageTextToText.from_pretrained(vlm_path, dtype=torch.float32)
     lm = AutoModelForCausalLM.from_pretrained(lm_path, dtype=torch.float32)
     if _tied(vlm) and not _tied(lm):
@@ -47,8 +52,9 @@ def interpolate(vlm_path: str | Path, lm_path: str | Path, alpha: float, output_
                     continue
                 done.add(id(ours))
                 ours[:rows].lerp_(weight, 1 - alpha)
-    vlm.save_pretrained(output_dir)
-    AutoProcessor.from_pretrained(vlm_path).save_pretrained(output_dir)
+    with replacing(out.parent, out.name, by="interpolate") as made:
+        vlm.save_pretrained(made / out.name)
+        AutoProcessor.from_pretrained(vlm_path).save_pretrained(made / out.name)
 
 
 def _tied(model: torch.nn.Module) -> bool:

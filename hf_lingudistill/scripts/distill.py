@@ -8,13 +8,14 @@ Your own models (flags, or the same names in a YAML with `--config`):
         --dataset_name ORG/DATA \\
         --output_dir smolvlm-fluent
 
-Without a model it runs the embedded demo: everything is made on the spot, no Hub needed.
+With `--demo` it runs the embedded demo: everything is made on the spot, no Hub needed.
 
-    accelerate launch examples/distill.py --output_dir outputs/demo
+    accelerate launch examples/distill.py --demo --output_dir outputs/demo
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
@@ -59,9 +60,10 @@ class DistillScriptArguments(ScriptArguments):
     demo: str | None = field(
         default=None,
         metadata={
-            "help": "Embedded demo: tiny (a small LM made on the spot) or real (SmolLM2-135M). tiny is what runs without a "
-            "model.",
+            "help": "Run the embedded demo: tiny (a small LM made on the spot; what --demo alone means) or real (SmolLM2-135M).",
             "choices": ["tiny", "real"],
+            "nargs": "?",
+            "const": "tiny",
         },
     )
     offline: bool = field(
@@ -91,15 +93,16 @@ Parsed = tuple[DistillScriptArguments, LinguDistillConfig, ModelConfig, DistillM
 
 
 def parse(argv: Sequence[str]) -> Parsed:
-    """Flags and `--config` YAML -> dataclasses. Without a model and without a recipe, the tiny demo's recipe is read."""
+    """Flags and `--config` YAML -> dataclasses. With `--demo` and without a recipe, the demo's recipe is read."""
     argv = list(argv)
-    names = {arg.split("=", 1)[0].replace("-", "_").removeprefix("__") for arg in argv if arg.startswith("--")}
-    if not names & {"config", "model_name_or_path", "dataset_name"}:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--demo", nargs="?", const="tiny")
+    kind = first.parse_known_args(argv)[0].demo
+    if kind in ("tiny", "real") and "--config" not in argv:
         from ..labs.demo import recipe
 
-        kind = "real" if any(arg in ("--demo=real", "real") for arg in argv) and "demo" in names else "tiny"
         argv = ["--config", str(recipe(kind)), *argv]
-    if argv[-1] == "--config":
+    if argv and argv[-1] == "--config":
         raise ValueError("--config must be followed by a recipe's path.")
     parser = TrlParser(ARGUMENTS)  # type: ignore[arg-type]
     try:
@@ -216,7 +219,9 @@ def distill(
     from ..trainer import LinguDistillTrainer
 
     if not model_args.model_name_or_path:
-        raise ValueError("No student: pass --model_name_or_path (a VLM's Hub id or folder).")
+        raise ValueError(
+            "No student: pass --model_name_or_path (a VLM's Hub id or folder), or --demo to run the embedded demo."
+        )
     recipe = recipe_of(model_args, script_args, mixture, config)
     config.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -309,7 +314,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     use_all_cores()
     try:
         script_args, config, model_args, mixture = parse(sys.argv[1:] if argv is None else argv)
-        if script_args.demo is not None and not model_args.model_name_or_path:
+        if script_args.demo is not None:
+            if model_args.model_name_or_path:
+                raise ValueError("--demo makes its own models: drop it, or drop --model_name_or_path.")
             from ..labs.demo import run_demo
 
             if config.push_to_hub:

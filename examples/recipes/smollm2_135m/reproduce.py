@@ -229,8 +229,6 @@ def load(path: Path) -> tuple[Any, Any]:
 def clean(path: Path) -> None:
     """The trainer's own state is no part of a model folder."""
     (path / "training_args.bin").unlink(missing_ok=True)
-    for checkpoint in path.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
 
 
 def train_ce(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from trl import SFTTrainer
 
 from ..._version import __version__
 from ...config import LinguDistillConfig
+from ...folders import claim, replacing
 from ...hub.run_facts import SETTINGS
 from ...trainer import LinguDistillTrainer
 from ..demo_report import Report, language_entry, prompts_text, table, vision_entry, write_report
@@ -39,6 +39,8 @@ from .text import HELD_OUT_SOURCE, held_out_texts, language_rows
 from .vqa import grounded_rows, vqa_rows
 
 Kind = Literal["tiny", "real"]
+# What a demo writes to its OUT
+PRODUCTS = ("original", "before", "after", "report.json", "report.png")
 
 
 @dataclass(frozen=True)
@@ -108,19 +110,36 @@ def run_demo(
 ) -> Report:
     """Run a demo and write OUT/original, OUT/before, OUT/after, OUT/report.json and OUT/report.png.
 
+    All of them appear at the end, or none; what an earlier demo wrote to OUT is replaced, and nothing else is.
+
     config: settings of the distillation step; `output_dir` is OUT. offline: for `real`, read the LM from the pip package.
     Returns the report.
 
     Raises:
         ModuleNotFoundError: if a data package is missing; the message holds the command that installs it.
+        NotOurs: if OUT holds what no demo wrote; nothing is touched.
         ValueError: under several processes, which would all write the same files.
     """
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ValueError(f"The demo runs in one process, found {processes}: accelerate launch --num_processes 1 ...")
-    demo, out, seed = DEMOS[kind], Path(str(config.output_dir)), config.seed
+    out = Path(str(config.output_dir))
+    claim(out, by="demo")
+    with replacing(out, *PRODUCTS, by="demo") as folder:
+        report = _run(DEMOS[kind], kind, config, folder, offline=offline, say=say)
+    path = out / "report.json"
+    say(
+        f"Report: {path}, {path.with_suffix('.png')}. Checkpoints (plain transformers): {out}/original, before, after."
+    )
+    say(f"Next: lingudistill check {out}/before {out}/original")
+    return report
+
+
+def _run(
+    demo: Demo, kind: str, config: LinguDistillConfig, out: Path, *, offline: bool, say: Callable[[str], None]
+) -> Report:
+    """All five stages, in the empty folder `out`."""
+    seed = config.seed
     disable_progress_bar()
-    for name in ("original", "before", "after"):
-        shutil.rmtree(out / name, ignore_errors=True)
     seconds: dict[str, float] = {}
     started = time.perf_counter()
 
@@ -169,17 +188,13 @@ def run_demo(
         "training": history,
         "machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "hf_lingudistill": __version__},
     }
-    path = write_report(report, out)
+    write_report(report, out)
     say("\n" + table(report) + "\n")
     say(prompts_text(report["prompts"]) + "\n")
     if language["recovered"] is not None:
         share = f"{language['recovered']:.0%}"
         cost = vision["after"] - vision["before"]
         say(f"{share} of the lost log-perplexity came back; vision {cost:+.3f}. Total {seconds['total']:.0f} s.")
-    say(
-        f"Report: {path}, {path.with_suffix('.png')}. Checkpoints (plain transformers): {out}/original, before, after."
-    )
-    say(f"Next: lingudistill check {out}/before {out}/original")
     return report
 
 

@@ -2,7 +2,7 @@
 entry."""
 
 from .prompts import Prompts, load_prompts
-from .report import as_text, write_report
+from .report import FILES, as_text, write_report
 from .run import diagnose
 
-__all__ = ["Prompts", "as_text", "diagnose", "load_prompts", "write_report"]
+__all__ = ["FILES", "Prompts", "as_text", "diagnose", "load_prompts", "write_report"]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...folders import replacing
 from .measure import READERS
 from .prompts import CONDITIONS
 from .recommend import shown, tell
@@ -15,6 +16,7 @@ from .states import STATES
 
 Report = Mapping[str, Any]
 WIDTH = 110
+FILES = ("drift.json", "drift.txt", "drift.png", "drift.svg")
 LABELS = {"student": "student"} | {mode: f"teacher, {mode}" for mode in READERS[1:]}
 
 
@@ -136,16 +138,19 @@ def _number(value: float | None) -> str:
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
-    """Write `drift.json`, `drift.txt` and, where matplotlib is installed, `drift.png` and `drift.svg`. -> what was written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "drift.json", folder / "drift.txt"]
-    written[0].write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    written[1].write_text(as_text(report) + "\n", encoding="utf-8")
-    try:
-        from .plot import plot_drift
+    """Write `drift.json`, `drift.txt` and, where matplotlib is installed, `drift.png` and `drift.svg`. -> what was written.
 
-        written += plot_drift(report, folder / "drift.png")
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-    return written
+    Raises:
+        NotOurs: if a file of such a name is there that this function did not write.
+    """
+    with replacing(folder, *FILES, by="diagnose") as made:
+        (made / "drift.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (made / "drift.txt").write_text(as_text(report) + "\n", encoding="utf-8")
+        try:
+            from .plot import plot_drift
+
+            plot_drift(report, made / "drift.png")
+        except ModuleNotFoundError as error:
+            if error.name != "matplotlib":
+                raise
+    return [folder / name for name in FILES if (folder / name).exists()]

@@ -13,17 +13,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...folders import NotOurs
+
 
 class ItemCache:
     """Records of one model on one task, by item key.
 
     path: the file. header: what the records depend on (JSON values).
+
+    Raises:
+        NotOurs: if the file is there and is no item cache.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
         self.path, self.header = path, json.loads(json.dumps(header))
         self.records: dict[str, Any] = {}
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        if lines and not isinstance(_parsed(lines[0]), dict):
+            raise NotOurs(f"{str(path)!r} is no item cache: move it, or choose another output_dir.")
         if not lines or _parsed(lines[0]) != self.header:
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = []

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...folders import replacing
 from ...hub.results import number
 from ..statistics import Bootstrap, Items, loss_is_real
 
 Report = dict[str, Any]
 SCHEMA = "lingudistill-evaluation/1"
+# What an evaluation writes beside its item cache
+PLOTS = [f"{name}.{suffix}" for name in ("scores", "trade_off", "training") for suffix in ("png", "svg")]
+FILES = ["report.json", "report.md", *PLOTS]
 GROUPS = {
     "language": "Language",
     "vision": "Vision",
@@ -179,14 +182,15 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 # Files
 # --------------------------------------------------------------------------------------------------------------------
 def write_report(report: Report, output_dir: Path, *, training_log: str | Path | None = None) -> Path:
-    """Write `report.json`, `report.md` and the plots (PNG and SVG) to a folder. -> the path of the JSON."""
+    """Write `report.json`, `report.md` and the plots (PNG and SVG) to a folder. -> the path of the JSON.
+
+    Raises:
+        NotOurs: if a file of such a name is there that this function did not write.
+    """
     from .plots import plot_all  # matplotlib
 
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / "report.json"
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    path.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
-    plot_all(report, output_dir, training_log=training_log)
-    return path
+    with replacing(output_dir, *FILES, by="evaluate") as made:
+        (made / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (made / "report.md").write_text(markdown(report), encoding="utf-8")
+        plot_all(report, made, training_log=training_log)
+    return output_dir / "report.json"

@@ -19,13 +19,14 @@ import torch
 from transformers import set_seed
 
 from ..._version import __version__
+from ...folders import check
 from ..statistics import Bootstrap
 from .cache import ItemCache, digest
 from .data import ImageItem, image_items, text_items
 from .grounded import image_tokens, split_scores, token_scores, wins
 from .language import bits_per_byte, harness_scores, require_harness
 from .models import Scored, chat_template_of, describe, load_scored, read_config, takes_images
-from .report import Task, build_report, write_report
+from .report import FILES, Task, build_report, write_report
 from .suite import GroundedTask, HarnessTasks, Suite, TextTask, VisionTask, load_suite
 from .vision import answers, conditions, score_answers
 
@@ -68,9 +69,11 @@ def evaluate_models(
         ValueError, FileNotFoundError: for a suite, a dataset, names or a reference that do not fit, before a model is loaded.
         UnreadableModelError: for a model that cannot be loaded; a config that cannot be read, before the first is.
         ModuleNotFoundError: if the suite has lm-eval tasks and lm-eval is not installed.
+        NotOurs: if output_dir holds a file of a name to be written that no evaluation wrote, before a model is loaded.
     """
     suite = load_suite(suite) if isinstance(suite, str) else suite
     out = Path(output_dir)
+    check(out, *FILES, by="evaluate")
     if not models:
         raise ValueError("No model to score: pass at least one, as {name: path}.")
     if bad := [name for name in models if name == REFERENCE or not re.fullmatch(r"\w[\w.-]*", name)]:

@@ -1,0 +1,343 @@
+"""Nothing of the user's is replaced or removed: the rule itself, and every place in the product that writes or removes."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hf_lingudistill.folders import MARKER, STAGING, NotOurs, check, claim, forget, is_ours, record, remove, replacing
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ("before", "report.json")
+
+
+def write(folder: Path, text: str, by: str = "demo") -> None:
+    """What a command does that makes a model's folder and a report."""
+    with replacing(folder, *NAMES, by=by) as made:
+        (made / "before" / "deep").mkdir(parents=True)
+        (made / "before" / "deep" / "model").write_text(text)
+        (made / "report.json").write_text(text)
+        (made / "scratch").mkdir()
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Every file of a folder but the list of what is ours."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
+
+
+def test_what_was_made_takes_its_place_and_a_rerun_replaces_it(tmp_path: Path) -> None:
+    write(tmp_path / "out", "1")
+    write(tmp_path / "out", "2")
+    assert content(tmp_path / "out") == {"before/deep/model": "2", "report.json": "2"}
+    assert sorted(os.listdir(tmp_path / "out")) == [MARKER, "before", "report.json"]
+
+
+def test_what_a_rerun_no_longer_makes_is_removed_with_the_rest(tmp_path: Path) -> None:
+    write(tmp_path, "1")
+    with replacing(tmp_path, *NAMES, by="demo") as made:
+        (made / "report.json").write_text("2")
+    assert content(tmp_path) == {"report.json": "2"}
+
+
+def test_after_an_error_everything_is_as_it_was(tmp_path: Path) -> None:
+    write(tmp_path, "1")
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path, *NAMES, by="demo") as made:
+        (made / "report.json").write_text("half")
+        raise KeyboardInterrupt
+    assert content(tmp_path) == {"before/deep/model": "1", "report.json": "1"} and not (tmp_path / STAGING).exists()
+    write(tmp_path, "2")  # and they are still ours
+
+
+MEDDLE = {
+    "a file of the user's own": lambda out: (out / "report.json").write_text("mine"),
+    "a file added to a folder": lambda out: (out / "before" / "notes.txt").write_text("mine"),
+    "a model trained over": lambda out: (out / "before" / "deep" / "model").write_text("mine"),
+    "another file of the same size": lambda out: os.utime(out / "before" / "deep" / "model", ns=(1, 1)),
+    "a link in place of the folder": lambda out: (
+        shutil.move(out / "before", out.parent / "elsewhere"),
+        (out / "before").symlink_to(out.parent / "elsewhere"),
+    ),
+    "a link in the folder": lambda out: (out / "before" / "link").symlink_to(out.parent),
+    "no list": lambda out: (out / MARKER).unlink(),
+    "a list that cannot be read": lambda out: (out / MARKER).write_text("{"),
+    "a list of another shape": lambda out: (out / MARKER).write_text('{"files": [1]}'),
+}
+
+
+@pytest.mark.parametrize("how", MEDDLE)
+def test_what_is_not_ours_any_more_is_refused_and_stays(tmp_path: Path, how: str) -> None:
+    out = tmp_path / "out"
+    write(out, "1")
+    MEDDLE[how](out)
+    held = content(tmp_path)
+    with pytest.raises(
+        NotOurs, match="is in the way: this command did not write it, or it has changed since. Move it"
+    ):
+        write(out, "2")
+    assert content(tmp_path) == held
+
+
+def test_another_commands_files_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "1")
+    with pytest.raises(NotOurs, match="report.json"), replacing(tmp_path, "report.json", by="evaluate"):
+        raise AssertionError("entered")
+    with replacing(tmp_path, "other.json", by="evaluate") as made:
+        (made / "other.json").write_text("3")
+    write(tmp_path, "2")
+    assert content(tmp_path)["other.json"] == "3"
+
+
+def test_what_comes_into_the_way_meanwhile_is_kept_and_so_is_what_was_made(tmp_path: Path) -> None:
+    with pytest.raises(NotOurs, match=f"What was made is in '{tmp_path / STAGING}'"):
+        with replacing(tmp_path, "report.json", by="demo") as made:
+            (made / "report.json").write_text("ours")
+            (tmp_path / "report.json").write_text("mine")
+    assert content(tmp_path) == {"report.json": "mine", f"{STAGING}/report.json": "ours"}
+
+
+def test_a_run_killed_while_files_are_moved_leaves_nothing_that_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "1")
+    moved: list[Path] = []
+
+    def rename(path: Path, target: Path) -> None:
+        if moved:
+            raise SystemExit  # the second of two
+        moved.append(path)
+        os.rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(SystemExit):
+            write(tmp_path, "2")
+    assert len(moved) == 1
+    write(tmp_path, "3")
+    assert content(tmp_path) == {"before/deep/model": "3", "report.json": "3"}
+
+
+def test_a_folder_is_claimed_only_where_nothing_is_or_where_the_same_command_wrote(tmp_path: Path) -> None:
+    claim(tmp_path / "new", by="demo")
+    claim(tmp_path, by="demo")
+    assert os.listdir(tmp_path) == []
+    write(tmp_path / "out", "1")
+    (tmp_path / "out" / "notes.txt").touch()
+    claim(tmp_path / "out", by="demo")
+    with pytest.raises(NotOurs, match="holds '.*' and was not made by this command"):
+        claim(tmp_path / "out", by="evaluate")
+    with pytest.raises(NotOurs, match="holds 'out' and was not made by this command"):
+        claim(tmp_path, by="demo")
+    with pytest.raises(NotOurs, match="is a file, expected a folder"):
+        claim(tmp_path / "out" / "notes.txt", by="demo")
+
+
+def test_a_folder_that_only_bears_the_name_of_ours_is_left(tmp_path: Path) -> None:
+    (tmp_path / STAGING).mkdir()
+    (tmp_path / STAGING / "mine").write_text("precious")
+    with pytest.raises(NotOurs, match="was not made by this library"):
+        write(tmp_path, "1")
+    assert content(tmp_path) == {f"{STAGING}/mine": "precious"}
+
+
+def test_what_was_recorded_may_be_removed_until_it_changes_or_is_forgotten(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+        record(tmp_path, name, by="distill")
+    (tmp_path / "b" / "file").write_text("changed")
+    assert [is_ours(tmp_path, name, by="distill") for name in ("a", "b", "c", "absent")] == [True, False, True, False]
+    remove(tmp_path, "a", by="distill")
+    with pytest.raises(NotOurs):
+        remove(tmp_path, "b", by="distill")
+    forget(tmp_path, by="distill")
+    with pytest.raises(NotOurs):
+        remove(tmp_path, "c", by="distill")
+    assert content(tmp_path) == {"b/file": "changed", "c/file": "c"} and not (tmp_path / MARKER).exists()
+    check(tmp_path, "a", by="distill")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Every place that writes or removes
+# --------------------------------------------------------------------------------------------------------------------
+PRODUCT = ("hf_lingudistill", "examples", "docs", "benchmarks", "model_cards")
+# Calls that remove, replace or write over something on the disk, by the name of the function or method
+REMOVES = {"rmtree", "unlink", "rmdir", "removedirs", "rename", "renames", "rotate_checkpoints"}
+WRITES = {
+    "write_text",
+    "write_bytes",
+    "save_pretrained",
+    "save_model",
+    "save_to_disk",
+    "savefig",
+    "save_file",
+    "savez",
+}
+WRITES |= {
+    "copyfile",
+    "copytree",
+    "copy2",
+    "symlink_to",
+    "hardlink_to",
+    "to_json",
+    "to_csv",
+    "to_parquet",
+    "save_to_json",
+}
+AS_FUNCTION_OF = {
+    "os": {"remove", "replace"},
+    "shutil": {"copy", "move"},
+    "torch": {"save"},
+    "np": {"save"},
+    "json": {"dump"},
+    "yaml": {"dump"},
+}
+SAVED = {"card.save", "draw(name).save"}  # of `.save`, a name that many things have
+
+OURS = "what `folders` has found to be ours"
+BESIDE = "in a folder of its own that `replacing` or `staged` puts into place"
+RUN = "a run's own output_dir, which `check_output_dir` has found free, or the user has said may be overwritten"
+CALLER = "the folder that the Python caller names, as with transformers' own save_pretrained"
+NAMED = "a file that is named on the command line to be written"
+REPOSITORY = "a generated file of this repository, which git keeps"
+STAGE = "a stage's folder under outputs/, of a stage that is not done"
+SCRATCH = "a temporary folder made for this"
+
+# (file, function) -> why it may
+ALLOWED = {
+    ("hf_lingudistill/folders.py", "replacing"): OURS,
+    ("hf_lingudistill/folders.py", "forget"): "the list itself",
+    ("hf_lingudistill/folders.py", "clear_staging"): OURS,
+    ("hf_lingudistill/folders.py", "_write"): "the list itself",
+    ("hf_lingudistill/folders.py", "_remove"): OURS,
+    ("hf_lingudistill/checkpoints.py", "put_back"): "a checkpoint that was put aside, to its place, where nothing is",
+    ("hf_lingudistill/checkpoints.py", "_move"): BESIDE,
+    ("hf_lingudistill/checkpoints.py", "write_measured"): BESIDE,
+    ("hf_lingudistill/trainer.py", "_save_checkpoint"): BESIDE,
+    ("hf_lingudistill/trainer.py", "save_model"): CALLER,
+    ("hf_lingudistill/trainer.py", "create_model_card"): RUN,
+    ("hf_lingudistill/trainer.py", "push_to_hub"): RUN,
+    ("hf_lingudistill/scripts/distill.py", "save"): RUN,
+    ("hf_lingudistill/hub/run_facts.py", "write_record"): CALLER,
+    (
+        "hf_lingudistill/labs/evaluation/cache.py",
+        "_rewrite",
+    ): "a cache whose first line says that it is one, or a new file",
+    ("hf_lingudistill/labs/evaluation/cache.py", "add"): "a cache whose first line says that it is one, or a new file",
+    ("hf_lingudistill/labs/evaluation/report.py", "write_report"): BESIDE,
+    ("hf_lingudistill/labs/evaluation/plots.py", "_save"): BESIDE,
+    ("hf_lingudistill/labs/diagnose/report.py", "write_report"): BESIDE,
+    ("hf_lingudistill/labs/diagnose/plot.py", "plot_drift"): BESIDE,
+    ("hf_lingudistill/labs/demo_report.py", "write_report"): BESIDE,
+    ("hf_lingudistill/labs/demo_report.py", "plot"): BESIDE,
+    ("hf_lingudistill/labs/demo/run.py", "_run"): BESIDE,
+    ("hf_lingudistill/labs/demo/run.py", "_keep_plain_files"): BESIDE,
+    ("hf_lingudistill/labs/demo/models.py", "train_small_lm"): BESIDE,
+    ("hf_lingudistill/labs/demo/models.py", "teach_to_see"): BESIDE,
+    ("examples/baselines/interpolate.py", "interpolate"): BESIDE,
+    ("examples/baselines/text_replay.py", "main"): RUN,
+    ("examples/recipes/smollm2_135m/reproduce.py", "finish"): STAGE,
+    ("examples/recipes/smollm2_135m/reproduce.py", "base"): STAGE,
+    ("examples/recipes/smollm2_135m/reproduce.py", "sentences"): STAGE,
+    ("examples/recipes/smollm2_135m/reproduce.py", "_adapt"): STAGE,
+    ("examples/recipes/smollm2_135m/reproduce.py", "clean"): STAGE,
+    ("examples/recipes/smollm2_135m/reproduce.py", "train_ce"): STAGE,
+    ("examples/recipes/smollm2_135m/reproduce.py", "train_distill"): STAGE,
+    ("examples/recipes/smollm2_135m/reproduce.py", "_reuse_original"): STAGE,
+    ("examples/recipes/smollm2_135m/reproduce.py", "report"): REPOSITORY,
+    ("examples/recipes/smollm2_135m/reproduce.py", "everything"): "a log, to which is added",
+    ("examples/recipes/smollm2_135m/seeds.py", "plot"): REPOSITORY,
+    ("examples/space/pictures.py", "draw_all"): SCRATCH,
+    ("docs/figures/draw_step.py", "main"): REPOSITORY,
+    ("docs/figures/shoot_space.py", "space"): SCRATCH,
+    ("docs/fill_readme.py", "main"): REPOSITORY,
+    ("docs/fill_scale.py", "main"): REPOSITORY,
+    ("benchmarks/plan_check.py", "make_models"): SCRATCH,
+    ("benchmarks/plan_check.py", "end"): "a switch of the kernel's",
+    ("benchmarks/plan_check.py", "measure"): "a switch of the kernel's",
+    ("benchmarks/plan_check.py", "write"): NAMED,
+    ("benchmarks/step_cost.py", "make_models"): SCRATCH,
+    ("benchmarks/step_cost.py", "main"): NAMED,
+    ("benchmarks/teacher_memory.py", "main"): NAMED,
+    ("model_cards/render.py", "main"): "cards that end with the note that they were rendered",
+}
+
+
+def sites(root: Path = ROOT) -> Iterator[tuple[str, str, str]]:
+    """(file, function, call) of every call in the product that may remove or write over something."""
+    for folder in PRODUCT:
+        for path in sorted((root / folder).rglob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for function, call in _calls(tree, "<module>"):
+                if _is_site(call):
+                    yield path.relative_to(root).as_posix(), function, ast.unparse(call.func)
+
+
+def _calls(node: ast.AST, function: str) -> Iterator[tuple[str, ast.Call]]:
+    for child in ast.iter_child_nodes(node):
+        inside = child.name if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) else function
+        if isinstance(child, ast.Call):
+            yield function, child
+        yield from _calls(child, inside)
+
+
+def _is_site(call: ast.Call) -> bool:
+    text = ast.unparse(call.func)
+    name = text.rpartition(".")[2]
+    if name == "open":
+        modes = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+        return any(
+            isinstance(m, ast.Constant)
+            and isinstance(m.value, str)
+            and set(m.value) & set("wax+")
+            and len(m.value) < 4
+            for m in modes
+        )
+    owner = text.rpartition(".")[0]
+    if name in AS_FUNCTION_OF.get(owner, ()) or text in SAVED:
+        return True
+    if name == "replace":  # Path.replace has one argument, str.replace two
+        return len(call.args) == 1 and not call.keywords and owner not in ("dataclasses",)
+    return name in REMOVES | WRITES
+
+
+def test_every_place_that_writes_or_removes_has_a_reason() -> None:
+    found: dict[tuple[str, str], list[str]] = {}
+    for file, function, call in sites():
+        found.setdefault((file, function), []).append(call)
+    new = {site: calls for site, calls in found.items() if site not in ALLOWED}
+    assert not new, f"Write through folders.replacing, or give a reason in ALLOWED: {new}"
+    gone = sorted(set(ALLOWED) - set(found))
+    assert not gone, f"No longer there: {gone}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "shutil.rmtree(out)",
+        "Path(out).unlink()",
+        "os.remove(out)",
+        "os.replace(a, b)",
+        "path.replace(b)",
+        "path.write_text('x')",
+        "open(out, 'w')",
+        "out.open(mode='ab')",
+        "model.save_pretrained(out)",
+        "figure.savefig(out)",
+        "torch.save(x, out)",
+    ],
+)
+def test_a_new_place_is_found(tmp_path: Path, line: str) -> None:
+    """The control: each kind of call, in a function of its own; reading and text are none."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "new.py").write_text(f"class A:\n    def f(self):\n        {line}\n")
+    assert [(file, function) for file, function, _ in sites(tmp_path)] == [("docs/new.py", "f")]
+    (tmp_path / "docs" / "new.py").write_text(
+        "open(a)\nopen(a, 'rb')\nt.replace('a', 'b')\nreplace(x, a=1)\np.read_text()\n"
+    )
+    assert list(sites(tmp_path)) == []
