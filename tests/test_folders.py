@@ -219,9 +219,9 @@ ALLOWED = {
     ("hf_lingudistill/checkpoints.py", "_move"): BESIDE,
     ("hf_lingudistill/checkpoints.py", "write_measured"): BESIDE,
     ("hf_lingudistill/trainer.py", "_save_checkpoint"): BESIDE,
-    ("hf_lingudistill/trainer.py", "save_model"): CALLER,
-    ("hf_lingudistill/trainer.py", "create_model_card"): RUN,
-    ("hf_lingudistill/trainer.py", "push_to_hub"): RUN,
+    ("hf_lingudistill/hub/mixin.py", "save_model"): CALLER,
+    ("hf_lingudistill/hub/mixin.py", "create_model_card"): RUN,
+    ("hf_lingudistill/hub/mixin.py", "push_to_hub"): RUN,
     ("hf_lingudistill/scripts/distill.py", "save"): RUN,
     ("hf_lingudistill/hub/run_facts.py", "write_record"): CALLER,
     (
