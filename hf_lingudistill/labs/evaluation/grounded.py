@@ -16,8 +16,8 @@ from ..statistics import Items
 from .cache import ItemCache
 from .data import ImageItem, grey, other_item
 from .models import Scored, user_turn
+from .reading import Images, answer_inputs
 from .suite import GroundedTask
-from .vision import Images
 
 Tokens = list[list[float]]  # per answer token: [log-probability in nats, 1 if it is the most likely one]
 
@@ -83,18 +83,8 @@ def answer_scores(
     scored: Scored, prompts: Sequence[str], images: Sequence[Images], ids: Sequence[Sequence[int]]
 ) -> list[Tokens]:
     """Each answer token's log-probability after prompt, image and the answer's earlier tokens."""
-    inputs = scored.with_images(prompts, images)
-    longest = max(map(len, ids))
-    padded = [[*row, *[-100] * (longest - len(row))] for row in ids]
-    labels = torch.tensor(padded, dtype=torch.long, device=scored.model.device)
-    # Prompts end at the same column (left padding), so the answers start at the same one.
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], labels.clamp(min=0)], dim=1)
-    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], (labels != -100).long()], dim=1)
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in inputs:
-            # Text is of type 0, except in a prefix LM, where 0 would let each answer token see those after it
-            kind = int(scored.model.config.model_type == "paligemma")
-            inputs[name] = torch.cat([inputs[name], torch.full_like(labels, kind)], dim=1)
+    inputs, labels = answer_inputs(scored, prompts, images, ids)
+    longest = labels.size(1)
     logits = scored.model(**inputs, logits_to_keep=longest + 1, use_cache=False).logits[:, -longest - 1 : -1].float()
     log_probs = logits.log_softmax(dim=-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
     hits = logits.argmax(dim=-1) == labels

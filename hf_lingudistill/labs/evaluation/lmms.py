@@ -30,8 +30,9 @@ from ..statistics import Items
 from .cache import ItemCache, digest
 from .grounded import answer_scores
 from .models import Scored, chat_template_of, user_turn
+from .reading import Images
 from .suite import HarnessTasks
-from .vision import Images, generate
+from .vision import generate
 
 try:
     from lmms_eval.api.instance import GenerationResult

@@ -13,7 +13,6 @@ from typing import Any
 
 import evaluate
 import torch
-from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from ..metrics.multiple_choice.multiple_choice import lettered
@@ -21,10 +20,10 @@ from ..statistics import Items
 from .cache import ItemCache
 from .data import ImageItem, grey, other_item
 from .models import Scored, user_turn
+from .reading import Images
 from .suite import VisionTask
 
 METRICS = Path(__file__).parents[1] / "metrics"
-Images = Sequence[PILImage.Image]
 
 
 @cache
