@@ -48,6 +48,7 @@ from trl import SFTConfig, SFTTrainer
 
 import hf_lingudistill.trainer as lingudistill_trainer
 from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
+from hf_lingudistill.machine import machine, training_defaults
 
 ARMS = ("sft", "full", "prompt", "vision", "none", "full_length")
 IMAGE_SIZE, PATCH = 448, 16  # 28 x 28 = 784 image tokens
@@ -171,7 +172,7 @@ class Stepper:
         trainer.training_step(trainer.model, batch, num_items_in_batch=torch.tensor(self.labels))
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
-        if torch.cuda.is_available():
+        if machine().accelerated:
             torch.cuda.synchronize()
 
 
@@ -183,8 +184,7 @@ def make_stepper(arm: str, folder: Path, args: argparse.Namespace) -> Stepper:
         max_length=None,
         report_to="none",
         save_strategy="no",
-        use_cpu=not torch.cuda.is_available(),
-        bf16=args.bf16,
+        **training_defaults() | {"bf16": args.bf16},
     )
     dataset = make_dataset(args.batch_size)
     if arm == "sft":
@@ -219,7 +219,7 @@ def peak_of(arm: str, folder: Path, args: argparse.Namespace) -> None:
     stepper = make_stepper(arm, folder, args)
     for _ in range(2):
         run_arm(stepper, arm)
-    if torch.cuda.is_available():
+    if machine().accelerated:
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:
         # VmHWM starts anew with this process; getrusage's maximum is inherited from the parent that started it
@@ -298,7 +298,7 @@ def main() -> None:
             "kv_mb": 2 * 30 * 3 * 64 * 4 * length * args.batch_size / 2**20,
         },
         "machine": {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
+            "device": torch.cuda.get_device_name() if machine().accelerated else f"CPU, {machine().threads} cores",
             "dtype": "bf16" if args.bf16 else "fp32",
             "threads": torch.get_num_threads(),
             "load_before": round(load_before, 2),

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lingudistill._internals import decoder_of
 from hf_lingudistill.engines import shard_teacher, sharding_of
+from hf_lingudistill.machine import machine
 from hf_lingudistill.teacher import load_teacher_model, on_device, prepare_teacher
 
 ARMS = {
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not machine().accelerated)
     if state.device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # accelerate starts FSDP beside an accelerator only
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

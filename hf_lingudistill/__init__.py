@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from ._moved import install as _install_old_paths
 from ._version import __version__
+from .machine import settle as _settle_machine
 
 _install_old_paths()
+_settle_machine()
 
 if TYPE_CHECKING:
     from .compatibility import CompatibilityReport, check_compatibility

@@ -201,7 +201,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on a CPU"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="default: bfloat16 on an accelerator that multiplies in it, else float32",
     )
     parser.add_argument("--device", help="such as cuda:0; default: the accelerator, if there is one")
     parser.add_argument(

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, get_args
 
-import torch
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
+
+from .machine import machine
 
 KVSharing = Literal["full", "prompt", "vision", "none"]
 KV_SHARING_CHOICES = get_args(KVSharing)
@@ -20,11 +21,6 @@ SHARDING_CHOICES = ("auto", "replicate", "shard")
 OFFLOAD_CHOICES = ("none", "cpu")
 DISTILL_TOKENS_CHOICES = ("all", "confident")
 ON_NAN_CHOICES = ("stop", "skip")
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies in bf16 natively (AVX512-BF16 or AMX); emulated, bf16 is slower than fp32."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def shown(value: Any) -> str:
@@ -180,11 +176,9 @@ class LinguDistillConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        if not torch.accelerator.is_available():
-            # TRL turns bf16 on by default, which transformers refuses on a machine without an accelerator
-            self.use_cpu = True
-            if self.bf16 is None and not self.fp16:
-                self.bf16 = cpu_has_bf16()
+        self.use_cpu = self.use_cpu or not machine().accelerated
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = machine(use_cpu=self.use_cpu).bf16
         self._check_types()
         super().__post_init__()  # type: ignore[no-untyped-call]
         for name, choices in (

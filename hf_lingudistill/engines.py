@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from ._internals import decoder_of, deepspeed_inference, head_of
+from .machine import machine
 from .teacher import Teacher
 
 Sharding = Literal["fsdp2", "zero3"]
@@ -96,7 +97,7 @@ def _fully_shard(model: PreTrainedModel, accelerator: Accelerator, *, offload: b
         "mesh": None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)],
         "reshard_after_forward": plugin.reshard_after_forward,
     }
-    policy = CPUOffloadPolicy(pin_memory=torch.accelerator.is_available()) if offload else plugin.cpu_offload
+    policy = CPUOffloadPolicy(pin_memory=machine().accelerated) if offload else plugin.cpu_offload
     if policy is not None:
         settings["offload_policy"] = policy
     decoder, embeddings, head = decoder_of(model), model.get_input_embeddings(), model.get_output_embeddings()

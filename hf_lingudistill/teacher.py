@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ._internals import Head, head_of, loaded_by_every_process
-
-logger = logging.getLogger(__name__)
+from .quantization import choose_kernels, quantization_config
 
 # Added to the teacher's logits of tokens it does not share with the student: e^-100 is nothing beside a real token, and
 # finite (-inf gives a NaN divergence), and small enough that reverse KL charges 1 nat for 1 % of student mass on them.
@@ -34,21 +32,6 @@ class Teacher:
     shared_vocab_size: int
     unreadable_token_ids: tuple[int, ...]
     footprint: int
-
-
-def _no_cast_notice(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
-
-
-def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """bitsandbytes settings for `nf4`, `int8` or `none`. Embeddings and head are left whole by transformers."""
-    if quantization == "nf4":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
-    if quantization == "int8":
-        # bitsandbytes says on every call that it multiplies in fp16; that is what int8 means there
-        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_no_cast_notice)
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return None
 
 
 def load_teacher_model(
@@ -87,6 +70,7 @@ def load_teacher_model(
         model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     if "quantization_config" not in kwargs and "device_map" not in kwargs:
         model = model.to(device)
+    choose_kernels(model)
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 

@@ -51,6 +51,7 @@ from .finite import IN_A_ROW, FiniteWatch, NotFinite, Problem
 from .hub.mixin import PublishingMixin
 from .kv_sharing import QueryPlan, SharedKV, placeholder_plan, plan_queries, recording, teacher_pass
 from .losses import combine, distil, divergence, label_nll
+from .quantization import arithmetic_of, choose_kernels
 from .teacher import Teacher, compute_dtype_of, load_teacher_model, on_device, prepare_teacher
 
 logger = logging.getLogger(__name__)
@@ -211,6 +212,7 @@ class LinguDistillTrainer(PublishingMixin, SFTTrainer):
             )
 
         student = self._plain_student()
+        choose_kernels(student, trained=True)
         self.data_collator = DistillCollator(
             self.data_collator,
             distill_column=args.distill_column,
@@ -242,10 +244,13 @@ class LinguDistillTrainer(PublishingMixin, SFTTrainer):
         if self._sharding is not None and self._is_vision_dataset:
             self._blank_image = blank_image(self.data_collator.inner, student)
         self._images_in_step = True
+        autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self.teacher_arithmetic = arithmetic_of(self.teacher.model, autocast=autocast)
         logger.info(
-            "Teacher %s (%s): %.1f MiB",
+            "Teacher %s (%s, computed in %s): %.1f MiB",
             self.teacher_name_or_path,
             args.teacher_quantization,
+            self.teacher_arithmetic,
             self.teacher.footprint / 2**20,
         )
         precision = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
@@ -290,6 +295,7 @@ class LinguDistillTrainer(PublishingMixin, SFTTrainer):
                 trust_remote_code=args.trust_remote_code,
             )
         else:
+            choose_kernels(reference)
             lm = reference if quantised else reference.to("cpu" if shard else device)  # type: ignore[arg-type]
         teacher = prepare_teacher(
             lm,

@@ -55,6 +55,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(params=["bf16=1", "bf16=0"])
+def cpu_mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A test that asks for this runs twice: as on a CPU that multiplies in bf16, and as on one that does not. -> the mode."""
+    monkeypatch.setenv("LINGUDISTILL_MACHINE", request.param)
+    mode: str = request.param
+    return mode
+
+
 @pytest.fixture(scope="session")
 def saved_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a tiny student (model and processor) and its teacher (model and tokenizer). Read-only."""

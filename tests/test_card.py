@@ -41,6 +41,7 @@ RECORD: dict[str, Any] = {
         "revision": SHA[::-1],
         "license": "apache-2.0",
         "quantization": "nf4",
+        "arithmetic": "bf16, packed",
         "mib": 81.25,
         "quantization_kl": 0.0123,
     },
@@ -154,7 +155,7 @@ def test_the_page_says_how_the_model_was_trained() -> None:
     text = render()
     for fact in (
         f"[ORG/VLM](https://huggingface.co/ORG/VLM) at `{SHA}`",
-        f"[ORG/LM](https://huggingface.co/ORG/LM) at `{SHA[::-1]}`; weights in nf4, 81.2 MiB, KL to full precision 0.0123 nats",
+        f"[ORG/LM](https://huggingface.co/ORG/LM) at `{SHA[::-1]}`; weights in nf4, computed in bf16, packed, 81.2 MiB, KL to full precision 0.0123 nats",
         f"[ORG/DOCS](https://huggingface.co/datasets/ORG/DOCS) at `{SHA}` (train, cross-entropy only); own-texts (distilled)",
         "40% of the rows, 27% of the answer tokens",
         "| `kv_sharing` | vision |",

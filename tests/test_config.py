@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from trl import SFTConfig, TrlParser
 
 from hf_lingudistill import config as config_module
 from hf_lingudistill.config import DISTILL_TOKENS_CHOICES, KV_SHARING_CHOICES, QUANTIZATION_CHOICES, LinguDistillConfig
+from hf_lingudistill.machine import Machine
 
 OWN_FIELDS = [
     field
@@ -134,8 +134,8 @@ def test_without_an_accelerator_bf16_follows_the_cpu(
     make: Any, monkeypatch: pytest.MonkeyPatch, supported: bool
 ) -> None:
     """TRL's default alone, bf16 on, is refused there."""
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr(config_module, "cpu_has_bf16", lambda: supported)
+    here = Machine(bf16=supported, avx512=True, threads=1, gpus=0, mps=False)
+    monkeypatch.setattr(config_module, "machine", lambda use_cpu=False: here)
     config = make()
     assert config.use_cpu and config.bf16 is supported
     assert make(bf16=not supported).bf16 is not supported  # control: what the user says stands

@@ -19,6 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from hf_lingudistill.hub.run_facts import read_record
 from hf_lingudistill.scripts.distill import main
 
 MakeTrainer = Callable[..., Any]
@@ -206,8 +207,9 @@ def test_flags_train_save_and_say_what_ran_and_what_came_out(
 
 
 def test_recipe_with_a_mixture_distils_the_marked_source_only(
-    saved_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    saved_pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str], cpu_mode: str
 ) -> None:
+    """The precision is left to the machine, and the log and the record say what came of it for the teacher."""
     tiny.make_dataset(8).select([0, 2, 4, 6]).remove_columns("distill").save_to_disk(tmp_path / "visual")
     tiny.make_dataset(6, images=False).remove_columns("distill").save_to_disk(tmp_path / "text")
     recipe = {
@@ -226,7 +228,6 @@ def test_recipe_with_a_mixture_distils_the_marked_source_only(
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
-        "bf16": False,
         "save_strategy": "no",
     }
     path = tmp_path / "recipe.yaml"
@@ -234,7 +235,9 @@ def test_recipe_with_a_mixture_distils_the_marked_source_only(
     assert main(["--config", str(path), "--kv_sharing", "none"]) == 0
     said = capsys.readouterr().out
     assert "Rows     10; marked for distillation: 60%" in said and "kv_sharing=none" in said
-    assert "(nf4, " in said and "Done: 2 steps" in said
+    arithmetic = read_record(tmp_path / "out")["teacher"]["arithmetic"]
+    assert f"(nf4, computed in {arithmetic}, " in said and "Done: 2 steps" in said
+    assert arithmetic.split(",")[0] == ("bf16" if cpu_mode == "bf16=1" else "fp32")
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

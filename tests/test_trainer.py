@@ -656,7 +656,7 @@ def test_lora_trains_only_adapters_with_the_gradients_of_the_reference(
     assert reference(plain, batch).loss.item() != pytest.approx(loss, rel=1e-3), "the adapters must matter"
 
 
-def test_qlora_on_cpu_changes_adapters_only(make_trainer: MakeTrainer, saved_pair: Any) -> None:
+def test_qlora_on_cpu_changes_adapters_only(make_trainer: MakeTrainer, saved_pair: Any, cpu_mode: str) -> None:
     student, teacher = map(str, saved_pair)
     trainer = make_trainer(
         model=student,
@@ -681,7 +681,7 @@ def test_qlora_on_cpu_changes_adapters_only(make_trainer: MakeTrainer, saved_pai
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_quantised_teacher_is_close_to_the_whole_one_and_its_cost_is_measured(
-    make_trainer: MakeTrainer, saved_pair: Any, quantization: str
+    make_trainer: MakeTrainer, saved_pair: Any, quantization: str, cpu_mode: str
 ) -> None:
     arguments = {
         "teacher_model": str(saved_pair[1]),

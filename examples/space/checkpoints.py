@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine, settle, take_threads
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -22,6 +23,8 @@ from transformers.utils import logging
 
 CONFIG_VARIABLE = "LINGUDISTILL_SPACE_CONFIG"
 NEEDED = ("before", "after")
+
+settle()
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,8 @@ class Checkpoint:
 
 def best_device_and_dtype() -> tuple[str, torch.dtype]:
     """bf16 where the hardware multiplies in it; emulated on a CPU, it is slower than fp32."""
-    if torch.cuda.is_available():  # ZeroGPU answers yes as well, long before a GPU is lent
-        return "cuda", torch.bfloat16
-    # A key may be absent: which ones there are depends on the architecture.
-    cpu = torch.cpu.get_capabilities()
-    native = any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return "cpu", torch.bfloat16 if native else torch.float32
+    here = machine()
+    return here.device.type, torch.bfloat16 if here.bf16 else torch.float32
 
 
 def load(source: str, *, sees: bool) -> Checkpoint:
@@ -126,8 +125,7 @@ def load(source: str, *, sees: bool) -> Checkpoint:
 
 def load_all(settings: Settings) -> dict[str, Checkpoint]:
     """{"before", "after" and perhaps "original": checkpoint}, in the order in which the page shows them."""
-    if cores := os.environ.get("CPU_CORES"):  # Spaces says so; torch would count the cores of the whole host
-        torch.set_num_threads(max(1, int(float(cores))))
+    take_threads()
     logging.disable_progress_bar()
     order = [name for name in (*NEEDED, "original") if name in settings.sources]
     return {name: load(settings.sources[name], sees=name != "original") for name in order}

@@ -476,6 +476,8 @@ def _training_rows(record: Facts) -> list[tuple[str, str]]:
     known: Any = lambda value, text: NOT_RECORDED if value is None else markdown(text)  # noqa: E731
     mib, kl = teacher.get("mib"), teacher.get("quantization_kl")
     quantised = known(teacher.get("quantization"), teacher.get("quantization"))
+    if teacher.get("arithmetic"):
+        quantised += f", computed in {markdown(teacher['arithmetic'])}"
     memory = f", {mib:,.1f} MiB" if is_finite(mib) else ""
     fidelity = f", KL to full precision {kl:.4f} nats a token" if is_finite(kl) else ""
     ce, kd = settings.get("ce_weight"), settings.get("distill_weight")

@@ -231,6 +231,8 @@ def space_manifest(
         )
     paths = sorted(path for path in folder.rglob("*") if _belongs_to_space(path, folder))
     items = [Item(path.relative_to(folder).as_posix(), path) for path in paths if path.name != "README.md"]
+    if (folder / "machine.py").is_symlink():  # links are left out: the clone's leads here
+        items.append(Item("machine.py", Path(__file__).resolve().parents[1] / "machine.py"))
     config = {"before": before, "after": model.repo_id, **({"original": original} if original else {})}
     report = next((item for item in model.items if item.path == "report.json"), None)
     if report:

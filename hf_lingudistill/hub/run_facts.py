@@ -192,6 +192,7 @@ def training_record(
         "teacher": {
             **_model_fact(trainer.teacher_name_or_path, args.teacher_model_revision),
             "quantization": args.teacher_quantization,
+            "arithmetic": trainer.teacher_arithmetic,
             "mib": round(trainer.teacher.footprint / 2**20, 2),
             "quantization_kl": trainer.teacher_quantization_kl,
         },

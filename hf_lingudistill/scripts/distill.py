@@ -34,6 +34,7 @@ from ..hub.manifest import PublishError, command_for
 from ..hub.publish import Published
 from ..hub.run_facts import FILE_NAME as RECORD
 from ..hub.run_facts import Record, dataset_fact, recipe_of
+from ..machine import take_threads
 from ..mixtures import DistillMixtureConfig, DistillSource, load_mixture, load_source
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def startup_summary(trainer: LinguDistillTrainer, model_name: str) -> str:
     lines = {
         "Student": f"{model_name} ({size / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained)",
         "Teacher": f"{trainer.teacher_name_or_path or 'in memory'} ({args.teacher_quantization}, "
-        f"{trainer.teacher.footprint / 2**20:.1f} MiB, {fit})",
+        f"computed in {trainer.teacher_arithmetic}, {trainer.teacher.footprint / 2**20:.1f} MiB, {fit})",
         "Sharing": f"kv_sharing={args.kv_sharing}, distill_tokens={args.distill_tokens}",
         "Loss": f"{args.ce_weight:g} x CE + {args.distill_weight:g} x divergence (beta={args.beta:g}, "
         f"temperature={args.temperature:g}) at distilled tokens, CE elsewhere",
@@ -293,26 +294,14 @@ def end_summary(trainer: LinguDistillTrainer, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def use_all_cores() -> None:
-    """On a CPU, take every core: `accelerate launch` starts a single process with one thread unless told otherwise.
-
-    Left alone where the number of threads is set to anything but one, or several processes share the machine.
-    """
-    import torch
-
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if launched and int(os.environ.get("WORLD_SIZE", "1")) == 1 and not torch.accelerator.is_available():
-        torch.set_num_threads(os.cpu_count() or 1)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `examples/distill.py` and `lingudistill distill`.
 
     Exit codes: 0 done; 2 bad input, said in one sentence; 3 trained and saved, but not published (`push_to_hub`); 4 stopped at
     a loss, gradient or teacher that is not finite (`on_nan`).
     """
-    use_all_cores()
     try:
+        take_threads()
         script_args, config, model_args, mixture = parse(sys.argv[1:] if argv is None else argv)
         if script_args.demo is not None:
             if model_args.model_name_or_path:

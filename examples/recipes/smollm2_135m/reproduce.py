@@ -237,8 +237,10 @@ def train_ce(
     """Cross-entropy with trl.SFTTrainer."""
     from trl import SFTConfig, SFTTrainer
 
+    from hf_lingudistill.machine import training_defaults
+
     config = SFTConfig(
-        output_dir=str(path), seed=seed, per_device_train_batch_size=batch, bf16=False, use_cpu=_on_cpu(),
+        output_dir=str(path), seed=seed, per_device_train_batch_size=batch, **training_defaults() | {"bf16": False},
         disable_tqdm=True, train_sampling_strategy="sequential", **arguments,
     )  # fmt: skip
     trainer = SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=processor)
@@ -270,12 +272,6 @@ def train_distill(model: Any, processor: Any, rows: Any, path: Path, arguments: 
         "teacher_mib": round(trainer.teacher.footprint / 2**20, 1),
         "last_log": next(entry for entry in reversed(trainer.state.log_history) if "ce_loss" in entry),
     }
-
-
-def _on_cpu() -> bool:
-    import torch
-
-    return not torch.accelerator.is_available()
 
 
 def arm(drift: str, seed: int, name: str) -> None:
@@ -416,9 +412,11 @@ def everything(offline: bool, jobs: int) -> None:
     """Run all stages, `jobs` at a time, as processes of their own; what is done is skipped."""
     if not is_done(OUT / "vlm"):
         subprocess.run([sys.executable, __file__, "base", *(["--offline"] if offline else [])], check=True)
+    from hf_lingudistill.machine import machine
+
     waiting = [step for step in plan() if not is_done(target_of(step))]
     running: dict[Any, list[str]] = {}
-    environment = dict(os.environ) | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": str(max(1, machine().threads // jobs))}
     # glibc gives every large tensor back to the kernel at once, which then clears its pages anew: a third of a step on a CPU
     environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776")
     while waiting or running:

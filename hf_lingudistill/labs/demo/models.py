@@ -43,6 +43,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from ...machine import training_defaults
 from .text import Message, package_file, training_documents
 from .vqa import COLORS, SHAPES, annotated_images
 
@@ -481,6 +482,7 @@ def teach_to_see(
         "lr_scheduler_type": "linear",
         "max_length": None,
         "gradient_checkpointing": False,
+        **training_defaults(),
         "bf16": False,
         "logging_steps": max(recipe.steps // 5, 1),
         "save_strategy": "no",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..._version import __version__
 from ...compatibility import check_compatibility
+from ...machine import machine
 from ...teacher import prepare_teacher
 from ..evaluation.models import Scored, describe, load_scored
 from ..statistics import Bootstrap, Items
@@ -45,7 +45,7 @@ def diagnose(
         student: the VLM, folder or Hub id. teacher: the LM that it was built from.
         prompts: what to measure on, from `load_prompts`; None = the texts and pictures that ship with the package.
         max_answer_tokens: of each answer, the first so many tokens are read.
-        dtype: default bf16 on an accelerator, fp32 on a CPU.
+        dtype: default bf16 on an accelerator that multiplies in it, else fp32.
 
     Returns the report as plain numbers and strings: `as_text` renders it, `write_report` writes it.
 
@@ -142,5 +142,5 @@ def _machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "device": machine().name,
     }

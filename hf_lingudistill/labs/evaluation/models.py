@@ -24,6 +24,8 @@ from transformers import (
 )
 
 from ...compatibility import UnreadableModelError
+from ...machine import machine
+from ...quantization import choose_kernels
 
 
 @dataclass
@@ -126,13 +128,13 @@ def load_scored(
 ) -> Scored:
     """Load an LM or a VLM, whichever the folder or Hub id holds.
 
-    dtype: default bf16 on an accelerator, fp32 on CPU.
+    dtype: default bf16 on an accelerator that multiplies in it, else fp32.
 
     Raises:
         UnreadableModelError: if there is no model that transformers can read.
     """
-    place = torch.device(device) if device else _device()
-    dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
+    place = torch.device(device) if device else machine().device
+    dtype = dtype or (torch.bfloat16 if place.type != "cpu" and machine().bf16 else torch.float32)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     config = read_config(name, path, trust_remote_code=trust_remote_code)
     sees = takes_images(config)
@@ -140,17 +142,13 @@ def load_scored(
         auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         model: Any = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, **common)
         model = model.to(place).eval()
+        choose_kernels(model)
         processing = (AutoProcessor if sees else AutoTokenizer).from_pretrained(path, **common)
     except (OSError, ValueError) as error:
         raise _unreadable(name, path, error) from error
     if getattr(processing, "chat_template", None) is None and hasattr(processing, "tokenizer"):
         processing.chat_template = processing.tokenizer.chat_template
     return Scored(name, path, "vlm" if sees else "lm", model, processing, fingerprint(path, config))
-
-
-def _device() -> torch.device:
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return found if found is not None else torch.device("cpu")
 
 
 def fingerprint(path: str, config: Any) -> str:

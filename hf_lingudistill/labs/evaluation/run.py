@@ -6,7 +6,6 @@ One model is in memory at a time. Whatever it gives on an item is on disk before
 from __future__ import annotations
 
 import gc
-import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from transformers import set_seed
 
 from ..._version import __version__
 from ...folders import check
+from ...machine import machine
 from ..statistics import Bootstrap
 from .cache import ItemCache, digest
 from .data import ImageItem, image_items, text_items
@@ -122,7 +122,7 @@ def evaluate_models(
         seconds[name] = round(time.perf_counter() - started, 1)
         del scored
         gc.collect()
-        if torch.accelerator.is_available():
+        if machine().accelerated:
             torch.accelerator.empty_cache()
 
     tasks = _join(suite, items, results, list(models), reference)
@@ -373,7 +373,7 @@ def _machine() -> dict[str, Any]:
     found: dict[str, Any] = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "device": machine().name,
         "hf_lingudistill": __version__,
     }
     for package in ("transformers", "lm_eval", "lmms_eval"):
