@@ -393,8 +393,9 @@ def _add_publish(commands: Any) -> None:
 
 
 def _publish(args: argparse.Namespace) -> int:
-    from .hub.manifest import PublishError, command_for, model_manifest, space_manifest
+    from .hub.manifest import PublishError, command_for, model_manifest
     from .hub.publish import publish, whole_name
+    from .hub.space import space_manifest
 
     command = command_for(args.output_dir, args.repo_id, private=args.private)
     command += "".join(
@@ -418,6 +419,7 @@ def _publish(args: argparse.Namespace) -> int:
             revision=args.revision,
             tag=args.tag,
             command=command,
+            space=args.space,
         )
         manifests = [manifest]
         if args.space:
@@ -436,6 +438,8 @@ def _publish(args: argparse.Namespace) -> int:
         for manifest in manifests:
             done = publish(manifest)
             print(f"{done.url}: {len(done.sent)} of {len(manifest.items)} files sent, {done.tag or done.commit[:8]}")
+            if done.kept:
+                print(f"  kept as edited on the Hub, in README.md: {', '.join(done.kept)}")
     except PublishError as error:
         return _not_published(error)
     return 0

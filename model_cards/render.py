@@ -1,10 +1,10 @@
-"""Render the model cards of the recipes' checkpoints from their committed result files: `make cards`.
+"""Render the example cards, of the demo and of a recipe, from their committed result files: `make cards`.
 
     python model_cards/render.py            # rewrite model_cards/*.md
     python model_cards/render.py --check    # exit 1 if one is stale, missing or left over (used by the tests)
 
-A card for every `report.json` under `docs/results/NAME/` and `examples/recipes/NAME/results/`; a `lingudistill.json` beside it
-(the record that training writes) says how the model was trained.
+A card of `docs/results/demo/report.json`, and one of the first `report.json` under each `examples/recipes/NAME/results/`; a
+`lingudistill.json` beside it (the run facts that training writes) says how the model was trained.
 """
 
 from __future__ import annotations
@@ -17,22 +17,55 @@ from pathlib import Path
 from typing import Any
 
 from hf_lingudistill.hub.card import PLOTS, render_card
-from hf_lingudistill.hub.run_facts import read_record
+from hf_lingudistill.hub.results import main_model
+from hf_lingudistill.hub.run_facts import LIBRARIES, read_run_facts
+from hf_lingudistill.hub.usage import Usage
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
-NOTE = "\n\n<!-- Rendered by `make cards`; edit the template in hf_lingudistill/templates or the result files, not this file. -->\n"
+NOTE = "\n\n<!-- Rendered by `make cards`; edit the template in hf_lingudistill/hub/templates or the result files, not this file. -->\n"
 
 
 def results(root: Path = ROOT) -> Iterator[tuple[str, Path, str | None]]:
-    """(name of the card, folder of the report, command that makes it anew or None)."""
-    for path in sorted((root / "docs/results").glob("*/report.json")):
-        yield path.parent.name, path.parent, None  # the embedded demo's report says itself which command it was
-    for path in sorted((root / "examples/recipes").glob("*/results/**/report.json")):
-        recipe, _, *inner = path.parent.relative_to(root / "examples/recipes").parts
-        script = root / "examples/recipes" / recipe / "reproduce.py"
-        command = f"python examples/recipes/{recipe}/reproduce.py all" if script.is_file() else None
-        yield "-".join([recipe, *inner]), path.parent, command
+    """(name of the card, folder of the report, command that makes it anew or None): of the demo, and of each recipe's first run."""
+    if (root / "docs/results/demo/report.json").is_file():
+        yield "demo", root / "docs/results/demo", None  # its report says itself which command it was
+    for recipe in sorted((root / "examples/recipes").glob("*")):
+        reports = sorted(recipe.glob("results/**/report.json"))
+        if reports:
+            script = recipe / "reproduce.py"
+            command = f"python {script.relative_to(root)} all" if script.is_file() else None
+            yield recipe.name, reports[0].parent, command
+
+
+def run_facts_of(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """The facts that training wrote beside the report; of a recipe without them, what its report says of the arm that is shown."""
+    facts = read_run_facts(folder)
+    recipe, stages = report.get("recipe") or {}, report.get("stages") or {}
+    arm = main_model(report)
+    if facts or arm not in stages or arm not in (recipe.get("arms") or {}):
+        return facts
+    stage, last, training = stages[arm], stages[arm].get("last_log") or {}, recipe.get("training") or {}
+    mix, distilled, answers = recipe.get("mix") or {}, last.get("distilled_tokens"), last.get("answer_tokens")
+    return {
+        "teacher": {"mib": stage.get("teacher_mib")},
+        "datasets": [{"name": f"{name}, {rows} of {sum(mix.values())} rows of a batch"} for name, rows in mix.items()],
+        "settings": {
+            **recipe["arms"][arm].get("args", {}),
+            "learning_rate": training.get("learning_rate"),
+            "seed": report.get("seed"),
+            "per_device_train_batch_size": sum(mix.values()) or None,
+        },
+        "training": {
+            "steps": stage.get("steps"),
+            "seconds": stage.get("seconds"),
+            "tokens": last.get("num_tokens"),
+            # of the last log, as all that the report holds
+            "distilled_tokens_share": distilled / answers if distilled and answers else None,
+        },
+        "hardware": {"device": "cpu", "threads": stage.get("threads")},
+        "versions": {name: version for name, version in report["machine"].items() if name in LIBRARIES},
+    }
 
 
 def card(name: str, folder: Path, command: str | None, root: Path = ROOT) -> str:
@@ -40,7 +73,10 @@ def card(name: str, folder: Path, command: str | None, root: Path = ROOT) -> str
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     link = Path("..") / folder.relative_to(root)
     plots = {title: f"{link}/{stem}.png" for stem, title in PLOTS.items() if (folder / f"{stem}.png").is_file()}
-    return str(render_card(read_record(folder), report, name=name, plots=plots, command=command)) + NOTE
+    facts, model = run_facts_of(folder, report), (report.get("models") or {}).get(main_model(report)) or {}
+    source = f"outputs/{name}/{model.get('path', 'after')}"
+    usage = Usage(source, made_by="the folder that the command under *Reproduce* makes")
+    return str(render_card(facts, report, name=name, plots=plots, command=command, usage=usage)) + NOTE
 
 
 def render(root: Path = ROOT) -> dict[str, str]:

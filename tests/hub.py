@@ -16,6 +16,7 @@ is answered 404 and kept in `hub.unknown`, which a test should find empty.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -421,7 +422,8 @@ class _Handler(BaseHTTPRequestHandler):
             "tags": [],
         }
         if card and card.content and (block := re.match(rb"---\n(.*?)\n---", card.content, re.DOTALL)):
-            facts["cardData"] = yaml.safe_load(block[1])
+            with contextlib.suppress(yaml.YAMLError):  # the page shows a warning, and the model has no metadata
+                facts["cardData"] = yaml.safe_load(block[1])
         if repo.sdk:
             facts["sdk"] = repo.sdk
         return 200, facts, {}

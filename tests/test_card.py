@@ -18,14 +18,16 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_lingudistill.hub.card import eval_result_file, fenced, markdown, render_card
+from hf_lingudistill.hub.card import render_card, usage_of
+from hf_lingudistill.hub.escape import fenced, markdown
+from hf_lingudistill.hub.metadata import eval_result_file
 from hf_lingudistill.hub.results import main_model, tasks_of
 from hf_lingudistill.hub.run_facts import hub_id, public_name, recipe_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
-RECORD: dict[str, Any] = {
+FACTS: dict[str, Any] = {
     "schema": "lingudistill-record/1",
     "student": {
         "id": "ORG/VLM",
@@ -135,8 +137,8 @@ def metadata(text: str) -> dict[str, Any]:
     return data
 
 
-def render(record: Any = RECORD, report: Any = REPORT, **options: Any) -> str:
-    return str(render_card(record, report, **{"repo_id": "ann/model", **options}))
+def render(facts: Any = FACTS, report: Any = REPORT, **options: Any) -> str:
+    return str(render_card(facts, report, **{"repo_id": "ann/model", **options}))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -163,7 +165,7 @@ def test_the_page_says_how_the_model_was_trained() -> None:
         "0.5 x CE + 1.0 x divergence",
         "temperature 2.0",
         "| steps | 1,500 |",
-        "8 rows a device x 4 accumulation x 2 process(es)",
+        "8 rows per device x 4 accumulation steps x 2 processes",
         "| tokens seen | 12,345,678 |",
         "2 x NVIDIA H100, bf16",
         "| seconds | 3,605 |",
@@ -198,15 +200,32 @@ def test_the_demos_report_is_read_as_well() -> None:
     assert "make demo" in text and DEMO["prompts"][0]["before"] in text
 
 
-def test_missing_facts_are_called_missing() -> None:
+def test_missing_facts_are_named_once_and_no_row_is_empty() -> None:
     text = render({}, {}, repo_id=None)
-    assert text.count("Not evaluated") >= 3 and "not recorded" in text
-    assert "**Not chosen yet.**" in text
+    assert text.count("Not evaluated") >= 3 and text.count("not known to this card") == 2
+    assert "**Not chosen yet.**" in text and "not recorded" not in text
     data = metadata(text)
     assert not {"base_model", "datasets", "license", "language", "model-index"} & data.keys()
     assert "nan" not in text.lower().split() and "None" not in text
     # control: with the facts, none of it is said
-    assert "not recorded" not in render() and "**Not chosen yet.**" not in render()
+    assert "not known" not in render() and "**Not chosen yet.**" not in render()
+
+
+def test_the_training_table_has_a_row_for_what_is_known() -> None:
+    """And one for the data in any case: readers look for it."""
+    text = render({"settings": {"kv_sharing": "vision", "seed": 3}}, {})
+    table = re.search(r"## How it was trained\n\n(?:\|.*\n)+", text)
+    assert table is not None
+    assert re.findall(r"^\| ([^|]+) \|", table[0], re.MULTILINE) == ["data", "`kv_sharing`", "seed"]
+    assert "| data | not recorded |" in table[0]
+    for part in ("student", "teacher", "settings", "training", "hardware"):
+        for name in FACTS[part]:  # control of "no row is empty": whichever single fact is missing
+            fewer = {**FACTS, part: {key: value for key, value in FACTS[part].items() if key != name}}
+            assert not re.search(
+                r"\|\s*(None|;.*)?\s*\|$",
+                "\n".join(re.findall(r"^\| [a-z`].*\|$", render(fewer, {}), re.MULTILINE)),
+                re.MULTILINE,
+            ), (part, name)
 
 
 def test_what_was_not_evaluated_is_named() -> None:
@@ -232,14 +251,14 @@ def test_what_was_not_evaluated_is_named() -> None:
 def test_the_licence_is_inherited_and_flagged_where_it_must_be_chosen(
     student: dict[str, Any], chosen: str | None, expected: dict[str, str]
 ) -> None:
-    text = render({**RECORD, "student": {"id": "ORG/VLM", **student}}, license=chosen)
+    text = render({**FACTS, "student": {"id": "ORG/VLM", **student}}, license=chosen)
     found = {name: value for name, value in metadata(text).items() if name.startswith("license")}
     assert found == expected
     assert ("**Not chosen yet.**" in text) == (not expected)
 
 
 def test_a_different_licence_of_the_teacher_is_pointed_out() -> None:
-    other = {**RECORD, "teacher": {**RECORD["teacher"], "license": "gemma"}}
+    other = {**FACTS, "teacher": {**FACTS["teacher"], "license": "gemma"}}
     assert "The teacher's licence is `gemma`" in render(other)
     assert "The teacher's licence" not in render()
 
@@ -252,7 +271,7 @@ def test_a_path_in_a_report_is_no_hub_id() -> None:
     }
     data = metadata(render({}, report))
     assert "base_model" not in data and not [tag for tag in data["tags"] if tag.startswith("teacher:")]
-    assert "model is demo/before, trained with" in render({}, report)
+    assert "model is the unpublished model demo/before, trained with" in render({}, report)
 
 
 def test_the_report_tells_which_of_its_models_the_card_is_about() -> None:
@@ -279,16 +298,29 @@ def test_the_model_index_is_valid_and_holds_the_scores(report: dict[str, Any]) -
         ModelCard(text.replace("  - task:\n", "  - chore:\n", 1))
 
 
-def test_eval_results_name_datasets_of_the_hub_alone() -> None:
-    text = eval_result_file(tasks_of(REPORT), date="2026-01-02")
+def gsm8k(**changes: Any) -> dict[str, Any]:
+    task = {
+        "name": "lm_eval/gsm8k",
+        "group": "language",
+        "title": "GSM8K",
+        "metric": "exact_match",
+        "unit": "",
+        "n": 1319,
+    }
+    return {
+        **REPORT,
+        "tasks": [*REPORT["tasks"], {**task, "higher_is_better": True, "scores": {"after": score(0.25)}, **changes}],
+    }
+
+
+def test_eval_results_are_of_whole_registered_benchmarks_alone() -> None:
+    text = eval_result_file(tasks_of(gsm8k()), date="2026-01-02")
     assert text is not None
     entries = parse_eval_result_entries(yaml.safe_load(text))
     assert all(isinstance(entry, EvalResultEntry) for entry in entries)
-    assert [(entry.dataset_id, entry.value) for entry in entries] == [
-        ("EdinburghNLP/xsum", 1.25),
-        ("Rowan/hellaswag", 0.39),
-    ]
-    assert eval_result_file([task for task in tasks_of(REPORT) if task.group == "vision"]) is None
+    assert [(entry.dataset_id, entry.task_id, entry.value) for entry in entries] == [("openai/gsm8k", "gsm8k", 25.0)]
+    assert eval_result_file(tasks_of(gsm8k(n=200))) is None  # a part of a benchmark is no entry on its leaderboard
+    assert eval_result_file(tasks_of(REPORT)) is None
 
 
 def test_scores_that_are_no_numbers_are_left_out() -> None:
@@ -323,8 +355,8 @@ HOSTILE = [
 
 
 def everywhere(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A record and a report with this text in every place that somebody else fills."""
-    record = json.loads(json.dumps(RECORD))
+    """Facts and a report with this text in every place that somebody else fills."""
+    record = json.loads(json.dumps(FACTS))
     for part in ("student", "teacher"):
         record[part] |= {"id": text, "name": text, "license": text, "language": [text], "revision": text}
     record["datasets"] = [{"id": text, "name": text, "config": text, "split": text, "revision": text}]
@@ -407,9 +439,12 @@ def test_the_card_renders_without_network(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_an_adapters_card_says_so() -> None:
-    data = metadata(render(adapter=True))
+    text = render(usage=usage_of("ann/model", adapter=True, base="ORG/VLM"))
+    data = metadata(text)
     assert (data["library_name"], data["base_model_relation"]) == ("peft", "adapter")
-    assert "LoRA adapter" in render(adapter=True) and "LoRA adapter" not in render()
+    assert "LoRA adapter" in text and "LoRA adapter" not in render()
+    assert "vllm serve ORG/VLM --enable-lora --lora-modules restored=ann/model" in text
+    assert "pip install" in text and " peft`" in text
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -487,6 +522,6 @@ def test_a_changed_result_makes_a_card_stale_and_a_new_recipe_gets_one(tmp_path:
     results = tmp_path / "examples/recipes/small/results"
     results.mkdir(parents=True)
     (results / "report.json").write_text(json.dumps(REPORT))
-    (results / "lingudistill.json").write_text(json.dumps(RECORD))
+    (results / "lingudistill.json").write_text(json.dumps(FACTS))
     assert cards.stale(cards.render(tmp_path), tmp_path / "cards") == ["demo.md", "small.md"]
     assert "1.250 [1.150, 1.350]" in cards.render(tmp_path)["small.md"]

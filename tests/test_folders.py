@@ -223,7 +223,7 @@ ALLOWED = {
     ("hf_lingudistill/hub/mixin.py", "create_model_card"): RUN,
     ("hf_lingudistill/hub/mixin.py", "push_to_hub"): RUN,
     ("hf_lingudistill/scripts/distill.py", "save"): RUN,
-    ("hf_lingudistill/hub/run_facts.py", "write_record"): CALLER,
+    ("hf_lingudistill/hub/run_facts.py", "write_run_facts"): CALLER,
     (
         "hf_lingudistill/labs/evaluation/cache.py",
         "_rewrite",

@@ -22,25 +22,28 @@ import pytest
 import tiny
 import torch
 import yaml
-from hub import Fault, Hub
+from hub import Blob, Fault, Hub, git_hash
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import close_session
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from trl import SFTConfig, SFTTrainer
 
 from hf_lingudistill.cli import main as cli
 from hf_lingudistill.hub import publish as publishing
-from hf_lingudistill.hub.manifest import Manifest, PublishError, model_manifest, space_manifest
+from hf_lingudistill.hub.manifest import Manifest, PublishError, model_manifest
+from hf_lingudistill.hub.mixin import PublishingMixin
 from hf_lingudistill.hub.publish import publish
 from hf_lingudistill.hub.run_facts import SCHEMA
+from hf_lingudistill.hub.space import space_manifest
 from hf_lingudistill.scripts.distill import main as distill
 from hf_lingudistill.scripts.distill import parse
 
 TOKEN, READ_TOKEN, OLD_TOKEN = ("hf_" + letter * 30 for letter in "wro")
 MakeTrainer = Callable[..., Any]
 
-RECORD = {
+FACTS = {
     "schema": SCHEMA,
     "student": {"id": "ORG/VLM", "name": "ORG/VLM", "license": "mit"},
     "teacher": {"id": "ORG/LM", "name": "ORG/LM"},
@@ -99,7 +102,7 @@ def model(saved_pair: tuple[Path, Path], tmp_path: Path) -> Path:
     """A saved model with a record, a report and a plot."""
     folder = tmp_path / "model"
     shutil.copytree(saved_pair[0], folder)
-    (folder / "lingudistill.json").write_text(json.dumps(RECORD))
+    (folder / "lingudistill.json").write_text(json.dumps(FACTS))
     (folder / "report.json").write_text(json.dumps(REPORT))
     Image.new("RGB", (8, 8)).save(folder / "scores.png")
     return folder
@@ -129,19 +132,22 @@ STRANGER = """
 import json, re, sys
 sys.modules["hf_lingudistill"] = None  # importing it raises ImportError
 from huggingface_hub import hf_hub_download
-from transformers import AutoModelForImageTextToText, AutoProcessor
-import torch
 from PIL import Image
 
-repo = sys.argv[1]
-model = AutoModelForImageTextToText.from_pretrained(repo)
-AutoProcessor.from_pretrained(repo)
 Image.new("RGB", (40, 40), "red").save("picture.jpg")
-card = open(hf_hub_download(repo, "README.md"), encoding="utf-8").read()
-exec(re.search(r"```python\\n(.*?)```", card, re.DOTALL)[1])  # the card's own snippet
+card = open(hf_hub_download(sys.argv[1], "README.md"), encoding="utf-8").read()
+printed, print_ = [], print
+for block in re.findall(r"```python\\n(.*?)```", card, re.DOTALL):  # every one of the card, as it is printed there
+    exec(block.replace("print(", "printed.append("), globals())
+import torch
+question = [{"type": "image", "image": Image.open("picture.jpg")}, {"type": "text", "text": "What is in this picture?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": question}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
 with torch.no_grad():
     logits = model(**inputs).logits[0, -1]
-print(json.dumps({"logits": logits.tolist(), "new": len(answer), "trl": "trl" in sys.modules}))
+print_(json.dumps({"logits": logits.tolist(), "printed": printed, "trl": "trl" in sys.modules}))
 """
 
 
@@ -193,7 +199,8 @@ def test_a_trained_model_is_loaded_from_the_hub_without_this_library(
     theirs = torch.tensor(stranger["logits"])
     assert torch.allclose(theirs, ours, atol=1e-4)
     assert not torch.allclose(theirs, before, atol=1e-4)  # control: it is the trained model that arrived
-    assert stranger["new"] > 0 and not stranger["trl"]
+    about_a_picture, text_alone, in_one_call = stranger["printed"]
+    assert about_a_picture and text_alone and in_one_call == about_a_picture and not stranger["trl"]
 
 
 def test_a_push_in_the_background_is_a_future(hub: Hub, make_trainer: MakeTrainer) -> None:
@@ -242,6 +249,31 @@ def test_the_card_of_the_trainer_replaces_trls(make_trainer: MakeTrainer, tmp_pa
     text = (tmp_path / "out/README.md").read_text()
     assert text.count("# näme") == 1 and "LinguDistill" in text and "lingudistill" in text
     assert "Quick start" not in text  # TRL's
+
+
+def test_any_trainer_with_a_teacher_can_carry_the_mixin(hub: Hub, make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """It relies on `Trainer` and on what it states, on nothing of ours: here plain SFT with a name and a size for the teacher."""
+    ours = make_trainer()
+
+    class Other(PublishingMixin, SFTTrainer):
+        pass
+
+    args = SFTConfig(
+        str(tmp_path / "other"), hub_model_id="ann/model", hub_token=TOKEN, report_to="none", use_cpu=True
+    )
+    trainer = Other(tiny.make_vlm(0), args, train_dataset=tiny.make_dataset(4), processing_class=ours.processing_class)
+    trainer.teacher_name_or_path, trainer.teacher = "ORG/LM", types.SimpleNamespace(footprint=2**20)
+    published = trainer.push_to_hub(dataset_name="ORG/DATA")
+    files = on_the_hub(hub)
+    assert published.commit and {"model.safetensors", "lingudistill.json", "README.md"} <= files.keys()
+    facts = json.loads(files["lingudistill.json"])
+    assert (
+        facts["teacher"]["id"] == "ORG/LM"
+        and facts["teacher"]["mib"] == 1
+        and facts["datasets"][0]["id"] == "ORG/DATA"
+    )
+    assert "kv_sharing" not in facts["settings"] and facts["settings"]["learning_rate"] == args.learning_rate
+    assert "| `kv_sharing` |" not in files["README.md"].decode()
 
 
 def write_data(folder: Path) -> Path:
@@ -478,6 +510,110 @@ def test_weights_of_an_earlier_push_are_removed(hub: Hub, model: Path) -> None:
     whole.rename(model / "model.safetensors")
     publish(model_manifest(model, "ann/model"), token=TOKEN)
     assert {path for path in on_the_hub(hub) if path.startswith("model")} == {"model.safetensors"}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A card that was edited by hand (`test_card_edits.py` has the rules)
+# --------------------------------------------------------------------------------------------------------------------
+def edit_card(old: str, new: str, name: str = "ann/model", kind: str = "model") -> None:
+    """As somebody does it in the browser."""
+    api = HfApi(token=TOKEN)
+    text = Path(api.hf_hub_download(name, "README.md", repo_type=kind, force_download=True)).read_text()
+    assert text.count(old) == 1
+    content = text.replace(old, new).encode()
+    api.upload_file(path_or_fileobj=content, path_in_repo="README.md", repo_id=name, repo_type=kind)
+
+
+def change_report(model: Path, value: float) -> None:
+    report = json.loads(json.dumps(REPORT))
+    report["tasks"][0]["scores"]["after"]["value"] = value
+    (model / "report.json").write_text(json.dumps(report))
+
+
+def test_what_was_edited_on_the_hub_stays_and_the_scores_are_renewed(hub: Hub, model: Path) -> None:
+    publish(model_manifest(model, "ann/model"), token=TOKEN)
+    edit_card("## Limits", "## Thanks\n\nTo Ann.\n\n## Limits")
+    edit_card("license: mit", "license: gemma")
+    change_report(model, 1.125)
+    done = publish(model_manifest(model, "ann/model"), token=TOKEN)
+    text = hub.files("ann/model")["README.md"].decode()
+    assert "To Ann." in text and "license: gemma" in text and "**1.125**" in text and "**1.200**" not in text
+    assert set(done.kept) == {"license", "limits"} and "README.md" in done.sent
+    assert publish(model_manifest(model, "ann/model"), token=TOKEN).sent == ()
+    # control: without an edit, all of it is ours
+    assert publish(model_manifest(model, "ann/other"), token=TOKEN).kept == ()
+
+
+def test_an_edit_from_a_moment_ago_is_not_lost(
+    hub: Hub, model: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody saves the card after we have read it and before our commit arrives."""
+    publish(model_manifest(model, "ann/model"), token=TOKEN)
+    change_report(model, 1.125)
+    create_commit, attempts = HfApi.create_commit, []
+
+    def late(self: HfApi, *args: Any, **kwargs: Any) -> Any:
+        attempts.append(kwargs["commit_message"])
+        if len(attempts) == 1:
+            edit_card("## Limits", "## Thanks\n\n## Limits")
+        return create_commit(self, *args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", late)
+    assert publish(model_manifest(model, "ann/model"), token=TOKEN).kept == ("limits",)
+    text = hub.files("ann/model")["README.md"].decode()
+    assert "## Thanks" in text and "**1.125**" in text and waits
+
+
+def test_a_card_that_was_there_before_stays_above_ours(hub: Hub, model: Path) -> None:
+    api = HfApi(token=TOKEN)
+    api.create_repo("ann/model")
+    story = b"---\nlicense: gemma\n---\n\n# My model\n\nIts story.\n"
+    api.upload_file(path_or_fileobj=story, path_in_repo="README.md", repo_id="ann/model")
+    publish(model_manifest(model, "ann/model"), token=TOKEN)
+    text = hub.files("ann/model")["README.md"].decode()
+    assert text.index("Its story.") < text.index("## Use it") and "license: gemma" in text
+    unreadable = b"---\nlicense: [\n---\n# My model\n"
+    hub.repos["model", "ann/model"].add("edit", {"README.md": Blob(len(unreadable), git_hash(unreadable), unreadable)})
+    with pytest.raises(PublishError, match="README.md on ann/model cannot be read: its metadata is not valid YAML"):
+        publish(model_manifest(model, "ann/model"), token=TOKEN)
+    assert hub.files("ann/model")["README.md"] == unreadable
+
+
+def test_edits_in_the_folder_are_published_and_survive_the_next_save(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    trainer = make_trainer()
+    trainer.save_model()
+    trainer.create_model_card()
+    readme = tmp_path / "out/README.md"
+    readme.write_text(readme.read_text().replace("## Limits", "## Thanks\n\n## Limits"))
+    trainer.create_model_card()
+    assert "## Thanks" in readme.read_text()
+    manifest = model_manifest(tmp_path / "out", "ann/model")
+    assert "## Thanks" in manifest.text("README.md") and "kept as edited in README.md: limits" in str(manifest)
+    assert 'from_pretrained("ann/model")' in manifest.text("README.md")  # the rest is of this publication
+    # unreadable, it stops neither a training nor is it replaced; a publication says so
+    readme.write_text(readme.read_text().replace("library_name:", "library_name: ["))
+    trainer.create_model_card()
+    assert "library_name: [" in readme.read_text()
+    with pytest.raises(PublishError, match="README.md cannot be read"):
+        model_manifest(tmp_path / "out", "ann/model")
+
+
+def test_a_later_edit_in_the_folder_replaces_the_one_that_was_published(hub: Hub, model: Path) -> None:
+    readme = model / "README.md"
+    readme.write_text(model_manifest(model, "ann/model").text("README.md"))
+    for old, new in (("## Limits", "## Thanks\n\n## Limits"), ("## Thanks", "## Many thanks")):
+        readme.write_text(readme.read_text().replace(old, new))
+        publish(model_manifest(model, "ann/model"), token=TOKEN)
+        assert new in hub.files("ann/model")["README.md"].decode()
+
+
+def test_a_readme_of_somebody_else_stays_at_home(model: Path) -> None:
+    (model / "README.md").write_text("# The base model's card, copied along\n")
+    manifest = model_manifest(model, "ann/model")
+    assert "copied along" not in manifest.text("README.md")
+    assert "was not rendered by hf_lingudistill: it is not sent" in str(manifest)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -760,10 +896,18 @@ def test_the_space_is_filled_with_the_repositories(
     front = yaml.safe_load(files["README.md"].decode().split("---")[1])
     assert front["models"] == ["ORG/VLM", "ann/model", "ORG/LM"] and front["title"] == "Before and after"
     assert hub.repos["space", "ann/space"].sdk == "gradio"
+    assert "(https://huggingface.co/spaces/ann/space)" in on_the_hub(hub)["README.md"].decode()
+    edit_card("title: Before and after", "title: Mine\nemoji: 🦙", "ann/space", "space")
+    edit_card("# Hello", "# Good morning", "ann/space", "space")
+    (app / "README.md").write_text((app / "README.md").read_text() + "\nNews.\n")
+    assert cli(command) == 0
+    text = on_the_hub(hub, "ann/space", "space")["README.md"].decode()
+    assert "title: Mine" in text and "emoji: 🦙" in text and "# Good morning" in text
+    assert "kept as edited on the Hub, in README.md: emoji, title, about" in capsys.readouterr().out
 
 
 def test_a_space_needs_the_model_before_on_the_hub(model: Path, app: Path) -> None:
-    (model / "lingudistill.json").write_text(json.dumps({**RECORD, "student": {"id": None, "name": "before"}}))
+    (model / "lingudistill.json").write_text(json.dumps({**FACTS, "student": {"id": None, "name": "before"}}))
     manifest = model_manifest(model, "ann/model")
     with pytest.raises(PublishError, match="pass --before ORG/BEFORE"):
         space_manifest(manifest, "ann/space", files=app)

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import RepoCard, get_token
+from huggingface_hub import get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from safetensors import SafetensorError, safe_open
 
-from .card import PLOTS, eval_result_file, licence_of, render_card
+from .card import PLOTS, render_card, usage_of
+from .edits import UnreadableCard, is_ours, merged, sealed
+from .metadata import eval_result_file, licence_of
 from .results import main_model, tasks_of
-from .run_facts import FILE_NAME as RECORD
-from .run_facts import Record, is_local, read_record
+from .run_facts import FILE_NAME as RUN_FACTS
+from .run_facts import RunFacts, is_local, read_run_facts
 
 # Files of a model's folder that transformers reads. All else there stays at home: optimizer states, `training_args.bin` (which
 # holds the token), checkpoints, caches, logs.
@@ -40,7 +44,6 @@ _MODEL_FILES = re.compile(
 WEIGHTS = re.compile(
     r"(adapter_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|pytorch_model.*\.bin.*|adapter_config\.json"
 )
-_SPACE_FILES = {".py", ".txt", ".md", ".html", ".css", ".js", ".svg", ".png", ".jpg", ".jpeg", ".json", ".yaml"}
 TOKEN = re.compile(r"\b(hf_|api_org_)[A-Za-z0-9]{16,}")
 _SETTINGS = re.compile(r"config\.json$|^lingudistill\.json$|^recipe\.yaml$")
 _HOME = re.compile(r"(/home/|/Users/|\\Users\\)[\w.-]+[/\\]")
@@ -110,7 +113,7 @@ def model_manifest(
     *,
     private: bool = False,
     report: str | Path | None = None,
-    record: Record | None = None,
+    run_facts: RunFacts | None = None,
     base_model: str | None = None,
     teacher: str | None = None,
     license: str | None = None,
@@ -119,16 +122,18 @@ def model_manifest(
     tag: str | None = None,
     message: str | None = None,
     command: str | None = None,
+    space: str | None = None,
 ) -> Manifest:
-    """List what makes a model's repository: weights, processor, card, report, plots, record and recipe.
+    """List what makes a model's repository: weights, processor, card, report, plots, run facts and recipe.
 
     Args:
         output_dir: a saved model; of an embedded demo, its OUT (the model is OUT/after).
         report: `report.json` of an evaluation, or its folder; left out, looked for in `output_dir`.
-        record: of the training run; left out, `lingudistill.json` of `output_dir`.
-        base_model, teacher: Hub ids of the VLM before and of the original LM, where the record knows folders only.
+        run_facts: left out, `lingudistill.json` of `output_dir`.
+        base_model, teacher: Hub ids of the VLM before and of the original LM, where the run facts know folders only.
         license: code of a licence; left out, the base model's.
         command: what goes on after a failure; left out, `command_for` these arguments.
+        space: Hub id of the Space that shows the model, for a link.
 
     Raises:
         PublishError: if the folder holds no complete model in safetensors, or a listed file holds a token or a local path.
@@ -144,10 +149,11 @@ def model_manifest(
             "or `trainer.save_model()` wrote."
         )
     try:
-        recorded = read_record(folder) if record is None else record
+        known = read_run_facts(folder) if run_facts is None else run_facts
     except ValueError as error:
         raise PublishError(str(error)) from None
-    facts = _with_ids(recorded, student=base_model, teacher=teacher)
+    facts = _with_ids(known, student=base_model, teacher=teacher)
+    base, adapter = (facts.get("student") or {}).get("id"), _is_adapter(folder)
     found = _report_path(folder, root, report)
     results = _read_report(found) if found else {}
     main = _model_in_report(results, folder)
@@ -160,21 +166,27 @@ def model_manifest(
         tags=tags,
         plots={PLOTS[item.path.split(".")[0]]: item.path for item in plots if item.path.endswith(".png")},
         main=main,
-        adapter=_is_adapter(folder),
+        usage=usage_of(
+            repo_id,
+            adapter=adapter,
+            base=base,
+            chat=_has_chat_template(folder),
+            weights="" if adapter else _weights(folder),
+        ),
+        space=space,
     )
-    base = (facts.get("student") or {}).get("id")
+    text, readme_note = _with_local_edits(str(card), folder)
     items = [
         *(_clean(folder, path, base) for path in _model_files(folder)),
         *plots,
-        Item("README.md", str(card).encode()),
-        *(_record_items(facts) if recorded else []),
+        Item("README.md", text.encode()),
+        *(_run_facts_items(facts) if known else []),
         *(_report_items(results, main) if results else []),
     ]
     for item in items:
-        _refuse_secrets(item, folder)
+        refuse_secrets(item, folder)
     notes = {
-        f"no {RECORD} in {folder.name}: the card says 'not recorded' about training": recorded
-        or "language" in results,
+        f"no {RUN_FACTS} in {folder.name}: the card says nothing about training": known or "language" in results,
         "no report.json: the card says 'not evaluated' (run `lingudistill evaluate`, then pass --report)": results,
     }
     return Manifest(
@@ -185,7 +197,7 @@ def model_manifest(
         revision=revision,
         tag=tag,
         message=message or "Publish with hf_lingudistill",
-        notes=tuple(note for note, fine in notes.items() if not fine),
+        notes=(*(note for note, fine in notes.items() if not fine), *readme_note),
     )
 
 
@@ -193,63 +205,6 @@ def command_for(output_dir: str | Path, repo_id: str, *, private: bool = False, 
     """What publishes a saved model, at first or after a failure."""
     command = f"lingudistill publish {shlex.quote(str(output_dir))} --repo_id {repo_id}"
     return command + (" --private" if private else "") + (f" --revision {shlex.quote(revision)}" if revision else "")
-
-
-def space_manifest(
-    model: Manifest,
-    space_id: str,
-    *,
-    before: str | None = None,
-    original: str | None = None,
-    files: str | Path | None = None,
-) -> Manifest:
-    """List the files of the Space that shows a model beside the VLM before, and the original LM as a text-only third.
-
-    Args:
-        model: the manifest of the model, whose record and report are used.
-        before, original: Hub ids; left out, what the record says. The original may be missing.
-        files: the folder of the app; left out, `examples/space` of the clone that this package runs from.
-
-    Raises:
-        PublishError: if the app is not there, or the VLM before has no Hub id.
-    """
-    record = json.loads(model.text(RECORD) or "{}")
-    before = before or (record.get("student") or {}).get("id")
-    original = original or (record.get("teacher") or {}).get("id")
-    check_repo_id(space_id)
-    if before is None:
-        raise PublishError(
-            "The Space shows the VLM before beside this one, and the training record knows it as a folder only: send that folder "
-            "with `hf upload ORG/BEFORE FOLDER` and pass --before ORG/BEFORE."
-        )
-    check_repo_id(before, original)
-    folder = Path(files).expanduser() if files else Path(__file__).resolve().parents[2] / "examples" / "space"
-    if not (folder / "app.py").is_file():
-        raise PublishError(
-            f"The Space's app.py is not in {folder.name!r}: it is no part of the installed package. Clone the repository of "
-            "hf_lingudistill and pass --space_files CLONE/examples/space."
-        )
-    paths = sorted(path for path in folder.rglob("*") if _belongs_to_space(path, folder))
-    items = [Item(path.relative_to(folder).as_posix(), path) for path in paths if path.name != "README.md"]
-    if (folder / "machine.py").is_symlink():  # links are left out: the clone's leads here
-        items.append(Item("machine.py", Path(__file__).resolve().parents[1] / "machine.py"))
-    config = {"before": before, "after": model.repo_id, **({"original": original} if original else {})}
-    report = next((item for item in model.items if item.path == "report.json"), None)
-    if report:
-        config["report"] = report.path
-    written = [Item("config.json", _json(config)), Item("README.md", _space_readme(folder, space_id, config))]
-    written += [report] if report else []
-    items = [item for item in items if item.path not in {new.path for new in written}] + written
-    for item in items:
-        _refuse_secrets(item, folder)
-    return Manifest(
-        space_id,
-        tuple(sorted(items, key=lambda item: item.path)),
-        model.command,
-        repo_type="space",
-        private=model.private,
-        message="Publish the Space with hf_lingudistill",
-    )
 
 
 def check_repo_id(*names: str | None) -> None:
@@ -262,10 +217,10 @@ def check_repo_id(*names: str | None) -> None:
             raise PublishError(f"Expected a Hub id such as ORG/NAME: {one_line(error)}") from None
 
 
-def _with_ids(record: Record, **ids: str | None) -> Record:
-    """The record with these Hub ids (by part: `student`, `teacher`) in place of its own."""
-    given = {part: {**(record.get(part) or {}), "id": identity} for part, identity in ids.items() if identity}
-    return {**record, **given}
+def _with_ids(run_facts: RunFacts, **ids: str | None) -> RunFacts:
+    """The run facts with these Hub ids (by part: `student`, `teacher`) in place of their own."""
+    given = {part: {**(run_facts.get(part) or {}), "id": identity} for part, identity in ids.items() if identity}
+    return {**run_facts, **given}
 
 
 def _is_model(folder: Path) -> bool:
@@ -300,6 +255,44 @@ def _model_files(folder: Path) -> list[str]:
     return sorted(names)
 
 
+def _has_chat_template(folder: Path) -> bool:
+    configs = [folder / name for name in ("tokenizer_config.json", "processor_config.json", "chat_template.json")]
+    told = any(_read_json(path).get("chat_template") for path in configs if path.is_file())
+    return told or (folder / "chat_template.jinja").is_file()
+
+
+def _weights(folder: Path) -> str:
+    """Such as "float32, 542 MB": the dtype that most bytes have, from the headers of the model's safetensors files."""
+    sizes: Counter[str] = Counter()
+    for name in _model_files(folder):
+        if name.endswith(".safetensors"):
+            with safe_open(folder / name, framework="numpy") as weights:
+                for key in weights.keys():  # noqa: SIM118  # a file, not a mapping
+                    part = weights.get_slice(key)
+                    bits = int((re.search(r"\d+", part.get_dtype()) or ["8"])[0])  # F32, BF16, I8, F8_E4M3; BOOL
+                    sizes[part.get_dtype()] += math.prod(part.get_shape()) * bits // 8
+    total = sum(sizes.values())
+    dtype = max(sizes, key=lambda name: sizes[name])
+    named = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(dtype, dtype)
+    return f"{named}, {total / 1e9:.1f} GB" if total >= 1e9 else f"{named}, {max(total / 1e6, 0.1):.3g} MB"
+
+
+def _with_local_edits(card: str, folder: Path) -> tuple[str, tuple[str, ...]]:
+    """The rendered card with what was edited in the folder's own, and notes on that. Another's README stays at home."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return card, ()
+    there = readme.read_text(encoding="utf-8")
+    if not is_ours(there):
+        return card, ("the README.md in the folder was not rendered by hf_lingudistill: it is not sent",)
+    try:
+        text, kept = merged(card, there)
+    except UnreadableCard as error:
+        raise PublishError(f"{readme} cannot be read: {error}. Mend it, or delete the file.") from None
+    # Sealed anew: on the Hub, what was edited here is what we rendered
+    return sealed(text), ((f"kept as edited in README.md: {', '.join(kept)}",) if kept else ())
+
+
 def _check_weights(path: Path) -> None:
     try:
         with safe_open(path, framework="numpy") as weights:
@@ -330,7 +323,7 @@ def _clean(folder: Path, name: str, base_model: str | None) -> Item:
                 content[key] = base_model
             else:
                 del content[key]
-    return Item(name, _json(content)) if changed else Item(name, path)
+    return Item(name, json_bytes(content)) if changed else Item(name, path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -390,37 +383,18 @@ def _plots(folder: Path) -> list[Item]:
     ]
 
 
-def _belongs_to_space(path: Path, folder: Path) -> bool:
-    relative = path.relative_to(folder)
-    hidden = any(part.startswith((".", "__pycache__")) for part in relative.parts)
-    return path.is_file() and not path.is_symlink() and not hidden and path.suffix.lower() in _SPACE_FILES
-
-
-def _space_readme(folder: Path, space_id: str, config: Mapping[str, Any]) -> bytes:
-    """The Space's README with the models that it shows in its front matter."""
-    path = folder / "README.md"
-    front = f"---\ntitle: {space_id.split('/')[-1]}\nsdk: gradio\napp_file: app.py\n---\n"
-    text = path.read_text(encoding="utf-8") if path.is_file() else front
-    try:
-        card = RepoCard(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise PublishError(f"The front matter of {path} is not valid: {one_line(error)}.") from None
-    card.data["models"] = [config[name] for name in ("before", "after", "original") if config.get(name)]
-    return str(card).encode()
-
-
-def _record_items(record: Record) -> list[Item]:
-    recipe = [Item("recipe.yaml", _recipe(record["recipe"]))] if record.get("recipe") else []
-    return [Item(RECORD, _json(record)), *recipe]
+def _run_facts_items(run_facts: RunFacts) -> list[Item]:
+    recipe = [Item("recipe.yaml", _recipe(run_facts["recipe"]))] if run_facts.get("recipe") else []
+    return [Item(RUN_FACTS, json_bytes(run_facts)), *recipe]
 
 
 def _report_items(report: Mapping[str, Any], main: str | None) -> list[Item]:
     entries = eval_result_file(tasks_of(report, main))
     found = [Item(".eval_results/lingudistill.yaml", entries.encode())] if entries else []
-    return [Item("report.json", _json(_public_report(report))), *found]
+    return [Item("report.json", json_bytes(_public_report(report))), *found]
 
 
-def _json(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -429,7 +403,7 @@ def _recipe(recipe: Mapping[str, Any]) -> bytes:
     return (head + yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)).encode()
 
 
-def _refuse_secrets(item: Item, folder: Path) -> None:
+def refuse_secrets(item: Item, folder: Path) -> None:
     """Raise PublishError if a text holds a Hub token or a path of this machine, or a setting somebody's home folder."""
     if item.path.endswith((".safetensors", ".png", ".jpg", ".jpeg", ".model")):
         return

@@ -8,12 +8,14 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import is_peft_model
 from huggingface_hub import HfApi
 
-from .card import render_card
+from .card import render_card, usage_of
+from .edits import UnreadableCard, merged
 from .manifest import PublishError, check_repo_id, command_for, model_manifest
 from .publish import Published, publish, whole_name
-from .run_facts import Record, dataset_fact, read_record, training_record, write_record
+from .run_facts import RunFacts, dataset_fact, gather_run_facts, read_run_facts, write_run_facts
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -45,20 +47,20 @@ class PublishingMixin(_Trainer):
     model: Any  # narrower than transformers' declarations, which admit None
     hub_model_id: Any
     recipe: Mapping[str, Any] | None = None
-    dataset_facts: Sequence[Record] = ()
+    dataset_facts: Sequence[RunFacts] = ()
     has_distill_column: bool = False
     distill_share: float | None = None
     teacher_quantization_kl: float | None = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`Trainer.save_model`, with the record of the run (`lingudistill.json`) beside the model.
+        """`Trainer.save_model`, with the run's facts (`lingudistill.json`) beside the model.
 
         With `push_to_hub=True` the model is published as well; if that fails, it is logged, with what goes on.
         """
         super().save_model(output_dir, _internal_call=True)
         if self.is_world_process_zero():
-            record = training_record(self, recipe=self.recipe, datasets=self.dataset_facts)
-            write_record(record, output_dir or str(self.args.output_dir))
+            run_facts = gather_run_facts(self, recipe=self.recipe, datasets=self.dataset_facts)
+            write_run_facts(run_facts, output_dir or str(self.args.output_dir))
         if self.args.push_to_hub and not _internal_call:
             try:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -68,12 +70,27 @@ class PublishingMixin(_Trainer):
     def create_model_card(  # type: ignore[override]  # SFTTrainer's own signature
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Write `README.md` to `output_dir`, rendered from the run's record in place of TRL's automatic card."""
+        """Write `README.md` to `output_dir`, rendered from the run's facts in place of TRL's automatic card. What somebody edited in
+        an earlier one stays."""
         if not self.is_world_process_zero():
             return
-        record = training_record(self, recipe=self.recipe, datasets=self._dataset_facts(dataset_name))
-        card = render_card(record, {}, repo_id=self.hub_model_id, name=model_name, tags=_as_list(tags))
-        card.save(Path(str(self.args.output_dir)) / "README.md")
+        run_facts = gather_run_facts(self, recipe=self.recipe, datasets=self._dataset_facts(dataset_name))
+        processor, student = self.processing_class, run_facts["student"]
+        usage = usage_of(
+            self.hub_model_id,
+            adapter=is_peft_model(self.model),
+            base=student["id"],
+            chat=getattr(processor, "chat_template", None) is not None,
+        )
+        card = render_card(run_facts, {}, repo_id=self.hub_model_id, name=model_name, tags=_as_list(tags), usage=usage)
+        readme = Path(str(self.args.output_dir)) / "README.md"
+        try:
+            text = merged(str(card), readme.read_text(encoding="utf-8"))[0] if readme.is_file() else str(card)
+        except UnreadableCard as error:
+            logger.error("%s is left as it is: %s.", readme, error)
+            return
+        readme.parent.mkdir(parents=True, exist_ok=True)
+        readme.write_text(text, encoding="utf-8")
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Name the repository. It is made when there is something to publish: no Hub, no reason not to train."""
@@ -95,7 +112,7 @@ class PublishingMixin(_Trainer):
         save: bool = True,
         **kwargs: Any,
     ) -> Published | Future[Published] | None:
-        """Save to `output_dir` and publish what is there: the model, its processor, card, record and recipe, no more.
+        """Save to `output_dir` and publish what is there: the model, its processor, card, run facts and recipe, no more.
 
         The arguments are those of `Trainer.push_to_hub`; kwargs those of `create_model_card`. With `save=False` the folder is
         taken as it is: it may hold more than this trainer knows, such as merged weights. Returns where it is now, a
@@ -116,13 +133,13 @@ class PublishingMixin(_Trainer):
         command = command_for(out, self.hub_model_id, private=private)
         self.hub_model_id = whole_name(self.hub_model_id, command, token=token)
         self.create_model_card(**kwargs)
-        record = {**read_record(out)}
-        record["datasets"] = record.get("datasets") or self._dataset_facts(kwargs.get("dataset_name"))
+        run_facts = {**read_run_facts(out)}
+        run_facts["datasets"] = run_facts.get("datasets") or self._dataset_facts(kwargs.get("dataset_name"))
         manifest = model_manifest(
             out,
             self.hub_model_id,
             private=private,
-            record=record,
+            run_facts=run_facts,
             tags=_as_list(kwargs.get("tags")),
             revision=revision or args.hub_revision,
             message=commit_message,
@@ -131,7 +148,7 @@ class PublishingMixin(_Trainer):
             return publish(manifest, token=token)
         return HfApi().run_as_future(publish, manifest, token=token)
 
-    def _dataset_facts(self, dataset_name: str | None) -> list[Record]:
+    def _dataset_facts(self, dataset_name: str | None) -> list[RunFacts]:
         """What the script said about the data, or the name that the caller of a push gave."""
         return list(self.dataset_facts) or ([dataset_fact(dataset_name)] if dataset_name else [])
 

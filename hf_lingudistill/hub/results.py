@@ -175,7 +175,7 @@ def _demo_vision(report: Facts) -> Task | None:
 
 
 def overlaid(below: Facts, above: Facts) -> dict[str, Any]:
-    """Two records as one: what the upper one knows counts."""
+    """Two sets of facts as one: what the upper one knows counts."""
     merged = dict(below)
     for name, value in above.items():
         if isinstance(value, Mapping) and isinstance(below.get(name), Mapping):
@@ -185,20 +185,20 @@ def overlaid(below: Facts, above: Facts) -> dict[str, Any]:
     return merged
 
 
-def record_of_models(report: Facts) -> dict[str, Any]:
+def run_facts_of_models(report: Facts) -> dict[str, Any]:
     """What an evaluation's report says about where its models come from: names alone. A path such as `demo/before` looks like a
     Hub id, and a base model must not be claimed for that."""
     models = report.get("models") or {}
-    record = {}
+    run_facts = {}
     for part, name in (("student", "before"), ("teacher", "original")):
         fact = models.get(name) or {}
         if isinstance(fact.get("path"), str) and fact["path"]:
-            record[part] = {"prose": public_name(fact["path"]), "parameters": fact.get("parameters")}
-    return record
+            run_facts[part] = {"name": public_name(fact["path"]), "parameters": fact.get("parameters")}
+    return run_facts
 
 
-def record_of_demo(report: Facts) -> dict[str, Any]:
-    """What the embedded demo's report says about the training, in the form of a training record."""
+def run_facts_of_demo(report: Facts) -> dict[str, Any]:
+    """What the embedded demo's report says about the training, as run facts."""
     config, seconds, machine = (report.get(name) or {} for name in ("config", "seconds", "machine"))
     history = report.get("training") or [{}]
     real = config.get("demo") == "real"

@@ -1,6 +1,6 @@
 """The facts of a training run: gathered from the trainer at save, kept beside the model as `lingudistill.json`.
 
-A record can be published as it is: a folder of this machine is known by its last part alone, and neither user name nor token
+They can be published as they are: a folder of this machine is known by its last part alone, and neither user name nor token
 is in it. What is not known is None, never a guess.
 """
 
@@ -20,9 +20,9 @@ import yaml
 
 from .._version import __version__
 
-Record = dict[str, Any]
+RunFacts = dict[str, Any]
 FILE_NAME = "lingudistill.json"
-SCHEMA = "lingudistill-record/1"
+SCHEMA = "lingudistill-record/1"  # its name since 0.1: files of then are still read
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "bitsandbytes", "huggingface_hub")
 
 # Settings that say where a run is kept, logged or sent (some hold tokens), or that follow from the machine.
@@ -91,8 +91,8 @@ def hub_id(reference: str | None) -> str | None:
 # --------------------------------------------------------------------------------------------------------------------
 # What the Hub (or the folder's card) says about a base model or a dataset
 # --------------------------------------------------------------------------------------------------------------------
-@functools.lru_cache(maxsize=64)  # a run is recorded at every checkpoint
-def base_facts(reference: str, revision: str | None = None) -> Record:
+@functools.lru_cache(maxsize=64)  # facts are gathered at every checkpoint
+def base_facts(reference: str, revision: str | None = None) -> RunFacts:
     """Licence and language of a base model: from its folder's card, else one request to the Hub. Empty if neither answers."""
     from httpx2 import HTTPError  # what huggingface_hub speaks HTTP with
     from huggingface_hub import HfApi, metadata_load
@@ -122,8 +122,8 @@ def dataset_revision(dataset_id: str | None) -> str | None:
         return None
 
 
-def dataset_fact(path: str, **fields: Any) -> Record:
-    """A data source as a record keeps it. fields: `config`, `split`, `fraction`, `distill`, whatever is known."""
+def dataset_fact(path: str, **fields: Any) -> RunFacts:
+    """A data source as run facts keep it. fields: `config`, `split`, `fraction`, `distill`, whatever is known."""
     known = {name: value for name, value in fields.items() if value is not None}
     return {"id": hub_id(path), "name": public_name(path), "revision": dataset_revision(path), **known}
 
@@ -131,12 +131,12 @@ def dataset_fact(path: str, **fields: Any) -> Record:
 # --------------------------------------------------------------------------------------------------------------------
 # The recipe
 # --------------------------------------------------------------------------------------------------------------------
-def recipe_of(*arguments: Any) -> Record:
+def recipe_of(*arguments: Any) -> RunFacts:
     """The settings of these dataclasses that differ from their defaults, as a YAML recipe names them.
 
     Left out: where the run is kept, logged or sent (tokens among it). Folders are known by their last part.
     """
-    recipe: Record = {}
+    recipe: RunFacts = {}
     for instance in arguments:
         for field in dataclasses.fields(instance):
             value = getattr(instance, field.name)
@@ -165,11 +165,11 @@ def _plain(value: Any) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The record
+# The run
 # --------------------------------------------------------------------------------------------------------------------
-def training_record(
-    trainer: Any, *, recipe: Mapping[str, Any] | None = None, datasets: Sequence[Record] = ()
-) -> Record:
+def gather_run_facts(
+    trainer: Any, *, recipe: Mapping[str, Any] | None = None, datasets: Sequence[RunFacts] = ()
+) -> RunFacts:
     """What a card says about how a model was trained.
 
     Args:
@@ -180,6 +180,7 @@ def training_record(
     from accelerate.utils import is_peft_model
 
     args, state = trainer.args, trainer.state
+    chosen = vars(args)  # other trainers' arguments have fewer
     student = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
     name = str(getattr(student.config, "_name_or_path", "") or "")
     return {
@@ -190,14 +191,14 @@ def training_record(
             "parameters": sum(parameter.numel() for parameter in student.parameters()),
         },
         "teacher": {
-            **_model_fact(trainer.teacher_name_or_path, args.teacher_model_revision),
-            "quantization": args.teacher_quantization,
+            **_model_fact(trainer.teacher_name_or_path, chosen.get("teacher_model_revision")),
+            "quantization": chosen.get("teacher_quantization"),
             "arithmetic": trainer.teacher_arithmetic,
             "mib": round(trainer.teacher.footprint / 2**20, 2),
             "quantization_kl": trainer.teacher_quantization_kl,
         },
         "datasets": list(datasets),
-        "settings": {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)},
+        "settings": {name: chosen[name] for name in SETTINGS if name in chosen},
         "training": {
             "steps": state.global_step or None,
             "epochs": state.epoch,
@@ -212,7 +213,7 @@ def training_record(
     }
 
 
-def _model_fact(reference: str, revision: str | None) -> Record:
+def _model_fact(reference: str, revision: str | None) -> RunFacts:
     known = hub_id(reference)
     return {
         "id": known,
@@ -230,12 +231,12 @@ def loaded_commit(repo_id: str, revision: str | None = None) -> str | None:
     return Path(config).parent.name if isinstance(config, str) else None
 
 
-def _model_names(student: str, trainer: Any) -> Record:
+def _model_names(student: str, trainer: Any) -> RunFacts:
     names = {"model_name_or_path": student, "teacher_model_name_or_path": trainer.teacher_name_or_path}
     return {key: public_name(name) for key, name in names.items() if name}
 
 
-def _from_log(history: Iterable[Mapping[str, Any]]) -> Record:
+def _from_log(history: Iterable[Mapping[str, Any]]) -> RunFacts:
     """Seconds, tokens and the distilled share of the answer tokens, from what was logged."""
     seconds = tokens = None
     distilled = labels = 0.0
@@ -252,7 +253,7 @@ def _from_log(history: Iterable[Mapping[str, Any]]) -> Record:
     }
 
 
-def _hardware(accelerator: Any, args: Any) -> Record:
+def _hardware(accelerator: Any, args: Any) -> RunFacts:
     import torch
 
     on_gpu = accelerator.device.type == "cuda"
@@ -277,28 +278,28 @@ def _versions() -> dict[str, str]:
 # --------------------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------------------
-def write_record(record: Record, folder: str | Path) -> Path:
+def write_run_facts(facts: RunFacts, folder: str | Path) -> Path:
     """Write `lingudistill.json`. -> its path."""
     path = Path(folder) / FILE_NAME
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 
-def read_record(folder: str | Path) -> Record:
-    """The record beside a model; empty if there is none.
+def read_run_facts(folder: str | Path) -> RunFacts:
+    """The run facts beside a model; empty if there is none.
 
     Raises:
-        ValueError: if the file is there and is not a record.
+        ValueError: if the file is there and holds something else.
     """
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         return {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{path} must be the record of a training run in JSON: {error}. Restore or delete it."
+            f"{path} must hold the facts of a training run in JSON: {error}. Restore or delete it."
         ) from None
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+    if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
         raise ValueError(f"{path} must have the schema {SCHEMA!r}; restore or delete it.")
-    return record
+    return facts

@@ -32,8 +32,8 @@ from ..config import LinguDistillConfig, shown
 from ..finite import NotFinite
 from ..hub.manifest import PublishError, command_for
 from ..hub.publish import Published
-from ..hub.run_facts import FILE_NAME as RECORD
-from ..hub.run_facts import Record, dataset_fact, recipe_of
+from ..hub.run_facts import FILE_NAME as RUN_FACTS
+from ..hub.run_facts import RunFacts, dataset_fact, recipe_of
 from ..machine import take_threads
 from ..mixtures import DistillMixtureConfig, DistillSource, load_mixture, load_source
 
@@ -207,7 +207,7 @@ def save(trainer: LinguDistillTrainer, *, merge_adapter: bool) -> None:
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         merged.save_pretrained(output_dir)
         trainer.processing_class.save_pretrained(output_dir)
-        shutil.copy(output_dir / "adapter" / RECORD, output_dir)
+        shutil.copy(output_dir / "adapter" / RUN_FACTS, output_dir)
 
 
 def distill(
@@ -255,7 +255,7 @@ def distill(
     return trainer
 
 
-def sources_of(script_args: DistillScriptArguments, mixture: DistillMixtureConfig) -> list[Record]:
+def sources_of(script_args: DistillScriptArguments, mixture: DistillMixtureConfig) -> list[RunFacts]:
     """The data as a record keeps it: Hub ids pinned to the commit of now."""
     if not mixture.datasets:
         name = str(script_args.dataset_name)

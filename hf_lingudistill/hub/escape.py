@@ -1,0 +1,38 @@
+"""Anybody's text (names, titles, answers of models) as part of a page: it cannot become markup, metadata or another heading."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+def plain(text: Any, limit: int = 200) -> str:
+    """One line without control, direction or other invisible characters, cut at `limit` characters."""
+    line = " ".join(str(text).split())
+    line = "".join(character for character in line if character.isprintable())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def markdown(text: Any, limit: int = 200) -> str:
+    """Text as Markdown shows it letter by letter: no emphasis, link, image, table cell, HTML or heading of its own."""
+    escaped = re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", plain(text, limit))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def fenced(text: str, language: str = "text") -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def repo_or_none(name: Any) -> str | None:
+    """The name, if it is a valid `ORG/NAME` (or a legacy `NAME`)."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name if isinstance(name, str) else None
