@@ -40,6 +40,7 @@ class PublishingMixin(_Trainer):
         dataset_facts: `dataset_fact` of each data source.
         has_distill_column, distill_share: whether rows are marked for distillation, and which share of them is.
         teacher_quantization_kl: KL(full-precision teacher || quantised teacher) in nats per token.
+        teacher_arithmetic: what the teacher's products are computed in.
     """
 
     teacher_name_or_path: str
@@ -51,6 +52,7 @@ class PublishingMixin(_Trainer):
     has_distill_column: bool = False
     distill_share: float | None = None
     teacher_quantization_kl: float | None = None
+    teacher_arithmetic: str | None = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """`Trainer.save_model`, with the run's facts (`lingudistill.json`) beside the model.
