@@ -6,6 +6,7 @@
     lingudistill diagnose ...          how far the VLM's language model has drifted, and which kv_sharing follows
     lingudistill plan --student ...    memory per device and cost of a step, from configs alone
     lingudistill publish OUT ...       model, card and report to the Hub, and a Space that shows it
+    lingudistill convert-nanovlm ...   a nanoVLM checkpoint as a transformers VLM, and back
     lingudistill --version
 
 Exit codes of `check`: 0 it fits, 1 it does not fit, 2 bad input.
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hf_lingudistill {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_check, _add_distill, _add_evaluate, _add_diagnose, _add_plan, _add_publish):
+    for add in (_add_check, _add_distill, _add_evaluate, _add_diagnose, _add_plan, _add_publish, _add_convert_nanovlm):
         add(commands)
     return parser
 
@@ -442,6 +443,45 @@ def _publish(args: argparse.Namespace) -> int:
                 print(f"  kept as edited on the Hub, in README.md: {', '.join(done.kept)}")
     except PublishError as error:
         return _not_published(error)
+    return 0
+
+
+def _add_convert_nanovlm(commands: Any) -> None:
+    parser = commands.add_parser(
+        "convert-nanovlm",
+        help="a nanoVLM checkpoint as a transformers VLM, and back",
+        description="Write a nanoVLM checkpoint as a VLM that AutoModelForImageTextToText and AutoProcessor load without further "
+        "code; docs/nanovlm.md says what is equal and what is not. Nothing is overwritten. Exit code: 0 done, 2 bad input.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SRC", help="folder or Hub id with config.json and model.safetensors")
+    parser.add_argument("destination", metavar="DST", help="a folder that does not exist or is empty")
+    parser.add_argument("--reverse", action="store_true", help="write a converted model back for nanoVLM's own tools")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="the tokenizer before nanoVLM's own tokens, folder or Hub id; default: the one that the config names",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of SRC")
+    parser.set_defaults(run=_convert_nanovlm)
+
+
+def _convert_nanovlm(args: argparse.Namespace) -> int:
+    if args.reverse and args.tokenizer:
+        return _bad_input("--tokenizer has no use with --reverse: nanoVLM's checkpoints hold none.")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from .labs.nanovlm import NanoVLMError, from_nanovlm, to_nanovlm
+
+    try:
+        if args.reverse:
+            done = to_nanovlm(args.source, args.destination, revision=args.revision)
+        else:
+            done = from_nanovlm(args.source, args.destination, tokenizer=args.tokenizer, revision=args.revision)
+    except NanoVLMError as error:
+        return _bad_input(" ".join(str(error).split()))
+    except OSError as error:
+        return _failed(error)
+    print(done)
     return 0
 
 

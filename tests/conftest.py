@@ -136,3 +136,32 @@ def make_trainer(tmp_path: Path, _cheap_collections: None) -> Callable[..., Any]
 def pytest_unconfigure() -> None:
     """By hand, because pytest-xdist's workers end without running exit handlers."""
     _HF_HOME.cleanup()
+
+
+@pytest.fixture(scope="session")
+def nanovlm_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[tuple[int, int, bool, str]], tuple[Path, Path]]:
+    """case of `nanovlm_golden.CASES` -> (nanoVLM's folder, the converted folder), made once. Read-only."""
+    import nanovlm_golden as golden
+
+    from hf_lingudistill.labs.nanovlm import from_nanovlm
+
+    root, made = tmp_path_factory.mktemp("nanovlm"), {}
+
+    def get(case: tuple[int, int, bool, str]) -> tuple[Path, Path]:
+        if case not in made:
+            source = golden.write_nanovlm(root / golden.name_of(case), golden.config_of(*case))
+            from_nanovlm(str(source), str(root / f"{golden.name_of(case)}-hf"))
+            made[case] = source, root / f"{golden.name_of(case)}-hf"
+        return made[case]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def nanovlm_goldens() -> dict[str, torch.Tensor]:
+    """What nanoVLM's own code made of those checkpoints."""
+    import nanovlm_golden as golden
+
+    return golden.load()
