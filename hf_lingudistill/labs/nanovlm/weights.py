@@ -53,7 +53,8 @@ def names(config: NanoVLMConfig) -> dict[str, tuple[str, ...]]:
 def rotary_frequencies(config: NanoVLMConfig) -> torch.Tensor:
     """(head size / 2,) float32: the inverse frequencies that nanoVLM keeps in its checkpoints."""
     size = config.lm_hidden_dim // config.lm_n_heads
-    return 1.0 / (config.lm_re_base ** (torch.arange(0, size, 2).float() / size))
+    steps = torch.arange(0, size, 2).float() / size
+    return torch.reciprocal(float(config.lm_re_base) ** steps)
 
 
 def to_transformers(tensors: Mapping[str, torch.Tensor], config: NanoVLMConfig) -> Tensors:
