@@ -44,6 +44,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from ...machine import training_defaults
+from ..optim import SmallModelOptimizer
 from .text import Message, package_file, training_documents
 from .vqa import COLORS, SHAPES, annotated_images
 
@@ -93,67 +94,6 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
-
-
-class _Muon(torch.optim.Optimizer):
-    """Muon (Keller Jordan, 2024) in fp32: momentum, then the nearest orthogonal matrix as the step of a weight matrix.
-
-    It needs about half the tokens that AdamW needs here. torch.optim.Muon computes in bf16, which is slow on the
-    processors this demo is for.
-    """
-
-    def __init__(self, params: Sequence[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for weight in group["params"]:
-                average = self.state[weight].setdefault("average", torch.zeros_like(weight))
-                average.lerp_(weight.grad, 1 - group["momentum"])
-                update = torch.lerp(weight.grad, average, group["momentum"])
-                rows, columns = weight.shape
-                update = _orthogonal(update) * max(1.0, rows / columns) ** 0.5
-                weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
-
-
-def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Five Newton-Schulz steps towards U V^T of the matrix's singular value decomposition; singular values about 1."""
-    wide = matrix.T if matrix.size(0) > matrix.size(1) else matrix
-    wide = wide / (wide.norm() + 1e-7)
-    for _ in range(5):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
-    return wide.T if matrix.size(0) > matrix.size(1) else wide
-
-
-class _Optimizer:
-    """Muon for the weight matrices of a model, AdamW for its embeddings, vectors and `extra`; warm-up, then linear to zero.
-
-    Gradients are dropped after each step.
-    """
-
-    def __init__(
-        self, model: nn.Module, *, muon_lr: float, adamw_lr: float, steps: int, extra: Sequence[nn.Parameter] = ()
-    ) -> None:
-        named = list(model.named_parameters())
-        matrices = [weight for name, weight in named if weight.ndim == 2 and "embed" not in name]
-        self.others = [weight for name, weight in named if weight.ndim != 2 or "embed" in name] + list(extra)
-        self.optimizers: list[torch.optim.Optimizer] = [
-            _Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.1),
-            torch.optim.AdamW(self.others, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
-        ]
-        self.schedulers = [
-            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10) * (1 - step / steps))
-            for optimizer in self.optimizers
-        ]
-
-    def step(self) -> None:
-        nn.utils.clip_grad_norm_(self.others, 1.0)
-        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
 
 
 def _rendered(document: str | list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -224,7 +164,7 @@ def train_small_lm(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    optimizer = _Optimizer(model, muon_lr=muon_lr, adamw_lr=embedding_lr, steps=steps)
+    optimizer = SmallModelOptimizer(model, muon_lr=muon_lr, adamw_lr=embedding_lr, steps=steps)
     # Pieces of the stream in random order, each seen once before any is seen again.
     pieces: list[int] = []
     losses: list[float] = []
@@ -404,7 +344,7 @@ def pretrain_vision(
         # The default 0.02 is for inputs of unit size and more of them; at the scale of its fan-in the color shows at once.
         convolution = tower.embeddings.patch_embedding
         convolution.weight.normal_(std=convolution.weight[0].numel() ** -0.5, generator=generator)
-    optimizer = _Optimizer(tower, muon_lr=muon_lr, adamw_lr=2e-3, steps=steps, extra=list(head.parameters()))
+    optimizer = SmallModelOptimizer(tower, muon_lr=muon_lr, adamw_lr=2e-3, steps=steps, extra=list(head.parameters()))
     right: list[tuple[float, float]] = []
     tower.train()
     for _ in tqdm(range(steps), desc="vision tower", unit="step"):
