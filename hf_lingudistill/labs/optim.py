@@ -71,8 +71,10 @@ class SmallModelOptimizer:
 
     def state_dict(self) -> list[Any]:
         """Optimizers, then schedules; for `load_state_dict` of one that was made with the same arguments."""
-        return [part.state_dict() for part in [*self.parts, *self.schedulers]]
+        return [part.state_dict() for part in self.parts] + [part.state_dict() for part in self.schedulers]
 
     def load_state_dict(self, saved: list[Any]) -> None:
-        for part, state in zip([*self.parts, *self.schedulers], saved, strict=True):
+        for part, state in zip(self.parts, saved[: len(self.parts)], strict=True):
             part.load_state_dict(state)
+        for schedule, state in zip(self.schedulers, saved[len(self.parts) :], strict=True):
+            schedule.load_state_dict(state)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
 
 from ..optim import SmallModelOptimizer
 from .pictures import Picture
@@ -72,8 +71,8 @@ def disturbed(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def align_tower(
-    vlm: PreTrainedModel,
-    processor: ProcessorMixin,
+    vlm: Any,
+    processor: Any,
     pictures: Sequence[Picture],
     *,
     steps: int,
@@ -88,13 +87,14 @@ def align_tower(
     """Train tower and connector alone; the LM stays as it is, bit for bit. The model is changed in place.
 
     Args:
+        vlm, processor: a SmolVLM or Idefics3 with its processor, one tile per picture.
         checkpoint: a file to go on from after an interruption; written every `save_every` steps, atomically.
         bf16: forward in bf16 (autocast); weights stay fp32.
 
     Returns:
         A record: `loss` (last 50 steps), `right` (share of caption tokens right in them), `steps`, `seconds` of this call.
     """
-    tokenizer = processor.tokenizer  # type: ignore[attr-defined]
+    tokenizer = processor.tokenizer
     generator = torch.Generator().manual_seed(seed)
     tower = nn.ModuleList([vlm.model.vision_model, vlm.model.connector])
     pixels = pixels_of(pictures, processor)
@@ -173,16 +173,14 @@ def _save(
 
 
 @torch.no_grad()
-def words_seen(
-    vlm: PreTrainedModel, processor: ProcessorMixin, pictures: Sequence[Picture], *, batch_size: int = 64
-) -> dict[str, Any]:
+def words_seen(vlm: Any, processor: Any, pictures: Sequence[Picture], *, batch_size: int = 64) -> dict[str, Any]:
     """What the image tokens say, read as the nearest token by cosine, of the whole vocabulary.
 
     Returns:
         `tokens`: share of the caption's own tokens that are right ("a lobster", without the frame around it); `captions`:
         share of pictures with all of them right; `n`.
     """
-    tokenizer = processor.tokenizer  # type: ignore[attr-defined]
+    tokenizer = processor.tokenizer
     directions = F.normalize(vlm.get_input_embeddings().weight, dim=1)
     pixels = pixels_of(pictures, processor)
     right: list[list[bool]] = []

@@ -23,6 +23,7 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HOME
 from PIL import Image as PILImage
+from PIL import ImageOps
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,8 @@ def _check(archive: Path, artist: Artist) -> None:
 
 
 @cache
-def icons(artist: str, folder: Path) -> dict[str, Any]:
-    """The set's icons.json: `icons` and `aliases` by name, and the default `width` and `height`."""
-    archive = folder / next(one.archive for one in ARTISTS if one.name == artist)
+def icons(archive: Path) -> dict[str, Any]:
+    """The icons.json of an artist's archive: `icons` and `aliases` by name, and the default `width` and `height`."""
     with tarfile.open(archive) as packed:
         member = packed.extractfile("package/icons.json")
         assert member is not None
@@ -181,14 +181,8 @@ def draw(document: str, size: int) -> PILImage.Image:
             "resvg-py draws the pictures and is not installed: pip install 'hf_lingudistill[demo]'."
         ) from None
     png = svg_to_bytes(svg_string=document, width=size, height=size, background="#ffffff", skip_system_fonts=True)
-    image = PILImage.open(io.BytesIO(png)).convert("RGB")
-    if image.size == (size, size):
-        return image
     # A drawing that is not square keeps its shape
-    square = PILImage.new("RGB", (size, size), "white")
-    image.thumbnail((size, size))
-    square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
-    return square
+    return ImageOps.pad(PILImage.open(io.BytesIO(png)).convert("RGB"), (size, size), color="white")
 
 
 if __name__ == "__main__":

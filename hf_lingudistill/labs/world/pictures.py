@@ -16,14 +16,15 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 from PIL import Image as PILImage
+from PIL import ImageOps
 
-from .art import ARTISTS, SEEN, UNSEEN, art_folder, draw, fetch_art, icons, svg
+from .art import ARTISTS, SEEN, UNSEEN, Artist, art_folder, draw, fetch_art, icons, svg
 
 Split = Literal["long", "short", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -107,7 +108,14 @@ def read_things(path: Path = THINGS) -> list[tuple[str, str, str]]:
     ]
 
 
-def emoji_world(folder: Path | None = None, *, size: int = 64, fetch: bool = True) -> World:
+def emoji_world(
+    folder: Path | None = None,
+    *,
+    size: int = 64,
+    fetch: bool = True,
+    artists: Sequence[Artist] = ARTISTS,
+    things: Path = THINGS,
+) -> World:
     """The things, drawn by every artist who drew them: the four of `SEEN` drew all, the fifth (`UNSEEN`) most.
 
     Args:
@@ -118,26 +126,22 @@ def emoji_world(folder: Path | None = None, *, size: int = 64, fetch: bool = Tru
     Raises:
         ArtError: if the art is not here and cannot be fetched.
     """
-    folder = fetch_art(folder) if fetch else (folder or art_folder())
+    folder = folder or art_folder()
+    if fetch:
+        fetch_art(folder, artists=artists)
+    sets = {artist.name: icons(folder / artist.archive) for artist in artists}
 
     @cache
-    def drawing(artist: str, name: str) -> PILImage.Image | None:
-        document = svg(icons(artist, folder), name)
-        return None if document is None else draw(document, size)
-
-    def rendered(artist: str, name: str) -> Callable[[], PILImage.Image]:
-        def render() -> PILImage.Image:
-            image = drawing(artist, name)
-            assert image is not None
-            return image
-
-        return render
+    def drawing(artist: str, name: str) -> PILImage.Image:
+        document = svg(sets[artist], name)
+        assert document is not None
+        return draw(document, size)
 
     found = [
-        Picture(name, caption, kind, artist.name, split_of(name), rendered(artist.name, name))
-        for name, caption, kind in read_things()
-        for artist in ARTISTS
-        if svg(icons(artist.name, folder), name) is not None
+        Picture(name, caption, kind, artist, split_of(name), partial(drawing, artist, name))
+        for name, caption, kind in read_things(things)
+        for artist in sets
+        if svg(sets[artist], name) is not None
     ]
     return World("five artists", tuple(found))
 
@@ -174,9 +178,7 @@ def caption_world(
         said = caption_of(row[caption])
         if isinstance(pixels, PILImage.Image) and said:
             png = _square(pixels, size)
-            found.append(
-                Picture(said, said, None, None, split_of(said), lambda png=png: PILImage.open(io.BytesIO(png)))
-            )
+            found.append(Picture(said, said, None, None, split_of(said), partial(_opened, png)))
         if len(found) == n:
             break
     if not found:
@@ -203,13 +205,13 @@ def caption_of(value: Any) -> str:
     )
 
 
+def _opened(png: bytes) -> PILImage.Image:
+    return PILImage.open(io.BytesIO(png))
+
+
 def _square(image: PILImage.Image, size: int) -> bytes:
-    image = image.convert("RGB")
-    image.thumbnail((size, size))
-    square = PILImage.new("RGB", (size, size), "white")
-    square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     buffer = io.BytesIO()
-    square.save(buffer, "PNG")
+    ImageOps.pad(image.convert("RGB"), (size, size), color="white").save(buffer, "PNG")
     return buffer.getvalue()
 
 
