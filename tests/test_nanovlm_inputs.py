@@ -59,15 +59,15 @@ def test_input_ids_are_nanovlms(case, nanovlm_checkpoint, nanovlm_goldens) -> No
     assert isinstance(stock, GraniteDoclingProcessor)
     differs = [not torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
     assert differs == [True, True, False], "the control: where they are split, the stock order is another"
-    if case[3] == "enlarged":
-        # The same tokens, in an order that is nanoVLM's but for the whole image, which comes last.
-        run, whole = (
-            golden.config_of(*case)["mp_image_token_length"],
-            stock.tokenizer.convert_tokens_to_ids("<|global_image|>"),
-        )
-        for ours, theirs in zip(found[:2], expected[:2], strict=True):
-            assert Counter(ours.tolist()) == Counter(theirs.tolist())
-            assert without_block(ours, whole, run) == without_block(theirs, whole, run)
+    # The same tokens, in an order that is nanoVLM's but for the whole image, which comes last.
+    config, whole = golden.config_of(*case), stock.tokenizer.convert_tokens_to_ids("<|global_image|>")
+    for ours, theirs, (images, _, _) in zip(found[:2], expected[:2], golden.conversations(), strict=False):
+        if case[3] == "fitted" and max(max(image.size) for image in images) > config["max_img_size"]:
+            assert len(ours) > len(theirs), "what is larger than any image of nanoVLM's is not shrunk: more tiles"
+            continue
+        assert Counter(ours.tolist()) == Counter(theirs.tolist())
+        run = config["mp_image_token_length"]
+        assert without_block(ours, whole, run) == without_block(theirs, whole, run)
 
 
 def without_block(ids: torch.Tensor, start: int, run: int) -> list[int]:
@@ -146,18 +146,45 @@ def test_rows_with_and_without_images_share_a_batch(nanovlm_checkpoint) -> None:
                 assert (model(**alone).logits[0] - every[row, :length]).abs().max() < 1e-4
 
 
-def test_a_users_line_breaks_stay(nanovlm_checkpoint) -> None:
-    _, folder = nanovlm_checkpoint((256, 4, True, "enlarged"))
+def test_images_of_one_tile_are_nanovlms_in_both_processors(nanovlm_checkpoint) -> None:
+    _, folder = nanovlm_checkpoint((256, 4, True, "fitted"))
+    exact, stock = NanoVLMProcessor.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\na?"}, {"type": "image"}]}]
+    pair = {}
+    for name, processor in {"exact": exact, "stock": stock}.items():
+        text, images = processor.apply_chat_template(chat), [golden.picture(200, 150), golden.picture(256, 30)]
+        pair[name] = processor(text=[text], images=[images], return_tensors="pt")
+    assert torch.equal(pair["exact"]["input_ids"], pair["stock"]["input_ids"])
+    assert (pair["exact"]["pixel_values"] - pair["stock"]["pixel_values"]).abs().max() <= 2 * OFFSET
+    tokens = stock.tokenizer.convert_ids_to_tokens(pair["stock"]["input_ids"][0].tolist())
+    assert tokens.count("<|global_image|>") == 2 and tokens.count("<|image|>") == 32
+    large = stock(text=[stock.apply_chat_template(chat)], images=[[golden.picture(300, 30)] * 2], return_tensors="pt")
+    assert large["pixel_values"].shape[1] == 6, "the control: one pixel more than a tile is split"
+
+
+@pytest.mark.parametrize("tiling", ["enlarged", "fitted"])
+def test_a_users_line_breaks_stay(tiling, nanovlm_checkpoint) -> None:
+    _, folder = nanovlm_checkpoint((256, 4, True, tiling))
     processor = AutoProcessor.from_pretrained(folder)
-    image = golden.picture(64, 64)
-    text = "a\n<|image|>\n\nb\n\n<|image|>"
-    ids = processor(text=[text], images=[[image, image]], return_tensors="pt")["input_ids"][0]
-    left = [token for token in processor.tokenizer.convert_ids_to_tokens(ids.tolist()) if not token.startswith("<")]
-    assert "".join(left).replace("Ċ", "\n") == "a\n\n\nb\n\n"
+    said = [
+        {"type": "text", "text": "a\n"},
+        {"type": "image"},
+        {"type": "text", "text": "\n\nb\n\n"},
+        {"type": "image"},
+    ]
+    text = processor.apply_chat_template([{"role": "user", "content": said}])
+    for size in ((64, 64), (600, 64)):
+        ids = processor(text=[text], images=[[golden.picture(*size)] * 2], return_tensors="pt")["input_ids"][0]
+        tokens = processor.tokenizer.convert_ids_to_tokens(ids.tolist())
+        plain = "".join("" if token.startswith(("<|image", "<|global", "<row")) else token for token in tokens)
+        assert plain.replace("Ċ", "\n").replace("Ġ", " ") == (
+            "<|im_start|>user\n<image: 0>a\n\n\nb\n\n<image: 1><|im_end|>\n".replace("<image: 0>a\n", "a\n<image: 0>")
+        )
 
 
-def test_the_chat_template_is_nanovlms_own_for_every_turn(nanovlm_checkpoint) -> None:
-    _, folder = nanovlm_checkpoint((256, 4, True, "enlarged"))
+@pytest.mark.parametrize("tiling", ["whole", "enlarged", "fitted"])
+def test_the_chat_template_is_nanovlms_own_for_every_turn(tiling, nanovlm_checkpoint) -> None:
+    _, folder = nanovlm_checkpoint((256, 4, True, tiling))
     for processor in (NanoVLMProcessor.from_pretrained(folder), AutoProcessor.from_pretrained(folder)):
         said = processor.apply_chat_template(
             [
@@ -171,6 +198,7 @@ def test_the_chat_template_is_nanovlms_own_for_every_turn(nanovlm_checkpoint) ->
             ],
             add_generation_prompt=True,
         )
+        said = said.replace("<whole-image><image>", "<|image|>")
         assert said == (
             "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\n<image: 0><|image|>a's?<|im_end|>\n"
             "<|im_start|>assistant\n<|im_end|>\n<|im_start|>user\nb <image: 1><|image|>c<|im_end|>\n<|im_start|>assistant\n"

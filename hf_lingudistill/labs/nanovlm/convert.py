@@ -25,7 +25,7 @@ from transformers import (
 
 from .config import NanoVLMConfig, NanoVLMError
 from .inputs import origin
-from .stock import is_split, make_processor, make_tokenizer
+from .stock import has_single_tiles, is_split, make_processor, make_tokenizer
 from .weights import to_nanovlm as nanovlm_tensors
 from .weights import to_transformers as transformers_tensors
 
@@ -162,9 +162,10 @@ def _input_notes(config: NanoVLMConfig) -> list[str]:
     exact = "NanoVLMProcessor makes nanoVLM's own (docs/nanovlm.md)."
     if is_split(config):
         notes = [f"The stock processor puts the whole image after its tiles, nanoVLM before them. {exact}"]
-        if not config.resize_to_max_side_len:
+        if has_single_tiles(config):
             notes.append(
-                f"The stock processor enlarges every image to {config.max_img_size} pixels, nanoVLM to the next whole tile. {exact}"
+                f"The stock processor does not shrink images of more than {config.max_img_size} pixels, as nanoVLM does: shrink "
+                f"them before. {exact}"
             )
         return notes
     if config.tiles_per_side > 1:

@@ -5,11 +5,15 @@ that put it first cut or pad differently. So, by kind of checkpoint:
 
     not split       DeepseekVLProcessor, which writes n image tokens per image and nothing else: nanoVLM's inputs exactly
     split           GraniteDoclingProcessor, which writes `<row_i_col_j>` before each tile: nanoVLM's tokens and tiles, the
-                    whole image last; what Granite writes between tiles is taken out by the tokenizer's normalizer
+                    whole image last
     split, with no  DeepseekVLProcessor, one tile per image: every stock class adds the whole image to its tiles, and such a
     global token    checkpoint has never seen it
 
-`NanoVLMProcessor` (inputs.py) makes nanoVLM's own inputs for all three.
+What GraniteDoclingProcessor writes between tiles is taken out by the tokenizer's normalizer, which is data in tokenizer.json.
+For an image of one tile it writes nothing at all; a checkpoint that does not enlarge its images meets such ones, so there the
+chat template writes `<whole-image>` before each image, and the normalizer puts the image's tokens in its place.
+
+`NanoVLMProcessor` (inputs.py) makes nanoVLM's own inputs for all kinds.
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ from .config import NanoVLMConfig, NanoVLMError
 # Idefics3 takes a tile of zeros for padding, and nanoVLM does not normalise: a black tile is all zeros. Adding the smallest
 # number that float16 holds keeps it, and moves no other pixel by more than half of float16's own step.
 OFFSET = 2.0**-24
+
+MARK, GLOBAL = "<fake_token_around_image>", "<global-img>"  # as GraniteDoclingProcessor writes them
+WHOLE, PLACEHOLDER = "<whole-image>", "<image>"  # no tokens: what the normalizer replaces
 
 # Collects what each message says: `pictures` (its image tokens), `words` (its texts) and `content` (both, in order). Where a
 # conversation has several images, nanoVLM numbers them from 0.
@@ -81,8 +88,15 @@ def is_split(config: NanoVLMConfig) -> bool:
     return bool(config.tiles_per_side > 1 and config.global_token)
 
 
+def has_single_tiles(config: NanoVLMConfig) -> bool:
+    """Whether the stock processor splits some images and leaves others as one tile."""
+    return is_split(config) and not config.resize_to_max_side_len
+
+
 def image_prompt(config: NanoVLMConfig) -> str:
     """What the chat template writes for an image, for the stock processor to expand."""
+    if has_single_tiles(config):
+        return WHOLE + PLACEHOLDER
     if is_split(config) or config.max_img_size is None:
         return config.image_token
     return (config.global_token or config.extra_tokens["r1c1"]) + config.image_token
@@ -108,6 +122,11 @@ def make_tokenizer(config: NanoVLMConfig, base: PreTrainedTokenizerBase) -> PreT
             "the tokenizer that the checkpoint was trained with as --tokenizer."
         )
     settings: dict[str, Any] = {}
+    kept = ["bos_token", "eos_token", "unk_token"]
+    if has_single_tiles(config):
+        # Without a token of this name GraniteDoclingProcessor takes PLACEHOLDER, and counts no ids of it where it is unknown.
+        extra["nanovlm_image_token"] = extra.pop("image_token")
+        kept.remove("unk_token")  # byte-level: there are no unknown texts
     if is_split(config):
         known = [tokenizer.normalizer] if tokenizer.normalizer else []
         tokenizer.normalizer = normalizers.Sequence(known + _without_separators(config))
@@ -115,7 +134,7 @@ def make_tokenizer(config: NanoVLMConfig, base: PreTrainedTokenizerBase) -> PreT
         settings["return_row_col_info"] = True
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        **{name: token for name in ("bos_token", "eos_token", "unk_token") if (token := getattr(base, name))},
+        **{name: token for name in kept if (token := getattr(base, name))},
         pad_token=base.eos_token,
         extra_special_tokens=extra,
         model_max_length=config.lm_max_position_embeddings,
@@ -126,16 +145,21 @@ def make_tokenizer(config: NanoVLMConfig, base: PreTrainedTokenizerBase) -> PreT
 
 
 def _without_separators(config: NanoVLMConfig) -> list[normalizers.Normalizer]:
-    """Takes out what GraniteDoclingProcessor writes around tiles, and names the whole image as nanoVLM does.
+    """Takes out what GraniteDoclingProcessor writes around tiles, and names images as nanoVLM does.
 
     A line break goes only between an image token and Granite's mark, so a user's own line breaks stay.
     """
-    mark = "<fake_token_around_image>"
-    image = "".join("\\" + c if not c.isalnum() and c not in "_<>" else c for c in config.image_token)
-    return [
-        normalizers.Replace(Regex(rf"(?<={image})\n\n?(?={mark})"), ""),
-        normalizers.Replace(f"{mark}<global-img>", str(config.global_token)),
-        normalizers.Replace(mark, ""),
+    image, whole = config.image_token, str(config.global_token)
+    literal = "".join(c if c.isalnum() or c in "_<>" else "\\" + c for c in image)
+    single = [
+        normalizers.Replace(Regex(f"{WHOLE}(?!{MARK})"), whole + image * config.tokens_per_tile),
+        normalizers.Replace(WHOLE, ""),
+        normalizers.Replace(PLACEHOLDER, image),
+    ]
+    return (single if has_single_tiles(config) else []) + [
+        normalizers.Replace(Regex(rf"(?<={literal})\n\n?(?={MARK})"), ""),
+        normalizers.Replace(MARK + GLOBAL, whole),
+        normalizers.Replace(MARK, ""),
     ]
 
 
@@ -147,7 +171,7 @@ def make_processor(
     split = is_split(config)
     images = Idefics3ImageProcessorPil(
         do_image_splitting=split,
-        do_resize=split,
+        do_resize=split and not has_single_tiles(config),
         size={"longest_edge": config.max_img_size} if split else tile,
         max_image_size=tile,
         resample=resample(config),
