@@ -151,7 +151,7 @@ def _without_separators(config: NanoVLMConfig) -> list[normalizers.Normalizer]:
     """
     image, whole = config.image_token, str(config.global_token)
     literal = "".join(c if c.isalnum() or c in "_<>" else "\\" + c for c in image)
-    single = [
+    single: list[normalizers.Normalizer] = [
         normalizers.Replace(Regex(f"{WHOLE}(?!{MARK})"), whole + image * config.tokens_per_tile),
         normalizers.Replace(WHOLE, ""),
         normalizers.Replace(PLACEHOLDER, image),
