@@ -32,7 +32,7 @@ DEV_STAMP := $(VENV)/.stamp-dev
 SPACE_STAMP := $(VENV)/.stamp-space
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-real space reproduce test test-slow test-gpu lint audit format results cards clean
+.PHONY: help install demo demo-real space screenshots reproduce test test-slow test-gpu lint audit format results cards clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ space: $(SPACE_STAMP) outputs/demo/report.json  ## Ask the demo's models, before
 	@mkdir -p $(dir $(SPACE_CONFIG))
 	@printf '{"before": "../demo/before", "after": "../demo/after", "original": "../demo/original", "report": "../demo/report.json"}\n' > $(SPACE_CONFIG)
 	LINGUDISTILL_SPACE_CONFIG=$(SPACE_CONFIG) $(BIN)/python examples/space/app.py
+
+screenshots: $(DEV_STAMP) outputs/demo/report.json  ## Photograph the Space on the demo's models for the README (needs Chromium)
+	$(BIN)/python docs/figures/shoot_space.py --folder outputs/demo
 
 outputs/demo/report.json:
 	$(MAKE) demo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -152,9 +153,79 @@ def test_settings_know_a_folder_from_a_hub_id(tmp_path: Path, monkeypatch: pytes
     assert settings.report == tmp_path / "report.json"
 
 
+def test_examples_of_the_config_are_read_and_checked(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    saved(tmp_path / "cat.png", Image.new("RGB", (20, 20)))
+    models = {"before": "ORG/VLM", "after": "ORG/VLM2"}
+    entries = [{"question": "What is it?", "picture": "cat.png"}, {"question": "Why?"}]
+    path.write_text(json.dumps({**models, "examples": entries, "code": "https://example.org"}))
+    settings = checkpoints.read_settings(path)
+    assert settings.examples == ((tmp_path / "cat.png", "What is it?"), (None, "Why?"))
+    assert settings.code == "https://example.org"
+    for wrong in ({"picture": "cat.png"}, {"question": "?", "picture": "dog.png"}, "why?", {"question": 3}):
+        path.write_text(json.dumps({**models, "examples": [wrong], "code": "javascript:alert(1)"}))
+        with pytest.raises(ValueError, match="An example in .* must be"):
+            checkpoints.read_settings(path)
+    path.write_text(json.dumps({**models, "code": "javascript:alert(1)"}))
+    assert checkpoints.read_settings(path).code is None
+
+
 def test_a_page_names_the_model_and_no_folder_of_the_machine(models: dict[str, checkpoints.Checkpoint]) -> None:
     assert [model.label for model in models.values()] == ["student", "after", "teacher"]
     assert str(Path(models["before"].source).parent) not in markup.models_table(models)
+    assert list(markup.names(models).values()) == ["VLM before", "VLM restored", "Original LM"]
+    page = markup.header(models, None)
+    assert "VLM restored" in page and re.findall(r'href="([^"]+)"', page) == [markup.PAPER]
+
+
+def test_models_of_the_hub_are_called_by_name_and_linked(models: dict[str, checkpoints.Checkpoint]) -> None:
+    ids = {"before": "ORG/VLM", "after": "ann/VLM-restored", "original": "ORG/LM"}
+    there = {name: dataclasses.replace(model, source=ids[name]) for name, model in models.items()}
+    assert list(markup.names(there).values()) == ["VLM", "VLM-restored", "LM"]
+    page = markup.header(there, "https://example.org/code")
+    addresses = [f"https://huggingface.co/{ids[name]}" for name in ("after", "before", "original")]
+    assert re.findall(r'href="([^"]+)"', page) == [*addresses, markup.PAPER, "https://example.org/code"]
+    answered = markup.answer_columns({name: Answer("x", 1.0, 1, "done") for name in there}, markup.labels(there))
+    assert all(f'<a href="{address}"' in answered for address in addresses)
+    namesakes = {**there, "after": dataclasses.replace(there["after"], source="ann/VLM")}
+    assert list(markup.names(namesakes).values()) == ["ORG/VLM", "ann/VLM", "ORG/LM"]
+
+
+def test_the_examples_fit_the_models(tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason="the `space` extra is not installed")
+    import app
+
+    drawn, plain = pictures.draw_all(tmp_path), checkpoints.Settings({}, None)
+
+    def asked(settings: checkpoints.Settings, raw: dict[str, Any] | None) -> list[tuple[str | None, str]]:
+        found = read(tmp_path, raw) if raw else None
+        return [(file and file.name, question) for file, question in app.examples(settings, found, drawn)]
+
+    general = asked(plain, None)
+    assert [file for file, _ in general] == ["receipt.png", "chart.png", None, None]
+    without_shapes = json.loads(json.dumps(evaluation()).replace("easy-VQA", "DocVQA"))
+    assert asked(plain, without_shapes) == general
+    assert [file for file, _ in asked(plain, evaluation())][:2] == ["red-circle.png", "blue-triangle.png"]
+    assert asked(plain, demo())[2:] == [(None, "Tell me."), general[2]]  # the report's own prompts come first
+    saved(tmp_path / "cat.png", Image.new("RGB", (20, 20)))
+    with_picture = {**demo(), "prompts": [{"prompt": "Whose is it?", "image": "cat.png"}, {"prompt": "Tell me."}]}
+    assert asked(plain, with_picture)[0] == ("cat.png", "Whose is it?")
+    own = checkpoints.Settings({}, None, None, ((tmp_path / "cat.png", "Mine?"),))
+    assert asked(own, demo()) == [("cat.png", "Mine?")]
+
+
+def test_the_report_may_call_this_model_anything(tmp_path: Path) -> None:
+    """Published, it says which of its models lies in the repository."""
+    renamed = json.loads(json.dumps(evaluation()).replace('"after"', '"prompt"'))
+    assert read(tmp_path, {**renamed, "main": "prompt"}) == read(tmp_path, evaluation())
+    assert read(tmp_path, renamed) != read(tmp_path, evaluation())  # control
+
+
+def test_the_drawn_pictures_say_what_is_asked_about_them() -> None:
+    assert sum(float(price) for _, price in pictures.RECEIPT) == 13.95
+    assert max(pictures.SALES, key=lambda sale: sale[1])[0] == "Fri"
+    for name in ("receipt", "chart"):
+        assert len(set(pictures.draw(name).get_flattened_data())) > 10  # something is drawn, letters and all
 
 
 def greedy(model: checkpoints.Checkpoint, question: str, picture: Image.Image | None, tokens: int) -> str:
@@ -183,7 +254,7 @@ def test_answers_in_turns_are_those_of_each_model_alone(
 
 def test_answers_depend_on_the_picture(models: dict[str, checkpoints.Checkpoint]) -> None:
     texts = []
-    for name in pictures.PICTURES:
+    for name in pictures.SHAPES:
         *_, last = answers.stream(models, "what shape is it?", pictures.draw(name), 12)
         texts.append(last["before"].text)
     assert len(set(texts)) == len(texts)
@@ -238,7 +309,7 @@ def test_a_model_that_fails_leaves_the_others_alone(models: dict[str, checkpoint
     *_, last = answers.stream({**models, "after": broken}, "tell me about the sea", None, 6)
     assert last["after"].state == "failed"
     assert last["before"].text
-    assert "could not answer" in markup.answer_columns(last, dict.fromkeys(last, "x"))
+    assert "could not answer" in markup.answer_columns(last, dict.fromkeys(last, label("x")))
 
 
 def test_bf16_answers_about_a_picture(
@@ -263,6 +334,10 @@ def test_a_question_longer_than_the_context_is_refused_before_a_model_starts(
 # --------------------------------------------------------------------------------------------------------------------
 # What is shown
 # --------------------------------------------------------------------------------------------------------------------
+def label(name: str) -> markup.Label:
+    return markup.Label(name, "a role", "1 M parameters", name, f"https://huggingface.co/{name}")
+
+
 def test_only_the_words_that_differ_are_marked() -> None:
     one, other, only_one, only_other = markup.mark_differences("the cat  sat\non a mat", "the dog  sat\non a red mat")
     assert one == "the <mark>cat</mark>  sat\non a mat"
@@ -278,7 +353,7 @@ def test_neighbours_share_a_mark_and_equal_answers_have_none() -> None:
 
 def test_marks_appear_when_both_answers_are_complete() -> None:
     state = {"before": Answer("a cat", 1.0, 2, "done"), "after": Answer("a", 1.0, 1, "writing")}
-    names = {"before": "x", "after": "y"}
+    names = {"before": label("x"), "after": label("y")}
     assert "<mark>" not in markup.answer_columns(state, names)
     state["after"] = Answer("a dog", 1.0, 2, "cut")
     assert markup.answer_columns(state, names).count("<mark>") == 2
@@ -288,7 +363,7 @@ def test_marks_appear_when_both_answers_are_complete() -> None:
 def test_what_a_model_writes_cannot_become_markup() -> None:
     hostile = "<script>alert(1)</script> ${1+1} {{x}} <img src=x onerror=alert(1)>"
     state = {name: Answer(hostile, 1.0, 2, "done") for name in ("before", "after")}
-    page = markup.answer_columns(state, {"before": "<i>", "after": '"><i>'})
+    page = markup.answer_columns(state, {"before": label("<i>"), "after": label('"><i>')})
     assert not re.search(r"<(script|img|i)\b", page)
     assert "&lt;script&gt;" in page
 
@@ -373,13 +448,13 @@ def read(tmp_path: Path, raw: Any) -> report.Report | None:
 def test_an_evaluation_is_read_with_intervals_changes_and_controls(tmp_path: Path) -> None:
     found = read(tmp_path, evaluation())
     assert found is not None and found.plane is not None
-    table = markup.benchmark_table(found)
+    table = markup.benchmark_table(found, {})
     assert "XSum &lt;news&gt;" in table
     assert "<b>1.900</b><small>1.800 to 2.000</small>" in table
     assert "▲ better" in table and "within the noise" in table
     assert "<b>86%</b><small>80% to 90%</small>" in table
     assert "images exchanged: 0.200" in table
-    assert table.count("not evaluated") == 1  # the LM has no vision score
+    assert table.count("does not see") == 1 and "not evaluated" not in table  # the LM has no vision score
     assert found.plane.points["after"].x.value == pytest.approx(0.1)
     assert _Balance(table).open == []
 
@@ -388,14 +463,14 @@ def test_the_demo_report_is_read_as_well(tmp_path: Path) -> None:
     found = read(tmp_path, demo())
     assert found is not None and found.plane is not None
     assert found.models == ["original", "before", "after"]
-    assert found.prompts == ["Tell me."]
-    assert "<b>98%</b>" in markup.benchmark_table(found)
+    assert found.prompts == [(None, "Tell me.")]  # "easy-VQA" is no file: it cannot be shown again
+    assert "<b>98%</b>" in markup.benchmark_table(found, {})
     assert found.plane.log
 
 
 def test_in_the_plane_better_is_to_the_right_and_up(tmp_path: Path) -> None:
     for raw in (evaluation(), demo()):
-        drawing = markup.trade_off(read(tmp_path, raw))
+        drawing = markup.trade_off(read(tmp_path, raw), {})
         at = {
             name: (float(x), float(y))
             for name, x, y in re.findall(r'<g data-model="(\w+)">.*?translate\(([\d.]+) ([\d.]+)\)', drawing)
@@ -412,8 +487,8 @@ def test_in_the_plane_better_is_to_the_right_and_up(tmp_path: Path) -> None:
 def test_a_report_of_something_else_is_not_evaluated(tmp_path: Path, raw: str) -> None:
     found = read(tmp_path, raw)
     assert found is None
-    assert "Not evaluated" in markup.benchmark_table(found)
-    assert "Not evaluated" in markup.trade_off(found)
+    assert "Not evaluated" in markup.benchmark_table(found, {})
+    assert "Not evaluated" in markup.trade_off(found, {})
 
 
 def every_pruned(raw: Any) -> Iterator[Any]:
@@ -435,8 +510,8 @@ def test_whatever_is_missing_from_a_report_the_page_opens(tmp_path: Path, raw: d
     assert len(variants) > 30
     for variant in variants:
         found = read(tmp_path, variant)
-        assert _Balance(markup.benchmark_table(found)).open == []
-        assert _Balance(markup.trade_off(found)).open == []
+        assert _Balance(markup.benchmark_table(found, {})).open == []
+        assert _Balance(markup.trade_off(found, {})).open == []
 
 
 def test_ticks_are_round_and_few() -> None:
@@ -498,6 +573,27 @@ def test_stop_keeps_what_was_written_and_clear_does_not(models: dict[str, checkp
         assert threading.active_count() == threads
 
 
+def test_there_is_something_to_stop_while_the_latest_question_is_answered(
+    models: dict[str, checkpoints.Checkpoint],
+) -> None:
+    pytest.importorskip("gradio", reason="the `space` extra is not installed")
+    import app
+
+    def can_stop(update: Any) -> bool:
+        return update["interactive"]
+
+    ask = app.make_asker(models)
+    first, button = app._begin(None)
+    answering = ask(None, "tell me about the sea", 8, first)
+    next(answering)
+    assert can_stop(button) and can_stop(app._idle(first))
+    second, button = app._begin(first)
+    list(answering)  # the first one ends while the second is under way
+    assert can_stop(button) and can_stop(app._idle(second))
+    list(ask(None, "", 8, second))  # refused
+    assert not can_stop(app._idle(second)) and not can_stop(app._idle(None))
+
+
 def test_the_page_builds_with_and_without_original_and_report(
     models: dict[str, checkpoints.Checkpoint], tmp_path: Path
 ) -> None:
@@ -507,7 +603,8 @@ def test_the_page_builds_with_and_without_original_and_report(
     files = pictures.draw_all(tmp_path)
     two = {name: models[name] for name in ("before", "after")}
     for some, found in ((models, read(tmp_path, demo())), (two, None)):
-        page = app.build_page(some, found, files)
+        settings = checkpoints.Settings(dict.fromkeys(some, "x"), None)
+        page = app.build_page(some, settings, found, files)
         values = [block.value for block in page.blocks.values() if isinstance(getattr(block, "value", None), str)]
         assert any(f'data-columns="{len(some)}"' in value for value in values)
         assert any("Not evaluated" in value for value in values) == (found is None)

@@ -132,14 +132,14 @@ def test_an_example_is_answered_twice_without_an_error_or_a_request_to_others(
 ) -> None:
     watched = watch(width, scheme)
     page = watched.open()
-    page.get_by_role("button", name="what shape is in the image?").click()
+    page.get_by_role("button", name="How much was it in total?").click()
     wait_for_answers(page, "before", "after")
     for name in ("before", "after"):
         assert page.text_content(f'.ld-answer[data-model="{name}"] .ld-text').strip("… ")
         assert " s · " in page.text_content(f'.ld-answer[data-model="{name}"] .ld-time')
     assert "Has no eyes" in page.text_content('.ld-answer[data-model="original"]')
     assert page.locator("#ld-picture img").count() == 1
-    page.get_by_role("button", name="Tell me about").click()
+    page.get_by_role("button", name="Why do leaves fall").click()
     wait_for_answers(page, "before", "after", "original")
     for tab in ("Benchmarks", "Trade-off", "How it works", "Ask"):
         page.get_by_role("tab", name=tab).click()  # all four fit, at any width: none hides in a menu
@@ -160,7 +160,7 @@ def test_the_watch_notices_errors_and_requests_to_others(watch: Callable[..., Wa
 
 def test_differences_are_marked_by_a_line_and_not_by_color_alone(watch: Callable[..., Watched]) -> None:
     page = watch().open()
-    page.get_by_role("button", name="Tell me about").click()
+    page.get_by_role("button", name="Why do leaves fall").click()
     wait_for_answers(page, "before", "after")
     page.wait_for_selector(".ld-answer mark")
     style = page.evaluate("""() => ['before', 'after'].map((name) => {
@@ -197,14 +197,14 @@ CONTRAST = """(selector) => {
 
 
 READ = ("#ld-header p", "#ld-header h1 span", "[role=tab]", "#ld-picture label", "#ld-picture .wrap", "textarea",
-        "#ld-question label span", "#ld-ask-button", "#ld-stop", ".ld-chip", ".ld-notice", ".ld-answer h3", ".ld-text",
+        "#ld-question label span", "#ld-ask-button", "#ld-clear", ".ld-chip", "#ld-header a", ".ld-notice", ".ld-answer h3", ".ld-text",
         ".ld-answer mark", ".ld-id", ".ld-time", "#ld-settings button")  # fmt: skip
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read_in_light_and_dark(watch: Callable[..., Watched], scheme: str) -> None:
     page = watch(scheme=scheme).open()
-    page.get_by_role("button", name="Tell me about").click()
+    page.get_by_role("button", name="Why do leaves fall").click()
     wait_for_answers(page, "before", "after", "original")
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(int(part) for part in background.strip("rgb()").split(",")) < 200) == (scheme == "dark")
@@ -241,7 +241,7 @@ def test_everything_works_by_keyboard_alone(watch: Callable[..., Watched]) -> No
     page.keyboard.press("Enter")
     page.wait_for_selector('.ld-answer[data-state="idle"]')
     assert page.input_value("#ld-question textarea") == ""
-    tab_until(page, lambda text: "what color" in text)
+    tab_until(page, lambda text: "coffee" in text)
     page.keyboard.press("Space")
     wait_for_answers(page, "before", "after")
     page.evaluate("document.activeElement.blur()")
@@ -257,6 +257,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("files")
     made = {"notes": folder / "notes.png", "huge": folder / "huge.png"}
     made["notes"].write_text("this is no picture")
+    made["clear"] = folder / "clear.png"
+    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(made["clear"])  # PIL's own conversion would make it black
     Image.new("1", (10_000, 5_000)).save(made["huge"])
     return made
 
@@ -284,14 +286,14 @@ def test_bad_input_gets_a_clear_message_and_the_app_goes_on(
             page.set_input_files("#ld-picture input[type=file]", files[file])
             page.wait_for_selector("#ld-picture img")
         page.fill("#ld-question textarea", question)
-        page.get_by_role("button", name="Ask").click()
+        page.get_by_role("button", name="Ask", exact=True).click()
         page.wait_for_selector(".ld-problem[role=alert]", timeout=ANSWER_MS)
         assert sentence in page.text_content(".ld-problem")
         assert page.input_value("#ld-question textarea") == question  # nothing of the visitor's is lost
     page.get_by_role("button", name="Clear").click()
     page.wait_for_selector(".ld-problem", state="detached")
     page.fill("#ld-question textarea", "tell me about the sea")
-    page.get_by_role("button", name="Ask").click()
+    page.get_by_role("button", name="Ask", exact=True).click()
     wait_for_answers(page, "before", "after", "original")
     assert page.locator(".ld-problem").count() == 0
 
@@ -311,13 +313,72 @@ def test_stop_ends_the_answers_and_the_next_question_is_answered(watch: Callable
     page.fill("#ld-settings input[type=number]", "128")
     page.fill("#ld-question textarea", "tell me about the sea")
     page.evaluate(STOP_AT_THE_FIRST_TOKEN)
-    page.get_by_role("button", name="Ask").click()
+    page.get_by_role("button", name="Ask", exact=True).click()
     page.wait_for_selector('.ld-answer[data-state="stopped"]')
     assert page.inner_text("#ld-notice").strip() == "Stopped."
+    wait_until_idle(page)
     assert page.locator(".ld-caret").count() == 0
-    page.get_by_role("button", name="what color").click()
+    page.get_by_role("button", name="coffee").click()
     wait_for_answers(page, "before", "after")
+    wait_until_idle(page)
+    page.get_by_role("button", name="Ask", exact=True).click()
+    wait_for_answers(page, "before", "after")
+    wait_until_idle(page)
     assert watched.errors == []
+
+
+def wait_until_idle(page: Any) -> None:
+    """There is nothing to stop: the button says so."""
+    page.wait_for_function("document.querySelector('#ld-stop').disabled", timeout=ANSWER_MS)
+
+
+def test_stop_is_there_while_models_write_and_at_no_other_time(watch: Callable[..., Watched]) -> None:
+    page = watch().open()
+    assert page.locator("#ld-stop").is_disabled()
+    page.evaluate("""() => new MutationObserver(() => {
+        const writing = document.querySelector('[data-state="writing"]');
+        if (writing && document.querySelector('#ld-stop').disabled) document.title = 'cannot stop';
+    }).observe(document.body, {subtree: true, childList: true, attributes: true})""")
+    page.fill("#ld-question textarea", "tell me about the sea")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    wait_for_answers(page, "before", "after", "original")
+    wait_until_idle(page)
+    assert page.title() != "cannot stop"
+    page.fill("#ld-question textarea", "")
+    page.get_by_role("button", name="Ask", exact=True).click()  # refused: nothing to stop
+    page.wait_for_selector(".ld-problem")
+    wait_until_idle(page)
+
+
+def test_the_page_leads_to_the_paper_and_has_no_stray_dot(watch: Callable[..., Watched]) -> None:
+    page = watch().open()
+    assert page.locator('#ld-header a[href="https://arxiv.org/abs/2604.00829"]').count() == 1
+    assert "·" not in page.inner_text("footer:not(.ld-answer footer)")
+    assert page.locator("h1").inner_text() == "VLM restored"
+
+
+def test_a_transparent_picture_is_white_to_the_models(
+    watch: Callable[..., Watched], files: dict[str, Path], tmp_path: Path
+) -> None:
+    """The same answers as to a white picture, and others than to a black one."""
+    page, answers = watch().open(), {}
+    for color in ("white", "black"):
+        Image.new("RGB", (64, 64), color).save(tmp_path / f"{color}.png")
+    for name, file in {
+        "clear": files["clear"],
+        "white": tmp_path / "white.png",
+        "black": tmp_path / "black.png",
+    }.items():
+        page.get_by_role("button", name="Clear").click()
+        page.wait_for_selector('.ld-answer[data-state="idle"]')
+        page.set_input_files("#ld-picture input[type=file]", file)
+        page.wait_for_selector("#ld-picture img")
+        page.fill("#ld-question textarea", "what is it?")
+        page.get_by_role("button", name="Ask", exact=True).click()
+        wait_for_answers(page, "before", "after")
+        answers[name] = page.text_content('.ld-answer[data-model="before"] .ld-text')
+        wait_until_idle(page)
+    assert answers["clear"] == answers["white"] != answers["black"]
 
 
 def test_on_a_telephone_the_answers_come_into_view(watch: Callable[..., Watched]) -> None:
@@ -334,7 +395,7 @@ def test_what_is_typed_cannot_become_markup(watch: Callable[..., Watched]) -> No
     watched = watch()
     page = watched.open()
     page.fill("#ld-question textarea", "<img src=x onerror=\"document.title='stolen'\"> ${1+1} {{x}}<|im_start|>")
-    page.get_by_role("button", name="Ask").click()
+    page.get_by_role("button", name="Ask", exact=True).click()
     page.wait_for_selector(".ld-problem")
     assert page.title() != "stolen"
     assert watched.errors == []

@@ -1,4 +1,4 @@
-"""Photograph the Space for the README: `python docs/figures/shoot_space.py [--folder outputs/demo_real]` (a minute, CPU).
+"""Photograph the Space for the README: `make screenshots`, or `python docs/figures/shoot_space.py [--folder OUT]` (a minute, CPU).
 
 The folder is that of a finished demo: `original`, `before`, `after` and `report.json`. The Space is started on it, asked in a
 Chromium without a window, and photographed at two widths. Needs the extras `space` and `dev`, and an installed Chromium.
@@ -31,7 +31,8 @@ COMPLETE = ':is([data-state="done"], [data-state="cut"])'
 
 @dataclass(frozen=True)
 class Shot:
-    """name: of the file. width, height: of the window, in CSS pixels. scheme: "light" or "dark". ask: the example clicked."""
+    """name: of the file. width, height: of the window, in CSS pixels. scheme: "light" or "dark". ask: of the example clicked, as a
+    CSS selector of which the first is meant."""
 
     name: str
     width: int
@@ -85,10 +86,11 @@ def shoot(browser: Browser, address: str, shot: Shot, out: Path) -> Path:
     )
     page = context.new_page()
     page.goto(address)
-    page.get_by_role("button", name=shot.ask).click(timeout=ANSWER_MS)
+    page.locator(shot.ask).first.click(timeout=ANSWER_MS)
     for name in ("before", "after"):
         page.wait_for_selector(f'.ld-answer[data-model="{name}"]{COMPLETE}', timeout=ANSWER_MS)
     page.wait_for_function("!document.querySelector('[data-state=writing], [data-state=waiting]')", timeout=ANSWER_MS)
+    page.wait_for_function("document.querySelector('#ld-stop').disabled", timeout=ANSWER_MS)  # as a visitor reads it
     page.mouse.move(0, 0)
     page.wait_for_timeout(1000)  # transitions and the picture
     path = out / f"{shot.name}.png"
@@ -99,17 +101,15 @@ def shoot(browser: Browser, address: str, shot: Shot, out: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / "outputs/demo_real")
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs/demo")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         parser.error("No Chromium was found on the PATH; install one (`apt-get install chromium`).")
-    report = json.loads((arguments.folder / "report.json").read_text(encoding="utf-8"))
-    texts = [prompt["prompt"] for prompt in report["prompts"] if not prompt.get("image")]
     shots = (
-        Shot("space_text", 1280, 900, "light", max(texts, key=len)),
-        Shot("space_picture", 375, 812, "dark", "what shape is in the image?"),
+        Shot("space_text", 1280, 900, "light", ".ld-chip:not(:has(img))"),
+        Shot("space_picture", 375, 812, "dark", ".ld-chip:has(img)"),
     )
     with space(arguments.folder) as address, sync_playwright() as playwright:
         # Without a sandbox, because a container's user is often root, whom Chromium would refuse.

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import gradio as gr
 import markup
 from answers import MAX_NEW_TOKENS, Answer, check_fits, stopped, stream
-from checkpoints import Checkpoint, load_all, read_settings
+from checkpoints import Checkpoint, Settings, load_all, read_settings
 from gradio.themes.utils.fonts import LocalFont
 from pictures import draw_all
 from report import Report, read_report
@@ -44,11 +44,11 @@ DEFAULT_LENGTH = 48
 WRITING = "They are writing, a token each in turn …"
 WELCOME = "Ask all of them the same thing, or pick an example."
 
-PICTURE_EXAMPLES = (
-    ("red circle", "what color is the shape?"),
-    ("blue triangle", "what shape is in the image?"),
-)
-TEXT_EXAMPLES = ("Tell me about the history of Scotland.", "Tell me about a river.")
+# Examples where neither the Space's config nor the report has any: (picture's name or None, question)
+SHAPES = (("red circle", "what color is the shape?"), ("blue triangle", "what shape is in the image?"))
+PICTURES = (("receipt", "How much was it in total?"), ("chart", "Which day sold the most coffee?"))
+TEXTS = ("Why do leaves fall in autumn?", "How does a bridge stay up?")
+MOST_EXAMPLES = 4
 
 # On a telephone the answers are below the fold. Takes the event's inputs and passes them on.
 SHOW_ANSWERS = """(...inputs) => {
@@ -80,18 +80,28 @@ THEME = gr.themes.Base(
 )
 
 
-def examples(report: Report | None) -> list[tuple[str | None, str]]:
-    """[(picture's name or None, question)]: pictures first, then the report's own prompts, where it has some."""
-    texts = (report.prompts if report else None) or TEXT_EXAMPLES
-    # The longest first: a demo's first prompt is one that it happens to answer in a word.
-    return [*PICTURE_EXAMPLES, *((None, text) for text in sorted(texts, key=len, reverse=True)[:2])]
+def examples(settings: Settings, report: Report | None, pictures: Mapping[str, Path]) -> list[tuple[Path | None, str]]:
+    """[(picture's file or None, question)] that the models here can answer, two with a picture and two without.
+
+    The Space's own, else the prompts of the report in its order, filled up from the usual ones: shapes for models that learned
+    them, a receipt and a chart for any other.
+    """
+    if settings.examples:
+        return list(settings.examples)
+    asked = report.prompts if report else []
+    usual = SHAPES if report and report.shapes else PICTURES
+    seen = [entry for entry in asked if entry[0]] + [(pictures[name], question) for name, question in usual]
+    read = [entry for entry in asked if not entry[0]] + [(None, question) for question in TEXTS]
+    return [*seen[: MOST_EXAMPLES // 2], *read[: MOST_EXAMPLES // 2]]
 
 
 @dataclass
 class Visit:
-    """One question under way. ended: which button the visitor pressed meanwhile; a new question ends the one before."""
+    """One question. ended: which button the visitor pressed meanwhile; a new question ends the one before. over: it has its
+    answers, or never will."""
 
     ended: Literal["", "stop", "clear"] = ""
+    over: bool = False
 
     def end(self, how: Literal["stop", "clear"] = "stop") -> None:
         self.ended = self.ended or how
@@ -112,6 +122,14 @@ def make_asker(checkpoints: Mapping[str, Checkpoint]) -> Callable[..., Iterator[
         file: Mapping[str, Any] | None, question: str | None, length: float, visit: Visit
     ) -> Iterator[tuple[str, Any]]:
         """file: as Gradio uploads it, not opened. -> (notice, columns) again and again. What is refused is a notice."""
+        try:
+            yield from answer(file, question, length, visit)
+        finally:
+            visit.over = True
+
+    def answer(
+        file: Mapping[str, Any] | None, question: str | None, length: float, visit: Visit
+    ) -> Iterator[tuple[str, Any]]:
         try:
             question = check_question(question, control_tokens)
             picture = open_picture(file.get("path") or "") if file else None
@@ -142,31 +160,32 @@ def make_asker(checkpoints: Mapping[str, Checkpoint]) -> Callable[..., Iterator[
 
 
 def build_page(
-    checkpoints: Mapping[str, Checkpoint], report: Report | None, pictures: Mapping[str, Path]
+    checkpoints: Mapping[str, Checkpoint], settings: Settings, report: Report | None, pictures: Mapping[str, Path]
 ) -> gr.Blocks:
-    """The whole page. pictures: {name: file} of the example pictures."""
-    labels = markup.labels(checkpoints)
-    with gr.Blocks(title="Before and after LinguDistill", analytics_enabled=False) as page:
-        gr.HTML(markup.HEADER, elem_id="ld-header")
+    """The whole page. pictures: {name: file} of the usual example pictures."""
+    labels, names = markup.labels(checkpoints), markup.names(checkpoints)
+    with gr.Blocks(title=f"{names['after']}: before and after", analytics_enabled=False) as page:
+        gr.HTML(markup.header(checkpoints, settings.code or _own_files()), elem_id="ld-header")
         with gr.Tabs():
             with gr.Tab("Ask", id="ask"):
-                _ask_tab(make_asker(checkpoints), labels, examples(report), pictures)
+                _ask_tab(make_asker(checkpoints), labels, examples(settings, report, pictures))
             with gr.Tab("Benchmarks", id="benchmarks"):
-                gr.HTML(markup.benchmark_table(report), elem_id="ld-benchmarks")
+                gr.HTML(markup.benchmark_table(report, names), elem_id="ld-benchmarks")
             with gr.Tab("Trade-off", id="trade-off"):
-                gr.HTML(markup.trade_off(report), elem_id="ld-trade-off")
+                gr.HTML(markup.trade_off(report, names), elem_id="ld-trade-off")
             with gr.Tab("How it works", id="how"):
                 gr.HTML((HERE / "how_it_works.html").read_text(encoding="utf-8"), elem_id="ld-how")
                 gr.HTML(markup.models_table(checkpoints), elem_id="ld-models")
     return page
 
 
-def _ask_tab(
-    ask: Callable[..., Any],
-    labels: dict[str, str],
-    samples: list[tuple[str | None, str]],
-    pictures: Mapping[str, Path],
-) -> None:
+def _own_files() -> str | None:
+    """On the Hub, where the code of this page lies."""
+    space = os.environ.get("SPACE_ID")
+    return f"https://huggingface.co/spaces/{space}/tree/main" if space else None
+
+
+def _ask_tab(ask: Callable[..., Any], labels: dict[str, markup.Label], samples: list[tuple[Path | None, str]]) -> None:
     with gr.Row(elem_id="ld-ask", equal_height=True):
         picture = gr.Image(
             label="Picture (optional)",
@@ -189,14 +208,12 @@ def _ask_tab(
             )
             with gr.Row(elem_id="ld-buttons"):
                 ask_button = gr.Button("Ask", variant="primary", elem_id="ld-ask-button", scale=3, min_width=100)
-                stop_button = gr.Button("Stop", elem_id="ld-stop", scale=1, min_width=80)
+                stop_button = gr.Button("Stop", elem_id="ld-stop", scale=1, min_width=80, interactive=False)
                 clear_button = gr.Button("Clear", elem_id="ld-clear", scale=1, min_width=80)
     with gr.Row(elem_id="ld-examples"):
         chips = [
-            gr.Button(
-                text, icon=str(pictures[name]) if name else None, size="sm", min_width=120, elem_classes="ld-chip"
-            )
-            for name, text in samples
+            gr.Button(text, icon=str(file) if file else None, size="sm", min_width=120, elem_classes="ld-chip")
+            for file, text in samples
         ]
     notice = gr.HTML(markup.notice(WELCOME), elem_id="ld-notice")
     columns = gr.HTML(markup.empty_columns(labels), elem_id="ld-columns")
@@ -220,10 +237,15 @@ def _ask_tab(
         "js": SHOW_ANSWERS,
         "api_visibility": "private",
     }
-    gr.on([ask_button.click, question.submit], _begin, inputs=[visit], outputs=[visit], **quick).then(**asking)
-    for chip, (name, text) in zip(chips, samples, strict=True):
-        pick = functools.partial(_pick, str(pictures[name]) if name else None, text)
-        chip.click(pick, inputs=[visit], outputs=[picture, question, visit], **quick).then(**asking)
+    idle = {"fn": _idle, "inputs": [visit], "outputs": [stop_button], **quick}
+    started = [
+        gr.on([ask_button.click, question.submit], _begin, inputs=[visit], outputs=[visit, stop_button], **quick)
+    ]
+    for chip, (file, text) in zip(chips, samples, strict=True):
+        pick = functools.partial(_pick, str(file) if file else None, text)
+        started.append(chip.click(pick, inputs=[visit], outputs=[picture, question, visit, stop_button], **quick))
+    for start in started:
+        start.then(**asking).then(**idle)
     # Not Gradio's `cancels`: it leaves "Error" on the page, and a half-written answer that looks as if it went on.
     stop_button.click(lambda visit: visit and visit.end("stop"), inputs=[visit], **quick)
 
@@ -235,14 +257,19 @@ def _ask_tab(
     clear_button.click(clear, inputs=[visit], outputs=[picture, question, notice, columns], **quick)
 
 
-def _begin(before: Visit | None) -> Visit:
+def _begin(before: Visit | None) -> tuple[Visit, Any]:
     if before:
         before.end()
-    return Visit()
+    return Visit(), gr.update(interactive=True)
 
 
-def _pick(picture: str | None, question: str, before: Visit | None) -> tuple[str | None, str, Visit]:
-    return picture, question, _begin(before)
+def _pick(picture: str | None, question: str, before: Visit | None) -> tuple[str | None, str, Visit, Any]:
+    return picture, question, *_begin(before)
+
+
+def _idle(latest: Visit | None) -> Any:
+    """Nothing is left to stop, unless a new question was asked while this one was answered."""
+    return gr.update(interactive=latest is not None and not latest.over)
 
 
 def main() -> int:
@@ -258,11 +285,11 @@ def main() -> int:
             f"{name}: {checkpoint.label}, {checkpoint.model.dtype} on {checkpoint.model.device}, {checkpoint.seconds:.1f} s"
         )
     with tempfile.TemporaryDirectory(prefix="lingudistill-space-") as folder:
-        page = build_page(checkpoints, read_report(settings.report), draw_all(Path(folder)))
+        page = build_page(checkpoints, settings, read_report(settings.report), draw_all(Path(folder)))
         page.queue(max_size=WAITING_ROOM).launch(
             theme=THEME,
             css_paths=HERE / "style.css",
-            allowed_paths=[folder],
+            allowed_paths=[folder, *(str(file) for file, _ in settings.examples if file)],
             max_file_size=LARGEST_FILE,
             footer_links=["gradio"],
             ssr_mode=False,  # the page is drawn by the browser alone: one process fewer on small hardware

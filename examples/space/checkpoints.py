@@ -29,10 +29,15 @@ settle()
 
 @dataclass(frozen=True)
 class Settings:
-    """sources: {"before", "after" and, where there is one, "original": Hub id or folder}. report: of the evaluation."""
+    """sources: {"before", "after" and, where there is one, "original": Hub id or folder}. report: of the evaluation.
+
+    code: an https address of the code, for a link. examples: [(picture's file or None, question)] in place of the usual ones.
+    """
 
     sources: dict[str, str]
     report: Path | None
+    code: str | None = None
+    examples: tuple[tuple[Path | None, str], ...] = ()
 
 
 def read_settings(path: Path | None = None) -> Settings:
@@ -41,7 +46,7 @@ def read_settings(path: Path | None = None) -> Settings:
     Folders in it are relative to the file itself; what is no folder is a Hub id.
 
     Raises:
-        ValueError: if the file is missing, is not JSON, or names no model before or after.
+        ValueError: if the file is missing, is not JSON, names no model before or after, or has examples of another form.
     """
     path = path or Path(os.environ.get(CONFIG_VARIABLE) or Path(__file__).with_name("config.json"))
     example = '{"before": "ORG/VLM", "after": "ORG/VLM-restored", "original": "ORG/LM", "report": "report.json"}'
@@ -59,7 +64,24 @@ def read_settings(path: Path | None = None) -> Settings:
             folder = path.parent / source
             sources[name] = str(folder.resolve()) if folder.is_dir() else str(source)
     report = config.get("report")
-    return Settings(sources, path.parent / report if report else None)
+    code = config.get("code")
+    return Settings(
+        sources,
+        path.parent / report if report else None,
+        code if isinstance(code, str) and code.startswith("https://") else None,
+        tuple(_example(entry, path) for entry in config.get("examples") or []),
+    )
+
+
+def _example(entry: Any, path: Path) -> tuple[Path | None, str]:
+    question, name = (entry.get("question"), entry.get("picture")) if isinstance(entry, dict) else (None, None)
+    picture = path.parent / name if isinstance(name, str) else None
+    if not isinstance(question, str) or (name is not None and not (picture and picture.is_file())):
+        raise ValueError(
+            f'An example in {path} must be {{"question": "...", "picture": "FILE beside it"}}, the picture left out where there is '
+            f"none; found {json.dumps(entry)[:200]}."
+        )
+    return picture, question
 
 
 @dataclass(frozen=True)
@@ -87,6 +109,11 @@ class Checkpoint:
     def label(self) -> str:
         """The Hub id, or a folder's last part: a page says nothing about the machine's folders."""
         return Path(self.source).name if Path(self.source).is_dir() else self.source
+
+    @property
+    def url(self) -> str | None:
+        """Its page on the Hub; None for a folder."""
+        return None if Path(self.source).is_dir() else f"https://huggingface.co/{self.source}"
 
     @property
     def context(self) -> int:

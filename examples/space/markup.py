@@ -7,18 +7,22 @@ import html
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from answers import Answer
 from checkpoints import Checkpoint
 from report import NAMES, Plane, Report, Score, Task
 
-TITLES = {
-    "before": ("Before", "the VLM as it was"),
-    "after": ("After", "the same VLM, distilled"),
-    "original": ("Original LM", "what it was built from"),
+# What each model is, and what it is called where it has no name on the Hub
+ROLES = {
+    "before": ("VLM before", "as it was"),
+    "after": ("VLM restored", "the same VLM, distilled"),
+    "original": ("Original LM", "what both were built from"),
 }
+PAPER = "https://arxiv.org/abs/2604.00829"
 Scale = Callable[[float], float]  # a value -> where it lies, in units of the drawing
 CHANGE, RECOVERED = "After − before", "Came back"
+DOES_NOT_SEE = '<span class="ld-none">does not see</span>'
 NOT_EVALUATED = '<span class="ld-none">not evaluated</span>'
 EYE_OFF = (
     '<svg class="ld-eye" viewBox="0 0 48 28" aria-hidden="true"><path d="M3 10 C14 24 34 24 45 10 M9 16 L5 21 M18 20 L16 26'
@@ -29,33 +33,75 @@ EYE_OFF = (
 # --------------------------------------------------------------------------------------------------------------------
 # The frame
 # --------------------------------------------------------------------------------------------------------------------
-HEADER = (
-    '<h1><span class="ld-before">before</span><span class="ld-slash" aria-hidden="true"> / </span>'
-    '<span class="ld-after">after</span></h1>'
-    "<p>Learning to see cost this model some of its language. Distillation from the language model it was built from is to "
-    "bring it back, in the same model, of the same size. See for yourself.</p>"
-)
+@dataclass(frozen=True)
+class Label:
+    """How a model is called on the page. source: its Hub id, where it has one; url: its page there."""
+
+    name: str
+    role: str
+    size: str
+    source: str | None = None
+    url: str | None = None
 
 
-def labels(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
-    """What stands under each model's answer. -> {name: "ORG/NAME, 256 M parameters"}"""
-    return {name: f"{one.label}, {_millions(one)} parameters" for name, one in checkpoints.items()}
+def names(checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
+    """{"before", "after", ...: the name on the Hub, without the organisation where that tells them apart}"""
+    short = {name: one.label.rpartition("/")[2] for name, one in checkpoints.items()}
+    clash = len(set(short.values())) < len(short)
+    return {
+        name: ROLES[name][0] if one.url is None else one.label if clash else short[name]
+        for name, one in checkpoints.items()
+    }
 
 
-def _millions(checkpoint: Checkpoint) -> str:
-    millions = checkpoint.model.num_parameters() / 1e6
-    return f"{millions:,.0f} M" if millions >= 10 else f"{millions:.1f} M"
+def labels(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Label]:
+    """How each model is called on the page."""
+    return {
+        name: Label(called, ROLES[name][1], f"{_size(one)} parameters", one.label if one.url else None, one.url)
+        for (name, one), called in zip(checkpoints.items(), names(checkpoints).values(), strict=True)
+    }
+
+
+def header(checkpoints: Mapping[str, Checkpoint], code: str | None) -> str:
+    """What this page is, and the way to models, paper and code. code: an address, where there is one."""
+    called = names(checkpoints)
+    links = [(called[name], checkpoints[name].url) for name in ("after", "before", "original") if name in checkpoints]
+    links += [("Paper", PAPER), ("Code", code)]
+    listed = "".join(f"<li>{_link(text, url)}</li>" for text, url in links if url)
+    return (
+        f'<h1><span class="ld-after">{html.escape(called["after"])}</span></h1>'
+        "<p>Learning to see costs a language model some of its language. This one was trained with LinguDistill to get it back, from "
+        "the language model that it was built from: the same model, of the same size. Ask it, and the model as it was before, the "
+        "same question.</p>"
+        f'<ul class="ld-links">{listed}</ul>'
+    )
+
+
+def _link(text: str, url: str | None) -> str:
+    if url is None:
+        return html.escape(text)
+    return f'<a href="{html.escape(url)}" target="_blank" rel="noopener">{html.escape(text)}</a>'
+
+
+def _size(checkpoint: Checkpoint) -> str:
+    count = checkpoint.model.num_parameters()
+    return f"{count / 1e6:,.0f} M" if count >= 1e7 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
 
 
 def models_table(checkpoints: Mapping[str, Checkpoint]) -> str:
     """What runs here: each model's id, size, precision and loading time."""
     heads = ("Model", "Id", "Parameters", "Runs in", "Loaded in")
-    body = ""
+    body, called = "", names(checkpoints)
     for name, one in checkpoints.items():
         precision = str(one.model.dtype).removeprefix("torch.")
-        cells = (one.label, _millions(one), f"{precision} on {one.model.device.type}", f"{one.seconds:.1f} s")
-        row = "".join(_cell(head, html.escape(cell)) for head, cell in zip(heads[1:], cells, strict=True))
-        body += f'<tr><th scope="row">{TITLES[name][0]}</th>{row}</tr>'
+        cells = (
+            _link(one.label, one.url),
+            _size(one),
+            f"{precision} on {one.model.device.type}",
+            f"{one.seconds:.1f} s",
+        )
+        row = "".join(_cell(head, cell) for head, cell in zip(heads[1:], cells, strict=True))
+        body += f'<tr><th scope="row">{html.escape(called[name])}</th>{row}</tr>'
     return f"<h2>What runs here</h2>{_table('Models', heads, f'<tbody>{body}</tbody>')}"
 
 
@@ -90,8 +136,8 @@ def _marked(words: list[tuple[str, str]], changed: set[int]) -> str:
     return "".join(parts)
 
 
-def answer_columns(answers: Mapping[str, Answer], labels: Mapping[str, str]) -> str:
-    """The columns. labels: {name: id of the model}. Differences are marked once both answers are complete."""
+def answer_columns(answers: Mapping[str, Answer], labels: Mapping[str, Label]) -> str:
+    """The columns. Differences are marked once both answers are complete."""
     texts = {name: html.escape(answer.text) for name, answer in answers.items()}
     if comparable(answers):
         texts["before"], texts["after"], _, _ = mark_differences(answers["before"].text, answers["after"].text)
@@ -99,7 +145,7 @@ def answer_columns(answers: Mapping[str, Answer], labels: Mapping[str, str]) -> 
     return f'<div class="ld-answers" data-columns="{len(answers)}">{columns}</div>'
 
 
-def empty_columns(labels: Mapping[str, str]) -> str:
+def empty_columns(labels: Mapping[str, Label]) -> str:
     """The columns before the first question."""
     columns = "".join(_frame(name, label, '<p class="ld-idle">…</p>', "", "idle") for name, label in labels.items())
     return f'<div class="ld-answers" data-columns="{len(labels)}">{columns}</div>'
@@ -110,7 +156,7 @@ def comparable(answers: Mapping[str, Answer]) -> bool:
     return all(answers[name].state in ("done", "cut") for name in ("before", "after"))
 
 
-def _column(name: str, label: str, answer: Answer, text: str) -> str:
+def _column(name: str, label: Label, answer: Answer, text: str) -> str:
     foot = f"{answer.seconds:.2f} s · {answer.tokens} token{'s' * (answer.tokens != 1)}"
     if answer.state == "blind":
         body = f'<p class="ld-blind">{EYE_OFF}<span>Has no eyes: it reads text only. Remove the picture to ask it.</span></p>'
@@ -130,12 +176,13 @@ def _column(name: str, label: str, answer: Answer, text: str) -> str:
     )
 
 
-def _frame(name: str, label: str, body: str, foot: str, state: str) -> str:
-    title, role = TITLES[name]
+def _frame(name: str, label: Label, body: str, foot: str, state: str) -> str:
+    title = html.escape(label.name)
+    source = f"{_link(label.source, label.url)}, " if label.source else ""
     return (
-        f'<section class="ld-answer" data-model="{name}" data-state="{state}" aria-label="{title}: {role}">'
-        f'<header><h3>{title}</h3><p>{role}</p></header><div class="ld-body">{body}</div>'
-        f'<footer><span class="ld-id">{html.escape(label)}</span><span class="ld-time">{foot}</span></footer></section>'
+        f'<section class="ld-answer" data-model="{name}" data-state="{state}" aria-label="{title}: {label.role}">'
+        f'<header><h3>{title}</h3><p>{label.role}</p></header><div class="ld-body">{body}</div>'
+        f'<footer><span class="ld-id">{source}{label.size}</span><span class="ld-time">{foot}</span></footer></section>'
     )
 
 
@@ -169,15 +216,16 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
-def benchmark_table(report: Report | None) -> str:
-    """Every task with every model's score, the paired change and the share that came back."""
+def benchmark_table(report: Report | None, called: Mapping[str, str]) -> str:
+    """Every task with every model's score, the paired change and the share that came back. called: the models' names."""
     if report is None:
         return '<p class="ld-none">Not evaluated: this Space came without a report.</p>'
     changed = any(task.change for task in report.tasks)
-    heads = [*(NAMES.get(name, name) for name in report.models), *([CHANGE] * changed), RECOVERED]
+    called = {**NAMES, **called}
+    heads = [*(called.get(name, name) for name in report.models), *([CHANGE] * changed), RECOVERED]
     body = ""
     for group in dict.fromkeys(task.group for task in report.tasks):
-        rows = "".join(_row(task, report.models, changed) for task in report.tasks if task.group == group)
+        rows = "".join(_row(task, report.models, called, changed) for task in report.tasks if task.group == group)
         title = f'<th scope="rowgroup" colspan="{len(heads) + 1}">{html.escape(group.capitalize())}</th>'
         body += f'<tbody><tr class="ld-group">{title}</tr>{rows}</tbody>'
     facts = " · ".join(f"{html.escape(name)} {html.escape(value)}" for name, value in report.facts.items())
@@ -195,10 +243,10 @@ def _table(name: str, heads: Iterable[str], body: str) -> str:
     )
 
 
-def _row(task: Task, models: Iterable[str], changed: bool) -> str:
+def _row(task: Task, models: Iterable[str], called: Mapping[str, str], changed: bool) -> str:
     direction = "↑ higher is better" if task.higher_is_better else "↓ lower is better"
     about = " · ".join(filter(None, [task.unit, direction, f"n = {task.n:,}" if task.n else ""]))
-    cells = [_score_cell(task, name) for name in models]
+    cells = [_score_cell(task, name, called.get(name, name)) for name in models]
     if changed:
         cells.append(_cell(CHANGE, _change(task)))
     recovered = f"<b>{task.recovered.value:.0%}</b>" if task.recovered else "–"
@@ -208,13 +256,13 @@ def _row(task: Task, models: Iterable[str], changed: bool) -> str:
     )
 
 
-def _score_cell(task: Task, model: str) -> str:
+def _score_cell(task: Task, model: str, name: str) -> str:
     score, shuffled = task.scores.get(model), task.shuffled.get(model)
-    content = NOT_EVALUATED
+    content = DOES_NOT_SEE if model == "original" and task.group in ("vision", "grounded") else NOT_EVALUATED
     if score is not None:
         control = f"<small>images exchanged: {number(shuffled.value)}</small>" if shuffled else ""
         content = f"<b>{number(score.value)}</b>{_interval(score, number)}{control}"
-    return _cell(NAMES.get(model, model), content, model)
+    return _cell(name, content, model)
 
 
 def _cell(title: str, content: str, model: str = "") -> str:
@@ -250,11 +298,11 @@ SHAPES = {
 OTHER_SHAPE = '<rect x="-6" y="-6" width="12" height="12"/>'
 
 
-def trade_off(report: Report | None) -> str:
+def trade_off(report: Report | None, called: Mapping[str, str]) -> str:
     """The plane of language and vision as an SVG that follows the page's colors: up and to the right is better."""
     if report is None or report.plane is None:
         return '<p class="ld-none">Not evaluated: the report holds no language and vision score of two models.</p>'
-    plane = report.plane
+    plane, called = report.plane, {**NAMES, **called}
     x_extent = _extent([point.x for point in plane.points.values()], plane.original_x)
     y_extent = _extent([point.y for point in plane.points.values()])
     # The far end comes first on both axes: lower is better to the right, and SVG's y grows downwards.
@@ -271,12 +319,12 @@ def trade_off(report: Report | None) -> str:
     parts += [_point(name, plane.points[name].x, plane.points[name].y, x_scale, y_scale) for name in names]
     legend = "".join(
         f'<li data-model="{html.escape(name)}"><svg viewBox="-10 -10 20 20" aria-hidden="true">{_shape(name)}</svg>'
-        f"<span>{html.escape(NAMES.get(name, name))}<small>language {_plain_x(plane, point.x.value)}, vision "
+        f"<span>{html.escape(called.get(name, name))}<small>language {_plain_x(plane, point.x.value)}, vision "
         f"{number(point.y.value)}</small></span></li>"
         for name, point in plane.points.items()
     )
     return (
-        f'<figure class="ld-plane"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(_spoken(plane))}">'
+        f'<figure class="ld-plane"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(_spoken(plane, called))}">'
         f"{''.join(parts)}</svg><figcaption><ul>{legend}</ul>Up: sees better. To the right: speaks better. The bars are 95 % "
         "intervals; the dashed line is the original LM, which speaks and does not see.</figcaption></figure>"
     )
@@ -290,9 +338,9 @@ def _plain_x(plane: Plane, value: float) -> str:
     return number(math.exp(value) if plane.log else value)
 
 
-def _spoken(plane: Plane) -> str:
+def _spoken(plane: Plane, called: Mapping[str, str]) -> str:
     points = "; ".join(
-        f"{NAMES.get(name, name)} {_plain_x(plane, point.x.value)} and {number(point.y.value)}"
+        f"{called.get(name, name)} {_plain_x(plane, point.x.value)} and {number(point.y.value)}"
         for name, point in plane.points.items()
     )
     original = "" if plane.original_x is None else f"; original LM {_plain_x(plane, plane.original_x)}, no vision"

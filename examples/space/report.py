@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,17 @@ class Plane:
 
 @dataclass(frozen=True)
 class Report:
-    """models: names in the order of the columns. facts: {what: value} about the run, for people."""
+    """models: names in the order of the columns. facts: {what: value} about the run, for people.
+
+    prompts: what the models were asked, each with its picture's file or None. shapes: the models know easy-VQA's drawn shapes.
+    """
 
     models: list[str]
     tasks: list[Task]
     plane: Plane | None
     facts: dict[str, str]
-    prompts: list[str]
+    prompts: list[tuple[Path | None, str]]
+    shapes: bool
 
 
 def read_report(path: Path | None) -> Report | None:
@@ -87,21 +92,48 @@ def read_report(path: Path | None) -> Report | None:
         return None
     if not isinstance(raw, dict):
         return None
-    report = _from_evaluation(raw) if "tasks" in raw else _from_demo(raw)
+    prompts = _prompts(raw, path.parent)
+    report = _from_evaluation(raw, prompts) if "tasks" in raw else _from_demo(raw, prompts)
     return report if report.tasks else None
+
+
+def _prompts(raw: Mapping[str, Any], folder: Path) -> list[tuple[Path | None, str]]:
+    """The prompts that can be asked again: of text alone, or about a picture that lies beside the report."""
+    found: list[tuple[Path | None, str]] = []
+    for entry in _list(raw.get("prompts")):
+        text, image = _dict(entry).get("prompt"), _dict(entry).get("image")
+        picture = folder / image if isinstance(image, str) else None
+        if text and (not image or (picture and picture.is_file())):
+            found.append((picture, str(text)))
+    return found
+
+
+def _knows_shapes(titles: Iterable[str]) -> bool:
+    return any(re.match(r"easy.?vqa", title, re.IGNORECASE) for title in titles)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # `lingudistill evaluate`
 # --------------------------------------------------------------------------------------------------------------------
-def _from_evaluation(raw: Mapping[str, Any]) -> Report:
+def _from_evaluation(raw: Mapping[str, Any], prompts: list[tuple[Path | None, str]]) -> Report:
+    raw = _with_after(raw, str(raw.get("main") or "after"))
     entries = [task for task in _list(raw.get("tasks")) if isinstance(task, dict)]
     tasks = [task for task in map(_task, entries) if task.scores]
     named = list(_dict(raw.get("models"))) or list(dict.fromkeys(name for task in tasks for name in task.scores))
     models = [name for name in named if any(name in task.scores for task in tasks)]
     suite = _dict(raw.get("suite"))
     facts = {"Suite": suite.get("name"), "Seed": suite.get("seed"), **_machine(raw)}
-    return Report(models, tasks, _plane_of_tasks(entries, models), _texts(facts), [])
+    shapes = _knows_shapes(task.title for task in tasks)
+    return Report(models, tasks, _plane_of_tasks(entries, models), _texts(facts), prompts, shapes)
+
+
+def _with_after(raw: Any, main: str) -> Any:
+    """The report with the model that is shown here called "after", whatever its arm was called."""
+    if isinstance(raw, dict):
+        return {"after" if key == main else key: _with_after(value, main) for key, value in raw.items()}
+    if isinstance(raw, list):
+        return [_with_after(value, main) for value in raw]
+    return "after" if raw == main else raw
 
 
 def _task(raw: Mapping[str, Any]) -> Task:
@@ -157,7 +189,7 @@ def _mean(scores: list[Any]) -> Score:
 # --------------------------------------------------------------------------------------------------------------------
 # The embedded demo
 # --------------------------------------------------------------------------------------------------------------------
-def _from_demo(raw: Mapping[str, Any]) -> Report:
+def _from_demo(raw: Mapping[str, Any], prompts: list[tuple[Path | None, str]]) -> Report:
     language, vision = _dict(raw.get("language")), _dict(raw.get("vision"))
     words, sight = _demo_scores(language), _demo_scores(vision)
     models = [name for name in NAMES if name in words or name in sight]
@@ -182,9 +214,8 @@ def _from_demo(raw: Mapping[str, Any]) -> Report:
         "Teacher": settings.get("teacher_quantization"),
         **_machine(raw),
     }
-    prompts = [one for one in _list(raw.get("prompts")) if isinstance(one, dict) and not one.get("image")]
-    asked = [str(one["prompt"]) for one in prompts if one.get("prompt")]
-    return Report(models, [task for task in tasks if task.scores], plane, _texts(facts), asked)
+    tasks = [task for task in tasks if task.scores]
+    return Report(models, tasks, plane, _texts(facts), prompts, _knows_shapes(task.title for task in tasks))
 
 
 def _demo_scores(raw: Mapping[str, Any]) -> dict[str, Score]:

@@ -158,6 +158,7 @@ def model_manifest(
     results = _read_report(found) if found else {}
     main = _model_in_report(results, folder)
     plots = _plots(found.parent) if found else []
+    pictures = _prompt_pictures(results, found.parent) if found else []
     card = render_card(
         facts,
         results,
@@ -179,6 +180,7 @@ def model_manifest(
     items = [
         *(_clean(folder, path, base) for path in _model_files(folder)),
         *plots,
+        *pictures,
         Item("README.md", text.encode()),
         *(_run_facts_items(facts) if known else []),
         *(_report_items(results, main) if results else []),
@@ -391,7 +393,26 @@ def _run_facts_items(run_facts: RunFacts) -> list[Item]:
 def _report_items(report: Mapping[str, Any], main: str | None) -> list[Item]:
     entries = eval_result_file(tasks_of(report, main))
     found = [Item(".eval_results/lingudistill.yaml", entries.encode())] if entries else []
-    return [Item("report.json", json_bytes(_public_report(report))), *found]
+    public = _public_report(report)
+    if "tasks" in report and main:
+        public["main"] = main  # which of its models lies here
+    return [Item("report.json", json_bytes(public)), *found]
+
+
+def _prompt_pictures(report: Mapping[str, Any], folder: Path) -> list[Item]:
+    """The pictures beside a report that its prompts are about."""
+    named = [entry.get("image") for entry in report.get("prompts") or [] if isinstance(entry, Mapping)]
+    files = {
+        name: folder / name
+        for name in named
+        if isinstance(name, str) and re.fullmatch(r"[\w./ -]+\.(png|jpe?g)", name)
+    }
+    inside = {
+        name: path
+        for name, path in files.items()
+        if path.is_file() and path.resolve().is_relative_to(folder.resolve())
+    }
+    return [Item(Path(name).as_posix(), path) for name, path in inside.items()]
 
 
 def json_bytes(value: Any) -> bytes:

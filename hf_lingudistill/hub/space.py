@@ -61,7 +61,9 @@ def space_manifest(
     if report:
         config["report"] = report.path
     written = [Item("config.json", json_bytes(config)), Item("README.md", _space_readme(folder, space_id, config))]
-    written += [report] if report else []
+    if report:
+        asked = {entry.get("image") for entry in json.loads(model.text("report.json")).get("prompts") or []}
+        written += [report, *(item for item in model.items if item.path in asked)]
     items = [item for item in items if item.path not in {new.path for new in written}] + written
     for item in items:
         refuse_secrets(item, folder)
