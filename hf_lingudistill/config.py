@@ -77,6 +77,9 @@ class LinguDistillConfig(SFTConfig):
         skip_bad_rows (`bool`, defaults to `False`):
             Skip rows that cannot be trained on (unreadable image, empty answer, ...) and count them by reason, instead
             of stopping at the first.
+        assistant_only_loss (`bool`, *optional*):
+            Of `messages`, train on the assistant's turns alone. Left out: where the chat template tells them from the others.
+            `False` trains on all turns; `True` is TRL's own setting.
         on_nan (`str`, defaults to `"stop"`):
             What to do about a step whose loss, gradient or teacher is not finite, before the weights change: `"stop"` saves a
             checkpoint and raises `NotFinite`, `"skip"` leaves the step out and goes on (ten in a row stop the run). The rows
@@ -163,6 +166,13 @@ class LinguDistillConfig(SFTConfig):
     )
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "Skip and count rows that cannot be trained on, instead of stopping."}
+    )
+    assistant_only_loss: bool | None = field(  # type: ignore[assignment]  # TRL's cannot be left out
+        default=None,
+        metadata={
+            "help": "Of messages, train on the assistant's turns alone. Left out: where the chat template tells them apart. "
+            "false: on all turns."
+        },
     )
     on_nan: str = field(
         default="stop",

@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from ._internals import head_of
-from .batch import (
-    ROW_COLUMN,
-    DistillCollator,
-    check_distill_column,
-    drop_bad_rows,
-    drop_bad_texts,
-    has_images,
-    prepare_dataset,
-)
+from .bad_rows import ROW_COLUMN
 from .checkpoints import (
     STATE,
     check_output_dir,
@@ -46,6 +38,7 @@ from .checkpoints import (
 )
 from .compatibility import CompatibilityReport, check_compatibility, guess_teacher
 from .config import LinguDistillConfig
+from .data_mixin import DataMixin
 from .engines import blank_image, head_unsharded, is_teacher_sharded, shard_teacher, sharding_of, vision_on
 from .finite import IN_A_ROW, FiniteWatch, NotFinite, Problem
 from .hub.mixin import PublishingMixin
@@ -81,7 +74,7 @@ _ONCE = (
 )
 
 
-class LinguDistillTrainer(PublishingMixin, SFTTrainer):
+class LinguDistillTrainer(DataMixin, PublishingMixin, SFTTrainer):
     """Distil a VLM's original LM back into it.
 
     Everything that [`~trl.SFTTrainer`] accepts is accepted here; two arguments are added.
@@ -127,7 +120,7 @@ class LinguDistillTrainer(PublishingMixin, SFTTrainer):
         *,
         teacher_model: str | PreTrainedModel | None = None,
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
+        train_dataset: Dataset | IterableDataset | list[dict[str, Any]] | None = None,
         eval_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -147,7 +140,6 @@ class LinguDistillTrainer(PublishingMixin, SFTTrainer):
                 f"{type(adapter).__name__} puts virtual tokens before the text, which the teacher cannot read: use LoRA "
                 "or full fine-tuning."
             )
-        self.skipped_rows: Mapping[str, int] = {}
 
         # Teacher: who, and does it fit? Configs and tokenizers only, before any weight is loaded.
         teacher_ref = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
@@ -172,36 +164,7 @@ class LinguDistillTrainer(PublishingMixin, SFTTrainer):
         )
         self.compatibility.raise_for_misfit()
 
-        if train_dataset is not None:
-            self.has_distill_column, self.distill_share = check_distill_column(
-                train_dataset, args.distill_column, skip_bad=args.skip_bad_rows
-            )
-            _warn_if_grounding_is_at_risk(args, train_dataset)
-            packed = args.packing or args.padding_free
-            if packed and args.kv_sharing == "none":
-                raise ValueError(
-                    "kv_sharing='none' cannot keep packed documents apart (the teacher reads compacted rows): use 'prompt' or "
-                    "'full', or set packing=False and padding_free=False."
-                )
-            if args.packing and self.has_distill_column:
-                raise ValueError(
-                    f"packing joins rows, so that column {args.distill_column!r} has no meaning: drop the column (every row is "
-                    "distilled) or set packing=False."
-                )
-            if args.skip_bad_rows and not has_images(train_dataset.column_names or []):
-                train_dataset, self.skipped_rows = drop_bad_texts(train_dataset, args.distill_column)
-            train_dataset = prepare_dataset(train_dataset)
-        if eval_dataset is not None:
-            if args.skip_bad_rows:
-                eval_dataset = _each(
-                    lambda part: (
-                        part
-                        if has_images(part.column_names or [])
-                        else _kept(*drop_bad_texts(part, args.distill_column))
-                    ),
-                    eval_dataset,
-                )
-            eval_dataset = _each(prepare_dataset, eval_dataset)
+        train_dataset, eval_dataset = self.open_data(train_dataset, eval_dataset, args, kwargs)
         if isinstance(model, str):
             # SFTConfig owns the mapping; weights load from safetensors only
             args.model_init_kwargs = {"use_safetensors": True, **_as_dict(args.model_init_kwargs)}
@@ -213,29 +176,7 @@ class LinguDistillTrainer(PublishingMixin, SFTTrainer):
 
         student = self._plain_student()
         choose_kernels(student, trained=True)
-        self.data_collator = DistillCollator(
-            self.data_collator,
-            distill_column=args.distill_column,
-            max_length=args.max_length,
-            image_token_ids=self.compatibility.image_token_ids,
-            vision=self._is_vision_dataset,
-            prefix_lm=student.config.model_type == "paligemma",
-        )
-        if args.skip_bad_rows and self._is_vision_dataset:
-            drop = functools.partial(drop_bad_rows, collator=self.data_collator, num_proc=args.dataset_num_proc)
-            self.train_dataset, self.skipped_rows = drop(self.train_dataset)
-            if self.eval_dataset is not None:
-                self.eval_dataset = _each(lambda part: _kept(*drop(part)), self.eval_dataset)
-        if self.skipped_rows:
-            logger.warning("Skipped %d rows: %s", sum(self.skipped_rows.values()), dict(self.skipped_rows))
-        if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == 0:
-            raise ValueError(
-                f"No row is left to train on: no answer token lies within max_length={args.max_length}. Raise max_length."
-            )
-        columns_known = train_dataset is not None and train_dataset.column_names is not None
-        if columns_known and not self.has_distill_column and self.accelerator.is_main_process:
-            logger.warning("The dataset has no column %r: every row is distilled.", args.distill_column)
-
+        self.collate_rows(self.compatibility.image_token_ids, prefix_lm=student.config.model_type == "paligemma")
         self._compute_dtype = compute_dtype_of(student, bf16=bool(args.bf16), fp16=args.fp16)
         self._sharding = sharding_of(self.accelerator)
         self.teacher: Teacher = self._make_teacher(teacher_ref, student)
@@ -710,19 +651,6 @@ class LinguDistillTrainer(PublishingMixin, SFTTrainer):
     def _plain_student(self) -> PreTrainedModel:
         return self.model.get_base_model() if is_peft_model(self.model) else self.model  # type: ignore[no-any-return]
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()  # type: ignore[no-untyped-call]
-        columns = [self.args.distill_column, ROW_COLUMN]
-        if self.args.train_sampling_strategy == "group_by_length":
-            columns.append(self.args.length_column_name)  # the sampler looks for it after unused columns are dropped
-        for column in columns:
-            if column not in self._signature_columns:
-                self._signature_columns.append(column)
-
-    def _reject_skip_prepare_without_labels(self, datasets: Any, data_collator: Any) -> None:
-        inner = data_collator.inner if isinstance(data_collator, DistillCollator) else data_collator
-        super()._reject_skip_prepare_without_labels(datasets, inner)
-
 
 class _Restore(TrainerCallback):
     """Gives a resumed run what its checkpoint had measured, after `Trainer` has begun its own sums at zero."""
@@ -732,19 +660,6 @@ class _Restore(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._restore_measured()
-
-
-def _each(change: Callable[[Any], Any], datasets: Any) -> Any:
-    """Change one evaluation set, or each of several by name."""
-    if isinstance(datasets, dict):
-        return {name: change(part) for name, part in datasets.items()}
-    return change(datasets)
-
-
-def _kept(dataset: Any, dropped: Mapping[str, int]) -> Any:
-    if dropped:
-        logger.warning("Skipped %d rows of an evaluation set: %s", sum(dropped.values()), dict(dropped))
-    return dataset
 
 
 def _reference(model: Any) -> str:
@@ -758,20 +673,3 @@ def _as_dict(value: Any) -> dict[str, Any]:
 
 def _is_quantised(model: PreTrainedModel) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
-
-
-def _warn_if_grounding_is_at_risk(args: LinguDistillConfig, dataset: Dataset | IterableDataset) -> None:
-    """KL alone on answers about an image erases grounding: the teacher cannot see (docs/method.md)."""
-    if args.ce_weight > 0 or args.distill_tokens != "all" or not has_images(dataset.column_names or []):
-        return
-    if isinstance(dataset, Dataset):
-        column = "images" if "images" in dataset.column_names else "image"
-        raw = prepare_dataset(dataset)
-        flags = raw[args.distill_column] if args.distill_column in raw.column_names else [True] * len(raw)
-        if not any(flag and images for flag, images in zip(flags, raw[column], strict=True)):
-            return
-    logger.warning(
-        "ce_weight=0 and distill_tokens='all', and rows with images are marked for distillation: the divergence alone erases "
-        "what the student knows about images, because the teacher cannot see them. Use distill_tokens='confident', or "
-        "ce_weight > 0, or mark only text rows."
-    )

@@ -76,7 +76,7 @@ def assert_distils(trainer: Any, *, steps: int = 1) -> None:
 # Kinds of rows
 # --------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("images", [True, False], ids=["vision", "text-only"])
-@pytest.mark.parametrize("kind", ["prompt-completion", "whole sequence", "messages", "assistant only"])
+@pytest.mark.parametrize("kind", ["prompt-completion", "whole sequence", "messages", "all turns", "assistant only"])
 def test_conversations_are_trained_where_the_config_says(
     make_trainer: MakeTrainer, tmp_path: Path, kind: str, images: bool
 ) -> None:
@@ -84,6 +84,8 @@ def test_conversations_are_trained_where_the_config_says(
     settings: dict[str, Any] = {"train_sampling_strategy": "sequential", "distill_tokens": "all"}
     if kind == "whole sequence":
         settings["completion_only_loss"] = False
+    if kind == "all turns":
+        settings["assistant_only_loss"] = False
     if kind == "assistant only":
         (tmp_path / "template.jinja").write_text(TRAINING_TEMPLATE, encoding="utf-8")
         settings |= {"assistant_only_loss": True, "chat_template_path": str(tmp_path / "template.jinja")}
@@ -94,7 +96,7 @@ def test_conversations_are_trained_where_the_config_says(
     for row, text in zip(rows, trained_text(trainer, batch), strict=True):
         answer, question = row["completion"][0]["content"], row["prompt"][0]["content"]
         assert answer + "<|im_end|>" in text
-        assert (question in text) == (kind in ("whole sequence", "messages"))
+        assert (question in text) == (kind in ("whole sequence", "all turns"))
     assert_distils(trainer)
 
 

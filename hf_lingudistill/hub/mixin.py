@@ -49,7 +49,7 @@ class PublishingMixin(_Trainer):
     hub_model_id: Any
     recipe: Mapping[str, Any] | None = None
     dataset_facts: Sequence[RunFacts] = ()
-    has_distill_column: bool = False
+    has_distill_column: bool | None = False
     distill_share: float | None = None
     teacher_quantization_kl: float | None = None
     teacher_arithmetic: str | None = None

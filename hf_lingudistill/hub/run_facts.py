@@ -203,7 +203,7 @@ def gather_run_facts(
             "steps": state.global_step or None,
             "epochs": state.epoch,
             "rows": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
-            "distilled_rows_share": 1.0 if not trainer.has_distill_column else trainer.distill_share,
+            "distilled_rows_share": 1.0 if trainer.has_distill_column is False else trainer.distill_share,
             **_from_log(state.log_history),
             "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         },

@@ -170,7 +170,9 @@ def startup_summary(trainer: LinguDistillTrainer, model_name: str) -> str:
     size = sum(p.numel() for p in student.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     rows = f"{len(trainer.train_dataset):,}" if hasattr(trainer.train_dataset, "__len__") else "streamed"
-    marked = "all (no flag column)" if not trainer.has_distill_column else "by column " + repr(args.distill_column)
+    marked = (
+        "all (no flag column)" if trainer.has_distill_column is False else "by column " + repr(args.distill_column)
+    )
     if trainer.distill_share is not None:
         marked = f"{trainer.distill_share:.0%}"
     fit = (

@@ -1,0 +1,222 @@
+"""A row's conversation as the student's processor reads it: the text of the chat template, and which of it is trained on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import ProcessorMixin
+from trl import apply_chat_template, prepare_multimodal_messages
+
+from .answers import Span, answer_spans, trained_tokens
+from .bad_rows import BadRow, Row
+from .formats import CONVERSATION_COLUMNS, as_trl_row, check_answer
+
+logger = logging.getLogger(__name__)
+
+NO_ANSWERS = (
+    "The chat template of the student's processor does not tell the assistant's turns from the others (a conversation is not written as "
+    "its longer form begins): `messages` are trained on whole, the user's turns among them. Give a template with "
+    "{% generation %} marks (chat_template_path), or rows of `prompt` and `completion`."
+)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What the processor is given for a row: `text`, or `prompt` and `completion`, and `images` where the row has them.
+
+    spans: the characters of `text` that are trained on; None = all.
+    """
+
+    row: Row
+    spans: list[Span] | None = None
+
+
+@dataclass
+class Conversations:
+    """Reads rows for one processor.
+
+    Args:
+        processor: the student's processor, or its tokenizer.
+        chat_template: another than the processor's own.
+        answers_only: train on the assistant's turns of `messages` alone, where the template allows.
+        image_ids: tokens that an image is made of.
+    """
+
+    processor: Any
+    chat_template: str | None = None
+    answers_only: bool = True
+    image_ids: Collection[int] = ()
+    _warned: bool = field(default=False, init=False, repr=False)
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    def read(self, row: Row, name: str) -> Row:
+        """The row in TRL's shape, see `as_trl_row`.
+
+        Raises:
+            BadRow: if it has another, or an empty answer.
+        """
+        # The check comes before as well: a row without any turn has no answer, rather than another shape
+        check_answer(row, name)
+        new = self._as_trl_row(row, name)
+        check_answer(new, name)
+        return new
+
+    def _as_trl_row(self, row: Row, name: str) -> Row:
+        return as_trl_row(
+            row,
+            name,
+            getattr(self.processor, "image_token", None),
+            chat=bool(self.chat_template or getattr(self.processor, "chat_template", None)),
+        )
+
+    def render(self, row: Row, *, as_text: bool) -> Rendered:
+        """The texts of a row that is in TRL's shape, its images decoded.
+
+        as_text: a prompt and its completion become one text as well, trained on after the prompt.
+        """
+        more = {"images": row["images"]} if "images" in row else {}
+        images = more.get("images")
+        if "messages" in row:
+            turns, options = self._for_template(row["messages"], images), self._options(row)
+            text = self.processor.apply_chat_template(
+                turns, tokenize=False, chat_template=self.chat_template, **options
+            )
+            return Rendered({**more, "text": text}, self._spans(turns, options))
+        if "prompt" not in row:
+            return Rendered({**more, "text": row["text"]})
+        prompt, completion = row["prompt"], row["completion"]
+        if not isinstance(prompt, str):
+            texts = apply_chat_template(
+                {"prompt": self._for_template(prompt, images), "completion": self._for_template(completion)},
+                self.processor,
+                chat_template=self.chat_template,
+                **self._options(row),
+            )
+            prompt, completion = texts["prompt"], texts["completion"]
+        if as_text:
+            return Rendered({**more, "text": prompt + completion}, [(len(prompt), len(prompt + completion))])
+        return Rendered({**more, "prompt": prompt, "completion": completion})
+
+    def say_what_is_labelled(self, row: Row) -> None:
+        """Log once what of a conversation is trained on. row: the first of the training set."""
+        if (
+            not self.answers_only
+            or next((key for key in CONVERSATION_COLUMNS if row.get(key) is not None), None) is None
+        ):
+            return
+        try:
+            turns = self.read(row, "")["messages"]
+        except BadRow:  # named when its turn comes
+            return
+        texts = [
+            {**turn, "content": [part for part in turn["content"] if part["type"] == "text"]}
+            if isinstance(turn.get("content"), list)
+            else turn
+            for turn in turns
+        ]
+        if self._spans(self._for_template(texts), self._options(row)) is not None:
+            logger.warning(
+                "Of `messages`, the assistant's turns alone are trained on (assistant_only_loss=False: all turns)."
+            )
+
+    def mask(self, labels: torch.Tensor, ids: torch.Tensor, rendered: Rendered) -> None:
+        """Set the labels (L,) of all tokens outside of the row's spans to -100, in place. ids: (L,), without padding."""
+        if rendered.spans is None:
+            return
+        trained = trained_tokens(ids.tolist(), rendered.row["text"], rendered.spans, self.tokenizer, self.image_ids)
+        if trained is None:
+            self._warn()
+        else:
+            labels[~torch.tensor(trained, dtype=torch.bool)] = -100
+
+    def tokens(self, row: Row, name: str) -> Row:
+        """`input_ids` and `labels` of a row of text, as TRL tokenises it.
+
+        Raises:
+            BadRow: if the row has another shape or an image, or the chat template does not take it.
+        """
+        row = self._as_trl_row({k: v for k, v in row.items() if v is not None}, name)
+        if row.get("images"):
+            raise BadRow("image column missing", f"{name} has an image, and the first rows of the dataset have none.")
+        try:
+            if "messages" in row:
+                options = self._options(row)
+                ids = self._ids(row["messages"], **options)
+                labels = torch.tensor(ids)
+                rendered = self.render(row, as_text=True)
+                if rendered.spans == []:
+                    raise BadRow("no label", f"{name} has no assistant's turn to train on.")
+                self.mask(labels, labels.clone(), rendered)
+                return {"input_ids": ids, "labels": labels.tolist()}
+            if "prompt" not in row:
+                ids = self._ids(self._ended(row["text"]))
+                return {"input_ids": ids, "labels": ids}
+            options = self._options(row)
+            prompt, completion = row["prompt"], row["completion"]
+            if isinstance(prompt, str):
+                asked, ids = self._ids(prompt), self._ids(prompt + self._ended(completion))
+            else:
+                asked = self._ids(prompt, add_generation_prompt=True, **options)
+                ids = self._ids(prompt + completion, **options)
+        except BadRow:
+            raise
+        except Exception as error:
+            raise cannot_be_processed(name, error) from error
+        start = len(os.path.commonprefix([asked, ids]))  # the prompt alone may end otherwise than before its answer
+        return {"input_ids": ids, "labels": [-100] * start + ids[start:]}
+
+    def _ids(self, content: Any, **options: Any) -> list[int]:
+        if isinstance(content, str):
+            ids = self.processor(text=content)["input_ids"]
+        else:
+            ids = self.processor.apply_chat_template(
+                self._for_template(content),
+                tokenize=True,
+                return_dict=True,
+                chat_template=self.chat_template,
+                **options,
+            )["input_ids"]
+        # A processor gives a batch also for a single row
+        return list(ids[0] if isinstance(self.processor, ProcessorMixin) else ids)
+
+    def _ended(self, text: str) -> str:
+        end = self.tokenizer.eos_token
+        return text if text.endswith(end) else text + end
+
+    def _for_template(self, turns: list[Row], images: list[Any] | None = None) -> list[Row]:
+        if not isinstance(self.processor, ProcessorMixin):
+            return turns
+        return prepare_multimodal_messages(turns, images=images)
+
+    def _options(self, row: Row) -> Row:
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+        # `or None`: some templates write an empty list of tools out
+        return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
+
+    def _spans(self, turns: list[Row], options: Row) -> list[Span] | None:
+        if not self.answers_only:
+            return None
+        spans = answer_spans(self.processor, turns, self.chat_template, **options)
+        if spans is None:
+            self._warn()
+        return spans
+
+    def _warn(self) -> None:
+        if not self._warned:
+            logger.warning(NO_ANSWERS)
+        self._warned = True
+
+
+def cannot_be_processed(name: str, error: Exception) -> BadRow:
+    why = " ".join(str(error).split())
+    return BadRow("processor failed", f"{name} cannot be processed ({type(error).__name__}: {why[:300]}).")

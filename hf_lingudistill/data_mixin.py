@@ -1,0 +1,196 @@
+"""`SFTTrainer`'s datasets and collator, for rows as people have them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from accelerate import PartialState
+from datasets import Dataset, List, Value
+
+from .bad_rows import ROW_COLUMN, AnyDataset, BadRow, Row
+from .batch import DistillCollator
+from .config import LinguDistillConfig
+from .conversations import Conversations
+from .formats import CONVERSATION_COLUMNS
+from .opening import (
+    columns_of,
+    drop_bad_rows,
+    each,
+    open_datasets,
+    open_evaluation,
+    said_if_dropped,
+)
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer as _Trainer
+else:
+    _Trainer = object  # at run time a trainer class stands behind the mixin: `class MyTrainer(DataMixin, SFTTrainer)`
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_SENTENCE = 1500  # characters of an error of a library that is passed on as it is
+
+
+class DataMixin(_Trainer):
+    """Takes datasets of every format of docs/data.md, and labels the assistant's turns of `messages` alone.
+
+    Mixed in before `SFTTrainer`. `open_data` goes before its `__init__`, `collate_rows` after it.
+
+    Attributes:
+        has_distill_column: whether rows carry the flag; None where a stream's columns are not known and none was found.
+        distill_share: the share of marked rows; None where not all rows were read.
+        skipped_rows: number of training rows left out, by reason.
+    """
+
+    args: LinguDistillConfig
+    train_dataset: Any
+    processing_class: Any
+    _signature_columns: Any
+
+    has_distill_column: bool | None = False
+    distill_share: float | None = None
+    skipped_rows: Mapping[str, int] = {}
+
+    def open_data(
+        self, train: Any, evaluation: Any, args: LinguDistillConfig, kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Any]:
+        """Training and evaluation sets as `SFTTrainer.__init__` takes them. kwargs: what else that gets.
+
+        Raises:
+            ValueError: see `open_datasets`.
+        """
+        own_reader = kwargs.get("formatting_func") is not None or kwargs.get("data_collator") is not None
+        opened = open_datasets(train, evaluation, args, checked=not own_reader)
+        self.has_distill_column, self.distill_share = opened.has_distill_column, opened.distill_share
+        self.skipped_rows = opened.skipped_rows
+        return opened.train, opened.evaluation
+
+    def collate_rows(self, image_token_ids: tuple[int, ...], *, prefix_lm: bool) -> None:
+        """Put our collator around TRL's, and leave bad rows out where that is asked for. See `DistillCollator`."""
+        args = self.args
+        self.data_collator: Any = DistillCollator(
+            self.data_collator,
+            distill_column=args.distill_column,
+            max_length=args.max_length,
+            image_token_ids=image_token_ids,
+            vision=self._is_vision_dataset,
+            prefix_lm=prefix_lm,
+            answers_only=args.assistant_only_loss is not False,
+        )
+        if args.skip_bad_rows and self._is_vision_dataset:
+            drop = partial(drop_bad_rows, collator=self.data_collator, num_proc=args.dataset_num_proc)
+            self.train_dataset, dropped = drop(self.train_dataset)
+            self.skipped_rows = {**self.skipped_rows, **dropped} if self.skipped_rows else dropped
+            if self.eval_dataset is not None:
+                self.eval_dataset = each(lambda part: said_if_dropped(*drop(part)), self.eval_dataset)
+        if self.skipped_rows:
+            logger.warning("Skipped %d rows: %s", sum(self.skipped_rows.values()), dict(self.skipped_rows))
+        if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == 0:
+            raise ValueError(
+                f"No row is left to train on: no answer token lies within max_length={args.max_length}. Raise max_length."
+            )
+        if self.accelerator.is_main_process and self.has_distill_column is False:
+            logger.warning("The dataset has no column %r: every row is distilled.", args.distill_column)
+        if self.accelerator.is_main_process and self.data_collator.conversations is not None:
+            self.data_collator.conversations.say_what_is_labelled(next(iter(self.train_dataset)))
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # SFTTrainer's own
+    # ----------------------------------------------------------------------------------------------------------------
+    def _prepare_dataset(
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> Any:
+        """`SFTTrainer._prepare_dataset`; conversations come to it as tokens and labels, and what goes wrong names its row."""
+        conversations = Conversations(processing_class, self.chat_template, args.assistant_only_loss is not False)
+        if formatting_func is None and _is_ours(dataset):
+            dataset = _tokenised(dataset, conversations, dataset_name, args.dataset_num_proc)
+        try:
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        except BadRow:
+            raise
+        except Exception as error:
+            if (
+                isinstance(error, ValueError)
+                and not isinstance(error, pa.ArrowException)
+                and len(str(error)) < _LONGEST_SENTENCE
+            ):
+                raise
+            if formatting_func is None and "input_ids" not in columns_of(dataset):
+                for number, row in enumerate(dataset):
+                    conversations.tokens(row, _name(number, dataset_name))  # raises for the row that is at fault
+            why = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"The {dataset_name} dataset cannot be tokenised ({type(error).__name__}: {why})."
+            ) from error
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """`SFTTrainer.evaluate`, for evaluation sets of every accepted format."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = open_evaluation(eval_dataset, self.args, vision=self._is_vision_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[no-untyped-call]
+        columns = [self.args.distill_column, ROW_COLUMN]
+        if self._is_vision_dataset:  # TRL's collator does without them; ours reads them
+            columns += [self.args.dataset_text_field, "tools", "chat_template_kwargs"]
+        if self.args.train_sampling_strategy == "group_by_length":
+            columns.append(self.args.length_column_name)  # the sampler looks for it after unused columns are dropped
+        for column in columns:
+            if column not in self._signature_columns:
+                self._signature_columns.append(column)
+
+    def _reject_skip_prepare_without_labels(self, datasets: Any, data_collator: Any) -> None:
+        inner = data_collator.inner if isinstance(data_collator, DistillCollator) else data_collator
+        super()._reject_skip_prepare_without_labels(datasets, inner)
+
+
+def _name(number: int, dataset_name: str) -> str:
+    return f"Row {number}" if dataset_name == "train" else f"Row {number} of dataset {dataset_name!r}"
+
+
+def _tokenised(dataset: AnyDataset, conversations: Conversations, name: str, num_proc: int | None) -> AnyDataset:
+    def tokens(row: Row, index: int) -> Row:
+        return conversations.tokens(row, _name(index, name))
+
+    state = PartialState()
+    if state.is_main_process and name == "train":
+        conversations.say_what_is_labelled(next(iter(dataset)))
+    # a stream knows neither option
+    options: Row = {"num_proc": num_proc, "desc": f"Tokenizing {name} dataset"} if isinstance(dataset, Dataset) else {}
+    with state.main_process_first():
+        return dataset.map(tokens, with_indices=True, **options)
+
+
+def _is_ours(dataset: AnyDataset) -> bool:
+    """Whether rows are conversations, or prompts and completions of mixed types: all else, TRL tokenises alone."""
+    columns = columns_of(dataset)
+    if "input_ids" in columns:
+        return False
+    if any(column in columns for column in CONVERSATION_COLUMNS):
+        return True
+    if not {"prompt", "completion"} <= set(columns):
+        return False
+    kinds = {_kind((dataset.features or {}).get(column)) for column in ("prompt", "completion")}
+    return len(kinds) > 1 or None in kinds
+
+
+def _kind(feature: Any) -> str | None:
+    """`text` and `turns` as TRL takes them; None for what may be anything."""
+    if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
+        return "text"
+    if isinstance(feature, List) and isinstance(feature.feature, dict):
+        turn = feature.feature
+        if set(turn) == {"role", "content"} and all(_kind(value) == "text" for value in turn.values()):
+            return "turns"
+    return None

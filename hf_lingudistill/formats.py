@@ -1,0 +1,365 @@
+"""What people's rows look like, and the one shape they are trained in.
+
+`as_trl_row` turns a row of any accepted format (docs/data.md) into TRL's own: `messages`, or `prompt` and `completion`, or `text`; with
+`images`, a list. What is TRL's already stays as it is. Whatever cannot be told for certain is refused with the row's name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .bad_rows import BadRow, Row
+from .config import shown
+from .images import IMAGE_COLUMNS, decode_image
+
+PLACEHOLDER = "<image>"
+CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+ACCEPTED = "'messages' (or 'conversations'), 'prompt' and 'completion', or 'text'"
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_IMAGE_PARTS = ("image", "image_url", "input_image", "image_pil")
+PAYLOADS = ("image", "image_url", "url", "path", "base64", "data", "bytes", "image_pil")
+
+
+def has_images(columns: Sequence[str]) -> bool:
+    """Whether these columns make a vision dataset for TRL."""
+    return any(column in columns for column in IMAGE_COLUMNS)
+
+
+def as_trl_row(row: Row, name: str, image_token: str | None = None, *, chat: bool = True) -> Row:
+    """A row of any accepted format in TRL's shape. The images stay undecoded.
+
+    Args:
+        row: `messages` or `conversations` (turns with role and content, or from and value; content a text or parts; as a list, as
+            JSON text, or as a mapping of lists), or `prompt` and `completion` (texts or turns), or `text`; images in `images`,
+            `image`, or in the parts of a turn. Other columns are passed on.
+        name: how messages name the row.
+        image_token: the text that the student's processor takes for an image.
+        chat: whether the processor has a chat template; without one, prompts that are texts stay as they are.
+
+    Returns:
+        the row with `messages`, or `prompt` and `completion`, or `text`; and `images` where it has that column or an image.
+
+    Raises:
+        BadRow: if the row has another shape, or its images and the places for them differ in number.
+    """
+    other = {k: v for k, v in row.items() if k not in (*CONVERSATION_COLUMNS, *IMAGE_COLUMNS)}
+    column = next((key for key in CONVERSATION_COLUMNS if row.get(key) is not None), None)
+    images = column_images(row, name, of_conversation=column is not None)
+    if column is not None:
+        turns = _turns(row[column], f"{name}, {column!r}")
+        turns, images = _placed(turns, images, name, image_token)
+        new = {**{k: v for k, v in other.items() if k not in ("prompt", "completion", "text")}, "messages": turns}
+    elif other.get("prompt") is not None and other.get("completion") is not None:
+        new, images = _prompt_completion(other, images, name, image_token, chat)
+    elif isinstance(other.get("text"), str):
+        if image_token and (named := other["text"].count(image_token)) != len(images or []):
+            raise _differ(name, named, images)
+        new = {k: v for k, v in other.items() if k not in ("prompt", "completion")}
+    else:
+        found = sorted(key for key, value in row.items() if value is not None)
+        raise BadRow(
+            "not a conversation",
+            f"{name} has the columns {', '.join(found) or 'none'}: expected {ACCEPTED}. Rename the columns, or pass a dataset of that "
+            "shape.",
+        )
+    return new if images is None else {**new, "images": images}
+
+
+def check_answer(row: Row, name: str) -> None:
+    """Raise BadRow where a completion, or every assistant's turn of a conversation, is empty. Running text has no answer."""
+    kinds = ("messages", "completion")
+    kind = next((key for key in kinds if row.get(key) is not None), None)
+    if kind is None and row.get("text") is None:
+        kind = next((key for key in kinds if key in row), None)
+    if kind is None:
+        return
+    answer: Any = row[kind]
+    if kind == "messages":
+        turns = answer or []
+        answer = [turn for turn in turns if isinstance(turn, dict) and turn.get("role") == "assistant"]
+        if turns and not answer:  # a conversation under other names
+            return
+    # an assistant that calls a tool says nothing
+    calls = isinstance(answer, list) and any(isinstance(turn, dict) and turn.get("tool_calls") for turn in answer)
+    if not calls and not (_text_of(answer) or "").strip():
+        what = "completion" if kind == "completion" else "answer in its messages"
+        raise BadRow("empty answer", f"{name} has an empty {what}. Give it an answer, or pass --skip_bad_rows.")
+
+
+def _text_of(value: Any) -> str | None:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "".join(_text_of(v.get("content", v.get("text")) if isinstance(v, dict) else v) or "" for v in value)
+    return None
+
+
+def column_images(row: Row, name: str, *, of_conversation: bool = False) -> list[Any] | None:
+    """The images of a row's own column; None without such a column.
+
+    of_conversation: whether the row is a conversation, in which an image's place is named.
+    """
+    if "images" in row:
+        value = row["images"]
+        if value is None:
+            return []
+        if not isinstance(value, list | tuple):
+            raise BadRow(
+                "images not a list",
+                f"{name}: column 'images' must hold a list of images, found {type(value).__name__}. Rename the column to 'image' "
+                "if each row has one image.",
+            )
+        return list(value)
+    if "image" not in row:
+        return None
+    value = row["image"]
+    if isinstance(value, list | tuple):
+        return list(value)
+    # LLaVA's texts have no image, and say so by not naming one; elsewhere an empty place is a lost image
+    if value is None and of_conversation and not _mentions_image(row):
+        return []
+    return [value]
+
+
+def _mentions_image(row: Row) -> bool:
+    text = repr([row.get(key) for key in CONVERSATION_COLUMNS])
+    return PLACEHOLDER in text or "'type': 'image" in text
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Turns
+# --------------------------------------------------------------------------------------------------------------------
+def _turns(value: Any, where: str) -> list[Row]:
+    """A conversation as a list of {"role", "content", ...} without empty fields; an image's place is {"type": "image"}, with the image
+    in it under "image" if the part held one."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise BadRow(
+                "not a conversation", f"{where}: expected a list of turns, found the text {shown(value)}."
+            ) from None
+    if isinstance(value, Mapping) and value and all(isinstance(v, list | tuple | np.ndarray) for v in value.values()):
+        # how datasets hands out a sequence of structs
+        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+    if not isinstance(value, list | tuple):
+        raise BadRow(
+            "not a conversation", f"{where}: expected a list of turns, found {type(value).__name__} {shown(value)}."
+        )
+    return [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(value)]
+
+
+def _turn(turn: Any, where: str) -> Row:
+    if not isinstance(turn, Mapping):
+        raise BadRow(
+            "not a conversation",
+            f"{where}: expected {{'role', 'content'}} (or 'from' and 'value'), found {shown(turn)}.",
+        )
+    turn = {k: v for k, v in turn.items() if v is not None}
+    role = turn.pop("role", None) or turn.pop("from", None)
+    turn.pop("from", None)
+    content = turn.pop("content", turn.pop("value", None))
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise BadRow(
+            "not a conversation",
+            f"{where}: expected a 'role' (or 'from') among {', '.join(ROLES)}; found {shown(role)}"
+            + ("" if role is not None else f" and the fields {sorted(turn)}")
+            + ".",
+        )
+    role = ROLES[role.lower()]
+    if calls := turn.get("tool_calls"):
+        turn["tool_calls"] = _without_nulls(calls)
+    if content is None:
+        if role != "assistant" or not turn.get("tool_calls"):
+            raise BadRow("not a conversation", f"{where}: the content of the {role}'s turn is missing (null).")
+        return {"role": role, **turn}
+    return {"role": role, "content": _content(content, where), **turn}
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the null fields that a common schema of all rows adds to it."""
+    if isinstance(value, Mapping):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def _content(content: Any, where: str) -> Any:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Mapping):
+        content = [content]
+    if not isinstance(content, list | tuple):
+        raise BadRow("not a conversation", f"{where}: expected a text or a list of parts, found {shown(content)}.")
+    return [part for value in content for part in _part(value, where)]
+
+
+def _part(part: Any, where: str) -> list[Row]:
+    """One part of a turn's content in TRL's form; none where it is empty."""
+    if isinstance(part, str):
+        return [{"type": "text", "text": part}]
+    if not isinstance(part, Mapping):
+        raise BadRow("not a conversation", f"{where}: expected a text or an image, found {shown(part)}.")
+    part = {k: v for k, v in part.items() if v is not None}
+    kind = part.get("type") or next((key for key in ("text", *PAYLOADS) if key in part), None)
+    if kind in _TEXT_PARTS:
+        text = part.get("text", "")
+        if not isinstance(text, str):
+            raise BadRow("not a conversation", f"{where}: expected a text, found {shown(text)}.")
+        return [{**part, "type": "text", "text": text}] if text else []
+    if kind in _IMAGE_PARTS or kind in PAYLOADS:
+        image = next((part[key] for key in PAYLOADS if key in part), None)
+        return [{"type": "image"} if image is None else {"type": "image", "image": image}]
+    if kind is None:
+        return []
+    raise BadRow("not a conversation", f"{where}: expected a part of type text or image, found {shown(kind)}.")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Images and their places
+# --------------------------------------------------------------------------------------------------------------------
+def _placed(
+    turns: list[Row], images: list[Any] | None, name: str, image_token: str | None
+) -> tuple[list[Row], list[Any] | None]:
+    """Turns whose images are places only, and the images in the order of their places."""
+    places = [part for turn in turns for part in _parts(turn) if part["type"] == "image"]
+    if not places and images:
+        mark = any(PLACEHOLDER in text for turn in turns for text in _texts(turn))
+        turns = [_split_turn(turn) for turn in turns] if mark else _before_first_question(turns, images, name)
+        places = [part for turn in turns for part in _parts(turn) if part["type"] == "image"]
+    own = [part["image"] for part in places if "image" in part]
+    if own and len(own) == len(places) and images:  # the cookbooks' rows name each image twice
+        if not _same_images(own, images):
+            raise BadRow(
+                "images and placeholders differ",
+                f"{name} has {len(own)} images in its turns and others in its image column ({len(images)}): keep one of the two.",
+            )
+        images = []
+    if len(places) - len(own) != len(images or []):
+        raise _differ(name, len(places) - len(own), images)
+    if typed := sum(text.count(image_token) for turn in turns for text in _texts(turn)) if image_token else 0:
+        # The processor would read its own placeholder, typed in a text, as one more image
+        raise BadRow(
+            "images and placeholders differ",
+            f"{name}: its text names {typed} images ({image_token!r}) beside {len(places)} with places of their own. Give each image "
+            "one place and put it into column 'images', or remove the word from the text.",
+        )
+    if own:
+        rest = iter(images or [])
+        images = [part["image"] if "image" in part else next(rest) for part in places]
+        turns = [
+            {**turn, "content": [{"type": "image"} if part["type"] == "image" else part for part in parts]}
+            if (parts := _parts(turn))
+            else turn
+            for turn in turns
+        ]
+    return turns, images
+
+
+def _differ(name: str, places: int, images: list[Any] | None) -> BadRow:
+    return BadRow(
+        "images and placeholders differ",
+        f"{name} has {places} places for images ({PLACEHOLDER!r} in a text, or a part of type image) and "
+        f"{len(images or [])} images: give each image one place.",
+    )
+
+
+def _parts(turn: Row) -> list[Row]:
+    content = turn.get("content")
+    return content if isinstance(content, list) else []
+
+
+def _texts(turn: Row) -> list[str]:
+    content = turn.get("content")
+    return [content] if isinstance(content, str) else [part["text"] for part in _parts(turn) if "text" in part]
+
+
+def _before_first_question(turns: list[Row], images: list[Any], name: str) -> list[Row]:
+    """Where no place is named, TRL shows the images before the first question."""
+    for index, turn in enumerate(turns):
+        if turn["role"] == "user":
+            parts = _parts(turn) or [{"type": "text", "text": turn["content"]}]
+            shown_first = [*({"type": "image"} for _ in images), *parts]
+            return [*turns[:index], {**turn, "content": shown_first}, *turns[index + 1 :]]
+    raise _differ(name, 0, images)
+
+
+def _split_turn(turn: Row) -> Row:
+    """A turn with a place for each `<image>` in its text; the blanks and line breaks that set it apart go with it."""
+    if not any(PLACEHOLDER in text for text in _texts(turn)):
+        return turn
+    parts: list[Row] = []
+    for part in _parts(turn) or [{"type": "text", "text": turn["content"]}]:
+        pieces = part["text"].split(PLACEHOLDER)
+        for number, piece in enumerate(pieces):
+            if number:
+                piece = piece.lstrip()
+                parts.append({"type": "image"})
+            if number < len(pieces) - 1:
+                piece = piece.rstrip()
+            if piece:
+                parts.append({"type": "text", "text": piece})
+    return {**turn, "content": parts}
+
+
+def _same_images(some: list[Any], others: list[Any]) -> bool:
+    return len(some) == len(others) and all(
+        a is b or decode_image(a).tobytes() == decode_image(b).tobytes() for a, b in zip(some, others, strict=True)
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Texts alone
+# --------------------------------------------------------------------------------------------------------------------
+def _prompt_completion(
+    row: Row, images: list[Any] | None, name: str, image_token: str | None, chat: bool
+) -> tuple[Row, list[Any] | None]:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        named = prompt.count(image_token) if image_token else 0
+        if not chat or named or not images:  # TRL's plain texts, in which the processor's own word names an image
+            if image_token and named != len(images or []):
+                raise _differ(name, named, images)
+            return row, images
+        # A text that names no image is a question about it: the chat template knows where the image goes
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _turns(prompt, f"{name}, 'prompt'")
+    answer = (
+        [{"role": "assistant", "content": completion}]
+        if isinstance(completion, str)
+        else _turns(completion, f"{name}, 'completion'")
+    )
+    if not asked:
+        raise BadRow("not a conversation", f"{name} has an empty prompt.")
+    asked, images = _placed(asked, images, name, image_token)
+    if any(part["type"] == "image" for turn in answer for part in _parts(turn)):
+        raise BadRow(
+            "images and placeholders differ", f"{name} has an image in its completion: images belong in the prompt."
+        )
+    answer, _ = _placed(answer, None, name, image_token)
+    return {**row, "prompt": asked, "completion": answer}, images
+
+
+def embeds_images(value: Any) -> bool:
+    """Whether the turns of a conversation hold images, not only places for them."""
+    try:
+        turns = _turns(value, "")
+    except BadRow:
+        return False
+    return any("image" in part for turn in turns for part in _parts(turn))

@@ -1,0 +1,117 @@
+"""Images as people store them -> RGB, by the rule of transformers' own processors."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import inspect
+import io
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Image
+from PIL import Image as PILImage
+from PIL import ImageOps
+from transformers.image_transforms import convert_to_rgb
+
+from .bad_rows import BadRow
+from .config import shown
+
+IMAGE_COLUMNS = ("images", "image")
+# Where a dict keeps its image: datasets' own two names first, then those of public datasets and chat formats
+_KEYS = ("bytes", "path", "image", "url", "base64", "data", "image_url")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
+_AS_ARRAY: dict[str, Any] = (
+    {"return_numpy": True} if "return_numpy" in inspect.signature(convert_to_rgb).parameters else {}
+)
+_SHORTEST_BASE64 = 60  # of the smallest image file there is; a shorter text is a file's name
+
+
+def to_rgb(image: PILImage.Image) -> PILImage.Image:
+    """RGB, upright. Transparency is composited as transformers' processors do it (on white), not by a rule of our own.
+
+    16-bit and 32-bit greys are scaled to 8 bits, where PIL's own conversion would clip nearly all of them to white.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = image.convert("F").point(lambda p: p / 257.0 + 0.5).convert("L")
+    elif image.mode in ("I", "F"):  # 32-bit has no known range: stretched
+        image.load()
+        low, high = image.getextrema()
+        span = float(high - low) or 1.0  # type: ignore[operator]
+        image = image.convert("F").point(lambda p: (p - low) * 255.0 / span).convert("L")
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    return PILImage.fromarray(np.asarray(convert_to_rgb(image, **_AS_ARRAY)))
+
+
+def decode_image(value: Any) -> PILImage.Image:
+    """An RGB image; EXIF rotation applied, transparency on white.
+
+    Args:
+        value: a PIL image, the bytes of a file, a path, a URL, a data URI, base64 text, or a dict that holds one of them
+            (`{"bytes", "path"}`, as datasets stores it; `{"url"}`; ...).
+
+    Raises:
+        BadRow: if it is missing, of another type, unreadable or of zero size.
+    """
+    while isinstance(value, dict):
+        value = next((value[key] for key in _KEYS if value.get(key)), None)
+    if value is None:
+        raise BadRow("image missing", "an image is missing (null)")
+    try:
+        if isinstance(value, str):
+            value = _opened_text(value)
+        if isinstance(value, bytes | bytearray):
+            image: Any = PILImage.open(io.BytesIO(value))
+        elif isinstance(value, Path):
+            image = PILImage.open(value)
+        elif isinstance(value, PILImage.Image):
+            image = value
+        else:
+            raise BadRow("image of wrong type", f"an image was expected, found {type(value).__name__}")
+        if 0 in image.size:
+            raise BadRow("image of zero size", f"an image has the size {image.size[0]}x{image.size[1]}")
+        return to_rgb(image)
+    except BadRow:
+        raise
+    except PILImage.DecompressionBombError as error:
+        raise BadRow("image too large", f"an image is too large to decode ({error})") from error
+    except Exception as error:  # PIL raises a dozen types for a dozen formats, a URL those of its network library
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise BadRow("image unreadable", f"an image cannot be read ({why})") from error
+
+
+def _opened_text(text: str) -> Any:
+    """What a text stands for: a file, a URL, or base64. -> bytes, a path or a PIL image."""
+    if text.startswith("data:"):
+        return _from_base64(text.partition(",")[2], text)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    if "://" in text[:4096]:  # a URL, inside an archive, or on the Hub: datasets knows how to open it
+        return Image().decode_example({"bytes": None, "path": text})
+    if os.path.isfile(text):
+        return Path(text)
+    if len(text) >= _SHORTEST_BASE64 and _BASE64.fullmatch(text) and (os.sep not in text[:1] or len(text) > 1024):
+        return _from_base64(text, text)
+    where = "" if os.path.isabs(text) else f", looked for in {os.getcwd()}"
+    raise BadRow(
+        "image unreadable",
+        f"an image cannot be read (FileNotFoundError: {shown(text)}{where}; expected a path, a URL, a data URI, base64 text, or the "
+        "bytes of an image file)",
+    )
+
+
+def _from_base64(text: str, whole: str) -> bytes:
+    """Standard or URL-safe base64, with or without padding and line breaks."""
+    compact = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
+    try:
+        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadRow(
+            "image unreadable",
+            f"an image cannot be read (the text {shown(whole[:80])} of {len(whole):,} characters is neither a file nor base64)",
+        ) from error
