@@ -10,6 +10,9 @@ Tested with transformers 5.24.x and TRL 1.16.x (the bounds in `pyproject.toml`).
   `_tr_loss`, `_globalstep_last_logged` and `_total_loss_scalar` are its sums between logs, `_metrics` and `_total_train_tokens` those of
   `SFTTrainer` (used in `trainer.py`, which overrides and restores them).
 - `trl.scripts.utils.DatasetConfig`: one source of a mixture.
+- `trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling`: collates texts (`text`, or `prompt` and `completion`) with their images.
+- `trl.chat_template_utils.has_generation_markers` and `transformers.utils.chat_template_utils.render_jinja_template`: where a template
+  marks the assistant's turns. `transformers.image_transforms.convert_to_rgb`: how processors convert an image.
 - `AttentionInterface` / `AttentionMaskInterface`: named attention functions, looked up by `config._attn_implementation`
   on every call.
 - Decoders apply `decoder.rotary_emb(x, position_ids[, layer_type]) -> (cos, sin)` once per forward.
@@ -29,24 +32,32 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.image_transforms import convert_to_rgb
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.chat_template_utils import render_jinja_template
+from trl.chat_template_utils import has_generation_markers
 from trl.models.utils import prepare_deepspeed
 from trl.scripts.utils import DatasetConfig
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 __all__ = [
+    "DataCollatorForVisionLanguageModeling",
     "DatasetConfig",
     "Head",
     "attention_switched",
     "base_attention_function",
+    "convert_to_rgb",
     "decoder_of",
     "deepspeed_inference",
     "gathered",
+    "has_generation_markers",
     "head_of",
     "loaded_by_every_process",
     "register_attention",
+    "render_jinja_template",
 ]
 
 _FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"

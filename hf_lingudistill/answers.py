@@ -12,11 +12,9 @@ from collections.abc import Callable, Collection, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
-from trl.chat_template_utils import has_generation_markers
+from ._internals import has_generation_markers, render_jinja_template
 
-from .bad_rows import Row
-
+Row = dict[str, Any]
 Span = tuple[int, int]  # characters, end not included
 Render = Callable[..., str]
 

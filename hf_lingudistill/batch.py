@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from ._internals import DataCollatorForVisionLanguageModeling
 from .bad_rows import REASONS, ROW_COLUMN, AnyDataset, BadRow, Row, SharedCounts, flag_of, row_name
 from .conversations import Conversations, cannot_be_processed
 from .formats import check_answer, column_images, has_images

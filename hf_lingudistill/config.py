@@ -77,9 +77,9 @@ class LinguDistillConfig(SFTConfig):
         skip_bad_rows (`bool`, defaults to `False`):
             Skip rows that cannot be trained on (unreadable image, empty answer, ...) and count them by reason, instead
             of stopping at the first.
-        assistant_only_loss (`bool`, *optional*):
-            Of `messages`, train on the assistant's turns alone. Left out: where the chat template tells them from the others.
-            `False` trains on all turns; `True` is TRL's own setting.
+        answers_only (`bool`, defaults to `True`):
+            Of `messages`, train on the assistant's turns alone, where the chat template tells them from the others; `False`
+            trains on all turns. (TRL's `assistant_only_loss` also puts a template of TRL's in place of the student's.)
         on_nan (`str`, defaults to `"stop"`):
             What to do about a step whose loss, gradient or teacher is not finite, before the weights change: `"stop"` saves a
             checkpoint and raises `NotFinite`, `"skip"` leaves the step out and goes on (ten in a row stop the run). The rows
@@ -167,11 +167,11 @@ class LinguDistillConfig(SFTConfig):
     skip_bad_rows: bool = field(
         default=False, metadata={"help": "Skip and count rows that cannot be trained on, instead of stopping."}
     )
-    assistant_only_loss: bool | None = field(  # type: ignore[assignment]  # TRL's cannot be left out
-        default=None,
+    answers_only: bool = field(
+        default=True,
         metadata={
-            "help": "Of messages, train on the assistant's turns alone. Left out: where the chat template tells them apart. "
-            "false: on all turns."
+            "help": "Of messages, train on the assistant's turns alone, where the chat template tells them apart. false: on "
+            "all turns."
         },
     )
     on_nan: str = field(
@@ -251,7 +251,7 @@ class LinguDistillConfig(SFTConfig):
                 setattr(self, name, float(value))
             except OverflowError:
                 raise ValueError(f"{name} must be a number that a float can hold; got {shown(value)}.") from None
-        for name in ("measure_teacher_quantization", "skip_bad_rows", "overwrite_output_dir"):
+        for name in ("measure_teacher_quantization", "skip_bad_rows", "answers_only", "overwrite_output_dir"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false; got {shown(getattr(self, name))}.")
         for name in ("teacher_model_name_or_path", "teacher_model_revision", "output_dir"):

@@ -125,7 +125,7 @@ class Conversations:
         ]
         if self._spans(self._for_template(texts), self._options(row)) is not None:
             logger.warning(
-                "Of `messages`, the assistant's turns alone are trained on (assistant_only_loss=False: all turns)."
+                "Of `messages`, the assistant's turns alone are trained on (answers_only=False: all turns)."
             )
 
     def mask(self, labels: torch.Tensor, ids: torch.Tensor, rendered: Rendered) -> None:

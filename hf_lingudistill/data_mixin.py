@@ -79,7 +79,7 @@ class DataMixin(_Trainer):
             image_token_ids=image_token_ids,
             vision=self._is_vision_dataset,
             prefix_lm=prefix_lm,
-            answers_only=args.assistant_only_loss is not False,
+            answers_only=args.answers_only or args.assistant_only_loss,
         )
         if args.skip_bad_rows and self._is_vision_dataset:
             drop = partial(drop_bad_rows, collator=self.data_collator, num_proc=args.dataset_num_proc)
@@ -111,7 +111,9 @@ class DataMixin(_Trainer):
         dataset_name: str,
     ) -> Any:
         """`SFTTrainer._prepare_dataset`; conversations come to it as tokens and labels, and what goes wrong names its row."""
-        conversations = Conversations(processing_class, self.chat_template, args.assistant_only_loss is not False)
+        conversations = Conversations(
+            processing_class, self.chat_template, args.answers_only or args.assistant_only_loss
+        )
         if formatting_func is None and _is_ours(dataset):
             dataset = _tokenised(dataset, conversations, dataset_name, args.dataset_num_proc)
         try:

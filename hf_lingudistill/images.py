@@ -15,8 +15,8 @@ import numpy as np
 from datasets import Image
 from PIL import Image as PILImage
 from PIL import ImageOps
-from transformers.image_transforms import convert_to_rgb
 
+from ._internals import convert_to_rgb
 from .bad_rows import BadRow
 from .config import shown
 

@@ -85,7 +85,7 @@ def test_conversations_are_trained_where_the_config_says(
     if kind == "whole sequence":
         settings["completion_only_loss"] = False
     if kind == "all turns":
-        settings["assistant_only_loss"] = False
+        settings["answers_only"] = False
     if kind == "assistant only":
         (tmp_path / "template.jinja").write_text(TRAINING_TEMPLATE, encoding="utf-8")
         settings |= {"assistant_only_loss": True, "chat_template_path": str(tmp_path / "template.jinja")}
