@@ -161,6 +161,7 @@ EVERY_OWN_FIELD = {
     "distill_tokens": "all",
     "distill_margin": -0.5,
     "skip_bad_rows": True,
+    "answers_only": False,
     "on_nan": "skip",
     "overwrite_output_dir": True,
 }
