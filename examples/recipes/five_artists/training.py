@@ -1,0 +1,127 @@
+"""How an arm is trained: cross-entropy, distillation, or KL to the original that is told the caption. Same rows, order, optimizer."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import SFTConfig, SFTTrainer
+from world_rows import TRAINING_TEMPLATE
+
+from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
+from hf_lingudistill.labs.world.questions import as_dataset
+from hf_lingudistill.machine import machine
+
+
+def load(path: Path) -> tuple[Any, Any]:
+    """(model in fp32, processor) of a VLM's folder."""
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32), AutoProcessor.from_pretrained(path)
+
+
+def adapters(rank: int) -> Any:
+    """LoRA on every matrix of the text model; tower and connector stand still."""
+    from peft import LoraConfig
+
+    targets = r".*text_model.*(q|k|v|o|gate|up|down)_proj"
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+
+
+class CaptionTold(SFTTrainer):
+    """KL(original || student) on the distilled rows, where the original is told the caption in place of seeing the picture; CE on
+    the others. What distillation could reach if its teacher saw the picture as well as words can say.
+
+    Args:
+        original: the frozen LM. told: for every row of the dataset, in order, the ids that the original reads before the answer
+            (None: the row is not distilled).
+    """
+
+    def __init__(self, *args: Any, original: Any, told: Sequence[list[int] | None], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.original, self.told = original.eval(), told
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs.pop("labels")
+        size = labels.size(0)
+        told = self.told[self.state.global_step * size : (self.state.global_step + 1) * size]
+        states = model.model(**inputs, use_cache=False).last_hidden_state
+        rows, places = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+        logits = model.lm_head(states[rows, places]).float()
+        loss = F.cross_entropy(logits, labels[rows, places + 1], reduction="none")
+        for row, prompt in enumerate(told):
+            if prompt is None:
+                continue
+            own = rows == row
+            answer = labels[row, places[own] + 1]
+            with torch.no_grad():
+                ids = torch.cat([torch.tensor(prompt), answer])[None]
+                target = self.original(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+            # The student's own tokens count against it, as in the library
+            student = logits[own].log_softmax(dim=-1)[:, : target.size(1)]
+            target = target.log_softmax(dim=-1)
+            loss = loss.masked_scatter(own, (target.exp() * (target - student)).sum(dim=-1))
+        return loss.sum() / (len(rows) if num_items_in_batch is None else num_items_in_batch)
+
+
+def train(
+    start: Path,
+    original: Path,
+    rows: list[dict[str, Any]],
+    out: Path,
+    arguments: dict[str, Any],
+    *,
+    kind: str,
+    batch_size: int,
+    seed: int,
+    distill: dict[str, Any] | None = None,
+    lora: int | None = None,
+    told: Sequence[list[int] | None] | None = None,
+) -> dict[str, Any]:
+    """Train the VLM in `start` on the rows in order and save it to out; -> a record.
+
+    kind: `ce` (trl.SFTTrainer), `distill` (LinguDistillTrainer with `distill`'s options), or `caption` (`CaptionTold`).
+    """
+    model, processor = load(start)
+    processor.chat_template = processor.tokenizer.chat_template = TRAINING_TEMPLATE
+    kwargs: dict[str, Any] = {"model": model, "processing_class": processor, "train_dataset": as_dataset(rows)}
+    if lora is not None:
+        kwargs["peft_config"] = adapters(lora)
+    with tempfile.TemporaryDirectory() as scratch:
+        common = arguments | {
+            "output_dir": scratch,
+            "seed": seed,
+            "per_device_train_batch_size": batch_size,
+            "train_sampling_strategy": "sequential",
+            "disable_tqdm": True,
+            "bf16": machine().bf16,
+            "use_cpu": not machine().accelerated,
+        }
+        if kind == "distill":
+            config = LinguDistillConfig(**common, teacher_quantization="none", **(distill or {}))
+            trainer: Any = LinguDistillTrainer(args=config, teacher_model=str(original), **kwargs)
+        elif kind == "caption":
+            from transformers import AutoModelForCausalLM
+
+            lm = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+            assert told is not None
+            trainer = CaptionTold(args=SFTConfig(**common), original=lm, told=told, **kwargs)
+        else:
+            trainer = SFTTrainer(args=SFTConfig(**common), **kwargs)
+        result = trainer.train()
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        trained = trainer.model.merge_and_unload() if lora is not None else trainer.model
+        trained.save_pretrained(out)
+        AutoProcessor.from_pretrained(start).save_pretrained(out)
+    kept = ("ce_loss", "kd_loss", "teacher_ce", "distilled_share")
+    return {
+        "train_loss": result.training_loss,
+        "train_seconds": round(result.metrics["train_runtime"], 1),
+        "steps": result.global_step,
+        "log": [{name: entry[name] for name in ("step", "loss", *kept) if name in entry} for entry in log],
+    }

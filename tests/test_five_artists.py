@@ -1,0 +1,252 @@
+"""The five_artists recipe from end to end in miniature, its rows, its rule, and the shape of its summary."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from PIL import Image as PILImage
+from scipy import stats
+
+from hf_lingudistill.labs.world import align
+from hf_lingudistill.labs.world.art import ARTISTS
+from hf_lingudistill.labs.world.pictures import SEEN, Picture, World
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "examples/recipes/five_artists"
+sys.path[:0] = [str(RECIPE), str(ROOT / "examples/baselines")]
+
+import reproduce  # noqa: E402
+import stages  # noqa: E402
+import summary  # noqa: E402
+import world_rows  # noqa: E402
+
+TINY: dict[str, Any] = {
+    "model": {"image_size": 32, "patch_size": 8, "scale_factor": 2, "vision_hidden_size": 32, "vision_layers": 1, "vision_heads": 2},
+    "towers": {
+        "aligned": {"steps": 4, "batch_size": 4},
+        "polished": {"from": "aligned", "steps": 2, "batch_size": 2, "learning_rate": 1e-3},
+        "joint": {"steps": 2, "batch_size": 2, "lm_lr": 1e-3, "vision_lr": 1e-3},
+    },
+    "drift": {"severe": {"steps": 3, "batch_size": 4, "lm_lr": 1e-2, "vision_lr": 1e-4}},
+    "answers": {
+        "temperature": 1.0,
+        "long": {"n": 12, "max_new_tokens": 6},
+        "text": {"n": 8, "max_new_tokens": 6},
+        "test_images": {"n": 6, "max_new_tokens": 6},
+        "test_texts": {"n": 6, "max_new_tokens": 6},
+    },
+    "regimes": {"P": {"short": 2, "long": 2, "text": 0}, "M": {"short": 1, "long": 1, "text": 2}},
+}  # fmt: skip
+
+
+def world() -> World:
+    names = {"long": ["ant", "bat", "cat", "dog"], "short": ["owl", "pig", "rat"], "test": ["cow", "fox", "yak"]}
+    colors = ["red", "green", "blue", "black", "white", "gray", "pink", "navy", "gold", "teal"]
+    of = {name: split for split, members in names.items() for name in members}
+    pictures = [
+        Picture(name, f"a {name}", "nature", artist.name, split, partial(PILImage.new, "RGB", (32, 32), color))  # type: ignore[arg-type]
+        for (name, split), color in zip(of.items(), colors, strict=True)
+        for artist in ARTISTS
+    ]
+    return World("tiny", tuple(pictures))
+
+
+def settings() -> dict[str, Any]:
+    whole = reproduce.read_settings()
+    training = whole["training"] | {"max_steps": 2, "warmup_steps": 0, "logging_steps": 1}
+    return whole | copy.deepcopy(TINY) | {"training": training}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_frame() -> Iterator[None]:
+    """Four image tokens hold no more than a caption."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(align, "TOLD", "{caption}.")
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> stages.Place:
+    """The recipe with a tiny original and a world of ten things."""
+    made = stages.Place(tmp_path_factory.mktemp("five"), settings(), world, offline=True)
+    tokenizer = tiny.make_tokenizer(extra=False)
+    tokenizer.chat_template = stages.CHAT_TEMPLATE
+    # Weights so large that samples differ, and small enough to move in a few steps
+    tiny.make_lm(1, max_position_embeddings=2048).save_pretrained(made.original)
+    tokenizer.save_pretrained(made.original)
+    stages.finish(made.original, 0.0, {})
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+def test_the_sets_share_no_instruction_no_source_and_no_thing_that_only_tests_may_show(place: stages.Place) -> None:
+    sets = world_rows.ask(world(), place.settings["answers"])
+    instructions = {name: {one.question.instruction for one in asked} for name, asked in sets.items()}
+    assert not instructions["long"] & instructions["test_images"]
+    assert not instructions["text"] & instructions["test_texts"]
+    assert {one.picture.split for one in sets["long"]} == {"long"}
+    assert Counter(one.picture.split for one in sets["test_images"]) == {"long": 2, "short": 2, "test": 2}
+    assert {one.picture.artist for one in sets["test_images"]} <= set(SEEN)
+    assert sets["test_images"][0].question.told().startswith("The picture shows a ")
+    assert sets["test_texts"][0].question.told() == sets["test_texts"][0].question.instruction
+
+
+def test_an_answer_that_was_cut_is_rendered_without_an_end() -> None:
+    tokenizer = tiny.make_tokenizer(extra=False)
+
+    def rendered(answer: str, template: str) -> str:
+        turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template))
+
+    template = world_rows.TRAINING_TEMPLATE
+    assert rendered("yes", template) == rendered("yes", stages.CHAT_TEMPLATE)
+    assert rendered("yes" + world_rows.CUT, template).endswith("assistant\nyes")
+
+
+def test_every_step_holds_its_share_of_each_sort() -> None:
+    sets = world_rows.ask(world(), TINY["answers"])
+    long, text = [(one, "long answer") for one in sets["long"]], [(one, "text answer") for one in sets["text"]]
+    per_step = {"short": 2, "long": 1, "text": 1}
+    rows, keys = world_rows.training_rows(world(), long, text, per_step=per_step, steps=3, seed=0)
+    for step in range(3):
+        part, of = rows[4 * step : 4 * step + 4], keys[4 * step : 4 * step + 4]
+        assert sorted(row["distill"] for row in part) == [False, False, True, True]
+        assert [key is not None for key in of] == [row["distill"] for row in part]
+        assert sorted(len(row["images"]) for row in part) == [0, 1, 1, 1]
+    again, _ = world_rows.training_rows(world(), long, text, per_step=per_step, steps=3, seed=0)
+    other, _ = world_rows.training_rows(world(), long, text, per_step=per_step, steps=3, seed=1)
+    assert rows == again != other
+    people, keys = world_rows.training_rows(world(), long, text, per_step=per_step, steps=3, seed=0, texts="people")
+    assert not any("text answer" in row["completion"][0]["content"] for row in people)
+    assert sum(key is not None for key in keys) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------- end to end
+def test_the_recipe_runs_from_end_to_end_and_goes_on_where_it_was(
+    place: stages.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import measure
+
+    monkeypatch.setattr(measure, "TEXTS", {"xsum": 2})
+    run = ("aligned", "P", "severe", 0, ["before", "ce", "none", "vision", "caption", "interpolate_05", "ce_lora"])
+    reproduce.arms(place, run)
+    results = {arm: json.loads(reproduce.result_path(place, run, arm).read_text()) for arm in run[4]}
+    for arm, result in results.items():
+        assert set(summary.METRICS) - set(result) == {"ifeval_strict", "recovered_text_kl"}, arm
+        assert result["text_kl"] > 0 and result["image_kl"] > 0, arm
+    # The original holds itself
+    assert summary.original(place.out / "results")["text_kl"] < 0.01 < results["before"]["text_kl"]
+    assert len({result["text_kl"] for result in results.values()}) == len(results)
+    assert not any(left.is_dir() for left in (place.out / "arms").iterdir())  # half a gigabyte each
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("what is measured is not done again")
+
+    monkeypatch.setattr(reproduce, "drift", never)
+    reproduce.arms(place, run)
+    assert reproduce.missing(place, [run]) == []
+    monkeypatch.undo()
+
+    reproduce.report(place, tmp_path)
+    found = json.loads((tmp_path / "summary.json").read_text())
+    arms = found["regimes"]["P"]["severe"]
+    assert set(arms) == {*run[4], "original"}
+    assert arms["ce"]["text_kl"] == {"mean": results["ce"]["text_kl"], "half": None, "seeds": 1}
+    assert arms["before"]["recovered_text_kl"]["mean"] == 0.0
+    assert found["paired"]["P"]["severe"]["ce - none"]["text_kl"]["mean"] == pytest.approx(
+        results["ce"]["text_kl"] - results["none"]["text_kl"], abs=2e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["polished", "joint"])
+def test_towers_move_what_they_should(place: stages.Place, name: str) -> None:
+    import torch
+    from training import load
+
+    stages.tower(place, name)
+    start = place.tower("aligned") if name == "polished" else None
+    model, _ = load(place.tower(name))
+    lm = tiny.make_lm(1, max_position_embeddings=2048).state_dict()
+    own = model.state_dict()
+    same = torch.equal(own["model.text_model.layers.0.mlp.up_proj.weight"], lm["model.layers.0.mlp.up_proj.weight"])
+    assert same == (name == "polished")
+    if start is not None:
+        before = load(start)[0].state_dict()
+        assert any(not torch.equal(before[key], own[key]) for key in own if ".vision_model." in key)
+
+
+# ------------------------------------------------------------------------------------------------------------- summary
+def write_results(
+    folder: Path, scores: dict[str, tuple[float, float, float]], seed: int = 0, drift: str = "severe"
+) -> None:
+    """{arm: (text_kl, naming_seen, seconds)}."""
+    for arm, (kl, naming, seconds) in scores.items():
+        path = folder / "aligned" / "P" / drift / str(seed) / f"{arm}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result = {"text_kl": kl, "image_kl": kl, "naming_seen": naming, "seconds": seconds}
+        path.write_text(json.dumps(result))
+
+
+def test_intervals_over_seeds_are_t_intervals(tmp_path: Path) -> None:
+    values = [0.30, 0.34, 0.32]
+    for seed, value in enumerate(values):
+        write_results(
+            tmp_path,
+            {"before": (2.0, 0.8, 0), "ce": (value + 0.1 + 0.01 * seed, 0.8, 5), "vision": (value, 0.8, 5)},
+            seed,
+        )
+    found = summary.write(tmp_path, reproduce.read_settings(), tmp_path / "out")
+    arm = found["regimes"]["P"]["severe"]["vision"]["text_kl"]
+    low, high = stats.t.interval(0.95, 2, loc=0.32, scale=stats.sem(values))
+    assert arm == {"mean": 0.32, "half": pytest.approx((high - low) / 2, abs=1e-5), "seeds": 3}
+    # paired within a seed: what the seeds have in common leaves the interval
+    difference = found["paired"]["P"]["severe"]["vision - ce"]["text_kl"]
+    low, high = stats.t.interval(0.95, 2, loc=-0.11, scale=stats.sem([0.10, 0.11, 0.12]))
+    assert difference == {"mean": -0.11, "half": pytest.approx((high - low) / 2, abs=1e-5), "seeds": 3}
+    assert found["regimes"]["P"]["severe"]["vision"]["recovered_text_kl"]["mean"] == pytest.approx(
+        (2 - 0.32) / 2, abs=1e-3
+    )
+    assert found["seeds"] == 3
+
+
+def test_the_rule_chooses_the_decisive_arms_and_waits_for_the_whole_screen(tmp_path: Path) -> None:
+    recipe = reproduce.read_settings()
+    arms = [arm for run in recipe["runs"] if run[:4] == ["aligned", "P", "severe", 0] for arm in run[4]]
+    scores = {arm: (0.5, 0.80, 10.0) for arm in arms}
+    scores |= {
+        "before": (3.0, 0.82, 0.0),
+        "vision": (0.30, 0.80, 10.0),
+        "full": (0.20, 0.50, 10.0),
+        "caption": (0.1, 0.9, 9.0),
+    }
+    write_results(tmp_path, {arm: score for arm, score in scores.items() if arm != "inputs"})
+    assert summary.decisive(tmp_path, recipe) == []
+    write_results(tmp_path, scores)
+    chosen = summary.decisive(tmp_path, recipe)
+    # `full` lost its names, `caption` is told what no one can know
+    assert chosen[:6] == ["before", "ce", "none", "caption", "interpolate_05", "vision"]
+    assert len(chosen) == 7 or len(chosen) == 8
+    assert recipe["arms"][chosen[6]]["args"]["distill_tokens"] == "confident"
+    # a tie within 0.02 nats goes to the cheaper arm
+    write_results(tmp_path, {"prompt": (0.305, 0.80, 8.0)})
+    assert summary.decisive(tmp_path, recipe)[5] == "prompt"
+
+
+def test_the_recipe_names_arms_towers_and_regimes_that_exist() -> None:
+    recipe = reproduce.read_settings()
+    for tower, regime, drift, seed, arms in recipe["runs"]:
+        assert tower in recipe["towers"] and regime in recipe["regimes"] and drift in recipe["drift"] and seed == 0
+        assert set(arms) <= set(recipe["arms"])
+    assert set(recipe["decisive"]) - {"default"} <= set(recipe["arms"])
+    for name, spec in recipe["arms"].items():
+        if "rows" in spec:
+            assert sum(spec["rows"].values()) == 16, name
