@@ -7,6 +7,7 @@ or step by step, each of which skips what is done:
 
     python examples/recipes/five_artists/reproduce.py answers              # the original's long answers, and the tests'
     python examples/recipes/five_artists/reproduce.py tower aligned
+    python examples/recipes/five_artists/reproduce.py drift aligned severe 0
     python examples/recipes/five_artists/reproduce.py arms aligned P severe 0 ce none vision
     python examples/recipes/five_artists/reproduce.py seeds                # the decisive arms, five seeds, two drifts
     python examples/recipes/five_artists/reproduce.py report               # results/summary.json from whatever is done
@@ -232,6 +233,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("all", "seeds", "answers", "report", "status"):
         commands.add_parser(name)
     commands.add_parser("tower").add_argument("name")
+    start = commands.add_parser("drift")
+    start.add_argument("tower")
+    start.add_argument("drift")
+    start.add_argument("seed", type=int)
     one = commands.add_parser("arms")
     for name in ("tower", "regime", "drift"):
         one.add_argument(name)
@@ -252,6 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arms(place, (args.tower, args.regime, args.drift, args.seed, args.names))
     elif args.command == "tower":
         tower(place, args.name)
+    elif args.command == "drift":
+        drift(place, args.tower, args.drift, args.seed)
     elif args.command == "answers":
         answers(place)
     elif args.command == "report":
