@@ -32,7 +32,7 @@ import world_rows  # noqa: E402
 TINY: dict[str, Any] = {
     "model": {"image_size": 32, "patch_size": 8, "scale_factor": 2, "vision_hidden_size": 32, "vision_layers": 1, "vision_heads": 2},
     "towers": {
-        "aligned": {"steps": 4, "batch_size": 4},
+        "aligned": {"rounds": [{"steps": 4, "batch_size": 4}, {"steps": 2, "batch_size": 4}]},
         "polished": {"from": "aligned", "steps": 2, "batch_size": 2, "learning_rate": 1e-3},
         "joint": {"steps": 2, "batch_size": 2, "lm_lr": 1e-3, "vision_lr": 1e-3},
     },

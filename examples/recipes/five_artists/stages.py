@@ -119,16 +119,23 @@ def _words(vlm: Any, processor: Any, world: World) -> dict[str, Any]:
 
 
 def _aligned(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
+    """Rounds of alignment, each with a learning rate that falls to zero."""
     vlm, processor = _new_vlm(place)
     path, world = place.tower("aligned"), place.world()
-    record = align_tower(
-        vlm, processor, world.pictures(artists=SEEN), checkpoint=path / "state.pt", save_every=50, bf16=machine().bf16, **settings
-    )  # fmt: skip
-    record |= _words(vlm, processor, world)
+    pictures = world.pictures(artists=SEEN)
+    rounds = []
+    for index, of_round in enumerate(settings["rounds"]):
+        rounds.append(
+            align_tower(
+                vlm, processor, pictures, seed=index, fresh=index == 0, checkpoint=path / f"state{index}.pt",
+                save_every=50, bf16=machine().bf16, **of_round,
+            )
+        )  # fmt: skip
     vlm.save_pretrained(path)
     processor.save_pretrained(path)
-    (path / "state.pt").unlink(missing_ok=True)
-    return record
+    for index in range(len(rounds)):
+        (path / f"state{index}.pt").unlink(missing_ok=True)
+    return {"rounds": rounds} | _words(vlm, processor, world)
 
 
 def _polished(place: Place, settings: dict[str, Any]) -> dict[str, Any]:

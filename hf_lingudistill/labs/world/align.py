@@ -83,6 +83,7 @@ def align_tower(
     checkpoint: Path | None = None,
     save_every: int = 100,
     bf16: bool = False,
+    fresh: bool = True,
 ) -> dict[str, Any]:
     """Train tower and connector alone; the LM stays as it is, bit for bit. The model is changed in place.
 
@@ -90,9 +91,10 @@ def align_tower(
         vlm, processor: a SmolVLM or Idefics3 with its processor, one tile per picture.
         checkpoint: a file to go on from after an interruption; written every `save_every` steps, atomically.
         bf16: forward in bf16 (autocast); weights stay fp32.
+        fresh: the tower knows nothing yet. False: a further round, from what it knows.
 
     Returns:
-        A record: `loss` (last 50 steps), `right` (share of caption tokens right in them), `steps`, `seconds` of this call.
+        A record: `loss` (last 50 steps), `right` (share of caption tokens right in them), `steps`, `seconds`, interrupted calls included.
     """
     tokenizer = processor.tokenizer
     generator = torch.Generator().manual_seed(seed)
@@ -101,10 +103,10 @@ def align_tower(
     slots = image_tokens(vlm, pixels[:1]).size(1)
     wanted = torch.tensor([caption_ids(one.caption, tokenizer, slots) for one in pictures])
     embeddings = vlm.get_input_embeddings().weight.detach()
-    with torch.no_grad():
+    if fresh:
         # The default 0.02 is for inputs of unit size and more of them; at the scale of its fan-in colors show at once
         convolution = vlm.model.vision_model.embeddings.patch_embedding
-        convolution.weight.normal_(std=convolution.weight[0].numel() ** -0.5, generator=generator)
+        nn.init.normal_(convolution.weight, std=convolution.weight[0].numel() ** -0.5, generator=generator)
     known = torch.unique(wanted)
     others = torch.randperm(len(tokenizer), generator=generator)
     candidates = torch.cat([known, others[~torch.isin(others, known)][:DISTRACTORS]])
@@ -119,13 +121,14 @@ def align_tower(
         weight.requires_grad_(False)
     optimizer = SmallModelOptimizer(tower, muon_lr=muon_lr, adamw_lr=adamw_lr, steps=steps)
     history: list[tuple[float, float]] = []
-    started, first = time.perf_counter(), 0
+    started, first, spent = time.perf_counter(), 0, 0.0
     if checkpoint is not None and checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
         tower.load_state_dict(state["tower"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
         first, history = state["step"], [(loss, share) for loss, share in state["history"]]
+        spent = state["seconds"]
     tower.train()
     for step in range(first, steps):
         picked = torch.randint(len(pictures), (batch_size,), generator=generator)
@@ -141,7 +144,7 @@ def align_tower(
         optimizer.step()
         history.append((loss.item(), (scores.argmax(dim=1) == labels).float().mean().item()))
         if checkpoint is not None and (step + 1) % save_every == 0:
-            _save(checkpoint, tower, optimizer, generator, step + 1, history)
+            _save(checkpoint, tower, optimizer, generator, step + 1, history, spent + time.perf_counter() - started)
             said = history[-save_every:]
             mean = [sum(column) / len(said) for column in zip(*said, strict=True)]
             print(f"alignment {step + 1}/{steps}: loss {mean[0]:.3f}, tokens right {mean[1]:.3f}", flush=True)
@@ -153,12 +156,18 @@ def align_tower(
         "loss": sum(loss for loss, _ in last) / len(last),
         "right": sum(share for _, share in last) / len(last),
         "steps": steps,
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(spent + time.perf_counter() - started, 1),
     }
 
 
 def _save(
-    path: Path, tower: nn.Module, optimizer: SmallModelOptimizer, generator: Any, step: int, history: Any
+    path: Path,
+    tower: nn.Module,
+    optimizer: SmallModelOptimizer,
+    generator: torch.Generator,
+    step: int,
+    history: list[tuple[float, float]],
+    seconds: float,
 ) -> None:
     state = {
         "tower": tower.state_dict(),
@@ -166,6 +175,7 @@ def _save(
         "generator": generator.get_state(),
         "step": step,
         "history": history,
+        "seconds": seconds,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, path.with_suffix(".part"))
