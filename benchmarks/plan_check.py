@@ -228,7 +228,7 @@ def make_trainer(folder: Path, shape: Shape, steps: int) -> LinguDistillTrainer:
         per_device_train_batch_size=shape.batch,
         gradient_accumulation_steps=shape.accumulation,
         max_steps=steps,
-        gradient_checkpointing=shape.checkpointing,
+        activation_checkpointing=shape.checkpointing,
         max_length=None,
         report_to="none",
         save_strategy="no",

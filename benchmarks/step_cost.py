@@ -44,11 +44,13 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 import hf_lingudistill.trainer as lingudistill_trainer
 from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
-from hf_lingudistill.machine import machine, training_defaults
+from hf_lingudistill._internals import checkpoint_activations
+from hf_lingudistill.config import LocalSFTConfig
+from hf_lingudistill.machine import machine
 
 ARMS = ("sft", "full", "prompt", "vision", "none", "full_length")
 IMAGE_SIZE, PATCH = 448, 16  # 28 x 28 = 784 image tokens
@@ -158,8 +160,8 @@ class Stepper:
         self.trainer = trainer
         trainer.create_optimizer()
         # What `Trainer.train` does before its first step: autocast is in the prepared forward
-        if trainer.args.gradient_checkpointing:
-            trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+        if trainer.args.activation_checkpointing:
+            checkpoint_activations(trainer.model, trainer.args.activation_checkpointing_kwargs)
         trainer.accelerator.prepare(trainer.model)
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
@@ -180,15 +182,15 @@ def make_stepper(arm: str, folder: Path, args: argparse.Namespace) -> Stepper:
     common: dict[str, Any] = dict(
         output_dir=str(folder / "out"),
         per_device_train_batch_size=args.batch_size,
-        gradient_checkpointing=args.gradient_checkpointing,
+        activation_checkpointing=args.activation_checkpointing,
         max_length=None,
         report_to="none",
         save_strategy="no",
-        **training_defaults() | {"bf16": args.bf16},
+        bf16=args.bf16,
     )
     dataset = make_dataset(args.batch_size)
     if arm == "sft":
-        return Stepper(SFTTrainer(model=str(folder / "vlm"), args=SFTConfig(**common), train_dataset=dataset))
+        return Stepper(SFTTrainer(model=str(folder / "vlm"), args=LocalSFTConfig(**common), train_dataset=dataset))
     config = LinguDistillConfig(
         **common,
         teacher_model_name_or_path=str(folder / "lm"),
@@ -236,7 +238,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--teacher_quantization", default="nf4", choices=["nf4", "int8", "none"])
     parser.add_argument(
-        "--gradient_checkpointing", action="store_true", help="TRL's default; makes every ratio smaller"
+        "--activation_checkpointing", action="store_true", help="TRL's default; makes every ratio smaller"
     )
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
@@ -279,7 +281,7 @@ def main() -> None:
                 "ratio_max": max(ratios),
             }
             if not args.no_memory:
-                forwarded = [a for a in sys.argv[1:] if a in ("--gradient_checkpointing", "--bf16")]
+                forwarded = [a for a in sys.argv[1:] if a in ("--activation_checkpointing", "--bf16")]
                 command = [sys.executable, __file__, "--_folder", tmp, "--_peak", arm, *forwarded]
                 command += ["--batch_size", str(args.batch_size), "--teacher_quantization", args.teacher_quantization]
                 measured = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
@@ -293,7 +295,7 @@ def main() -> None:
             "response_tokens": RESPONSE_TOKENS,
             "lm_parameters": 134_515_008,
             "vocabulary": LM_VOCAB + len(EXTRA),
-            "gradient_checkpointing": args.gradient_checkpointing,
+            "gradient_checkpointing": args.activation_checkpointing,
             "teacher_quantization": args.teacher_quantization,
             "kv_mb": 2 * 30 * 3 * 64 * 4 * length * args.batch_size / 2**20,
         },

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ._moved import install as _install_old_paths
+from ._quiet import hush_bitsandbytes as _hush_bitsandbytes
 from ._version import __version__
 from .machine import settle as _settle_machine
 
 _install_old_paths()
 _settle_machine()
+_hush_bitsandbytes()
 
 if TYPE_CHECKING:
     from .compatibility import CompatibilityReport, check_compatibility

@@ -45,11 +45,13 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 __all__ = [
     "DataCollatorForVisionLanguageModeling",
+    "CHECKPOINTING",
     "DatasetConfig",
     "Head",
     "attention_switched",
     "base_attention_function",
     "convert_to_rgb",
+    "checkpoint_activations",
     "decoder_of",
     "deepspeed_inference",
     "gathered",
@@ -58,11 +60,34 @@ __all__ = [
     "loaded_by_every_process",
     "register_attention",
     "render_jinja_template",
+    "use_new_names",
 ]
 
+# Options by the names that stay, and those that transformers v6 removes. Older releases know the second alone.
+CHECKPOINTING = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
 _FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def use_new_names(config: Any) -> None:
+    """Take what was given under a name that goes away, TRL's own default among it, over to the name that stays, and the other way
+    round where the installed release reads the old name alone. Before the config checks itself, which warns of old names."""
+    for new, old in CHECKPOINTING.items():
+        value = getattr(config, new)
+        if value is None:
+            setattr(config, new, getattr(config, old, None))
+        elif hasattr(config, old):
+            setattr(config, old, value)
+
+
+def checkpoint_activations(model: PreTrainedModel, kwargs: dict[str, Any] | None = None) -> None:
+    """Switch activation checkpointing on, by whichever name the installed transformers has. kwargs: such as `use_reentrant`."""
+    enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(kwargs)
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:

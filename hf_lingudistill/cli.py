@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ._quiet import hush_libraries
 from ._version import __version__
 
 FITS, DOES_NOT_FIT, BAD_INPUT = 0, 1, 2
@@ -34,6 +35,7 @@ NOT_PUBLISHED = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand, return its exit code. Wrong usage, `--help` and `--version` raise argparse's SystemExit."""
+    hush_libraries()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["distill"]:
         # TrlParser reads these itself, `--help` included: argparse must not take any of them for its own.
@@ -326,7 +328,13 @@ def _add_plan(commands: Any) -> None:
     parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the student's weights")
     parser.add_argument("--mixed_precision", default="bf16", choices=MIXED_PRECISIONS, help="default: bf16")
-    parser.add_argument("--gradient_checkpointing", default=True, action=argparse.BooleanOptionalAction)
+    parser.add_argument(
+        "--activation_checkpointing",
+        "--gradient_checkpointing",
+        dest="gradient_checkpointing",
+        default=True,
+        action=argparse.BooleanOptionalAction,
+    )
     parser.add_argument("--lora_rank", type=int, default=0, metavar="R", help="0, the default: full fine-tuning")
     parser.add_argument("--teacher_quantization", default="nf4", choices=QUANTIZATIONS)
     parser.add_argument("--kv_sharing", default="prompt", choices=SHARINGS)

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
+from ._internals import use_new_names
 from .machine import machine
 
 KVSharing = Literal["full", "prompt", "vision", "none"]
@@ -34,7 +35,32 @@ def shown(value: Any) -> str:
 
 
 @dataclass
-class LinguDistillConfig(SFTConfig):
+class LocalSFTConfig(SFTConfig):
+    """TRL's [`~trl.SFTConfig`] that follows the machine (no accelerator; bf16 where it is native) and knows
+    `activation_checkpointing`, the name that stays for `gradient_checkpointing`, under every supported release."""
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "activation_checkpointing_kwargs"]
+
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute activations again in the backward pass instead of keeping them: less memory, more time. On by default."
+        },
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of activation checkpointing, such as use_reentrant."}
+    )
+
+    def __post_init__(self) -> None:
+        self.use_cpu = self.use_cpu or not machine().accelerated
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = machine(use_cpu=self.use_cpu).bf16
+        use_new_names(self)
+        super().__post_init__()  # type: ignore[no-untyped-call]
+
+
+@dataclass
+class LinguDistillConfig(LocalSFTConfig):
     """Configuration of [`LinguDistillTrainer`]. Every field of [`~trl.SFTConfig`] keeps its meaning; with `push_to_hub=True` the
     finished model alone is published (`hub_strategy="end"`), never a checkpoint.
 
@@ -88,7 +114,7 @@ class LinguDistillConfig(SFTConfig):
             Allow an `output_dir` that holds another run.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*LocalSFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     teacher_model_name_or_path: str | None = field(
         default=None,
@@ -186,11 +212,8 @@ class LinguDistillConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        self.use_cpu = self.use_cpu or not machine().accelerated
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = machine(use_cpu=self.use_cpu).bf16
         self._check_types()
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        super().__post_init__()
         for name, choices in (
             ("teacher_quantization", QUANTIZATION_CHOICES),
             ("teacher_sharding", SHARDING_CHOICES),
@@ -230,9 +253,10 @@ class LinguDistillConfig(SFTConfig):
             )
         if not math.isfinite(self.distill_margin):
             raise ValueError(f"distill_margin must be a finite number of nats; got {self.distill_margin}.")
-        if self.loss_type != "nll":
+        # chunked_nll is the old name of what nll does now
+        if (loss := getattr(self, "loss_type", "nll")) not in ("nll", "chunked_nll"):
             raise ValueError(
-                f"loss_type must be 'nll' for distillation; got {self.loss_type!r}. Use trl.SFTTrainer for other losses."
+                f"loss_type must be 'nll' for distillation; got {loss!r}. Use trl.SFTTrainer for other losses."
             )
         if self.label_smoothing_factor != 0.0:
             raise ValueError(

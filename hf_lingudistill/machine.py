@@ -103,12 +103,6 @@ def machine(*, use_cpu: bool = False) -> Machine:
     )
 
 
-def training_defaults() -> dict[str, bool]:
-    """What a plain `SFTConfig` must be told where there is no accelerator: TRL turns bf16 on, which transformers then refuses."""
-    here = machine()
-    return {} if here.accelerated else {"use_cpu": True, "bf16": here.bf16}
-
-
 def take_threads() -> None:
     """On a CPU, take every core: `accelerate launch` starts a single process with one thread unless told otherwise, and torch
     counts the host's cores where a Space has some of them.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from ._quiet import drop
 from .machine import machine
 
 logger = logging.getLogger(__name__)
@@ -17,17 +18,13 @@ PACKED_ROWS, PACKED_COLUMNS = 32, 64
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def _no_cast_notice(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
-
-
 def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """bitsandbytes settings for `nf4`, `int8` or `none`. Embeddings and head are left whole by transformers."""
     if quantization == "nf4":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
     if quantization == "int8":
         # bitsandbytes says on every call that it multiplies in fp16; that is what int8 means there
-        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_no_cast_notice)
+        drop("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast")
         return BitsAndBytesConfig(load_in_8bit=True)
     return None
 

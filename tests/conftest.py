@@ -87,9 +87,10 @@ def make_trainer(tmp_path: Path, _cheap_collections: None) -> Callable[..., Any]
     `make_trainer(**arguments)`: those of the trainer go to it, all others to its config.
     """
     import tiny
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
+    from hf_lingudistill.config import LocalSFTConfig
 
     of_trainer = ("model", "processing_class", "train_dataset", "eval_dataset", "callbacks", "data_collator")
     of_trainer += ("peft_config", "quantization_config", "compute_loss_func", "compute_metrics")
@@ -114,7 +115,7 @@ def make_trainer(tmp_path: Path, _cheap_collections: None) -> Callable[..., Any]
             "disable_tqdm": True,
             "use_cpu": True,
             "bf16": False,
-            "gradient_checkpointing": False,
+            "activation_checkpointing": False,
             "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 4,
             "max_steps": 1,
@@ -127,7 +128,7 @@ def make_trainer(tmp_path: Path, _cheap_collections: None) -> Callable[..., Any]
         }
         if ours:
             settings["teacher_quantization"] = "none"
-        config_class = LinguDistillConfig if ours else SFTConfig
+        config_class = LinguDistillConfig if ours else LocalSFTConfig
         return trainer_class(args=config_class(**{**settings, **arguments}), **given)
 
     return make

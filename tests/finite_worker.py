@@ -28,7 +28,7 @@ def main(folder: Path, on_nan: str) -> None:
             report_to="none",
             bf16=False,
             use_cpu=True,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             save_strategy="no",
             logging_steps=1,
             **test_finite.SETTINGS,

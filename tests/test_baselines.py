@@ -14,9 +14,10 @@ import tiny
 import torch
 import yaml
 from datasets import Dataset
-from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl import ModelConfig, ScriptArguments, TrlParser
 
 from hf_lingudistill import LinguDistillConfig
+from hf_lingudistill.config import LocalSFTConfig
 from hf_lingudistill.labs.evaluation.models import load_scored
 from hf_lingudistill.mixtures import DistillMixtureConfig
 
@@ -161,8 +162,8 @@ def test_the_command_writes_a_vlm_with_its_processor(
     ("name", "kinds"),
     [
         ("kl_text_only", (ScriptArguments, LinguDistillConfig, ModelConfig, DistillMixtureConfig)),
-        ("text_replay", (ScriptArguments, SFTConfig, ModelConfig, DistillMixtureConfig)),
-        ("lora", (ScriptArguments, SFTConfig, ModelConfig, DistillMixtureConfig)),
+        ("text_replay", (ScriptArguments, LocalSFTConfig, ModelConfig, DistillMixtureConfig)),
+        ("lora", (ScriptArguments, LocalSFTConfig, ModelConfig, DistillMixtureConfig)),
     ],
 )
 def test_a_baselines_config_is_read_whole(name: str, kinds: tuple[type, ...], tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ def mixture(saved_pair: Pair, tmp_path: Path) -> Callable[..., Path]:
             "report_to": "none",
             "use_cpu": True,
             "bf16": False,
-            "gradient_checkpointing": False,
+            "activation_checkpointing": False,
             "disable_tqdm": True,
             "learning_rate": 0.01,
             **settings,

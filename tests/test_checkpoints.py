@@ -324,7 +324,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-3,
         "teacher_quantization": "none",
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "save_total_limit": 2,
         "bf16": False,
         "use_cpu": True,

@@ -18,6 +18,7 @@ from oracle import loss_mask, oracle_hidden, readable_tokens, student_kv
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
+from hf_lingudistill._internals import checkpoint_activations
 from hf_lingudistill.batch import DistillCollator
 from hf_lingudistill.kv_sharing import KVSharing, QueryPlan, SharedKV, plan_queries, recording, teacher_pass
 
@@ -356,10 +357,10 @@ def assert_same_gradients(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
-def test_gradient_checkpointing_records_the_forward_and_not_the_backward(detail: Case, use_reentrant: bool) -> None:
+def test_activation_checkpointing_records_the_forward_and_not_the_backward(detail: Case, use_reentrant: bool) -> None:
     expected, _ = record(detail.family.student, detail.inputs)
     student = detail.family.fresh_student().train()
-    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    checkpoint_activations(student, {"use_reentrant": use_reentrant})
     decoder = student.get_decoder()
     calls = 0
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # The order in which the library is read and built. Modules of one row know nothing of each other. `__init__` stands
 # for the package itself: a module that imports a name from the top level closes a circle.
 ORDER = (
-    ("_version", "_moved", "machine", "folders"),
+    ("_version", "_moved", "_quiet", "machine", "folders"),
     ("_internals", "quantization"),
     ("config", "bad_rows", "answers"),
     ("images",),

@@ -45,7 +45,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "max_grad_norm": 0.0,
         "train_sampling_strategy": "sequential",
         "teacher_quantization": "none",
-        "gradient_checkpointing": "false",
+        "activation_checkpointing": "false",
         "bf16": "false",
         "disable_tqdm": "true",
         "report_to": "none",

@@ -33,6 +33,7 @@ from trl import SFTTrainer
 
 import hf_lingudistill.trainer as trainer_module
 from hf_lingudistill import LinguDistillTrainer
+from hf_lingudistill._internals import checkpoint_activations
 from hf_lingudistill.kv_sharing import KV_SHARING_MODES, SharedKV, plan_queries, recording, teacher_pass
 
 Batch = dict[str, torch.Tensor]
@@ -504,9 +505,9 @@ def test_recorded_keys_and_values_are_freed_before_the_divergence(
     distil = trainer_module.distil
     monkeypatch.setattr(trainer_module, "teacher_pass", watched_pass)
     monkeypatch.setattr(trainer_module, "distil", watched_distil)
-    trainer = make_trainer(gradient_checkpointing=True)
+    trainer = make_trainer(activation_checkpointing=True)
     batch = mixed_batch(trainer)
-    trainer.model.gradient_checkpointing_enable()
+    checkpoint_activations(trainer.model)
     step(trainer, batch)
     assert len(storages) == 4 and alive == [0]
     assert not records[0].keys and not records[0].values
@@ -601,9 +602,9 @@ class FirstGradients(TrainerCallback):
 
 
 CHECKPOINTING = {
-    "off": {"gradient_checkpointing": False},
-    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-    "not reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "off": {"activation_checkpointing": False},
+    "reentrant": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+    "not reentrant": {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
 }
 
 
@@ -666,7 +667,7 @@ def test_qlora_on_cpu_changes_adapters_only(make_trainer: MakeTrainer, saved_pai
         peft_config=_lora(),
         learning_rate=1.0,  # bf16 adapters: a smaller step may round to none
         max_steps=2,
-        gradient_checkpointing=True,
+        activation_checkpointing=True,
     )
     assert trainer.model.get_base_model().is_loaded_in_4bit and trainer.teacher.model.is_loaded_in_4bit
     packed = [p for p in trainer.model.parameters() if p.dtype == torch.uint8]

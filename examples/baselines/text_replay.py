@@ -10,16 +10,15 @@ from __future__ import annotations
 import sys
 
 from datasets import Image, List
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from trl import ModelConfig, ScriptArguments, SFTTrainer, TrlParser, get_peft_config
 
 from hf_lingudistill.checkpoints import check_output_dir
-from hf_lingudistill.machine import training_defaults
+from hf_lingudistill.config import LocalSFTConfig
 from hf_lingudistill.mixtures import DistillMixtureConfig, load_mixture
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DistillMixtureConfig))
-    parser.set_defaults(**training_defaults())
+    parser = TrlParser((ScriptArguments, LocalSFTConfig, ModelConfig, DistillMixtureConfig))
     script_args, config, model_args, mixture = parser.parse_args_and_config(argv)
     check_output_dir(config.output_dir)
     dataset = load_mixture(mixture)["train"].remove_columns("distill")

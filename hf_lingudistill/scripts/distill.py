@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
+from .._quiet import hush_libraries
 from ..config import LinguDistillConfig, shown
 from ..finite import NotFinite
 from ..hub.manifest import PublishError, command_for
@@ -302,6 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exit codes: 0 done; 2 bad input, said in one sentence; 3 trained and saved, but not published (`push_to_hub`); 4 stopped at
     a loss, gradient or teacher that is not finite (`on_nan`).
     """
+    hush_libraries()
     try:
         take_threads()
         script_args, config, model_args, mixture = parse(sys.argv[1:] if argv is None else argv)

@@ -235,12 +235,12 @@ def train_ce(
     model: Any, processor: Any, rows: Any, path: Path, arguments: dict[str, Any], batch: int, seed: int
 ) -> Any:
     """Cross-entropy with trl.SFTTrainer."""
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
-    from hf_lingudistill.machine import training_defaults
+    from hf_lingudistill.config import LocalSFTConfig
 
-    config = SFTConfig(
-        output_dir=str(path), seed=seed, per_device_train_batch_size=batch, **training_defaults() | {"bf16": False},
+    config = LocalSFTConfig(
+        output_dir=str(path), seed=seed, per_device_train_batch_size=batch, bf16=False,
         disable_tqdm=True, train_sampling_strategy="sequential", **arguments,
     )  # fmt: skip
     trainer = SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=processor)

@@ -41,9 +41,9 @@ from transformers import (
     SmolVLMForConditionalGeneration,
     set_seed,
 )
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
-from ...machine import training_defaults
+from ...config import LocalSFTConfig
 from ..optim import SmallModelOptimizer
 from .text import Message, package_file, training_documents
 from .vqa import COLORS, SHAPES, annotated_images
@@ -421,8 +421,7 @@ def teach_to_see(
         "warmup_steps": recipe.warmup_steps,
         "lr_scheduler_type": "linear",
         "max_length": None,
-        "gradient_checkpointing": False,
-        **training_defaults(),
+        "activation_checkpointing": False,
         "bf16": False,
         "logging_steps": max(recipe.steps // 5, 1),
         "save_strategy": "no",
@@ -432,7 +431,7 @@ def teach_to_see(
     }
     trainer = SFTTrainer(
         model=vlm,
-        args=SFTConfig(**{**arguments, **sft_arguments}),
+        args=LocalSFTConfig(**{**arguments, **sft_arguments}),
         train_dataset=rows,
         processing_class=processor,
         optimizers=(optimizer, None),
