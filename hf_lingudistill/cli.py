@@ -140,6 +140,7 @@ def _add_evaluate(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--original", metavar="LM", help="the language model that the VLM was built from")
+    parser.add_argument("--base", metavar="VLM", help="the VLM before it was tuned further, as a second yardstick")
     parser.add_argument("--before", metavar="VLM", help="the VLM before distillation")
     parser.add_argument("--after", metavar="VLM", help="the VLM after distillation")
     parser.add_argument(
@@ -148,8 +149,8 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument(
         "--suite",
         default="quick",
-        metavar="quick|paper|PATH.yaml",
-        help="what to score; default: quick (no Hub needed)",
+        metavar="quick|demo|paper|PATH.yaml",
+        help="what to score; default: quick (no Hub, no further package)",
     )
     parser.add_argument("--output_dir", required=True, help="where the report and the item cache go")
     parser.add_argument(
@@ -171,7 +172,7 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    models = {name: getattr(args, name) for name in ("original", "before", "after") if getattr(args, name)}
+    models = {name: getattr(args, name) for name in ("original", "base", "before", "after") if getattr(args, name)}
     for entry in args.model:
         name, separator, path = entry.partition("=")
         if not (separator and path and re.fullmatch(r"[\w.-]+", name)) or name in models or name == "reference":

@@ -130,7 +130,7 @@ def test_a_suite_is_read_whole(suite: dict[str, Any], suite_file: Callable[..., 
     assert isinstance(found.grounded[0], GroundedTask) and found.grounded[0].threshold == 0.01
 
 
-@pytest.mark.parametrize("name", ["quick", "paper"])
+@pytest.mark.parametrize("name", ["quick", "demo", "paper"])
 def test_the_packages_suites_are_read(name: str) -> None:
     assert load_suite(name).name == name
 
@@ -148,10 +148,14 @@ EYES = {"name": "v", "path": "p"}
     [
         ("- a list", "mine.yaml: expected a mapping with `name`, `texts`, `vision` ...; found list."),
         ("", "mine.yaml: expected a mapping with `name`, `texts`, `vision` ...; found NoneType."),
-        ({}, "mine.yaml: Suite 'mine' has no task; add `texts`, `vision`, `grounded` or `lm_eval`."),
+        (
+            {},
+            "mine.yaml: Suite 'mine' has no task; add `fidelity`, `texts`, `vision`, `grounded`, `ifeval` or `lm_eval`.",
+        ),
         (
             {"txets": [TEXT]},
-            "mine.yaml: unknown txets; expected some of grounded, lm_eval, lmms_eval, name, resamples, seed, texts, vision.",
+            "mine.yaml: unknown txets; expected some of fidelity, grounded, ifeval, lm_eval, lmms_eval, name, resamples, seed, texts, "
+            "vision.",
         ),
         ({"texts": ["xsum"]}, "mine.yaml: texts[0]: expected a mapping, found 'xsum'."),
         ({"texts": [TEXT, {"builtin": "imdb"}]}, "mine.yaml: texts[1]: name is missing."),
@@ -238,7 +242,7 @@ def test_what_is_no_yaml_is_said_to_be_none(suite_file: Callable[..., str]) -> N
 def test_a_suite_that_does_not_exist_is_named_with_those_that_do() -> None:
     with pytest.raises(FileNotFoundError) as raised:
         load_suite("papper")
-    assert str(raised.value) == "No suite 'papper': expected one of paper, quick, or the path of a YAML file."
+    assert str(raised.value) == "No suite 'papper': expected one of demo, paper, quick, or the path of a YAML file."
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -436,7 +440,8 @@ def test_a_rerun_asks_no_model_anything_and_a_changed_one_asks_about_what_change
     assert {name for name in before if before[name] != after[name]} == {"color-own.jsonl", "color-grey.jsonl", "color-shuffled.jsonl"}  # fmt: skip
     # other weights under the same name: that model alone
     asked.clear()
-    quiet({**models, "after": models["third"]}, suite_file(changed), tmp_path / "out", batch_size=4)
+    shutil.copytree(models["third"], tmp_path / "other")
+    quiet({**models, "after": str(tmp_path / "other")}, suite_file(changed), tmp_path / "out", batch_size=4)
     assert set(asked) == {"after"}
 
 
@@ -449,29 +454,40 @@ def test_the_batch_size_does_not_change_what_is_measured(finished: Finished, tmp
             assert score["value"] == pytest.approx(task["scores"][model]["value"], abs=1e-4)
 
 
+@pytest.fixture
+def same_text(tmp_path: Path) -> dict[str, str]:
+    """Saved: an LM, VLMs with its text weights (`after`, `kept`), and VLMs whose text weights are noise (`before`, `still`)."""
+    found = {}
+    lm = tiny.make_lm(1, vocab_size=len(tiny.make_tokenizer(extra=True)))
+    for name in ("original", "after", "kept", "before", "still"):
+        found[name] = str(tmp_path / name)
+        model: Any = lm if name == "original" else tiny.make_vlm(0)
+        if model is not lm:
+            model.get_decoder().load_state_dict(lm.get_decoder().state_dict())
+        if name in ("before", "still"):
+            for parameter in model.get_decoder().parameters():
+                parameter.data.mul_(1.5)
+        model.save_pretrained(found[name])
+        (tiny.make_tokenizer(extra=True) if model is lm else tiny.make_processor()).save_pretrained(found[name])
+    return found
+
+
 def test_a_model_that_equals_the_original_recovered_all_and_before_recovered_nothing(
-    models: dict[str, str], suite: dict[str, Any], suite_file: Callable[..., str], tmp_path: Path
+    same_text: dict[str, str], suite: dict[str, Any], suite_file: Callable[..., str], tmp_path: Path
 ) -> None:
-    """The same LM under three names, and one whose weights are noise."""
-    worse = tmp_path / "worse"
-    shutil.copytree(models["original"], worse)
-    lm = tiny.make_lm(1)
-    for parameter in lm.parameters():
-        parameter.data.mul_(1.5)
-    lm.save_pretrained(worse)
-    same = models["original"]
-    found = quiet(
-        {"original": same, "before": str(worse), "after": same, "still": str(worse)},
-        suite_file({**suite, "vision": [], "grounded": []}),
-        tmp_path / "out",
-    )
+    text = suite_file({**suite, "vision": [], "grounded": []})
+    names = ("original", "before", "after", "still")
+    found = quiet({name: same_text[name] for name in names}, text, tmp_path / "out")
     task = found["tasks"][0]
     lost = next(d for d in task["differences"] if (d["of"], d["minus"]) == ("before", "original"))
     assert lost["low"] > 0
-    assert [task["recovered"]["after"][key] for key in ("value", "low", "high")] == [1.0, 1.0, 1.0]
-    assert [task["recovered"]["still"][key] for key in ("value", "low", "high")] == [0.0, 0.0, 0.0]
+    for model, share in (("after", 1.0), ("still", 0.0)):
+        assert [task["recovered"][model][key] for key in ("value", "low", "high")] == pytest.approx(
+            [share] * 3, abs=1e-4
+        )
     # and where before is the original too, nothing was lost
-    nothing = quiet({"original": same, "before": same, "after": same}, suite_file({**suite, "vision": [], "grounded": []}), tmp_path / "b")  # fmt: skip
+    chosen = {"original": same_text["original"], "before": same_text["kept"], "after": same_text["after"]}
+    nothing = quiet(chosen, text, tmp_path / "b")
     assert nothing["tasks"][0]["recovered"] == {"after": {"value": None, "reason": "nothing was lost"}}
     assert "nothing was lost" in (tmp_path / "b" / "report.md").read_text()
 
@@ -528,10 +544,10 @@ def test_models_whose_tokenizers_split_the_answers_in_other_ways_cannot_share_a_
 # The built-in data
 # --------------------------------------------------------------------------------------------------------------------
 @needs_data
-def test_the_quick_suite_runs_without_a_hub(
+def test_the_demos_suite_runs_without_a_hub(
     models: dict[str, str], suite_file: Callable[..., str], tmp_path: Path
 ) -> None:
-    path = Path(run.__file__).with_name("suites") / "quick.yaml"
+    path = Path(run.__file__).with_name("suites") / "demo.yaml"
     quick = yaml.safe_load(path.read_text(encoding="utf-8"))
     for part in ("texts", "vision", "grounded"):
         for task in quick[part]:
@@ -595,7 +611,7 @@ def test_the_command_writes_the_report(finished: Finished, tmp_path: Path, capsy
         (["--before", "x", "--batch_size", "0"], "--batch_size must be at least 1, got 0."),
         (
             ["--before", "x", "--suite", "quik"],
-            "No suite 'quik': expected one of paper, quick, or the path of a YAML file. (LINGUDISTILL_DEBUG=1 shows the traceback)",
+            "No suite 'quik': expected one of demo, paper, quick, or the path of a YAML file. (LINGUDISTILL_DEBUG=1 shows the traceback)",
         ),
         (
             ["--before", "x", "--compare", "ce"],
@@ -616,7 +632,7 @@ def test_a_model_that_cannot_be_read_exits_with_2(
 ) -> None:
     suite = finished[2]["suite"]
     assert main(["evaluate", "--before", str(tmp_path / "none"), "--suite", suite, "--output_dir", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith("lingudistill: before: cannot load a model from ")
+    assert capsys.readouterr().err.startswith("lingudistill: before: there is no folder ")
 
 
 def test_dtype_and_fingerprint_keep_caches_apart(finished: Finished, tmp_path: Path) -> None:

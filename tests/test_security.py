@@ -107,7 +107,7 @@ ENTRIES: dict[str, Callable[[Path, Path, Path], Any]] = {
     "plan": lambda student, teacher, out: cli(["plan", "--student", str(student), "--teacher", str(teacher)]),
     "distill": lambda student, teacher, out: distill(_arguments(student, teacher, out)),
     "evaluate": lambda student, teacher, out: cli(
-        ["evaluate", "--original", str(teacher), "--before", str(student), "--after", str(student), "--suite", "quick"]
+        ["evaluate", "--original", str(teacher), "--before", str(student), "--suite", "quick"]
         + ["--output_dir", str(out)]
     ),
     "diagnose": lambda student, teacher, out: cli(["diagnose", "--student", str(student), "--teacher", str(teacher)]),

@@ -1,7 +1,8 @@
 """Items of a task: from a dataset, or built in (data that installs with pip, so that `quick` needs no Hub).
 
-Built-in texts: xsum, imdb, pubmedqa, contracts. Built-in images: easy_vqa_what (one-word answers), easy_vqa_sentences (full
-sentences in wordings of the test split). They come from the packages of the `demo` extra.
+Built-in images: drawn_colors and drawn_yes_no, which this package draws. The others come from the packages of the `demo` extra:
+easy_vqa_what (one-word answers), easy_vqa_sentences (full sentences in wordings of the test split), and the texts xsum, imdb,
+pubmedqa and contracts.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from datasets import ClassLabel, load_dataset, load_from_disk
 from PIL import Image as PILImage
 
 from ...batch import BadRow, decode_image
+from .drawings import drawings
+from .fidelity import Question
 from .shapes import ShapeError, accepted_answers, choices_of, found, right_choices, text_of
-from .suite import Data, GroundedTask, TextTask, VisionTask
+from .suite import Data, FidelityTask, GroundedTask, TextTask, VisionTask
 
 Row = dict[str, Any]
 T = TypeVar("T")
+INSTRUCTIONS = Path(__file__).with_name("instructions.yaml")
+DRAWN = ("drawn_colors", "drawn_yes_no")
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def image_items(task: VisionTask | GroundedTask, seed: int) -> list[ImageItem]:
         ValueError: naming task, item and column, for a value of no accepted shape.
     """
     if task.builtin is not None:
-        return _easy_vqa(task, seed)
+        return _built_in_images(task, seed)
     pictures = (task.image,) if isinstance(task.image, str) else task.image
     choices = getattr(task, "choices", None)
     rows = Rows(task, (*pictures, task.question, task.answer, *([choices] if choices else [])))
@@ -90,6 +96,34 @@ def image_items(task: VisionTask | GroundedTask, seed: int) -> list[ImageItem]:
             accepted = _in(task, key, task.answer, read_answers, row[task.answer])
             items.append(ImageItem(key, images, question, accepted))
     return items
+
+
+def fidelity_questions(task: FidelityTask, seed: int) -> list[Question]:
+    """What the original and the models are asked, in the order of the data.
+
+    Raises:
+        ValueError: naming task, item and column, for a value of no accepted shape.
+    """
+    own: dict[str, list[str]] = yaml.safe_load(INSTRUCTIONS.read_text(encoding="utf-8"))
+    if task.builtin == "instructions":
+        return [Question(str(i), own["text"][i]) for i in _draw(task, list(range(len(own["text"]))), seed)]
+    about = own["about_a_picture"]
+    if task.builtin == "drawings":
+        pictures = drawings(task.n or 64, seed)
+        return [Question(str(i), about[i % len(about)], p.caption, (p.image,)) for i, p in enumerate(pictures)]
+    shown = () if task.image is None else (task.image,) if isinstance(task.image, str) else task.image
+    named = [column for column in (task.instruction, task.caption) if column is not None]
+    rows = Rows(task, (*shown, *named))
+    questions: list[Question] = []
+    for index in _draw(task, list(rows.numbers), seed):
+        row, key = rows[index], str(index)
+        texts = {column: _in(task, key, column, text_of, row[column]) for column in named}
+        images = _row_images([row[column] for column in shown], task, key) if shown else ()
+        instruction = texts[task.instruction] if task.instruction else about[len(questions) % len(about)]
+        questions.append(
+            Question(key, _question(instruction, len(images), task, key), texts.get(task.caption or ""), images)
+        )
+    return questions
 
 
 def _right_choices(task: VisionTask, rows: Rows) -> dict[str, tuple[int, ...]]:
@@ -202,11 +236,18 @@ def _load(task: Data) -> Any:
     path, files = str(task.path), task.data_files
     if files is not None and not isinstance(files, Mapping):
         files = {task.split: list(files) if isinstance(files, tuple) else files}  # else `datasets` calls them "train"
-    if (Path(path) / "state.json").is_file():
-        return load_from_disk(path)
-    if (Path(path) / "dataset_dict.json").is_file():
-        return load_from_disk(str(Path(path) / task.split))
-    return load_dataset(path, task.config, split=task.split, data_files=files, revision=task.revision)
+    try:
+        if (Path(path) / "state.json").is_file():
+            return load_from_disk(path)
+        if (Path(path) / "dataset_dict.json").is_file():
+            return load_from_disk(str(Path(path) / task.split))
+        return load_dataset(path, task.config, split=task.split, data_files=files, revision=task.revision)
+    except Exception as error:  # of Arrow, httpx, the Hub, a loader's parser: each has a type of its own
+        cause = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        raise ValueError(
+            f"Task {task.name!r}: cannot read its data ({path}, split {task.split!r}): {cause[:300]}. Check `path`, `split`, `config` and "
+            "`data_files` in the suite."
+        ) from error
 
 
 def _draw(task: Data, keys: list[int], seed: int) -> list[int]:
@@ -217,7 +258,9 @@ def _draw(task: Data, keys: list[int], seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(keys, task.n))
 
 
-def _easy_vqa(task: VisionTask | GroundedTask, seed: int) -> list[ImageItem]:
+def _built_in_images(task: VisionTask | GroundedTask, seed: int) -> list[ImageItem]:
+    if task.builtin in DRAWN:
+        return _draw_pictures(task, seed)
     from ..demo.vqa import grounded_rows, vqa_rows
 
     n = task.n or 200
@@ -226,9 +269,8 @@ def _easy_vqa(task: VisionTask | GroundedTask, seed: int) -> list[ImageItem]:
     elif task.builtin == "easy_vqa_sentences":
         rows = grounded_rows("test", n, seed=seed)
     else:
-        raise ValueError(
-            f"Task {task.name!r}: built-in {task.builtin!r} is unknown; expected easy_vqa_what or easy_vqa_sentences."
-        )
+        known = ", ".join((*DRAWN, "easy_vqa_what", "easy_vqa_sentences"))
+        raise ValueError(f"Task {task.name!r}: built-in {task.builtin!r} is unknown; expected one of {known}.")
     return [
         ImageItem(
             str(index),
@@ -237,6 +279,22 @@ def _easy_vqa(task: VisionTask | GroundedTask, seed: int) -> list[ImageItem]:
             (row["completion"][0]["content"],),
         )
         for index, row in enumerate(rows)
+    ]
+
+
+def _draw_pictures(task: VisionTask | GroundedTask, seed: int) -> list[ImageItem]:
+    pictures = drawings(task.n or 100, seed)
+    if task.builtin == "drawn_colors":
+        asked = [(f"What color is the {picture.shape}? Answer with one word.", picture.color) for picture in pictures]
+    else:  # every other question is about another color, so that always saying yes scores one half
+        colors = [p.color if i % 2 == 0 else p.other_color for i, p in enumerate(pictures)]
+        asked = [
+            (f"Is the {picture.shape} {color}? Answer yes or no.", "yes" if color == picture.color else "no")
+            for picture, color in zip(pictures, colors, strict=True)
+        ]
+    return [
+        ImageItem(str(index), (picture.image,), text, (answer,))
+        for index, (picture, (text, answer)) in enumerate(zip(pictures, asked, strict=True))
     ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,12 +99,31 @@ def read_config(name: str, path: str, *, trust_remote_code: bool = False) -> Any
     """A model's config.
 
     Raises:
-        UnreadableModelError: if there is none that transformers can read.
+        UnreadableModelError: if there is none that transformers can read, or its folder has no weights.
     """
+    if (problem := _folder_problem(path)) is not None:
+        raise UnreadableModelError(f"{name}: {problem}")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise _unreadable(name, path, error) from error
+
+
+def _folder_problem(path: str) -> str | None:
+    """What is wrong with a folder as far as its file names tell; None for a Hub id, or if nothing is."""
+    folder = Path(path)
+    if not folder.is_dir():
+        hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) is not None
+        return None if hub_id else f"there is no folder {path!r}. Expected the folder or Hub id of a saved model."
+    names = {file.name for file in folder.iterdir()}
+    if "config.json" not in names:
+        if "adapter_config.json" in names:
+            return f"{path!r} holds a LoRA adapter alone. Merge it into its model (`merge_and_unload`), save that, and pass the result."
+        found = ", ".join(sorted(names)[:5]) or "nothing"
+        return f"{path!r} has no config.json (found {found}). Expected the folder of a saved model."
+    if not any(name.endswith(".safetensors") for name in names):
+        return f"{path!r} has a config and no safetensors weights. Save the model there with `save_pretrained`."
+    return None
 
 
 def takes_images(config: Any) -> bool:
@@ -125,6 +145,7 @@ def load_scored(
     dtype: torch.dtype | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    fingerprint_: str | None = None,
 ) -> Scored:
     """Load an LM or a VLM, whichever the folder or Hub id holds.
 
@@ -148,7 +169,7 @@ def load_scored(
         raise _unreadable(name, path, error) from error
     if getattr(processing, "chat_template", None) is None and hasattr(processing, "tokenizer"):
         processing.chat_template = processing.tokenizer.chat_template
-    return Scored(name, path, "vlm" if sees else "lm", model, processing, fingerprint(path, config))
+    return Scored(name, path, "vlm" if sees else "lm", model, processing, fingerprint_ or fingerprint(path, config))
 
 
 def fingerprint(path: str, config: Any) -> str:
@@ -161,6 +182,7 @@ def fingerprint(path: str, config: Any) -> str:
         "config.json",
         "generation_config.json",
         "tokenizer.json",
+        "tokenizer_config.json",
         "preprocessor_config.json",
         "processor_config.json",
     )

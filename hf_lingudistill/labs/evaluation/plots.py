@@ -68,9 +68,9 @@ def plot_scores(report: Report, path: Path) -> Path:
 
 
 def plane_points(report: Report) -> dict[str, dict[str, Any]]:
-    """{model: {"language", "language_error", "vision", "vision_error"}}: mean bits per byte over the texts above the original
-    (0 is the original), the mean vision score, and half the width of their intervals."""
-    texts = [task for task in report["tasks"] if task["metric"] == "bits_per_byte"]
+    """{model: {"language", "language_error", "vision", "vision_error"}}: the mean over the language tasks above the original (0 is
+    the original), the mean vision score, and half the width of their intervals. Language is `language_axis`."""
+    texts = _language_tasks(report)
     seen = [task for task in report["tasks"] if task["group"] == "vision"]
     points = {}
     for model in report["models"]:
@@ -87,6 +87,18 @@ def plane_points(report: Report) -> dict[str, dict[str, Any]]:
             "vision_error": _error([task["scores"][model] for task in seen]),
         }
     return points
+
+
+def _language_tasks(report: Report) -> list[Any]:
+    """Fidelity on text where it was measured, else bits per byte."""
+    tasks = [task for task in report["tasks"] if task["metric"] == "text_kl"]
+    return tasks or [task for task in report["tasks"] if task["metric"] == "bits_per_byte"]
+
+
+def language_axis(report: Report) -> str:
+    """What the language axis of the plane shows."""
+    kl = any(task["metric"] == "text_kl" for task in report["tasks"])
+    return "KL to the original LM, nats per token" if kl else "bits per byte above the original LM"
 
 
 def plot_trade_off(report: Report, path: Path) -> Path | None:
@@ -126,7 +138,7 @@ def plot_trade_off(report: Report, path: Path) -> Path | None:
                 fmt="none", ecolor=palette[model], elinewidth=0.9, alpha=0.35 if crowd else 0.95,
             )  # fmt: skip
         axis.invert_xaxis()
-        axis.set_xlabel("bits per byte above the original LM (better to the right)", fontsize=9)
+        axis.set_xlabel(f"{language_axis(report)} (better to the right)", fontsize=9)
         _clean(axis)
     axes[0][0].set_ylabel("vision score (better upwards)", fontsize=9)
     if crowd:

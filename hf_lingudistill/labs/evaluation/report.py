@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ GROUPS = {
 
 @dataclass
 class Task:
-    """One score of all models. items: {model: Items}. controls: {control: {model: Items}}."""
+    """One score of all models. items: {model: Items}. controls: {control: {model: Items}}. beside: {what: {model: Items}}, what is
+    told with the score and is neither good nor bad."""
 
     name: str
     group: str
@@ -37,12 +39,13 @@ class Task:
     items: dict[str, Items]
     controls: dict[str, dict[str, Items]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    beside: dict[str, dict[str, Items]] = field(default_factory=dict)
 
 
 def build_report(tasks: Sequence[Task], bootstrap: Bootstrap, *, compare: Sequence[str] = (), **facts: Any) -> Report:
     """Scores with intervals, paired differences and the share recovered, for every task.
 
-    compare: models that every later one is compared with, besides `original` and `before`. facts: further keys of the report.
+    compare: models that every later one is compared with, besides `original`, `before` and `base`. facts: further keys of the report.
     """
     return {"schema": SCHEMA, **facts, "tasks": [task_entry(task, bootstrap, compare) for task in tasks]}
 
@@ -50,15 +53,18 @@ def build_report(tasks: Sequence[Task], bootstrap: Bootstrap, *, compare: Sequen
 def task_entry(task: Task, bootstrap: Bootstrap, compare: Sequence[str] = ()) -> Report:
     """A task's part of the report; see `statistics` for what the numbers are."""
     scores = {model: bootstrap.score(items) for model, items in task.items.items()}
-    differences, shares = [], {}
+    differences, shares, to_base = [], {}, {}
     base = [model for model in ("original", "before") if model in task.items]
-    others = [*base, *(model for model in compare if model in task.items and model not in base)]
+    compare = ("base", *compare)
+    others = [*base, *dict.fromkeys(model for model in compare if model in task.items and model not in base)]
     for model, items in task.items.items():
         for other in others:
             if model != other and not (model in others and others.index(model) < others.index(other)):
                 differences.append({"of": model, "minus": other, **bootstrap.difference(items, task.items[other])})
         if len(base) == 2 and model not in base:
-            shares[model] = _share(task, bootstrap, items)
+            shares[model] = _share(task, bootstrap, items, task.items["original"])
+        if "before" in task.items and "base" in task.items and model not in (*base, "base"):
+            to_base[model] = _share(task, bootstrap, items, task.items["base"])
     return {
         "name": task.name,
         "group": task.group,
@@ -74,12 +80,19 @@ def task_entry(task: Task, bootstrap: Bootstrap, compare: Sequence[str] = ()) ->
         },
         "differences": differences,
         "recovered": shares,
+        **({"recovered_to_base": to_base} if to_base else {}),
+        **(
+            {"beside": {what: {m: bootstrap.score(i) for m, i in of.items()} for what, of in task.beside.items()}}
+            if task.beside
+            else {}
+        ),
         **({"notes": task.notes} if task.notes else {}),
     }
 
 
-def _share(task: Task, bootstrap: Bootstrap, items: Items) -> Report:
-    found = bootstrap.recovered(items, task.items["before"], task.items["original"])
+def _share(task: Task, bootstrap: Bootstrap, items: Items, whole: Items) -> Report:
+    """What came back of what `before` has lost against `whole`."""
+    found = bootstrap.recovered(items, task.items["before"], whole)
     lost = found.pop("lost")
     if found["value"] is not None and not loss_is_real(lost, higher_is_better=task.higher_is_better):
         return {"value": None, "reason": "nothing was lost"}
@@ -111,14 +124,23 @@ def markdown(report: Report) -> str:
             continue
         lines += ["", f"## {title}", ""]
         lines += _table(("task", "n", *models), [_row(task, models) for task in tasks])
-        changes = [row for task in tasks for row in _changes(task)]
+        changes = [row for task in tasks for row in _changes(task, models)]
         if changes:
             lines += ["", "Paired differences and what came back:", ""]
-            lines += _table(("task", "model", "minus before", "minus original", "recovered"), changes)
+            head = ("task", "model", "minus before", "minus original", "recovered")
+            lines += _table((*head, "recovered, to base") if "base" in models else head, changes)
         controls = [row for task in tasks for row in _controls(task, models)]
         if controls:
             lines += ["", "Controls (a score that these reach says nothing about vision):", ""]
             lines += _table(("task", "control", *models), controls)
+        beside = [
+            [what, *(_cell(of.get(model)) for model in models)]
+            for task in tasks
+            for what, of in task.get("beside", {}).items()
+        ]
+        if beside:
+            lines += ["", "Beside them:", "", *_table(("", *models), beside)]
+        lines += _said(tasks)
         notes = {task["name"].split("/")[1]: task for task in tasks if "image_token_share" in task.get("notes", {})}
         for task in notes.values():  # one line for the measures of a task, which share their split
             note, title = task["notes"], task["title"].rpartition(":")[0]
@@ -127,6 +149,21 @@ def markdown(report: Report) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
     lines += [f"Seed {report['suite']['seed']}; {machine}. Seconds: {report['seconds']}.", ""]
     return "\n".join(lines)
+
+
+def _said(tasks: Sequence[Report]) -> list[str]:
+    """How fidelity and IFEval were measured, one line a task of the suite."""
+    found: dict[str, str] = {}
+    for task in tasks:
+        notes = task.get("notes", {})
+        name = task["name"].split("/")[-2]
+        if "answer_tokens" in notes:
+            found[name] = f"{name}: {notes['answers']}; {notes['answer_tokens']} tokens in all"
+            if "dependent_share" in notes:
+                found[name] += f", of which {notes['dependent_share']:.1%} depend on the picture"
+        if "skipped" in notes:
+            found[name] = f"{name}: greedy answers, at most {notes['max_new_tokens']} tokens; {notes['skipped']} prompts left out whose checker needs a sentence splitter"  # fmt: skip
+    return [line for text in found.values() for line in ("", f"{text}.")]
 
 
 def _row(task: Report, models: Sequence[str]) -> list[str]:
@@ -141,11 +178,20 @@ def _cell(score: Mapping[str, Any] | None) -> str:
     return f"{number(score['value'])} [{number(score['low'])}, {number(score['high'])}]"
 
 
+def share(found: Mapping[str, Any] | None) -> str:
+    """What came back, as a reader sees it."""
+    if found is None:
+        return "-"
+    if found["value"] is None:
+        return str(found["reason"])
+    return f"{found['value']:.0%} [{found['low']:.0%}, {found['high']:.0%}]"
+
+
 def _signed(score: Mapping[str, Any] | None) -> str:
     return "-" if score is None else f"{score['value']:+.3f} [{score['low']:+.3f}, {score['high']:+.3f}]"
 
 
-def _changes(task: Report) -> list[list[str]]:
+def _changes(task: Report, models: Sequence[str]) -> list[list[str]]:
     rows = []
     for model in task["scores"]:
         if model == "original":
@@ -153,14 +199,8 @@ def _changes(task: Report) -> list[list[str]]:
         to_before, to_original = difference(task, model, "before"), difference(task, model, "original")
         if to_before is None and to_original is None:
             continue
-        share = task["recovered"].get(model)
-        if share is None:
-            text = "-"
-        elif share["value"] is None:
-            text = share["reason"]
-        else:
-            text = f"{share['value']:.0%} [{share['low']:.0%}, {share['high']:.0%}]"
-        rows.append([task["title"], model, _signed(to_before), _signed(to_original), text])
+        row = [task["title"], model, _signed(to_before), _signed(to_original), share(task["recovered"].get(model))]
+        rows.append([*row, share(task.get("recovered_to_base", {}).get(model))] if "base" in models else row)
     return rows
 
 
@@ -181,16 +221,19 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------------------
-def write_report(report: Report, output_dir: Path, *, training_log: str | Path | None = None) -> Path:
-    """Write `report.json`, `report.md` and the plots (PNG and SVG) to a folder. -> the path of the JSON.
+def write_report(report: Report, output_dir: Path, *, training_log: str | Path | None = None) -> tuple[Path, bool]:
+    """Write `report.json`, `report.md` and, where matplotlib is installed, the plots (PNG and SVG) to a folder. -> the path of the
+    JSON, and whether it was.
 
     Raises:
         NotOurs: if a file of such a name is there that this function did not write.
     """
-    from .plots import plot_all  # matplotlib
-
+    plotted = importlib.util.find_spec("matplotlib") is not None
     with replacing(output_dir, *FILES, by="evaluate") as made:
         (made / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (made / "report.md").write_text(markdown(report), encoding="utf-8")
-        plot_all(report, made, training_log=training_log)
-    return output_dir / "report.json"
+        if plotted:
+            from .plots import plot_all
+
+            plot_all(report, made, training_log=training_log)
+    return output_dir / "report.json", plotted

