@@ -294,7 +294,10 @@ def test_what_is_wrong_with_a_dataset_is_said_by_task(rows: datasets.Dataset, tm
     with pytest.raises(ValueError, match=r"^Task 't', item 0: expected an image; an image cannot be read \(.+Repair or drop"):  # fmt: skip
         image_items(VisionTask(name="t", path=path, image="question"), seed=0)
     for builtin in (VisionTask(name="t", builtin="nope"), GroundedTask(name="t", builtin="nope")):
-        with pytest.raises(ValueError, match=r"^Task 't': built-in 'nope' is unknown; expected easy_vqa_what or easy"):
+        with pytest.raises(
+            ValueError,
+            match=r"^Task 't': built-in 'nope' is unknown; expected one of drawn_colors, drawn_yes_no, easy",
+        ):
             image_items(builtin, seed=0)
     with pytest.raises(ValueError, match=r"^Task 't': built-in text 'nope' is unknown; expected one of xsum, imdb, "):
         text_items(TextTask(name="t", builtin="nope"), seed=0)
