@@ -17,6 +17,7 @@ from PIL import Image as PILImage
 from tokenizers.processors import TemplateProcessing
 from tokenizers_for_tests import PARTS_TEMPLATE
 
+from hf_lingudistill.folders import NotOurs
 from hf_lingudistill.labs.evaluation import language
 from hf_lingudistill.labs.evaluation import tasks as local_tasks
 from hf_lingudistill.labs.evaluation.cache import ItemCache
@@ -424,10 +425,12 @@ def test_a_cache_of_other_weights_or_another_task_is_started_anew(changed: dict[
     assert [json.loads(line) for line in path.read_text().splitlines()] == [changed]
 
 
-def test_a_file_that_is_no_cache_is_started_anew(tmp_path: Path) -> None:
+def test_a_file_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "task.jsonl"
     path.write_text('{"model": "m"\nnonsense\n')
-    assert ItemCache(path, {"model": "m"}).records == {}
+    with pytest.raises(NotOurs, match=r"is no item cache: move it, or choose another output_dir\.$"):
+        ItemCache(path, {"model": "m"})
+    assert path.read_text().endswith("nonsense\n")
 
 
 # --------------------------------------------------------------------------------------------------------------------

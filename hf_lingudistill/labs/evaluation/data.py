@@ -18,7 +18,8 @@ import yaml
 from datasets import ClassLabel, load_dataset, load_from_disk
 from PIL import Image as PILImage
 
-from ...batch import BadRow, decode_image
+from ...bad_rows import BadRow
+from ...images import decode_image
 from .drawings import drawings
 from .fidelity import Question
 from .shapes import ShapeError, accepted_answers, choices_of, found, right_choices, text_of
