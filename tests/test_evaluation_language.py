@@ -466,10 +466,10 @@ def test_what_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
     from hf_lingudistill.compatibility import UnreadableModelError
 
     with pytest.raises(
-        UnreadableModelError, match=r"^after: cannot load a model from '.*nowhere'.* Expected a folder"
+        UnreadableModelError, match=r"^after: there is no folder '.*nowhere'\. Expected the folder or Hub"
     ):
         load_scored("after", str(tmp_path / "nowhere"))
     # a config without weights
     tiny.make_lm(1).config.save_pretrained(tmp_path)
-    with pytest.raises(UnreadableModelError, match="with safetensors weights"):
+    with pytest.raises(UnreadableModelError, match="a config and no safetensors weights"):
         load_scored("after", str(tmp_path))
