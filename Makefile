@@ -76,6 +76,7 @@ lint: $(DEV_STAMP)  ## Check style, types, the Dockerfile, and known vulnerabili
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/python .ci/audit
 

@@ -3,9 +3,9 @@
 Tested with transformers 5.24.x and TRL 1.16.x (the bounds in `pyproject.toml`). What is used, and what it must do:
 
 - `trl.trainer.utils.maybe_gather_lm_head_ctx`: the whole head under ZeRO-3.
-- `SFTTrainer` patches `model.forward` with `add_fused_lm_head`: called with `fused_lm_head=True`, the model returns
-  per-token `log_probs`, `entropy`, `is_top1` and `label_mask`, and reaches the backbone through `model.base_model(...)`.
-- `SFTTrainer.compute_loss` sums `-outputs.log_probs` and divides by `num_items_in_batch`.
+- `SFTTrainer.compute_loss` calls `model(**inputs, fused_lm_head=True)`, sums `-outputs.log_probs`, divides by `num_items_in_batch`, and
+  reads `entropy`, `is_top1`, `label_mask` and `aux_loss` of a `FusedCausalLMOutput`. `step.py` answers that call in place of TRL's fused
+  head, and reaches the backbone as it does, through `model.base_model(...)`.
 - `Trainer._get_grad_norm` runs once between backward pass and optimizer step; `_save_checkpoint` writes under `_get_output_dir`;
   `_tr_loss`, `_globalstep_last_logged` and `_total_loss_scalar` are its sums between logs, `_metrics` and `_total_train_tokens` those of
   `SFTTrainer` (used in `trainer.py`, which overrides and restores them).
@@ -24,11 +24,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -41,13 +43,15 @@ from trl.chat_template_utils import has_generation_markers
 from trl.models.utils import prepare_deepspeed
 from trl.scripts.utils import DatasetConfig
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
-from trl.trainer.utils import maybe_gather_lm_head_ctx
+from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
 __all__ = [
     "DataCollatorForVisionLanguageModeling",
     "CHECKPOINTING",
     "DatasetConfig",
+    "FusedCausalLMOutput",
     "Head",
+    "asks_for_router",
     "attention_switched",
     "base_attention_function",
     "convert_to_rgb",
@@ -60,6 +64,7 @@ __all__ = [
     "loaded_by_every_process",
     "register_attention",
     "render_jinja_template",
+    "router_loss",
     "use_new_names",
 ]
 
@@ -68,6 +73,9 @@ CHECKPOINTING = {
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
+
+# What PEFT puts in place of a layer, or around it
+_ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 _FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -107,31 +115,57 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Head:
-    """A language-model head as the loss kernels take it: logits = softcap(scale * (hidden @ weight.T + bias)).
+    """A language-model head as the loss takes it: logits = softcap(scale * (hidden @ weight.T + bias)).
 
-    weight: (V, H). bias: (V,) or None. softcap: cap * tanh(x / cap) where a cap is set.
+    weight: (V, H); None where the head is more than one matrix (an adapter on it): then its raw logits stand for the hidden
+    states. bias: (V,) or None. softcap: cap * tanh(x / cap) where a cap is set. unshared: ids whose tokens the other model
+    does not share. moved: (target, source) ids: the event `target` of the other model is this one's `source`.
     """
 
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     bias: torch.Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    unshared: torch.Tensor | None = None
+    moved: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """(V, H), where nothing but one matrix will do.
+
+        Raises:
+            ValueError: if the head is quantised or carries an adapter.
+        """
+        if self.weight is None:
+            raise ValueError(
+                "The head is quantised or carries an adapter: one plain matrix is needed. Merge the adapter first."
+            )
+        return self.weight
+
+    @property
+    def vocab_size(self) -> int:
+        """V; 0 where the logits alone tell."""
+        return 0 if self.weight is None else int(self.weight.shape[0])
 
     def whole(self) -> Head:
         """The same head with sharded (FSDP2) parameters gathered, by all processes at once."""
-        return Head(_whole(self.weight), None if self.bias is None else _whole(self.bias), self.scale, self.softcap)
+        weight = _whole(self.weight)
+        unshared = self.unshared if self.unshared is None or weight is None else self.unshared.to(weight.device)
+        return replace(self, weight=weight, bias=_whole(self.bias), unshared=unshared)
 
 
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
+def _whole(parameter: torch.Tensor | None) -> torch.Tensor | None:
     if not isinstance(parameter, DTensor):
         return parameter
     # Pieces that are offloaded to the CPU must come to the device whose processes gather them
-    gathered: torch.Tensor = cast(DTensor, parameter.to(parameter.device_mesh.device_type)).full_tensor()
-    return gathered
+    return cast(DTensor, parameter.to(parameter.device_mesh.device_type)).full_tensor()
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The output head of a model, with the logit scaling its text config declares (as TRL's fused head reads it)."""
+    """The output head of a model, with the logit scaling that its text config declares (as TRL's fused head reads it).
+
+    Where an adapter makes the head more than one matrix, the weight is None: call `model.get_output_embeddings()`.
+    """
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(
@@ -146,12 +180,32 @@ def head_of(model: PreTrainedModel) -> Head:
     scaling = getattr(config, "logits_scaling", None)
     if scale is None and scaling is not None:
         scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
+    plain = isinstance(head, nn.Linear) and head.weight.is_floating_point() and not isinstance(head, _ADAPTED)
     return Head(
-        weight=head.weight,
-        bias=head.bias,
+        weight=head.weight if plain else None,
+        bias=head.bias if plain else None,
         scale=1.0 if scale is None else float(scale),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
+
+
+def asks_for_router(model: PreTrainedModel) -> bool:
+    """Whether the text config asks for the logits of a mixture-of-experts router, for its auxiliary loss."""
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+
+
+def router_loss(model: PreTrainedModel, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
+    """The load-balancing loss of a mixture of experts, as TRL's fused forward computes it; None where nobody asked."""
+    if not (inputs.get("output_router_logits") or asks_for_router(model)):
+        return None
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    loss: Any = load_balancing_loss_func(
+        outputs.router_logits, experts, config.num_experts_per_tok, inputs.get("attention_mask")
+    )
+    return None if loss is None else torch.as_tensor(loss)
 
 
 def gathered(*parameters: Any) -> AbstractContextManager[Any]:

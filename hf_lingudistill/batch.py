@@ -52,7 +52,8 @@ class DistillCollator:
     would have been needed can be told. image_token_ids: ids whose truncation would tear an image apart. prefix_lm: whether the
     student reads tokens of type 0 in both directions (PaliGemma): everything from the first label on is then of type 1, which
     TRL's collator leaves at 0, so that no answer is seen before it is predicted. answers_only: label the assistant's turns of
-    `messages` alone, where the chat template tells them from the others.
+    `messages` alone, where the chat template tells them from the others. plan: what the teacher is asked about, planned here
+    because counting costs nothing on a CPU; the batch carries it as `queries`.
     """
 
     inner: Callable[[list[Row]], dict[str, Any]]
@@ -64,6 +65,7 @@ class DistillCollator:
     answers_only: bool = True
     conversations: Conversations | None = field(default=None, init=False, repr=False)
     _of_texts: Callable[[list[Row]], dict[str, Any]] | None = field(default=None, init=False, repr=False)
+    plan: Callable[[dict[str, Any]], Any] | None = None
     _image_ids: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -105,6 +107,8 @@ class DistillCollator:
         numbers = [row.get(ROW_COLUMN) for row in rows]
         if len(numbers) == len(distill) and None not in numbers:
             batch[ROW_COLUMN] = torch.tensor(numbers)
+        if self.plan is not None:
+            batch["queries"] = self.plan(batch)
         return batch
 
     def _collate(self, rows: list[Row], names: list[str]) -> dict[str, Any]:

@@ -77,6 +77,7 @@ class CompatibilityReport:
             in both embeddings. 0 if a tokenizer is missing.
         student_vocab_size, teacher_vocab_size: rows of the token embedding, as the config states them.
         image_token_ids: placeholders of images and videos in the student's input.
+        aliases: (student id, teacher id) of tokens that mean the same under two names: what ends an assistant's turn.
     """
 
     student: str
@@ -86,6 +87,7 @@ class CompatibilityReport:
     student_vocab_size: int = 0
     teacher_vocab_size: int = 0
     image_token_ids: tuple[int, ...] = field(default=())
+    aliases: tuple[tuple[int, int], ...] = field(default=())
 
     @property
     def misfits(self) -> list[Check]:
@@ -121,6 +123,7 @@ class CompatibilityReport:
             "student_vocab_size": self.student_vocab_size,
             "teacher_vocab_size": self.teacher_vocab_size,
             "image_token_ids": list(self.image_token_ids),
+            "aliases": [list(pair) for pair in self.aliases],
             "checks": [asdict(check) for check in self.checks],
         }
 
@@ -201,6 +204,7 @@ def check_compatibility(
         student_vocab_size=s.vocab_size,
         teacher_vocab_size=t.vocab_size,
         image_token_ids=image_token_ids,
+        aliases=_end_of_turn(s, t, shared_vocab_size),
     )
 
 
@@ -848,6 +852,26 @@ def _render(tokenizer: Any, template: str | None) -> str | None:
         if "Question" in rendered and "'type'" not in rendered:
             return rendered
     return None
+
+
+def _end_of_turn(s: _Side, t: _Side, shared_vocab_size: int) -> tuple[tuple[int, int], ...]:
+    """(student id, teacher id) where the two chat templates end an assistant's turn with different tokens, of which the teacher does
+    not know the student's: one event under two names. Empty where they agree, or where it is not plain that they do."""
+    ours, theirs = _ends_turn_with(s), _ends_turn_with(t)
+    if ours is None or theirs is None or ours == theirs or ours < shared_vocab_size or theirs >= shared_vocab_size:
+        return ()
+    return ((ours, theirs),)
+
+
+def _ends_turn_with(side: _Side) -> int | None:
+    """The special token right behind an assistant's answer in the rendered chat; None if there is none."""
+    rendered = None if side.tokenizer is None else _render(side.tokenizer, side.template)
+    if rendered is None or "Answer" not in rendered:
+        return None
+    behind = rendered.rsplit("Answer", 1)[1].lstrip()
+    added: dict[int, Any] = getattr(side.tokenizer, "added_tokens_decoder", {})
+    found = [(len(str(token)), i) for i, token in added.items() if token.special and behind.startswith(str(token))]
+    return max(found)[1] if found else None
 
 
 def _check_quantization(t: _Side) -> list[Check]:

@@ -7,16 +7,16 @@ import math
 import os
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any
 
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 from ._internals import use_new_names
 from .machine import machine
+from .sharing import MODES
 
-KVSharing = Literal["full", "prompt", "vision", "none"]
-KV_SHARING_CHOICES = get_args(KVSharing)
+KV_SHARING_CHOICES = tuple(MODES)
 QUANTIZATION_CHOICES = ("nf4", "int8", "none")
 SHARDING_CHOICES = ("auto", "replicate", "shard")
 OFFLOAD_CHOICES = ("none", "cpu")
@@ -158,8 +158,8 @@ class LinguDistillConfig(LocalSFTConfig):
     kv_sharing: str = field(
         default="prompt",
         metadata={
-            "help": "Where the teacher reads the student's keys and values: full (everywhere), prompt (everywhere but at "
-            "response tokens), vision (at image tokens), none.",
+            "help": "Where the teacher reads the student's keys and values: "
+            + "; ".join(f"{mode.name}: {mode.reads}" for mode in MODES.values()),
             "choices": list(KV_SHARING_CHOICES),
         },
     )

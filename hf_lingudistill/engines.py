@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -150,6 +150,31 @@ def blank_image(
     features: Callable[..., Any] = student.get_image_features  # type: ignore[assignment]
     accepted = inspect.signature(features).parameters
     return {name: value for name, value in collate([row]).items() if name in accepted and name != "input_ids"}
+
+
+class SameModules:
+    """Where the engine shards: lets every process run the vision tower in each step in which another one does.
+
+    image: the student's vision inputs for one blank image, from `blank_image`.
+    """
+
+    def __init__(self, student: PreTrainedModel, image: dict[str, Any], accelerator: Accelerator) -> None:
+        self.student, self.image, self.accelerator = student, image, accelerator
+        self.images_in_step = True
+
+    def look_at(self, batches: list[Mapping[str, Any]]) -> None:
+        """Whether any process has an image among the batches of an optimizer step: without one, the tower gets no gradient at all,
+        as on a single process. Called by all of them."""
+        seen = any("pixel_values" in batch for batch in batches)
+        count = torch.tensor(seen, dtype=torch.int32, device=self.accelerator.device)
+        self.images_in_step = bool(self.accelerator.reduce(count, reduction="sum"))
+
+    def for_batch(self, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """A context for the student's forward on these inputs."""
+        needed = self.images_in_step or not self.student.training
+        if not needed or inputs.get("pixel_values") is not None:
+            return nullcontext()
+        return vision_on(self.image, self.student)
 
 
 @contextmanager

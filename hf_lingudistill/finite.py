@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: found before the weights change, and traced to their rows.
+"""Steps whose loss or gradient is not finite: found before the weights change, traced to their rows, skipped or the end.
 
 The loss is judged per row inside the student's forward and the gradient by its norm, both on the device; one small sum over the
 processes per optimizer step makes all of them decide alike.
@@ -6,6 +6,7 @@ processes per optimizer step makes all of them decide alike.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
+
+from ._internals import Head
+from .losses import Scores
+from .queries import QueryPlan
+from .watcher import Watcher
+
+logger = logging.getLogger(__name__)
 
 NAMED_ROWS = 8  # in a message; the others are counted
 IN_A_ROW = 10  # skipped steps after which no single row can be at fault
@@ -59,7 +67,7 @@ class Problem:
 
 
 @dataclass
-class FiniteWatch:
+class FiniteWatch(Watcher):
     """The batches since the last optimizer step, and which of their rows are not finite. tokenizer: to quote a row."""
 
     accelerator: Accelerator
@@ -76,24 +84,17 @@ class FiniteWatch:
         fine = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         self._batches.append(_Batch(input_ids, row, fine, fine.clone()))
 
-    def judge_teacher(self, log_prob: torch.Tensor, rows: torch.Tensor) -> None:
-        """log_prob, rows: (N,) the teacher's log-probability of each label, and the row of the batch it is in.
-
-        Called before `judge_loss`: a teacher that reads keys and values of NaN is not at fault itself.
-        """
-        if self._batches:
-            batch = self._batches[-1]
-            found = torch.zeros_like(batch.teacher, dtype=torch.int32)
-            batch.teacher |= found.index_add_(0, rows, torch.isnan(log_prob).int()) > 0
-
-    def judge_loss(self, student_ce: torch.Tensor, per_token: torch.Tensor | None = None) -> None:
-        """student_ce: (B, T - 1) cross-entropies of the batch that was begun last. per_token: (B, T - 1) its losses."""
-        if self._batches:
-            batch = self._batches[-1]
-            batch.loss |= ~torch.isfinite(student_ce.detach()).all(dim=1)
-            batch.teacher &= ~batch.loss
-            if per_token is not None:
-                batch.loss |= ~torch.isfinite(per_token.detach()).all(dim=1) & ~batch.teacher
+    def scored(
+        self, inputs: dict[str, Any], plan: QueryPlan, teacher_head: Head, scores: Scores, training: bool
+    ) -> None:
+        """A teacher that reads keys and values of NaN is not at fault itself: where the student's loss is not finite, that is it."""
+        if not (training and self._batches):
+            return
+        batch = self._batches[-1]
+        lost = _rows_with(~torch.isfinite(scores.cross_entropy), plan.label_rows, batch.loss)
+        taught = _rows_with(torch.isnan(scores.teacher_log_prob), plan.loss_rows, batch.loss) & ~lost
+        batch.teacher |= taught
+        batch.loss |= lost | (_rows_with(~torch.isfinite(scores.loss), plan.label_rows, batch.loss) & ~taught)
 
     def verdict(self, model: torch.nn.Module, grad_norm: Any = None) -> Problem | None:
         """End the optimizer step: None if loss, teacher and gradient were finite on every process. Called by all of them."""
@@ -130,6 +131,76 @@ class FiniteWatch:
         text = " ".join(self.tokenizer.decode(batch.input_ids[index], skip_special_tokens=True).split())
         number = -1 if batch.row is None or len(batch.row) != len(batch.input_ids) else int(batch.row[index])
         return f"row {number} ({text[:60]!r})" if number >= 0 else f"the row that begins {text[:60]!r}"
+
+
+class StepPolicy:
+    """What becomes of a step: it takes place, it is left out, or it ends the run, as `on_nan` says.
+
+    watch: what looked on at its batches. skipped_steps: how many were left out.
+    """
+
+    def __init__(self, watch: FiniteWatch, on_nan: str) -> None:
+        self.watch, self.on_nan = watch, on_nan
+        self.skipped_steps = self._in_a_row = 0
+        self._metrics_before: dict[str, int] = {}
+
+    def begin(self, trainer: Any, input_ids: torch.Tensor, rows: torch.Tensor | None) -> None:
+        """A batch of a training step begins. input_ids: (B, T). rows: (B,) row numbers, -1 where unknown."""
+        if self.watch.starts_step:
+            self._metrics_before = {name: len(values) for name, values in trainer._metrics["train"].items()}
+        self.watch.open(input_ids, rows)
+
+    def judge(self, trainer: Any, model: torch.nn.Module, grad_norm: Any = None) -> None:
+        """Between the backward pass and the optimizer, on every process.
+
+        Raises:
+            NotFinite: if the run ends here.
+        """
+        problem = self.watch.verdict(model, grad_norm)
+        if problem is None:
+            trainer.meter.accepted()
+            self._in_a_row = 0
+            return
+        trainer.meter.dropped()
+        known = trainer._metrics["train"]
+        for name in list(known):
+            if kept := known[name][: self._metrics_before.get(name, 0)]:
+                known[name] = kept
+            else:
+                del known[name]
+        trainer.optimizer.zero_grad(
+            set_to_none=True
+        )  # without gradients the optimizer leaves weights and moments alone
+        self._in_a_row += 1
+        if self.on_nan == "stop" or problem.in_weights or self._in_a_row > IN_A_ROW:
+            self._stop(trainer, model, problem)
+        self.skipped_steps += 1
+        logger.warning("Step %d skipped: %s.", trainer.state.global_step + 1, problem)
+
+    def _stop(self, trainer: Any, model: torch.nn.Module, problem: Problem) -> None:
+        step = trainer.state.global_step
+        message = f"Training stopped in step {step + 1}: {problem}. "
+        if problem.in_weights:
+            raise NotFinite(message + "Go back to a checkpoint from before, or load another model.")
+        saved = trainer.args.save_strategy != "no" and step > 0
+        if saved:
+            trainer._save_checkpoint(model, trial=None)
+        message += f"The weights are those of step {step}{f', saved in checkpoint-{step}' if saved else ''}. "
+        persists = self._in_a_row > IN_A_ROW
+        if persists:
+            message += f"The {IN_A_ROW} steps before it were skipped as well. "
+        if problem.teacher and not problem.loss:
+            message += "Try teacher_quantization='none', or bf16"
+        elif problem.loss and not persists:
+            message += "Repair or remove what is named"
+        else:
+            message += "Lower learning_rate, or use bf16 in place of fp16"
+        raise NotFinite(message + ("." if persists else ", or pass --on_nan skip to leave such steps out."))
+
+
+def _rows_with(found: torch.Tensor, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(B,) bool: rows of the batch in which something was found. found, rows: (M,) and the row of each."""
+    return torch.zeros_like(like, dtype=torch.int32).index_add_(0, rows, found.int()) > 0
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,16 @@
-"""The loss, from tensors alone. N distilled positions, V vocabulary entries, H hidden size; losses in nats per token.
+"""The loss, from tensors alone. M labelled positions, the first N of them distilled; V vocabulary entries, H hidden size; nats.
 
-One pass over both heads gives everything: the divergence and its gradient, and what the gate and the metrics need. Logits
-exist for a chunk of `CHUNK_ELEMENTS` entries at a time; no `[N, V]` matrix outlives its chunk, except the gradient
-of small batches, which then needs no second product in the backward pass. (TRL's `ChunkedDivergenceFunction` computes the
-same divergence, but projects both models again in the backward pass and knows neither labels nor the teacher's
-probabilities, so that gate and metrics would need products of their own: eight in a step instead of four. It is the oracle
-in `tests/test_losses.py`.)
+One pass over both heads gives everything: cross-entropy, the divergence, what the gate and the metrics need, and the gradient of
+the sum of it all in the logits. That sum is a scalar, so the gradients of hidden states and head are products with this one logit
+gradient, taken chunk by chunk while it is at hand: four head products in a step (two forward, two backward), and no `[M, V]` matrix
+that outlives its chunk. (TRL's fused head scores cross-entropy alone, and its `ChunkedDivergenceFunction` projects both models again in
+the backward pass: eight products together. Both are oracles in `tests/test_losses.py`.)
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,24 +18,97 @@ import torch
 
 from ._internals import Head, gathered
 
-CHUNK_ELEMENTS = 2**22  # logits per chunk and model: 16 MiB in fp32
-KEEP_ELEMENTS = 2**24  # logit gradients kept for the backward pass: at most 64 MiB
+# Logits per chunk and model. Larger chunks read both heads less often; these are fractions of the device's memory.
+CPU_CHUNK = 2**25  # 128 MiB in fp32
+MIN_CHUNK, MAX_CHUNK, OF_DEVICE = 2**24, 2**28, 128
+
+# Added to the teacher's finished logits of tokens that it does not share with the student: e^-100 is nothing beside a real token, and
+# finite (-inf gives a NaN divergence), and small enough that reverse KL charges 1 nat for 1 % of student mass on them.
+UNSHARED_BIAS = -100.0
 
 
 @dataclass(frozen=True)
-class Distilled:
-    """The divergence at N loss positions, and what the teacher says there.
+class Weights:
+    """What a token's loss is made of.
 
-    divergence: (N,) nats with gradient, zero where not `chosen`. chosen: (N,) bool, the positions that are distilled.
-    teacher_log_prob: (N,) log-probability of the label at temperature 1. teacher_entropy: (N,) nats. agrees: (N,) bool,
-    whether teacher and student have the same most likely token.
+    At distilled tokens `cross_entropy * CE + divergence * D`, elsewhere CE. margin: distil only where the teacher gives the label at
+    least the student's probability plus this many nats; None = everywhere. beta: 0 = KL(teacher || student), 1 =
+    KL(student || teacher), between: beta-mixture JSD (TRL's meaning). temperature: divides both models' logits in the
+    divergence, without a factor of its square.
     """
 
+    cross_entropy: float = 0.5
+    divergence: float = 1.0
+    margin: float | None = None
+    beta: float = 0.0
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the two models say at the labelled positions. `total` has a gradient, nothing else has.
+
+    total: (), the sum of all token losses. loss, cross_entropy, entropy: (M,) nats of the student. is_top1: (M,) bool, the label is
+    the student's most likely token. At the N distilled positions: divergence: (N,) nats. chosen: (N,) bool, the positions that
+    the gate lets through. teacher_log_prob: (N,) of the label at temperature 1. teacher_entropy: (N,). agrees: (N,) bool,
+    both models have the same most likely token.
+    """
+
+    total: torch.Tensor
+    loss: torch.Tensor
+    cross_entropy: torch.Tensor
+    entropy: torch.Tensor
+    is_top1: torch.Tensor
     divergence: torch.Tensor
     chosen: torch.Tensor
     teacher_log_prob: torch.Tensor
     teacher_entropy: torch.Tensor
     agrees: torch.Tensor
+
+
+def score(
+    hidden: torch.Tensor,
+    head: Head,
+    labels: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_head: Head,
+    weights: Weights,
+    marked: torch.Tensor | None = None,
+) -> Scores:
+    """Score M labelled positions, the first N of them against the teacher.
+
+    Args:
+        hidden: (M, H_s) of the student. With a head that is not one matrix (see `Head.of_logits`), its raw logits (M, V).
+        labels: (M,) token ids.
+        teacher_hidden: (N, H_t), N <= M. Both heads have the same V.
+        marked: (N,) bool; where false, a position keeps cross-entropy whatever the teacher says. None = all true.
+    """
+    count = teacher_hidden.shape[0]
+    if marked is None:
+        marked = torch.ones(count, dtype=torch.bool, device=hidden.device)
+    outputs = _Score.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head.bias, head, labels, teacher_hidden.detach(), teacher_head, weights, marked
+    )
+    return Scores(*outputs)
+
+
+@torch.no_grad()
+def divergence(hidden: torch.Tensor, head: Head, teacher_hidden: torch.Tensor, teacher_head: Head) -> torch.Tensor:
+    """KL(teacher || student) in nats, (N,), without gradient."""
+    labels = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
+    return score(hidden, head, labels, teacher_hidden, teacher_head, Weights()).divergence
+
+
+@torch.no_grad()
+def label_nll(hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tensor:
+    """-log p(label) in nats, (N,), in chunks. hidden: (N, H), labels: (N,)."""
+    found = [
+        torch.nn.functional.cross_entropy(
+            _finish(_raw_logits(hidden[rows], head), head), labels[rows], reduction="none"
+        )
+        for rows in _chunks(labels.numel(), head.vocab_size, hidden.device)
+    ]
+    return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
 
 
 def confident_tokens(
@@ -49,250 +122,219 @@ def confident_tokens(
     return teacher_log_prob >= student_log_prob + margin
 
 
-def distil(
-    student_hidden: torch.Tensor,
-    student_head: Head,
-    teacher_hidden: torch.Tensor,
-    teacher_head: Head,
-    labels: torch.Tensor,
-    student_log_prob: torch.Tensor | None = None,
-    *,
-    margin: float | None = None,
-    beta: float = 0.0,
-    temperature: float = 1.0,
-) -> Distilled:
-    """Generalised JSD between the next-token distributions, differentiable in the student's hidden states and head.
-
-    Args:
-        student_hidden: (N, H_s). teacher_hidden: (N, H_t). Both heads have the same V.
-        labels: (N,) token ids.
-        student_log_prob: (N,) the student's log-probability of the label; needed with a margin.
-        margin: distil only `confident_tokens` with this margin in nats; None = all.
-        beta: 0 = KL(teacher || student), 1 = KL(student || teacher), between: beta-mixture JSD (TRL's meaning, without a
-            factor of temperature squared).
-        temperature: divides both models' logits in the divergence.
-    """
-    outputs = _Distil.apply(  # type: ignore[no-untyped-call]
-        student_hidden,
-        student_head.weight,
-        student_head.bias,
-        teacher_hidden.detach(),
-        student_head,
-        teacher_head,
-        labels,
-        student_log_prob,
-        margin,
-        beta,
-        temperature,
-    )
-    return Distilled(*outputs)
+def _compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """The dtype that products with a head take: that of autocast on an accelerator, fp32 on a CPU, where no product of bf16
+    inputs gives fp32."""
+    if not weight.is_cuda:
+        return torch.float32
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-@torch.no_grad()
-def divergence(
-    student_hidden: torch.Tensor, student_head: Head, teacher_hidden: torch.Tensor, teacher_head: Head
-) -> torch.Tensor:
-    """KL(teacher || student) in nats, (N,), without gradient."""
-    labels = torch.zeros(student_hidden.shape[0], dtype=torch.long, device=student_hidden.device)
-    return distil(student_hidden, student_head, teacher_hidden, teacher_head, labels).divergence
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in fp32, not rounded to the dtype of its inputs: in bf16, logits of 16 to 32 are 0.125 nats apart."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
-@torch.no_grad()
-def label_nll(hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tensor:
-    """-log p(label) in nats, (N,), in chunks. hidden: (N, H), labels: (N,)."""
-    found = [
-        torch.nn.functional.cross_entropy(
-            _finish(_raw_logits(hidden[rows], head.weight, head.bias), head), labels[rows], reduction="none"
-        )
-        for rows in _chunks(labels.numel(), head.weight.shape[0])
-    ]
-    return torch.cat(found)
-
-
-def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
-def _raw_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """(n, H) x (V, H) -> (n, V) in fp32; the product runs in the dtype of its inputs."""
-    logits = torch.nn.functional.linear(hidden, weight).float()
-    return logits if bias is None else logits.add_(bias.float())
+def _raw_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    """(n, H) x (V, H) -> (n, V) in fp32."""
+    if head.weight is None:
+        return hidden.float()
+    dtype = _compute_dtype(hidden, head.weight)
+    logits = _product(hidden.to(dtype), head.weight.to(dtype).t())
+    return logits if head.bias is None else logits.add_(head.bias.float())
 
 
 def _finish(raw: torch.Tensor, head: Head) -> torch.Tensor:
-    """Logit scale and soft-capping."""
-    scaled = raw if head.scale == 1.0 else raw * head.scale
-    return scaled if head.softcap is None else head.softcap * torch.tanh(scaled / head.softcap)
+    """Logit scale and soft-capping, and then what the head does not share with the other model's. May write to `raw`, where it has
+    nothing to do before."""
+    logits = raw if head.scale == 1.0 else raw * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    for target, source in head.moved:
+        logits[:, target] = logits[:, source]
+    if head.unshared is not None:
+        logits[:, head.unshared] += UNSHARED_BIAS
+    return logits
 
 
-def _divergence_and_gradient(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, V) finished logits -> divergence (n,) and its gradient in the student's finished logits (n, V)."""
-    log_s = torch.log_softmax(student_logits / temperature if temperature != 1.0 else student_logits, dim=-1)
-    log_t = torch.log_softmax(teacher_logits / temperature if temperature != 1.0 else teacher_logits, dim=-1)
+def _through_finish(gradient: torch.Tensor, raw: torch.Tensor, head: Head) -> torch.Tensor:
+    """From the gradient in the finished logits to that in the raw ones, in place."""
+    if head.softcap is not None:
+        gradient.mul_(1 - torch.tanh(raw * head.scale / head.softcap).square())
+    return gradient if head.scale == 1.0 else gradient.mul_(head.scale)
+
+
+def _divergence(log_s: torch.Tensor, p_s: torch.Tensor, log_t: torch.Tensor, p_t: torch.Tensor, beta: float) -> Any:
+    """(n, V) log-probabilities and probabilities -> divergence (n,) and its gradient in the student's logits (n, V)."""
     if beta == 0.0:
-        p_t = log_t.exp()
-        value = (p_t * (log_t - log_s)).sum(dim=-1)
-        gradient = log_s.exp_().sub_(p_t)
-    elif beta == 1.0:
+        return _dot(p_t, log_t) - _dot(p_t, log_s), p_s - p_t
+    if beta == 1.0:
         gap = log_s - log_t
-        p_s = log_s.exp_()
-        value = (p_s * gap).sum(dim=-1)
-        gradient = p_s.mul_(gap.sub_(value[:, None]))
-    else:
-        log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
-        p_s = log_s.exp()
-        gap = log_s - log_m
-        kl_student = (p_s * gap).sum(dim=-1)
-        value = beta * (log_t.exp() * (log_t - log_m)).sum(dim=-1) + (1 - beta) * kl_student
-        gradient = (1 - beta) * p_s * (gap - kl_student[:, None])
-    return value, gradient if temperature == 1.0 else gradient / temperature
+        value = _dot(p_s, gap)
+        return value, gap.sub_(value[:, None]).mul_(p_s)
+    log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
+    value = beta * (_dot(p_t, log_t) - _dot(p_t, log_m))
+    gap = log_s - log_m
+    kl_student = _dot(p_s, gap)
+    return value + (1 - beta) * kl_student, gap.sub_(kl_student[:, None]).mul_(p_s).mul_(1 - beta)
 
 
-class _Distil(torch.autograd.Function):
-    """See `distil`. Tensors the gradient flows to come first; heads are passed again for their scaling."""
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Row by row, (n, V) x (n, V) -> (n,), without writing the products."""
+    with torch.autocast(a.device.type, enabled=False):  # which would take it for a matrix product, in bf16
+        dots: torch.Tensor = torch.linalg.vecdot(a, b, dim=-1)
+    return dots
+
+
+class _Score(torch.autograd.Function):
+    """See `score`. Tensors the gradient flows to come first; heads are passed again for their scaling."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        student_hidden: torch.Tensor,
-        student_weight: torch.Tensor,
-        student_bias: torch.Tensor | None,
-        teacher_hidden: torch.Tensor,
-        student_head: Head,
-        teacher_head: Head,
+        hidden: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        head: Head,
         labels: torch.Tensor,
-        student_log_prob: torch.Tensor | None,
-        margin: float | None,
-        beta: float,
-        temperature: float,
+        teacher_hidden: torch.Tensor,
+        teacher_head: Head,
+        weights: Weights,
+        marked: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        count, vocab = student_hidden.shape[0], int(teacher_head.weight.shape[0])
-        s_dtype, t_dtype = _compute_dtype(student_hidden), _compute_dtype(teacher_hidden)
-        value = torch.zeros(count, device=student_hidden.device)
-        log_prob, entropy = torch.empty_like(value), torch.empty_like(value)
-        chosen = torch.ones(count, dtype=torch.bool, device=value.device)
-        agrees = torch.empty_like(chosen)
-        gradients: list[torch.Tensor] = []
-        keep = count * vocab <= KEEP_ELEMENTS
-        with (
-            gathered(student_weight, student_bias),
-            gathered(teacher_head.weight, teacher_head.bias),
-            torch.autocast(value.device.type, enabled=False),
-        ):
-            s_weight, t_weight = student_weight.to(s_dtype), teacher_head.weight.to(t_dtype)
-            for part in _chunks(count, vocab):
-                raw = _raw_logits(student_hidden[part].to(s_dtype), s_weight, student_bias)
-                logits = _finish(raw, student_head)
-                teacher = _finish(
-                    _raw_logits(teacher_hidden[part].to(t_dtype), t_weight, teacher_head.bias), teacher_head
-                )
-                log_t = torch.log_softmax(teacher, dim=-1)
-                log_prob[part] = log_t.gather(1, labels[part, None])[:, 0]
-                agrees[part] = log_t.argmax(dim=-1) == logits.argmax(dim=-1)
-                entropy[part] = -(log_t.exp() * log_t).sum(dim=-1)
-                del log_t
-                if margin is not None:
-                    assert student_log_prob is not None
-                    chosen[part] = confident_tokens(log_prob[part], student_log_prob[part], margin)
-                    inside = chosen[part]
-                    raw, logits, teacher = raw[inside], logits[inside], teacher[inside]
-                part_value, gradient = _divergence_and_gradient(logits, teacher, beta, temperature)
-                value[part] = value[part].masked_scatter(chosen[part], part_value)
-                if keep:
-                    gradients.append(_through_finish(gradient, raw, student_head))
-        ctx.save_for_backward(student_hidden, student_weight, student_bias, teacher_hidden, chosen)
-        # the logits' gradient of the chosen rows, where it is small; otherwise computed again
-        ctx.kept = torch.cat(gradients).to(s_dtype) if keep and gradients else None
-        ctx.heads, ctx.beta, ctx.temperature, ctx.dtypes = (
-            (student_head, teacher_head),
-            beta,
-            temperature,
-            (s_dtype, t_dtype),
-        )
-        ctx.mark_non_differentiable(chosen, log_prob, entropy, agrees)
-        return value, chosen, log_prob, entropy, agrees
+        M, N, device = hidden.shape[0], teacher_hidden.shape[0], hidden.device
+        loss, cross_entropy, entropy = (torch.zeros(M, device=device) for _ in range(3))
+        is_top1 = torch.zeros(M, dtype=torch.bool, device=device)
+        value, teacher_log_prob, teacher_entropy = (torch.zeros(N, device=device) for _ in range(3))
+        chosen, agrees = (torch.zeros(N, dtype=torch.bool, device=device) for _ in range(2))
+        gradients = _Gradients(ctx.needs_input_grad[:3], hidden, weight, bias)
+        T = weights.temperature
+        with gathered(weight, bias), gathered(teacher_head.weight, teacher_head.bias):
+            for part in _chunks(M, teacher_head.vocab_size, device):
+                label = labels[part, None]
+                raw = _raw_logits(hidden[part], head)
+                logits = _finish(raw, head)
+                log_s = torch.log_softmax(logits, dim=-1)
+                p_s = log_s.exp()
+                ce = -log_s.gather(1, label)[:, 0]
+                top = logits.argmax(dim=-1)
+                cross_entropy[part], entropy[part], is_top1[part] = ce, -_dot(p_s, log_s), top == label[:, 0]
+                ce_weight = torch.ones_like(ce)
+                asked = slice(part.start, min(part.stop, N))
+                n = max(asked.stop - asked.start, 0)
+                if n:
+                    teacher = _finish(_raw_logits(teacher_hidden[asked], teacher_head), teacher_head)
+                    log_t = torch.log_softmax(teacher, dim=-1)
+                    p_t = log_t.exp()
+                    teacher_log_prob[asked] = log_t.gather(1, label[:n])[:, 0]
+                    teacher_entropy[asked] = -_dot(p_t, log_t)
+                    agrees[asked] = log_t.argmax(dim=-1) == top[:n]
+                    passed = marked[asked]
+                    if weights.margin is not None:
+                        passed = passed & confident_tokens(teacher_log_prob[asked], -ce[:n], weights.margin)
+                    kd = passed * weights.divergence
+                    ce_weight[:n] = torch.where(passed, weights.cross_entropy, 1.0)
+                    if T == 1.0:
+                        of_divergence = log_s[:n], p_s[:n], log_t, p_t
+                    else:
+                        warm_s, warm_t = (torch.log_softmax(x / T, dim=-1) for x in (logits[:n], teacher))
+                        of_divergence = warm_s, warm_s.exp(), warm_t, warm_t.exp()
+                    del teacher
+                    value[asked], added = _divergence(*of_divergence, weights.beta)
+                    chosen[asked] = passed
+                # Not `kd * value` alone: what is not finite must not spoil a token that is not distilled
+                loss[part] = ce_weight * ce
+                if n:
+                    loss[asked] += torch.where(passed, weights.divergence * value[asked], 0.0)
+                if gradients.needed:
+                    gradient = p_s.mul_(ce_weight[:, None]).scatter_add_(1, label, -ce_weight[:, None])
+                    if n:
+                        gradient[:n].addcmul_(added, kd[:, None] / T)
+                    gradients.add(part, _through_finish(gradient, raw, head))
+        ctx.gradients = gradients.closed()
+        value = torch.where(chosen, value, 0.0)
+        rest = (loss, cross_entropy, entropy, is_top1, value, chosen, teacher_log_prob, teacher_entropy, agrees)
+        ctx.mark_non_differentiable(*rest)
+        return (loss.sum(), *rest)
 
     @staticmethod
-    def backward(ctx: Any, grad_value: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        student_hidden, student_weight, student_bias, teacher_hidden, chosen = ctx.saved_tensors
-        student_head, teacher_head = ctx.heads
-        s_dtype, t_dtype = ctx.dtypes
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        rows = chosen.nonzero().flatten()
-        hidden = student_hidden[rows].to(s_dtype)
-        upstream = grad_value[rows].float()[:, None]
-        grad_rows = torch.zeros(hidden.shape, device=hidden.device)
-        grad_weight = torch.zeros(student_weight.shape, device=hidden.device) if needs_weight else None
-        grad_bias = torch.zeros(student_bias.shape, device=hidden.device) if needs_bias else None
-        with (
-            gathered(student_weight, student_bias),
-            gathered(teacher_head.weight, teacher_head.bias),
-        ):
-            s_weight, vocab = student_weight.to(s_dtype), int(teacher_head.weight.shape[0])
-            gradient: torch.Tensor
-            parts = [slice(0, rows.numel())] if ctx.kept is not None else _chunks(rows.numel(), vocab)
-            for part in parts:
-                if ctx.kept is not None:
-                    gradient = ctx.kept
-                else:
-                    raw = _raw_logits(hidden[part], s_weight, student_bias)
-                    teacher = _raw_logits(
-                        teacher_hidden[rows[part]].to(t_dtype), teacher_head.weight.to(t_dtype), teacher_head.bias
-                    )
-                    _value, gradient = _divergence_and_gradient(
-                        _finish(raw, student_head), _finish(teacher, teacher_head), ctx.beta, ctx.temperature
-                    )
-                    gradient = _through_finish(gradient, raw, student_head)
-                gradient = (gradient * upstream[part]).to(s_dtype)
-                if needs_hidden:
-                    grad_rows[part] = (gradient @ s_weight).float()
-                if grad_weight is not None:
-                    grad_weight += (gradient.t() @ hidden[part]).float()
-                if grad_bias is not None:
-                    grad_bias += gradient.float().sum(dim=0)
-        ctx.kept = None
-        grad_hidden = None
-        if needs_hidden:
-            grad_hidden = torch.zeros_like(student_hidden).index_copy(0, rows, grad_rows.to(student_hidden.dtype))
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(student_weight.dtype),
-            None if grad_bias is None else grad_bias.to(student_bias.dtype),
-            *(None,) * 8,
-        )
+    def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("The loss was differentiated before, and its gradients are freed: compute it again.")
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*(None if g is None else g.mul_(upstream).to(dtype) for g, dtype in gradients), *(None,) * 6)
 
 
-def _chunks(count: int, vocab: int) -> list[slice]:
-    step = max(1, CHUNK_ELEMENTS // max(vocab, 1))
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+class _Gradients:
+    """The gradients of hidden states, weight and bias, summed over chunks. needed: whether there is one to compute."""
+
+    def __init__(
+        self, needs: tuple[bool, ...], hidden: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> None:
+        self.needed = any(needs)
+        self.needs_weight, self.needs_bias = needs[1:]
+        self.inputs = (hidden.detach(), weight, bias)
+        # fp32 until it is scaled: fp16 would lose what the loss scale is there to keep
+        self.hidden = torch.zeros(hidden.shape, device=hidden.device) if needs[0] else None
+        self.weight: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
+
+    def add(self, part: slice, gradient: torch.Tensor) -> None:
+        """gradient: (n, V) in the raw logits of these positions."""
+        hidden, weight, _ = self.inputs
+        if self.needs_bias:
+            added = gradient.sum(dim=0)
+            self.bias = added if self.bias is None else self.bias.add_(added)
+        if weight is None:
+            if self.hidden is not None:
+                self.hidden[part] = gradient
+            return
+        dtype = _compute_dtype(hidden, weight)
+        gradient = gradient.to(dtype)
+        if self.hidden is not None:
+            self.hidden[part] = _product(gradient, weight.to(dtype))
+        if not self.needs_weight:
+            return
+        inputs = hidden[part].to(dtype)
+        if self.weight is None:
+            whole = _product if weight.dtype == torch.float32 else torch.mm
+            self.weight = whole(gradient.t(), inputs)
+        elif dtype == torch.float32:
+            self.weight.addmm_(gradient.t(), inputs)
+        else:  # several chunks: a sum in bf16 would lose the small ones
+            self.weight = self.weight.float()
+            for tile in _tiles(gradient.shape[1]):
+                self.weight[tile].add_(_product(gradient[:, tile].t(), inputs))
+
+    def closed(self) -> list[tuple[torch.Tensor | None, torch.dtype]]:
+        """(gradient, dtype to return it in) of hidden states, weight and bias; without labelled positions, zeros."""
+        hidden, weight, bias = self.inputs
+        if self.needs_weight and self.weight is None and weight is not None:
+            self.weight = torch.zeros_like(weight)
+        if self.needs_bias and self.bias is None and bias is not None:
+            self.bias = torch.zeros_like(bias)
+        return [
+            (grad, hidden.dtype if like is None else like.dtype)
+            for grad, like in ((self.hidden, hidden), (self.weight, weight), (self.bias, bias))
+        ]
 
 
-def _through_finish(gradient: torch.Tensor, raw: torch.Tensor, head: Head) -> torch.Tensor:
-    """From the gradient in the finished logits to that in the raw ones."""
-    if head.softcap is not None:
-        gradient = gradient * (1 - torch.tanh(raw * head.scale / head.softcap).square())
-    return gradient if head.scale == 1.0 else gradient * head.scale
+def _chunk_elements(device: torch.device) -> int:
+    if device.type != "cuda":
+        return CPU_CHUNK
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return min(max(memory // (4 * OF_DEVICE), MIN_CHUNK), MAX_CHUNK)
 
 
-def combine(
-    cross_entropy: torch.Tensor,
-    divergence: torch.Tensor,
-    chosen: torch.Tensor,
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-    *,
-    ce_weight: float,
-    distill_weight: float,
-) -> torch.Tensor:
-    """Per-token loss: `ce_weight * CE + distill_weight * divergence` at the chosen positions, CE everywhere else.
+def _chunks(count: int, vocab: int, device: torch.device) -> Iterator[slice]:
+    step = max(1, _chunk_elements(device) // max(vocab, 1))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
 
-    cross_entropy: (B, T - 1), zero at ignored positions. divergence, chosen: (N,) at (rows, positions), each (N,).
-    Returns (B, T - 1); its sum over the number of labels in the *global* batch is the loss.
-    """
-    weight = torch.ones_like(cross_entropy)
-    weight[rows, positions] = torch.where(chosen, ce_weight, 1.0).to(weight.dtype)
-    added = distill_weight * divergence.to(cross_entropy.dtype)
-    return (weight * cross_entropy).index_put((rows, positions), added, accumulate=True)
+
+def _tiles(vocab: int, size: int = 2**14) -> Iterator[slice]:
+    for start in range(0, vocab, size):
+        yield slice(start, min(start + size, vocab))

@@ -11,26 +11,22 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ._internals import Head, head_of, loaded_by_every_process
+from .compatibility import CompatibilityReport
 from .quantization import choose_kernels, quantization_config
-
-# Added to the teacher's logits of tokens it does not share with the student: e^-100 is nothing beside a real token, and
-# finite (-inf gives a NaN divergence), and small enough that reverse KL charges 1 nat for 1 % of student mass on them.
-UNSHARED_BIAS = -100.0
+from .queries import Vocabulary
 
 
 @dataclass(frozen=True)
 class Teacher:
     """A frozen LM whose head covers the student's vocabulary.
 
-    model: eval mode, no gradient. head: (V_student, H_t) with a bias of -100 on tokens that teacher and student do not
-    share. shared_vocab_size: ids below it mean the same token to both. unreadable_token_ids: image placeholders.
-    footprint: bytes of weights and buffers that this process holds.
+    model: eval mode, no gradient. head: (V_student, H_t). vocabulary: what the student's tokens mean to it. footprint: bytes of
+    weights and buffers that this process holds.
     """
 
     model: PreTrainedModel
     head: Head
-    shared_vocab_size: int
-    unreadable_token_ids: tuple[int, ...]
+    vocabulary: Vocabulary
     footprint: int
 
 
@@ -71,52 +67,63 @@ def load_teacher_model(
     if "quantization_config" not in kwargs and "device_map" not in kwargs:
         model = model.to(device)
     choose_kernels(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.dtype == dtype:
+            tensor.data = tensor.data.clone()  # not a view of the mapped file, all of which would count as memory
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
-def prepare_teacher(
-    model: PreTrainedModel,
-    student: PreTrainedModel,
-    *,
-    shared_vocab_size: int,
-    unreadable_token_ids: tuple[int, ...] = (),
-    exact_vocab: bool = False,
-) -> Teacher:
+def vocabulary_of(student: PreTrainedModel, compatibility: CompatibilityReport) -> Vocabulary:
+    """What the student's tokens mean to the teacher, by the report on the pair."""
+    weight: Any = student.get_input_embeddings().weight
+    return Vocabulary(
+        # ZeRO-3 partitions the weight; its whole shape is kept in `ds_shape`
+        size=int(getattr(weight, "ds_shape", weight.shape)[0]),
+        shared_size=compatibility.shared_vocab_size,
+        unreadable=compatibility.image_token_ids,
+        aliases=compatibility.aliases,
+    )
+
+
+def prepare_teacher(model: PreTrainedModel, vocabulary: Vocabulary, *, exact_vocab: bool = False) -> Teacher:
     """Freeze `model` and give it a head over the student's vocabulary.
 
     A VLM has more tokens than its LM. The teacher's (tied or untied) embeddings grow to the student's size by zero rows,
-    and the logits of every token that the two do not share get a bias of -100: the softmax over the shared ones is
+    and the logits of every token that the two do not share are lowered by 100: the softmax over the shared ones is
     unchanged, and student mass on the others is penalised where a shared label is distilled. Padding rows that the teacher
     has beyond the student's vocabulary are left out of the head, or with `exact_vocab` out of the model too: then the head
     is the model's own parameter, which an engine may split and `on_device` may move.
     """
-    student_weight: Any = head_of(student).weight
-    # ZeRO-3 partitions the weight; its whole shape is kept in `ds_shape`
-    student_vocab = getattr(student_weight, "ds_shape", student_weight.shape)[0]
+    size = vocabulary.size
     model.eval()
     model.requires_grad_(False)
-    own_vocab = head_of(model).weight.shape[0]
-    if own_vocab < student_vocab or (exact_vocab and own_vocab != student_vocab):
-        model.resize_token_embeddings(student_vocab, mean_resizing=False)
+    own_weight = head_of(model).weight
+    if own_weight is None:
+        raise ValueError(
+            f"The teacher's head ({type(model.get_output_embeddings()).__name__}) is quantised or carries an adapter: the divergence "
+            "needs it as one plain matrix. Leave lm_head out of the quantisation, and merge adapters."
+        )
+    own_vocab = own_weight.shape[0]
+    if own_vocab < size or (exact_vocab and own_vocab != size):
+        model.resize_token_embeddings(size, mean_resizing=False)
         embeddings: Any = model.get_input_embeddings()
-        for weights in {embeddings.weight, head_of(model).weight}:
+        for weights in {embeddings.weight, model.get_output_embeddings().weight}:
             with torch.no_grad():
                 weights[own_vocab:] = 0.0
         model.requires_grad_(False)
     head = head_of(model)
-    weight = head.weight[:student_vocab] if head.weight.shape[0] > student_vocab else head.weight
-    bias = head.bias
-    if shared_vocab_size < student_vocab:
-        unshared = torch.zeros(student_vocab, device=weight.device, dtype=weight.dtype)
-        unshared[shared_vocab_size:] = UNSHARED_BIAS
-        bias = unshared if bias is None else bias[:student_vocab] + unshared
-    elif bias is not None:
-        bias = bias[:student_vocab]
+    assert head.weight is not None
+    unshared = vocabulary.unshared()
     return Teacher(
         model=model,
-        head=Head(weight, bias, head.scale, head.softcap),
-        shared_vocab_size=shared_vocab_size,
-        unreadable_token_ids=unreadable_token_ids,
+        head=replace(
+            head,
+            weight=head.weight[:size] if head.weight.shape[0] > size else head.weight,
+            bias=None if head.bias is None else head.bias[:size],
+            unshared=torch.tensor(unshared, device=head.weight.device) if unshared else None,
+            moved=vocabulary.aliases,
+        ),
+        vocabulary=vocabulary,
         footprint=int(model.get_memory_footprint()),
     )
 
@@ -135,6 +142,7 @@ def on_device(teacher: Teacher, device: torch.device, *, offload: bool) -> Itera
     torch.nn.Module.to(teacher.model, device)
     try:
         # An alias: moving the parameter back leaves the memory that this one points to
+        assert teacher.head.weight is not None
         yield replace(teacher.head, weight=teacher.head.weight.detach())
     finally:
         torch.nn.Module.to(teacher.model, "cpu")

@@ -173,7 +173,7 @@ def run(folder: Path, name: str, *, accumulation: int = 1, processes: int = 1) -
     if name == "killed":
         trainer.add_callback(Killed())
     if name == "no placeholder":
-        trainer._blank_image = None
+        trainer.step.same_modules = None
     if name.startswith("resumed"):
         trainer.args.max_steps = 2
         trainer.train()
@@ -184,7 +184,7 @@ def run(folder: Path, name: str, *, accumulation: int = 1, processes: int = 1) -
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return {
         "engine": str(trainer.accelerator.distributed_type),
-        "teacher": {"bytes": trainer.teacher.footprint, "sharded": trainer._is_teacher_sharded},
+        "teacher": {"bytes": trainer.teacher.footprint, "sharded": trainer.step.sharded},
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "logs": trainer.state.log_history,
         "weights": {key.removeprefix("_orig_mod."): value.detach().cpu().clone() for key, value in weights.items()},

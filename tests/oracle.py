@@ -80,6 +80,22 @@ def student_kv(student: PreTrainedModel, inputs: Inputs) -> StudentKV:
     )
 
 
+@torch.no_grad()
+def student_inputs(student: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
+    """(B, T, H_s): what the student's decoder reads, image features included."""
+    found: list[torch.Tensor] = []
+
+    def keep(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(kwargs["inputs_embeds"])
+
+    hook = student.get_decoder().register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        student.base_model(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
+    finally:
+        hook.remove()
+    return found[0]
+
+
 def readable_tokens(inputs: Inputs, *, unreadable_token_ids: tuple[int, ...], shared_vocab_size: int) -> torch.Tensor:
     """(B, T) bool: real tokens that the plain LM knows and that are not image placeholders."""
     ids = inputs["input_ids"]
@@ -95,6 +111,8 @@ def own_positions(inputs: Inputs, mode: str, readable: torch.Tensor) -> torch.Te
         return readable & (inputs["labels"] != -100)
     if mode == "vision":
         return readable
+    if mode == "inputs":
+        return torch.ones_like(readable)
     raise ValueError(f"mode must be full, prompt or vision, got {mode!r}.")
 
 
@@ -161,6 +179,8 @@ def oracle_hidden(
     # The teacher may not have an embedding for a token it cannot read. What stands there does not matter: its K/V is
     # replaced by the student's.
     embeddings = teacher.get_input_embeddings()(inputs["input_ids"].masked_fill(~readable, 0))
+    if mode == "inputs":
+        embeddings = torch.where(readable[..., None], embeddings, student_inputs(student, inputs))
     masks: Any = {
         kind: torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
         for kind, seen in visible(student, inputs).items()

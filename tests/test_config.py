@@ -53,7 +53,7 @@ INVALID = [
     ({"teacher_sharding": "split"}, "teacher_sharding must be one of auto, replicate, shard; got 'split'."),
     ({"teacher_offload": "disk"}, "teacher_offload must be one of none, cpu; got 'disk'."),
     ({"teacher_quantization": "fp8"}, "teacher_quantization must be one of nf4, int8, none; got 'fp8'."),
-    ({"kv_sharing": "text"}, "kv_sharing must be one of full, prompt, vision, none; got 'text'."),
+    ({"kv_sharing": "text"}, "kv_sharing must be one of full, prompt, vision, none, inputs; got 'text'."),
     ({"distill_tokens": "some"}, "distill_tokens must be one of all, confident; got 'some'."),
     ({"beta": -0.1}, BETA_MESSAGE.format(-0.1)),
     ({"beta": 1.1}, BETA_MESSAGE.format(1.1)),
@@ -214,7 +214,7 @@ def test_yaml_reaches_every_field_and_flags_win_over_it(parse: Any, tmp_path: Pa
 def test_an_invalid_value_in_yaml_is_refused(parse: Any, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"kv_sharing": "text"}))
-    with pytest.raises(ValueError, match="kv_sharing must be one of full, prompt, vision, none; got 'text'"):
+    with pytest.raises(ValueError, match="kv_sharing must be one of full, prompt, vision, none, inputs; got 'text'"):
         parse("--config", str(recipe))
 
 
@@ -228,7 +228,9 @@ def test_an_unknown_key_in_yaml_is_refused(parse: Any, tmp_path: Path) -> None:
 def test_a_flag_outside_its_choices_is_refused_by_the_parser(parse: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--kv_sharing", "text")
-    assert "invalid choice: 'text' (choose from 'full', 'prompt', 'vision', 'none')" in capsys.readouterr().err
+    assert (
+        "invalid choice: 'text' (choose from 'full', 'prompt', 'vision', 'none', 'inputs')" in capsys.readouterr().err
+    )
 
 
 def test_a_saved_config_comes_back(make: Any) -> None:

@@ -222,7 +222,7 @@ def exit_code(*arguments: str) -> Any:
     ("recipe", "sentence"),
     [
         ({"kv_shearing": "full"}, "Unknown arguments from config file: ['--kv_shearing', 'full']"),
-        ({"kv_sharing": ["full"]}, "kv_sharing must be one of full, prompt, vision, none; got ['full']."),
+        ({"kv_sharing": ["full"]}, "kv_sharing must be one of full, prompt, vision, none, inputs; got ['full']."),
         ({"beta": None}, "beta must be a number; got None."),
         ({"temperature": 10**400}, "temperature must be a number that a float can hold; got 1000000"),
         ({"skip_bad_rows": 2}, "skip_bad_rows must be true or false; got 2."),

@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from families import FAMILY_NAMES, build_family
 from PIL import Image as PILImage
+from planning import prepare_teacher
 
 from hf_lingudistill._internals import decoder_of
 from hf_lingudistill.cli import main
@@ -30,7 +31,7 @@ from hf_lingudistill.labs.diagnose.run import _keep_pictures_whole
 from hf_lingudistill.labs.diagnose.states import STATES, recording_own
 from hf_lingudistill.labs.evaluation.models import Scored, load_scored
 from hf_lingudistill.labs.statistics import Bootstrap
-from hf_lingudistill.teacher import Teacher, prepare_teacher
+from hf_lingudistill.teacher import Teacher
 
 LAYERS = 4
 ROUNDING = 1e-4  # fp32, other order of summation: the teacher's attention is computed on gathered positions
@@ -223,7 +224,7 @@ def test_text_is_measured_as_two_plain_forwards_measure_it(
     ids = torch.tensor([[*start, *vlm.ids(prompt.answer)[:20]]])
     with torch.no_grad():
         outs = [m(input_ids=ids, output_hidden_states=True, use_cache=True) for m in (vlm.model, lm.model)]
-    logits = [out.logits[0, len(start) - 1 : -1, : teacher.shared_vocab_size] for out in outs]
+    logits = [out.logits[0, len(start) - 1 : -1, : teacher.vocabulary.shared_size] for out in outs]
     targets = ids[0, len(start) :]
     # The student's softmax runs over its own tokens too
     own = outs[0].logits[0, len(start) - 1 : -1]

@@ -21,12 +21,12 @@ import pytest
 import tiny
 import torch
 import yaml
+from planning import KV_SHARING_MODES, plan_queries, prepare_teacher
 
 from hf_lingudistill import LinguDistillConfig
 from hf_lingudistill._internals import loaded_by_every_process
 from hf_lingudistill.engines import blank_image, is_teacher_sharded, sharding_of, vision_on
-from hf_lingudistill.kv_sharing import KV_SHARING_MODES, placeholder_plan, plan_queries
-from hf_lingudistill.teacher import on_device, prepare_teacher
+from hf_lingudistill.teacher import on_device
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "examples" / "accelerate_configs"
@@ -240,10 +240,14 @@ def test_an_offloaded_teacher_leaves_the_device() -> None:
 @pytest.mark.parametrize("kv_sharing", KV_SHARING_MODES)
 def test_a_placeholder_asks_for_one_position_of_a_batch_without_any(kv_sharing: Any) -> None:
     ids = torch.arange(1, 9).reshape(2, 4)
-    empty = plan_queries(ids, ids, torch.zeros(2).bool(), kv_sharing=kv_sharing, shared_vocab_size=300)
-    plan = placeholder_plan(empty)
-    assert empty.empty and not plan.empty
-    assert plan.num_queries == plan.num_loss == 1
+    marks, arguments = torch.zeros(2).bool(), {"kv_sharing": kv_sharing, "shared_vocab_size": 300}
+    empty = plan_queries(ids, ids, marks, **arguments)
+    plan = plan_queries(ids, ids, marks, **arguments, at_least_one=True)
+    assert empty.num_queries == 0 and plan.num_queries == 1
+    assert plan.num_loss == empty.num_loss == 0
+    # a batch that asks anyway is left alone
+    asked = plan_queries(ids, ids, **arguments, at_least_one=True)
+    assert torch.equal(asked.positions, plan_queries(ids, ids, **arguments).positions)
 
 
 def test_a_blank_image_reaches_every_weight_of_the_vision_tower_and_changes_no_logit(make_trainer: Any) -> None:

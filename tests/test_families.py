@@ -16,14 +16,16 @@ import torch
 from families import FAMILY_NAMES, Family, Inputs, build_family, with_other_pixels
 from oracle import loss_mask, oracle_hidden, readable_tokens, student_kv
 from peft import LoraConfig, get_peft_model
+from planning import plan_queries, teacher_pass
 from transformers import PreTrainedModel
 
 from hf_lingudistill._internals import checkpoint_activations
 from hf_lingudistill.batch import DistillCollator
-from hf_lingudistill.kv_sharing import KVSharing, QueryPlan, SharedKV, plan_queries, recording, teacher_pass
+from hf_lingudistill.queries import QueryPlan
+from hf_lingudistill.student_kv import SharedKV, recording
 
-SHARING: tuple[KVSharing, ...] = ("full", "prompt", "vision")
-MODES: tuple[KVSharing, ...] = (*SHARING, "none")
+SHARING: tuple[str, ...] = ("full", "prompt", "vision")
+MODES: tuple[str, ...] = (*SHARING, "none")
 TOLERANCE = 1e-4  # fp32, absolute, on logits and hidden states whose scale the tests assert
 CLEARLY = 1e-2
 
@@ -58,7 +60,7 @@ class Case:
         """(B, T) bool, from the oracle."""
         return loss_mask(self.inputs, readable_tokens(self.inputs, **self.oracle_arguments))
 
-    def plan(self, mode: KVSharing, distill: torch.Tensor | None = None) -> QueryPlan:
+    def plan(self, mode: str, distill: torch.Tensor | None = None) -> QueryPlan:
         return plan_queries(
             self.inputs["input_ids"],
             self.inputs["labels"],
@@ -139,7 +141,7 @@ def test_batches_are_worth_testing(case: Case) -> None:
 
 
 @pytest.mark.parametrize("mode", SHARING)
-def test_sharing_between_identical_models_is_a_no_op(case: Case, mode: KVSharing) -> None:
+def test_sharing_between_identical_models_is_a_no_op(case: Case, mode: str) -> None:
     shared, outputs = record(case.family.student, case.inputs)
     plan = case.plan(mode)
     assert torch.equal(torch.stack([plan.loss_rows, plan.loss_positions], dim=1), case.loss_mask.nonzero())
@@ -240,7 +242,7 @@ def test_the_collator_keeps_answers_from_being_seen_before_they_are_predicted(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_another_teacher_equals_a_full_length_pass(case: Case, mode: KVSharing) -> None:
+def test_another_teacher_equals_a_full_length_pass(case: Case, mode: str) -> None:
     shared, _ = record(case.family.student, case.inputs)
     hidden = teacher_pass(case.other, shared, case.plan(mode))
     expected = case.oracle(case.other, mode)
@@ -259,12 +261,12 @@ def test_sharing_modes_differ(case: Case) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_undistilled_rows_are_left_out(case: Case, mode: KVSharing) -> None:
+def test_undistilled_rows_are_left_out(case: Case, mode: str) -> None:
     shared, _ = record(case.family.student, case.inputs)
     expected = oracle_hidden(case.other, case.family.student, case.inputs, mode, **case.oracle_arguments)
     for row in (0, 1):
         plan = case.plan(mode, distill=torch.tensor([row == 0, row == 1]))
-        assert plan.rows.tolist() == [row]
+        assert plan.asked_rows.tolist() == [row]
         hidden = teacher_pass(case.other, shared, plan)
         assert worst(hidden, expected[row][case.loss_mask[row]]) < TOLERANCE
 
@@ -299,9 +301,7 @@ def spoil_positions(shared: SharedKV, case: Case) -> None:
 
 @pytest.mark.parametrize("mode", SHARING)
 @pytest.mark.parametrize("spoil", [spoil_image, spoil_layer_order, spoil_causality, spoil_positions])
-def test_a_spoiled_record_changes_the_teacher(
-    case: Case, mode: KVSharing, spoil: Callable[[SharedKV, Case], None]
-) -> None:
+def test_a_spoiled_record_changes_the_teacher(case: Case, mode: str, spoil: Callable[[SharedKV, Case], None]) -> None:
     shared, _ = record(case.family.student, case.inputs)
     plan = case.plan(mode)
     before = case.identical.lm_head(teacher_pass(case.identical, shared, plan))
@@ -527,7 +527,7 @@ def test_recording_is_undone_when_the_forward_raises(detail: Case) -> None:
 
 
 @pytest.mark.parametrize("mode", SHARING)
-def test_replay_is_undone_when_the_teacher_raises(detail: Case, mode: KVSharing) -> None:
+def test_replay_is_undone_when_the_teacher_raises(detail: Case, mode: str) -> None:
     teacher = detail.other
     shared, _ = record(detail.family.student, detail.inputs)
     before = patched_state(teacher)

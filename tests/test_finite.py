@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,15 @@ def make_watch() -> FiniteWatch:
     return FiniteWatch(Accelerator(cpu=True), tiny.make_tokenizer(extra=True))
 
 
+def look(watch: FiniteWatch, student_ce: list[list[float]], teacher_log_prob: list[list[float]] | None = None) -> None:
+    """Let the watch see a batch: (B, M) cross-entropies, and what the teacher gives the first labels of each row."""
+    ce, log_prob = torch.tensor(student_ce), torch.tensor(teacher_log_prob or [[] for _ in student_ce])
+    rows = [torch.arange(len(of))[:, None].expand_as(of).flatten() for of in (ce, log_prob)]
+    plan = types.SimpleNamespace(label_rows=rows[0], loss_rows=rows[1])
+    scores = types.SimpleNamespace(cross_entropy=ce.flatten(), loss=ce.flatten(), teacher_log_prob=log_prob.flatten())
+    watch.scored({}, plan, None, scores, True)  # type: ignore[arg-type]
+
+
 def test_overflow_is_left_to_a_scaler_that_can_still_go_down(monkeypatch: pytest.MonkeyPatch) -> None:
     watch, model = make_watch(), torch.nn.Linear(1, 1)
     ids = torch.full((1, 4), 7)
@@ -244,7 +254,7 @@ def test_overflow_is_left_to_a_scaler_that_can_still_go_down(monkeypatch: pytest
         assert (watch.verdict(model, torch.tensor(math.inf)) is not None) == is_problem
         # a forward that overflows is no matter of the scale
         watch.open(ids, None)
-        watch.judge_loss(torch.tensor([[0.0, math.inf, 1.0]]))
+        look(watch, [[0.0, math.inf, 1.0]])
         problem = watch.verdict(model, torch.tensor(math.nan))
         assert problem is not None and problem.loss
     monkeypatch.setattr(watch.accelerator, "scaler", None)
@@ -256,10 +266,9 @@ def test_rows_are_judged_in_each_batch_of_the_step() -> None:
     watch, model = make_watch(), torch.nn.Linear(1, 1)
     ids = torch.full((2, 4), 7)
     watch.open(ids, torch.tensor([10, 11]))
-    watch.judge_loss(torch.tensor([[0.0, 1.0, 2.0], [0.0, math.nan, 2.0]]))
+    look(watch, [[0.0, 1.0, 2.0], [0.0, math.nan, 2.0]])
     watch.open(ids, torch.tensor([12, 13]))
-    watch.judge_teacher(torch.tensor([-1.0, -math.inf, -2.0]), torch.tensor([0, 0, 1]))  # impossible, not broken
-    watch.judge_loss(torch.zeros(2, 3))
+    look(watch, [[0.0] * 3] * 2, [[-1.0, -math.inf], [-2.0, -1.0]])  # impossible, not broken
     problem = watch.verdict(model, torch.tensor(1.0))
     assert problem is not None and (problem.loss, problem.teacher, problem.gradient) == (True, False, False)
     assert len(problem.rows) == 1 and problem.rows[0].startswith("row 11 ")

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from planning import plan_queries, teacher_pass
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, masking_utils
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from hf_lingudistill.kv_sharing import _LayerMask, mask_rows, plan_queries, recording, teacher_pass
+from hf_lingudistill.replay import mask_rows
+from hf_lingudistill.student_kv import LayerMask, recording
 
 B, T = 3, 10
 WINDOW = 3
@@ -67,8 +69,8 @@ def layer(
     is_causal: bool = True,
     sliding_window: int | None = None,
     cu_seq_lens: torch.Tensor | None = None,
-) -> _LayerMask:
-    return _LayerMask(mask, is_causal, sliding_window, cu_seq_lens)
+) -> LayerMask:
+    return LayerMask(mask, is_causal, sliding_window, cu_seq_lens)
 
 
 def rows_of(full: torch.Tensor, rows: torch.Tensor = ROWS, queries: torch.Tensor = QUERIES["none"]) -> torch.Tensor:
@@ -85,7 +87,7 @@ def as_visible(mask: torch.Tensor) -> torch.Tensor:
     return mask == 0
 
 
-def assert_rows(recorded: _LayerMask, full: torch.Tensor, rows: torch.Tensor = ROWS, padding: str = "none") -> None:
+def assert_rows(recorded: LayerMask, full: torch.Tensor, rows: torch.Tensor = ROWS, padding: str = "none") -> None:
     queries = QUERIES[padding]
     actual = mask_rows(recorded, rows, queries, T)
     expected = rows_of(full, rows, queries)

@@ -16,7 +16,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lingudistill.cli import main
-from hf_lingudistill.kv_sharing import recording
 from hf_lingudistill.labs.memory import (
     BUILT_IN_PAIRS,
     ENGINES,
@@ -35,6 +34,7 @@ from hf_lingudistill.labs.memory import (
     teacher_bytes,
     trainable_parameters,
 )
+from hf_lingudistill.student_kv import recording
 from hf_lingudistill.teacher import load_teacher_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import get_args
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from planning import KV_SHARING_MODES, plan_queries
 
-from hf_lingudistill.config import KVSharing
-from hf_lingudistill.kv_sharing import QueryPlan, plan_queries
+from hf_lingudistill.queries import QueryPlan
 
-MODES: tuple[KVSharing, ...] = get_args(KVSharing)
+MODES: tuple[str, ...] = KV_SHARING_MODES
 IGNORED = -100
 
 # Ids below SHARED mean the same to both, but IMAGE among them (as in Qwen-VL) is no text; the rest are the student's.
@@ -30,7 +29,7 @@ class Rows:
     mask: list[list[int]] | None = None
     distill: list[bool] | None = None
 
-    def plan(self, mode: KVSharing) -> QueryPlan:
+    def plan(self, mode: str) -> QueryPlan:
         return plan_queries(
             torch.tensor(self.input_ids),
             torch.tensor(self.labels),
@@ -55,7 +54,7 @@ def readable(token: int) -> bool:
     return token in (0, 1, 3, 4, 5)
 
 
-def reference(rows: Rows, mode: KVSharing, shift: int = 1) -> dict[int, PlannedRow]:
+def reference(rows: Rows, mode: str, shift: int = 1) -> dict[int, PlannedRow]:
     """The plan by its description in words: batch row -> what is queried. Rows without a loss position are absent."""
     planned = {}
     for row, (ids, labels) in enumerate(zip(rows.input_ids, rows.labels, strict=True)):
@@ -71,8 +70,10 @@ def reference(rows: Rows, mode: KVSharing, shift: int = 1) -> dict[int, PlannedR
             continue
         own = []
         for t in range(loss[-1] + 1):
-            if not (real[t] and readable(ids[t])):
-                continue  # the teacher has no keys and values of its own for what it cannot read
+            if mode == "inputs" and real[t]:
+                own.append(t)  # of what it cannot read it gets the student's embedding
+            if mode == "inputs" or not (real[t] and readable(ids[t])):
+                continue  # otherwise it has no keys and values of its own for what it cannot read
             if mode == "full":
                 continue
             if mode == "prompt" and labels[t] == IGNORED:
@@ -90,22 +91,37 @@ def as_pairs(plan: QueryPlan) -> list[tuple[int, int]]:
     return list(zip(plan.loss_rows.tolist(), plan.loss_positions.tolist(), strict=True))
 
 
+def queried(plan: QueryPlan) -> dict[int, list[int]]:
+    """Batch row -> its queries, in order."""
+    found: dict[int, list[int]] = {row: [] for row in plan.asked_rows.tolist()}
+    for row, position in zip(plan.rows.tolist(), plan.positions.tolist(), strict=True):
+        found[row].append(position)
+    return found
+
+
+def of_row(plan: QueryPlan, indices: torch.Tensor, row: int) -> list[int]:
+    """The positions of those queries (by index) that are in a row."""
+    chosen = indices[plan.rows[indices] == row]
+    return plan.positions[chosen].tolist()
+
+
 def assert_plan_is(plan: QueryPlan, planned: dict[int, PlannedRow]) -> None:
-    assert plan.rows.tolist() == list(planned)
+    assert plan.asked_rows.tolist() == list(planned)
     assert as_pairs(plan) == flat(planned)
     assert plan.num_loss == len(flat(planned))
-    assert plan.empty is not bool(planned)
+    assert queried(plan) == {row: expected.queried for row, expected in planned.items()}
+    for row, expected in planned.items():
+        assert of_row(plan, plan.loss, row) == expected.loss
+        assert of_row(plan, plan.own, row) == expected.own
+    # Packed and unpacked: every query has its place in its row, and unused places repeat the row's last query, since one that
+    # sees nothing would be NaN
     width = max((len(expected.queried) for expected in planned.values()), default=0)
-    assert plan.positions.shape == plan.valid.shape == plan.own.shape == plan.loss.shape == (len(planned), width)
-    assert plan.num_queries == len(planned) * width
+    assert plan.slots.shape == (len(planned), width)
+    assert plan.slots.flatten()[plan.flat].tolist() == list(range(plan.num_queries))
     for index, expected in enumerate(planned.values()):
-        positions = plan.positions[index]
-        assert positions[plan.valid[index]].tolist() == expected.queried
-        assert plan.valid[index].tolist() == [q < len(expected.queried) for q in range(width)]
-        assert positions[plan.loss[index]].tolist() == expected.loss
-        assert positions[plan.own[index]].tolist() == expected.own
-        # Unused slots repeat a position that is queried anyway: a fully masked one would be NaN.
-        assert set(positions[~plan.valid[index]].tolist()) <= {expected.queried[0]}
+        last = expected.queried[-1]
+        places = expected.queried + [last] * (width - len(expected.queried))
+        assert plan.positions[plan.slots[index]].tolist() == places
 
 
 @st.composite
@@ -139,7 +155,7 @@ TYPICAL = Rows(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_plan_matches_a_token_by_token_reading(mode: KVSharing) -> None:
+def test_plan_matches_a_token_by_token_reading(mode: str) -> None:
     @settings(max_examples=150)
     @given(batches())
     @example(TYPICAL)
@@ -168,50 +184,79 @@ def test_a_typical_batch_by_hand() -> None:
     """The plan spelled out, so that the reference is not the only witness."""
     assert as_pairs(TYPICAL.plan("full")) == [(0, 3), (0, 4), (0, 5), (1, 1), (1, 2)]
     expected = {
-        "full": ([[3, 4, 5], [1, 2, 1]], [[0, 0, 0], [0, 0, 0]]),
-        "prompt": ([[3, 4, 5], [1, 2, 1]], [[0, 1, 1], [0, 1, 0]]),
-        "vision": ([[2, 3, 4, 5], [1, 2, 1, 1]], [[1, 1, 1, 1], [1, 1, 0, 0]]),
-        "none": ([[2, 3, 4, 5], [1, 2, 1, 1]], [[1, 1, 1, 1], [1, 1, 0, 0]]),
+        "full": ({0: [3, 4, 5], 1: [1, 2]}, {0: [], 1: []}),
+        "prompt": ({0: [3, 4, 5], 1: [1, 2]}, {0: [4, 5], 1: [2]}),
+        "vision": ({0: [2, 3, 4, 5], 1: [1, 2]}, {0: [2, 3, 4, 5], 1: [1, 2]}),
+        "none": ({0: [2, 3, 4, 5], 1: [1, 2]}, {0: [2, 3, 4, 5], 1: [1, 2]}),
+        "inputs": ({0: [0, 1, 2, 3, 4, 5], 1: [0, 1, 2]}, {0: [0, 1, 2, 3, 4, 5], 1: [0, 1, 2]}),
     }
     for mode in MODES:
         plan = TYPICAL.plan(mode)
-        assert (plan.positions.tolist(), plan.own.int().tolist()) == expected[mode], mode
+        own = {row: of_row(plan, plan.own, row) for row in (0, 1)}
+        assert (queried(plan), own) == expected[mode], mode
 
 
 @settings(max_examples=100)
 @given(batches(), st.sampled_from(MODES))
-def test_loss_slots_and_loss_positions_list_the_same_tokens_in_the_same_order(rows: Rows, mode: KVSharing) -> None:
+def test_packing_is_undone_by_unpacking(rows: Rows, mode: str) -> None:
+    plan = rows.plan(mode)
+    if not plan.num_queries:
+        return
+    states = torch.arange(plan.num_queries, dtype=torch.float32)[None, None, :, None].expand(1, 2, -1, 3)
+    unpacked = plan.unpack(states)
+    assert unpacked.shape == (len(plan.asked_rows), 2, plan.slots.shape[1], 3)
+    assert torch.equal(unpacked[:, 0, :, 0].long(), plan.slots)
+    assert torch.equal(plan.pack(unpacked), states.transpose(1, 2))
+
+
+def test_a_batch_that_changed_after_its_plan_is_refused() -> None:
+    ids, labels = torch.tensor(TYPICAL.input_ids), torch.tensor(TYPICAL.labels)
+    marked = torch.tensor([True, False])
+    plan = plan_queries(ids, labels, marked, kv_sharing="prompt", shared_vocab_size=SHARED)
+    plan.check(labels, marked)
+    plan.check(labels, torch.tensor([False, False]))  # a row may lose its mark
+    for other, marks in (
+        (labels, ~marked),
+        (labels.roll(1, dims=1), marked),
+        (labels.masked_fill(labels == 5, -100), marked),
+    ):
+        with pytest.raises(ValueError, match="changed after its queries were planned: remove 'queries'"):
+            plan.check(other, marks)
+
+
+@settings(max_examples=100)
+@given(batches(), st.sampled_from(MODES))
+def test_loss_slots_and_loss_positions_list_the_same_tokens_in_the_same_order(rows: Rows, mode: str) -> None:
     """`hidden[plan.loss]` must line up with `labels[plan.loss_rows, plan.loss_positions + 1]`."""
     plan = rows.plan(mode)
-    slot_rows = plan.rows[:, None].expand_as(plan.positions)
-    assert torch.equal(slot_rows[plan.loss], plan.loss_rows)
+    assert torch.equal(plan.rows[plan.loss], plan.loss_rows)
     assert torch.equal(plan.positions[plan.loss], plan.loss_positions)
 
 
 @settings(max_examples=100)
 @given(batches(), st.sampled_from(MODES))
-def test_nothing_is_queried_after_the_last_loss_position(rows: Rows, mode: KVSharing) -> None:
+def test_nothing_is_queried_after_the_last_loss_position(rows: Rows, mode: str) -> None:
     plan = rows.plan(mode)
-    last = torch.where(plan.loss, plan.positions, -1).amax(dim=1, keepdim=True) if plan.num_loss else plan.positions
-    assert (plan.positions <= last).all()
+    for row, positions in queried(plan).items():
+        assert max(positions) == max(of_row(plan, plan.loss, row))
 
 
 def test_text_after_the_last_loss_position_exists_and_is_left_out() -> None:
     """Control: without the cut, `vision` would query the token that follows the end of turn."""
     plan = TYPICAL.plan("vision")
     assert TYPICAL.input_ids[0][8] == 1 and readable(TYPICAL.input_ids[0][8])
-    assert 8 not in plan.positions[0].tolist()
+    assert 8 not in queried(plan)[0]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_labels_outside_the_shared_vocabulary_are_never_distilled(mode: KVSharing) -> None:
+def test_labels_outside_the_shared_vocabulary_are_never_distilled(mode: str) -> None:
     for label in (SHARED - 1, SHARED, OWN_TOKEN, IMAGE, IGNORED):
         rows = Rows([[1, 3, 4]], [[IGNORED, IGNORED, label]])
         assert as_pairs(rows.plan(mode)) == ([(0, 1)] if label == SHARED - 1 else []), label
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_token_that_the_teacher_cannot_read_is_never_a_loss_position(mode: KVSharing) -> None:
+def test_a_token_that_the_teacher_cannot_read_is_never_a_loss_position(mode: str) -> None:
     for token in (SHARED - 1, SHARED, OWN_TOKEN, IMAGE):
         rows = Rows([[1, token, 4]], [[IGNORED, IGNORED, 4]])
         assert as_pairs(rows.plan(mode)) == ([(0, 1)] if token == SHARED - 1 else []), token
@@ -219,7 +264,7 @@ def test_a_token_that_the_teacher_cannot_read_is_never_a_loss_position(mode: KVS
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_neither_own_nor_loss_nor_queried(mode: KVSharing, side: str) -> None:
+def test_padding_is_neither_own_nor_loss_nor_queried(mode: str, side: str) -> None:
     ids, labels = [1, 3, 4, 5], [IGNORED, IGNORED, 4, 5]
     padding = [PAD] * 3
     for mask_is_given in (True, False):
@@ -232,7 +277,7 @@ def test_padding_is_neither_own_nor_loss_nor_queried(mode: KVSharing, side: str)
         )
         plan = rows.plan(mode)
         padded = set(range(3)) if side == "left" else set(range(4, 7))
-        touched = padded & set(plan.positions[0].tolist())
+        touched = padded & set(queried(plan)[0])
         if mask_is_given:
             assert not touched
         else:
@@ -241,7 +286,7 @@ def test_padding_is_neither_own_nor_loss_nor_queried(mode: KVSharing, side: str)
 
 @settings(max_examples=100)
 @given(batches(), st.sampled_from(MODES), st.integers(1, 3))
-def test_left_and_right_padding_query_the_same_tokens(rows: Rows, mode: KVSharing, pad: int) -> None:
+def test_left_and_right_padding_query_the_same_tokens(rows: Rows, mode: str, pad: int) -> None:
     mask = rows.mask or [[1] * len(ids) for ids in rows.input_ids]
 
     def padded(left: int, right: int) -> QueryPlan:
@@ -255,15 +300,15 @@ def test_left_and_right_padding_query_the_same_tokens(rows: Rows, mode: KVSharin
     left, right = padded(pad, 0), padded(0, pad)
     assert torch.equal(left.positions, right.positions + pad)
     assert torch.equal(left.loss_positions, right.loss_positions + pad)
-    for name in ("rows", "valid", "own", "loss", "loss_rows"):
+    for name in ("rows", "own", "loss", "loss_rows", "slots", "flat"):
         assert torch.equal(getattr(left, name), getattr(right, name)), name
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_rows_that_are_not_distilled_cost_nothing(mode: KVSharing) -> None:
+def test_rows_that_are_not_distilled_cost_nothing(mode: str) -> None:
     both = TYPICAL.plan(mode)
     second = dataclasses.replace(TYPICAL, distill=[False, True]).plan(mode)
-    assert both.rows.tolist() == [0, 1] and second.rows.tolist() == [1]
+    assert both.asked_rows.tolist() == [0, 1] and second.asked_rows.tolist() == [1]
     assert second.num_queries < both.num_queries
     assert as_pairs(second) == [pair for pair in as_pairs(both) if pair[0] == 1]
     everything = dataclasses.replace(TYPICAL, distill=[True, True]).plan(mode)
@@ -283,11 +328,11 @@ def test_rows_that_are_not_distilled_cost_nothing(mode: KVSharing) -> None:
     ],
     ids=["no row marked", "all masked", "first label only", "one token", "nothing readable", "all but one padding"],
 )
-def test_a_batch_without_a_loss_position_gives_an_empty_plan(rows: Rows, mode: KVSharing) -> None:
+def test_a_batch_without_a_loss_position_gives_an_empty_plan(rows: Rows, mode: str) -> None:
     plan = rows.plan(mode)
-    assert plan.empty and plan.num_loss == 0 and plan.num_queries == 0
-    assert plan.positions.shape == plan.loss.shape == (0, 0)
-    assert not TYPICAL.plan(mode).empty  # control
+    assert plan.num_loss == 0 and plan.num_queries == 0
+    assert plan.slots.shape == (0, 0)
+    assert TYPICAL.plan(mode).num_queries > 0  # control
 
 
 def test_the_plan_keeps_the_batch_as_it_was() -> None:

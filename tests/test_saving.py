@@ -19,7 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hf_lingudistill.hub.run_facts import read_record
+from hf_lingudistill.hub.run_facts import read_run_facts
 from hf_lingudistill.scripts.distill import main
 
 MakeTrainer = Callable[..., Any]
@@ -235,7 +235,7 @@ def test_recipe_with_a_mixture_distils_the_marked_source_only(
     assert main(["--config", str(path), "--kv_sharing", "none"]) == 0
     said = capsys.readouterr().out
     assert "Rows     10; marked for distillation: 60%" in said and "kv_sharing=none" in said
-    arithmetic = read_record(tmp_path / "out")["teacher"]["arithmetic"]
+    arithmetic = read_run_facts(tmp_path / "out")["teacher"]["arithmetic"]
     assert f"(nf4, computed in {arithmetic}, " in said and "Done: 2 steps" in said
     assert arithmetic.split(",")[0] == ("bf16" if cpu_mode == "bf16=1" else "fp32")
     assert (tmp_path / "out" / "model.safetensors").is_file()

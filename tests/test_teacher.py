@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from planning import prepare_teacher
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
 
 from hf_lingudistill._internals import head_of
-from hf_lingudistill.teacher import Teacher, compute_dtype_of, load_teacher_model, prepare_teacher
+from hf_lingudistill.losses import _finish, _raw_logits
+from hf_lingudistill.queries import Vocabulary
+from hf_lingudistill.teacher import Teacher, compute_dtype_of, load_teacher_model
 
 VOCAB = 96
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -233,7 +236,8 @@ VOCABULARIES = {
 def head_log_probs(teacher: Teacher, input_ids: torch.Tensor) -> torch.Tensor:
     """(B, T, V_student), from the teacher's backbone and the prepared head."""
     hidden = teacher.model.base_model(input_ids)[0]
-    return F.log_softmax(F.linear(hidden, teacher.head.weight, teacher.head.bias).float(), dim=-1)
+    logits = _finish(_raw_logits(hidden.flatten(0, 1), teacher.head), teacher.head)
+    return F.log_softmax(logits, dim=-1).view(*input_ids.shape, -1)
 
 
 @TIED
@@ -252,17 +256,17 @@ def test_the_head_covers_the_students_vocabulary_and_keeps_the_teachers_distribu
         model, student, shared_vocab_size=sizes.shared, unreadable_token_ids=(sizes.student - 1,)
     )
     assert teacher.head.weight.shape == (sizes.student, 64)
-    assert teacher.shared_vocab_size == sizes.shared and teacher.unreadable_token_ids == (sizes.student - 1,)
+    assert teacher.vocabulary == Vocabulary(sizes.student, sizes.shared, (sizes.student - 1,))
     actual = head_log_probs(teacher, input_ids)
     torch.testing.assert_close(actual[..., : sizes.shared], expected, atol=1e-6, rtol=0)
     assert actual[..., sizes.shared :].exp().sum() < 1e-30
     assert actual.isfinite().all()
     # Control: with no bias, every token that the two do not share has mass.
     if sizes.shared < sizes.student:
-        unbiased = dataclasses.replace(teacher, head=dataclasses.replace(teacher.head, bias=None))
+        unbiased = dataclasses.replace(teacher, head=dataclasses.replace(teacher.head, unshared=None))
         assert head_log_probs(unbiased, input_ids)[..., sizes.shared :].exp().sum() > 1e-3
     else:
-        assert teacher.head.bias is None
+        assert teacher.head.unshared is None
 
 
 @TIED
@@ -303,7 +307,7 @@ def test_a_prepared_teacher_is_frozen_and_in_eval_mode(tied: bool, student_vocab
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_heads_keep_unshared_tokens_out(dtype: torch.dtype, input_ids: torch.Tensor) -> None:
     teacher = prepare_teacher(make_model().to(dtype), make_model(vocab=VOCAB + 10), shared_vocab_size=VOCAB)
-    assert teacher.head.bias is not None and teacher.head.bias.dtype == dtype
+    assert teacher.head.weight is not None and teacher.head.weight.dtype == dtype
     actual = head_log_probs(teacher, input_ids)
     assert actual.isfinite().all() and actual[..., VOCAB:].exp().sum() < 1e-30
 

@@ -15,12 +15,12 @@ import tiny
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PrefixTuningConfig, PromptTuningConfig
+from planning import KV_SHARING_MODES
 from transformers import TrainerCallback, TrainerControl
 from trl import SFTTrainer
 
 import hf_lingudistill.trainer as trainer_module
 from hf_lingudistill import LinguDistillTrainer, check_compatibility
-from hf_lingudistill.kv_sharing import KV_SHARING_MODES
 
 MakeTrainer = Callable[..., Any]
 
@@ -563,9 +563,9 @@ def test_student_whose_keys_make_its_teacher_worse_warns(
     assert ("makes the teacher worse" in caplog.text) == drifted
     batch = first_batch(trainer)
     logits = teacher(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    shared_ids = batch["labels"].where(batch["labels"] < trainer.teacher.shared_vocab_size, -100)
+    shared_ids = batch["labels"].where(batch["labels"] < trainer.teacher.vocabulary.shared_size, -100)
     plain = torch.nn.functional.cross_entropy(
-        logits[:, :-1, : trainer.teacher.shared_vocab_size].flatten(0, 1),
+        logits[:, :-1, : trainer.teacher.vocabulary.shared_size].flatten(0, 1),
         shared_ids[:, 1:].flatten(),
         ignore_index=-100,
     )

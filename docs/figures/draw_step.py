@@ -19,6 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import torch
+from hf_lingudistill.kv_sharing import QueryPlan, plan_queries
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -27,7 +28,6 @@ from matplotlib.patches import FancyBboxPatch, Polygon, Rectangle
 from matplotlib.textpath import TextPath
 
 from hf_lingudistill.config import KVSharing, LinguDistillConfig
-from hf_lingudistill.kv_sharing import QueryPlan, plan_queries
 from hf_lingudistill.losses import combine, confident_tokens
 
 Source = Literal["student", "own", "nothing"]

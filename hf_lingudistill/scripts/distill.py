@@ -145,22 +145,11 @@ def distilled_share_of_tokens(trainer: LinguDistillTrainer, rows: int = 32) -> f
     """Share of trained tokens that are offered to the teacher, over the first rows of the training set."""
     from itertools import islice
 
-    from ..kv_sharing import plan_queries
-
     offered = total = 0
     for row in islice(iter(trainer.train_dataset), rows):
-        batch = trainer.data_collator([row])
-        plan = plan_queries(
-            batch["input_ids"],
-            batch["labels"],
-            batch["distill"],
-            kv_sharing="full",
-            shared_vocab_size=trainer.teacher.shared_vocab_size,
-            unreadable_token_ids=trainer.teacher.unreadable_token_ids,
-            attention_mask=batch.get("attention_mask"),
-        )
+        plan = trainer.step.plan(trainer.data_collator([row]))
         offered += plan.num_loss
-        total += int((batch["labels"][:, 1:] != -100).sum())
+        total += plan.num_labels
     return offered / max(total, 1)
 
 

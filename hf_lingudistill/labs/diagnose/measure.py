@@ -2,7 +2,7 @@
 
 B rows, T positions, N answer tokens, P tokens that the teacher reads, L layers.
 
-The student runs once. The original then reads the same prompt in the four sharing modes. Its own keys, values and hidden states are
+The student runs once. The original then reads the same prompt in every sharing mode. Its own keys, values and hidden states are
 those of its pass in `vision` mode, where it computes every token that it can read, at the student's positions, and takes only the
 image from the student: with the student's own weights it would compute what the student computes, image or not, so that whatever
 differs is drift. (Image tokens have no counterpart in a model that cannot see, and are left out.)
@@ -17,15 +17,17 @@ import torch
 from transformers import PreTrainedModel
 
 from ..._internals import head_of
-from ...config import KVSharing
-from ...kv_sharing import KV_SHARING_MODES, QueryPlan, plan_queries, recording, teacher_pass
 from ...losses import label_nll
+from ...queries import QueryPlan, plan_queries
+from ...sharing import MODES, sharing
+from ...student_kv import recording
 from ...teacher import Teacher
 from ..evaluation.models import Scored
 from .prompts import Prompt
 from .states import layer_outputs, recording_own, state_drift
 
-READERS = ("student", *KV_SHARING_MODES)
+READ_IN = tuple(name for name, mode in MODES.items() if mode.any_width)
+READERS = ("student", *READ_IN)
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ def read(student: PreTrainedModel, teacher: Teacher, inputs: dict[str, Any], lab
     backbone: Any = student.base_model
     with layer_outputs(student) as student_hidden, recording(student) as shared:
         backbone(**inputs, use_cache=False)
-    plans = {mode: _plan(teacher, inputs, labels, mode) for mode in KV_SHARING_MODES}
-    if plans["full"].empty:
+    plans = {mode: _plan(teacher, inputs, labels, mode) for mode in READ_IN}
+    if not plans["full"].num_loss:
         raise ValueError("no token of the answer is shared by student and teacher. Leave it out.")
     rows, positions = plans["full"].loss_rows, plans["full"].loss_positions  # the same in every mode
     targets = labels[rows, positions + 1]
@@ -90,12 +92,12 @@ def read(student: PreTrainedModel, teacher: Teacher, inputs: dict[str, Any], lab
     for mode, plan in plans.items():
         if mode == "vision":
             with layer_outputs(teacher.model) as teacher_hidden, recording_own(teacher.model) as own:
-                hidden = teacher_pass(teacher.model, shared, plan)
+                hidden = sharing(mode).teacher_pass(teacher.model, shared, plan)
             drift = state_drift(shared, student_hidden, own, teacher_hidden, plan)
         else:
-            hidden = teacher_pass(teacher.model, shared, plan)
+            hidden = sharing(mode).teacher_pass(teacher.model, shared, plan)
         nats[mode] = label_nll(hidden, teacher.head, targets)
-    return Reading(nats, drift, int(plans["vision"].valid.sum()))
+    return Reading(nats, drift, plans["vision"].num_queries)
 
 
 def _inputs(student: Scored, prompt: Prompt, max_answer_tokens: int) -> tuple[dict[str, Any], torch.Tensor]:
@@ -111,13 +113,12 @@ def _inputs(student: Scored, prompt: Prompt, max_answer_tokens: int) -> tuple[di
     return dict(inputs), labels
 
 
-def _plan(teacher: Teacher, inputs: dict[str, Any], labels: torch.Tensor, mode: KVSharing) -> QueryPlan:
+def _plan(teacher: Teacher, inputs: dict[str, Any], labels: torch.Tensor, mode: str) -> QueryPlan:
     plan: QueryPlan = plan_queries(
         inputs["input_ids"],
         labels,
-        kv_sharing=mode,
-        shared_vocab_size=teacher.shared_vocab_size,
-        unreadable_token_ids=teacher.unreadable_token_ids,
+        sharing=sharing(mode),
+        vocabulary=teacher.vocabulary,
         attention_mask=inputs["attention_mask"],
     )
     return plan

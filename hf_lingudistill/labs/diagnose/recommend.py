@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...config import KVSharing
 from ..statistics import Bootstrap, Items
 from .prompts import CONDITIONS
 
@@ -20,15 +19,15 @@ RULE = (
 )
 SAME = 1e-3  # nats per token; below it, two modes differ by rounding
 FEWEST = 6  # prompts; five that all agree do so by chance more often than in one of twenty cases
-SEEING: tuple[KVSharing, ...] = ("full", "vision")
-BLIND: tuple[KVSharing, ...] = ("none",)
+SEEING: tuple[str, ...] = ("full", "vision")
+BLIND: tuple[str, ...] = ("none",)
 
 
 @dataclass(frozen=True)
 class Recommendation:
     """mode: the value for `kv_sharing`. condition: the prompts that decided. reason: a sentence. notes: what else follows."""
 
-    mode: KVSharing
+    mode: str
     condition: str
     reason: str
     notes: tuple[str, ...]
@@ -53,7 +52,7 @@ def recommend(perplexity: Mapping[str, Mapping[str, Items]], *, drifted: bool, b
     rivals = BLIND if condition == "text" else SEEING
     gains = {mode: bootstrap.difference(items[mode], items["prompt"]) for mode in rivals}
     best = min(rivals, key=lambda mode: gains[mode]["value"])
-    mode: KVSharing = best if tell(gains[best]) == "lower" else "prompt"
+    mode: str = best if tell(gains[best]) == "lower" else "prompt"
     reason = _reason(items, best, gains[best], condition, bootstrap)
     return Recommendation(mode, condition, reason, _notes(perplexity, mode, drifted, bootstrap))
 
@@ -66,7 +65,7 @@ def tell(difference: Mapping[str, Any]) -> Literal["lower", "higher", "tie"]:
 
 
 def _reason(
-    items: Mapping[str, Items], best: KVSharing, gain: Mapping[str, Any], condition: str, bootstrap: Bootstrap
+    items: Mapping[str, Items], best: str, gain: Mapping[str, Any], condition: str, bootstrap: Bootstrap
 ) -> str:
     ours, theirs = (_perplexity(items[mode], bootstrap) for mode in ("prompt", best))
     rival = "none" if condition == "text" else f"{best} (the better of full and vision)"
@@ -84,7 +83,7 @@ def _reason(
 
 
 def _notes(
-    perplexity: Mapping[str, Mapping[str, Items]], mode: KVSharing, drifted: bool, bootstrap: Bootstrap
+    perplexity: Mapping[str, Mapping[str, Items]], mode: str, drifted: bool, bootstrap: Bootstrap
 ) -> tuple[str, ...]:
     if not drifted:
         return (
@@ -100,7 +99,7 @@ def _notes(
     return tuple(notes)
 
 
-def _against_student(items: Mapping[str, Items], mode: KVSharing, condition: str, bootstrap: Bootstrap) -> str:
+def _against_student(items: Mapping[str, Items], mode: str, condition: str, bootstrap: Bootstrap) -> str:
     """What the teacher has to say that the student does not say as well or better."""
     gap = bootstrap.difference(items[mode], items["student"])
     found = tell(gap)

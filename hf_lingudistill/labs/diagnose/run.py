@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..._version import __version__
 from ...compatibility import check_compatibility
 from ...machine import machine
-from ...teacher import prepare_teacher
+from ...teacher import prepare_teacher, vocabulary_of
 from ..evaluation.models import Scored, describe, load_scored
 from ..statistics import Bootstrap, Items
 from .measure import READERS, Measured, measure
@@ -63,9 +63,7 @@ def diagnose(
         _keep_pictures_whole(vlm)
     facts = {"student": describe(vlm), "teacher": describe(lm)}
     weights = weight_drift(vlm.model, lm.model, fit.shared_vocab_size)
-    reader = prepare_teacher(
-        lm.model, vlm.model, shared_vocab_size=fit.shared_vocab_size, unreadable_token_ids=fit.image_token_ids
-    )
+    reader = prepare_teacher(lm.model, vocabulary_of(vlm.model, fit))
     bar = tqdm(prompts.prompts, desc="Reading prompts", unit="prompt", disable=not progress)
     measured = [measure(vlm, reader, prompt, max_answer_tokens=max_answer_tokens) for prompt in bar]
 

@@ -1,6 +1,6 @@
 """Keys, values and hidden states of a student and of its original at the same tokens, and how far apart they are.
 
-B rows, T positions, R distilled rows, Q queries a row, P queries without padding, L layers, H_kv key/value heads, D head size.
+B rows, T positions, P queries, L layers, H_kv key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..._internals import attention_switched, decoder_of
-from ...kv_sharing import QueryPlan, SharedKV, recording
+from ...queries import QueryPlan
+from ...student_kv import SharedKV, recording
 
 STATES = ("keys", "values", "hidden")
 LayerOutputs = dict[int, torch.Tensor]
@@ -78,10 +79,10 @@ def state_drift(
     """
 
     def of_student(states: torch.Tensor) -> torch.Tensor:  # (B, T, ...) -> (P, W)
-        return states[plan.rows[:, None], plan.positions][plan.valid].flatten(1)
+        return states[plan.rows, plan.positions].flatten(1)
 
-    def of_teacher(states: torch.Tensor) -> torch.Tensor:  # (R, Q, ...) -> (P, W)
-        return states[plan.valid].flatten(1)
+    def of_teacher(states: torch.Tensor) -> torch.Tensor:  # (1, P, ...) -> (P, W)
+        return states[0].flatten(1)
 
     layers = []
     for layer in range(len(shared.keys)):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..._internals import decoder_of, head_of
+from ..._internals import decoder_of
 
 _IN_LAYER = re.compile(r"layers\.(\d+)\.(.+)\.\w+$")
 
@@ -108,8 +108,8 @@ def weight_drift(student: PreTrainedModel, original: PreTrainedModel, shared_voc
 
 def _compare_heads(student: PreTrainedModel, original: PreTrainedModel, shared: int, outside: _Groups) -> None:
     def tied(model: Any) -> bool:
-        return bool(head_of(model).weight.data_ptr() == model.get_input_embeddings().weight.data_ptr())
+        return bool(model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr())
 
-    heads = [head_of(model).weight[:shared] for model in (student, original)]
+    heads = [model.get_output_embeddings().weight[:shared] for model in (student, original)]
     if heads[0].shape == heads[1].shape and not (tied(student) and tied(original)):
         outside.add("head", *heads)

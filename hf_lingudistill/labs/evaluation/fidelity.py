@@ -132,12 +132,12 @@ class Reference:
             states,
             # Copies: a view would keep the model's weights in memory
             Head(
-                head.weight.cpu().clone(),
+                head.matrix.cpu().clone(),
                 None if head.bias is None else head.bias.cpu().clone(),
                 head.scale,
                 head.softcap,
             ),
-            _tokens(original, head.weight.size(0)),
+            _tokens(original, head.matrix.size(0)),
             end_of_turn(original),
         )
 
@@ -278,7 +278,7 @@ def _log_probs(states: torch.Tensor, head: Head, ids: torch.Tensor) -> torch.Ten
     """(n,) log-probabilities of tokens."""
     parts = [
         logits(states[rows], head).log_softmax(dim=-1).gather(1, ids[rows, None])[:, 0]
-        for rows in _chunks(states.size(0), head.weight.size(0))
+        for rows in _chunks(states.size(0), head.matrix.size(0))
     ]
     return torch.cat(parts)
 
@@ -290,7 +290,7 @@ def _chunks(count: int, vocab: int) -> list[slice]:
 
 def _on(head: Head, device: torch.device) -> Head:
     bias = None if head.bias is None else head.bias.to(device)
-    return Head(head.weight.to(device), bias, head.scale, head.softcap)
+    return Head(head.matrix.to(device), bias, head.scale, head.softcap)
 
 
 def _tokens(scored: Scored, size: int) -> tuple[str | None, ...]:
@@ -307,7 +307,7 @@ class _Pair:
         device = model.model.device
         self.name = model.name
         self.ours, self.theirs = answering_head(model), _on(reference.head, device)
-        names = _tokens(model, self.ours.weight.size(0))
+        names = _tokens(model, self.ours.matrix.size(0))
         size = min(len(names), len(reference.tokens))
         self.shared = torch.tensor(
             [a == b is not None for a, b in zip(reference.tokens[:size], names[:size], strict=True)], device=device
@@ -318,7 +318,7 @@ class _Pair:
         """(n, H_o) states of the original and (n, H_m) of the model -> a record, to six digits."""
         parts: tuple[list[torch.Tensor], ...] = ([], [], [])
         reference = reference.to(states.device)
-        for rows in _chunks(states.size(0), self.ours.weight.size(0) + self.theirs.weight.size(0)):
+        for rows in _chunks(states.size(0), self.ours.matrix.size(0) + self.theirs.matrix.size(0)):
             for part, values in zip(parts, self._compare(reference[rows], states[rows]), strict=True):
                 part.append(values)
         kl, top1, lost = map(torch.cat, parts)

@@ -96,7 +96,7 @@ def answering_head(scored: Scored) -> Head:
     own = scored.model(**inputs).logits[:, -1].float()
     declared = head_of(scored.model)
     for head in (declared, Head(declared.weight, declared.bias)):
-        whole = Head(head.weight.float(), None if head.bias is None else head.bias.float(), head.scale, head.softcap)
+        whole = Head(head.matrix.float(), None if head.bias is None else head.bias.float(), head.scale, head.softcap)
         error = (logits(state, whole) - own).abs().max()
         if error <= 0.02 * own.abs().max() + 1e-3:  # bf16 keeps three digits
             return whole
@@ -108,7 +108,7 @@ def answering_head(scored: Scored) -> Head:
 
 def logits(states: torch.Tensor, head: Head) -> torch.Tensor:
     """(n, H) -> (n, V) in fp32, with logit scale and soft-capping. head: in fp32."""
-    found = torch.nn.functional.linear(states.float(), head.weight, head.bias) * head.scale
+    found = torch.nn.functional.linear(states.float(), head.matrix, head.bias) * head.scale
     return found if head.softcap is None else head.softcap * torch.tanh(found / head.softcap)
 
 

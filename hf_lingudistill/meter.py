@@ -1,0 +1,133 @@
+"""What a run measures: token sums on the device, read once per log."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ._internals import Head
+from .losses import Scores
+from .queries import QueryPlan
+from .watcher import Watcher
+
+logger = logging.getLogger(__name__)
+
+# In this order, over tokens
+_SUMS = (
+    "labels",
+    "ce",
+    "candidates",
+    "distilled",
+    "kd",
+    "teacher_ce",
+    "student_ce",
+    "agreement",
+    "teacher_entropy",
+)
+
+
+class Meter(Watcher):
+    """Sums over the tokens of all batches since the last log, for training and evaluation.
+
+    The sums of an optimizer step join those of the log when the step is `accepted`: a step that is skipped leaves no trace.
+
+    accelerator: reduces the sums over processes. distill_tokens: the config's, for a warning about a poor teacher.
+    """
+
+    def __init__(self, accelerator: Accelerator, *, distill_tokens: str) -> None:
+        self.accelerator, self.distill_tokens = accelerator, distill_tokens
+        precision = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        self._train = torch.zeros(len(_SUMS), dtype=precision, device=accelerator.device)
+        self._step, self._eval = torch.zeros_like(self._train), torch.zeros_like(self._train)
+        self.worse_teacher_warned = False
+
+    def scored(
+        self, inputs: dict[str, Any], plan: QueryPlan, teacher_head: Head, scores: Scores, training: bool
+    ) -> None:
+        """Count a batch, without reading anything back."""
+        ce, chosen = scores.cross_entropy, scores.chosen
+        asked = slice(0, chosen.numel())
+        sums = torch.stack(
+            [
+                torch.ones_like(ce).sum(),
+                ce.sum(),
+                torch.ones_like(scores.divergence).sum(),
+                chosen.sum(),
+                scores.divergence.sum(),
+                -scores.teacher_log_prob.sum(),
+                ce[asked].sum(),
+                scores.agrees.sum(),
+                scores.teacher_entropy.sum(),
+            ]
+        )
+        (self._step if training else self._eval).add_(sums)
+
+    def accepted(self) -> None:
+        """The step under way took place."""
+        self._train += self._step
+        self._step.zero_()
+
+    def dropped(self) -> None:
+        """The step under way was skipped."""
+        self._step.zero_()
+
+    def reset_evaluation(self) -> None:
+        """Begin an evaluation: a prediction leaves sums that nothing reads."""
+        self._eval.zero_()
+
+    def read(self, *, training: bool) -> dict[str, float]:
+        """Token means over all processes since the last reading; the sums start anew. Called by every process."""
+        total = self._train if training else self._eval
+        sums = dict(zip(_SUMS, self.accelerator.reduce(total, reduction="sum").tolist(), strict=True))
+        total.zero_()
+        if sums["labels"] == 0:
+            return {}
+        metrics = {
+            "ce_loss": sums["ce"] / sums["labels"],
+            "distilled_tokens": sums["distilled"],
+            "answer_tokens": sums["labels"],
+        }
+        if sums["distilled"] > 0:
+            metrics["kd_loss"] = sums["kd"] / sums["distilled"]
+        if sums["candidates"] > 0:
+            metrics |= {
+                name: sums[total_name] / sums["candidates"]
+                for name, total_name in (
+                    ("teacher_ce", "teacher_ce"),
+                    ("student_ce", "student_ce"),
+                    ("teacher_agreement", "agreement"),
+                    ("teacher_entropy", "teacher_entropy"),
+                    ("confident_share", "distilled"),
+                )
+            }
+            self._warn_if_teacher_is_worse(metrics["teacher_ce"], metrics["student_ce"])
+        return metrics
+
+    def evaluated_ce(self) -> float | None:
+        """Mean cross-entropy in nats per token of the evaluation under way, over all processes; the sums stay."""
+        labels, ce = self.accelerator.reduce(self._eval[:2].clone(), reduction="sum").tolist()
+        return ce / labels if labels else None
+
+    def _warn_if_teacher_is_worse(self, teacher_ce: float, student_ce: float) -> None:
+        if self.worse_teacher_warned or self.distill_tokens != "all" or teacher_ce <= student_ce + 0.1:
+            return
+        self.worse_teacher_warned = True
+        logger.warning(
+            "The teacher predicts the labels worse than the student (%.2f against %.2f nats per token): the divergence pulls the "
+            "student towards a poorer model. Use distill_tokens='confident', or ce_weight > 0; if the student's language has "
+            "collapsed, kv_sharing='none' or 'vision' gives the teacher its own keys and values.",
+            teacher_ce,
+            student_ce,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint between two logs keeps."""
+        return {"sums": self._train.tolist(), "worse_teacher_warned": self.worse_teacher_warned}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """What `state` returned, in the run that resumes."""
+        self._train.copy_(torch.tensor(state["sums"], dtype=self._train.dtype))
+        self.worse_teacher_warned = state["worse_teacher_warned"]
