@@ -87,8 +87,8 @@ format: $(DEV_STAMP)  ## Fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-reproduce: $(DEV_STAMP)  ## The paper in miniature with real weights: hours on a CPU, resumable (ARGS=--offline: no Hub)
-	$(BIN)/python examples/recipes/smollm2_135m/reproduce.py all $(ARGS)
+reproduce: $(DEV_STAMP)  ## Every cure with real weights on the five artists' world: a night on a CPU, resumable (ARGS=--offline: no Hub)
+	$(BIN)/python examples/recipes/five_artists/reproduce.py $(ARGS) all
 
 results: $(DEMO_STAMP)  ## Fill the README's figures from the result files
 	$(BIN)/python docs/figures/draw_step.py

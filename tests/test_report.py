@@ -111,9 +111,9 @@ def test_readme_figures_are_those_of_the_result_files(readme_tool):
 
 
 def test_the_recipes_figures_are_those_of_its_result_files(readme_tool):
-    path = ROOT / "examples/recipes/smollm2_135m/README.md"
+    path = ROOT / "examples/recipes/five_artists/README.md"
     text = path.read_text(encoding="utf-8")
-    assert path in readme_tool.FILLED and "<!-- results:recipe_screen -->" in text
+    assert path in readme_tool.FILLED and "<!-- results:five_artists_severe -->" in text
     assert readme_tool.fill(text) == text, "the recipe's README is stale: run `make results`"
 
 
