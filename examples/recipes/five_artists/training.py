@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from world_rows import TRAINING_TEMPLATE
 
 from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
+from hf_lingudistill.config import LocalSFTConfig
 from hf_lingudistill.labs.world.questions import as_dataset
 from hf_lingudistill.machine import machine
 
@@ -100,7 +101,6 @@ def train(
             "train_sampling_strategy": "sequential",
             "disable_tqdm": True,
             "bf16": machine().bf16,
-            "use_cpu": not machine().accelerated,
         }
         if kind == "distill":
             config = LinguDistillConfig(**common, teacher_quantization="none", **(distill or {}))
@@ -110,9 +110,9 @@ def train(
 
             lm = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
             assert told is not None
-            trainer = CaptionTold(args=SFTConfig(**common), original=lm, told=told, **kwargs)
+            trainer = CaptionTold(args=LocalSFTConfig(**common), original=lm, told=told, **kwargs)
         else:
-            trainer = SFTTrainer(args=SFTConfig(**common), **kwargs)
+            trainer = SFTTrainer(args=LocalSFTConfig(**common), **kwargs)
         result = trainer.train()
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
         trained = trainer.model.merge_and_unload() if lora is not None else trainer.model
