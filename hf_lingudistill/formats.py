@@ -32,7 +32,7 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-ACCEPTED = "'messages' (or 'conversations'), 'prompt' and 'completion', or 'text'"
+ACCEPTED = "'messages', 'prompt' and 'completion', or 'text'"
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image", "image_url", "input_image", "image_pil")
 PAYLOADS = ("image", "image_url", "url", "path", "base64", "data", "bytes", "image_pil")

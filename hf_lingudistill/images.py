@@ -92,7 +92,14 @@ def _opened_text(text: str) -> Any:
     if text.startswith("file://"):
         return Path(text.removeprefix("file://"))
     if "://" in text[:4096]:  # a URL, inside an archive, or on the Hub: datasets knows how to open it
-        return Image().decode_example({"bytes": None, "path": text})
+        try:
+            return Image().decode_example({"bytes": None, "path": text})
+        except Exception as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise BadRow(
+                "image unreadable",
+                f"an image cannot be read from {shown(text)} ({why}); download it, and give its path in column 'images' instead",
+            ) from error
     if os.path.isfile(text):
         return Path(text)
     if len(text) >= _SHORTEST_BASE64 and _BASE64.fullmatch(text) and (os.sep not in text[:1] or len(text) > 1024):

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Image, List, Value, concatenate_datasets, load_from_disk
-from trl import DatasetMixtureConfig, get_dataset
+from datasets import Dataset, DatasetDict, Features, Image, Json, List, Value, concatenate_datasets
+from trl import DatasetMixtureConfig
 
 from ._internals import DatasetConfig
-from .batch import AnyDataset, Row, has_images, undecoded
+from .bad_rows import AnyDataset, BadRow, Row
 from .config import shown
+from .formats import as_trl_row, column_images, has_images
+from .images import IMAGE_COLUMNS
+from .opening import embeds_images_anywhere, renamed, resolved, undecoded
+from .sources import load_source
+
+logger = logging.getLogger(__name__)
+
+_ROWS = ("messages", "prompt", "completion")
 
 
 @dataclass
@@ -72,26 +81,6 @@ def _check_source(index: int, source: DatasetConfig) -> None:
             raise ValueError(f"datasets[{index}].{name}: expected {what}, found {shown(value)}.")
 
 
-def load_source(source: DatasetConfig, *, streaming: bool = False) -> AnyDataset:
-    """One dataset: a Hub id, a loader name with `data_files`, or a folder written by `save_to_disk`."""
-    if not isinstance(source.path, str | Path):
-        raise ValueError(f"A dataset must be named by a Hub id or a folder; found {shown(source.path)}.")
-    folder = Path(source.path)
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        saved = load_from_disk(source.path)
-        # A single unnamed dataset is the training split: evaluation must not read it by accident
-        splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
-        if source.split not in splits:
-            raise ValueError(f"{source.path} has no split {source.split!r}, found {sorted(splits)}.")
-        dataset: AnyDataset = splits[source.split]
-        if source.columns is not None:
-            dataset = dataset.select_columns(source.columns)
-        return dataset.to_iterable_dataset() if streaming else dataset
-    fields = {k: getattr(source, k) for k in DatasetConfig.__dataclass_fields__ if k != "fraction"}
-    mixture = DatasetMixtureConfig(datasets=[DatasetConfig(**fields)], streaming=streaming)
-    return get_dataset(mixture)["train"]
-
-
 def load_mixture(mixture: DistillMixtureConfig, distill_column: str = "distill") -> DatasetDict:
     """Load and concatenate the sources of a mixture. -> {"train"[, "test"]}.
 
@@ -104,10 +93,12 @@ def load_mixture(mixture: DistillMixtureConfig, distill_column: str = "distill")
     fractions = [source.fraction for source in mixture.datasets]
     if any(fraction is not None for fraction in fractions):
         parts = _take_fractions(parts, fractions, mixture.streaming)
-    vision = any(has_images(part.column_names or []) for part in parts)
+    names = [f"datasets[{index}] ({source.path})" for index, source in enumerate(mixture.datasets)]
     flagged = [
-        _with_columns(part, source, distill_column, vision)
-        for part, source in zip(parts, mixture.datasets, strict=True)
+        _with_columns(part, getattr(source, "distill", None), distill_column, features, name)
+        for (part, features), source, name in zip(
+            _with_common_features(parts, distill_column), mixture.datasets, names, strict=True
+        )
     ]
     flagged = [part for part in flagged if not isinstance(part, Dataset) or len(part)] or flagged[:1]
     combined = concatenate_datasets(flagged)
@@ -145,29 +136,58 @@ def _take_fractions(parts: list[AnyDataset], fractions: list[float | None], stre
     return [part.select(range(round(weight * total))) for part, weight in zip(parts, weights, strict=True)]
 
 
-def _with_columns(part: AnyDataset, source: DatasetConfig, distill_column: str, vision: bool) -> AnyDataset:
-    if part.features is None:  # a stream that has to be looked into
-        part = part._resolve_features()
-    part = undecoded(part)  # before the map below, which would encode every image anew
-    features = Features(dict(part.features))
-    flag = getattr(source, "distill", None)
-    # one name across sources; `image` holds a single image
-    single = "image" in features and "images" not in features
-    own_flag = flag is None and distill_column in features
+def _with_common_features(parts: list[AnyDataset], distill_column: str) -> list[tuple[AnyDataset, Features]]:
+    """Each part beside the features that all parts get: what the sources call alike is of one type in all of them.
 
-    def completed(row: Row) -> Row:
-        new: Row = {}
-        if single:
-            new["images"] = [row["image"]]
-        elif vision and "images" not in row:
-            new["images"] = []
+    Conversations that differ (a text here and parts there) are kept as JSON; a column that nobody trains on and whose types differ
+    (an id as number and as text) is left out.
+    """
+    parts = [renamed(resolved(part)) for part in parts]
+    embedding = [embeds_images_anywhere(part, _ROWS) for part in parts]
+    seeing = any(embedding) or any(has_images(part.column_names) for part in parts)
+    parts = [undecoded(part) for part in parts]  # before they are mapped, which would encode every image anew
+    common: dict[str, Any] = {}
+    for column in dict.fromkeys(name for part in parts for name in part.column_names):
+        if column in IMAGE_COLUMNS or column == distill_column:
+            continue
+        found = [part.features[column] for part in parts if column in part.column_names]
+        own = column in _ROWS and any(
+            e for e, part in zip(embedding, parts, strict=True) if column in part.column_names
+        )
+        if all(feature == found[0] for feature in found) and not own:
+            common[column] = found[0]
+        elif column in (*_ROWS, "tools", "chat_template_kwargs"):
+            common[column] = Json()
+        else:
+            logger.warning("Column %r has another type in each source and is left out.", column)
+    if seeing:
+        common["images"] = List(Image(decode=False))
+    common[distill_column] = Value("bool")
+    return [(part, Features(common)) for part in parts]
+
+
+def _with_columns(
+    part: AnyDataset, flag: bool | None, distill_column: str, features: Features, name: str
+) -> AnyDataset:
+    """A part with exactly these columns, and the flag of its source.
+
+    flag: of the source; None = its own column, else true.
+    """
+    own_flag = flag is None and distill_column in part.column_names
+    embeds = embeds_images_anywhere(part, _ROWS)
+
+    def completed(row: Row, index: int) -> Row:
+        new = {column: row.get(column) for column in features}
+        if "images" in features:
+            try:
+                taken = as_trl_row(row, f"{name}, row {index}", chat=False) if embeds else row
+                new["images"] = column_images(taken, "", of_conversation=row.get("messages") is not None) or []
+                new.update({column: taken.get(column) for column in _ROWS if column in features})
+            except BadRow as error:
+                if embeds:  # its turns cannot be stored apart from their images
+                    raise
+                new["images"] = [row["images"]] if error.reason == "images not a list" else []
         new[distill_column] = row[distill_column] if own_flag else flag is not False
         return new
 
-    removed = ["image"] if single else []
-    for name in removed:
-        del features[name]
-    if vision:
-        features["images"] = List(Image(decode=False))
-    features[distill_column] = Value("bool")
-    return part.map(completed, remove_columns=removed, features=features)
+    return part.map(completed, with_indices=True, remove_columns=part.column_names, features=features)

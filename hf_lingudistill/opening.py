@@ -7,7 +7,7 @@ turns of a conversation. What is found is written into the columns that TRL goes
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -267,10 +267,11 @@ def _with_like_columns(
 
     The first is the training set, by whose columns TRL collates all of them.
     """
-    datasets = [_renamed(dataset) for dataset in datasets]
+    datasets = [renamed(dataset) for dataset in datasets]
     columns = [columns_of(dataset) for dataset in datasets]
     seeing = [
-        has_images(names) or _embeds_images(dataset, names) for dataset, names in zip(datasets, columns, strict=True)
+        has_images(names) or embeds_images_anywhere(dataset, names)
+        for dataset, names in zip(datasets, columns, strict=True)
     ]
     if not (vision or any(seeing)):
         return datasets
@@ -282,7 +283,7 @@ def _with_like_columns(
     return [_with_images(dataset, names) for dataset, names in zip(datasets, columns, strict=True)]
 
 
-def _renamed(dataset: AnyDataset) -> AnyDataset:
+def renamed(dataset: AnyDataset) -> AnyDataset:
     columns = columns_of(dataset)
     if "messages" in columns:
         return dataset
@@ -297,8 +298,14 @@ def _renamed(dataset: AnyDataset) -> AnyDataset:
     )
 
 
-def _embeds_images(dataset: AnyDataset, columns: list[str]) -> bool:
-    """Whether turns hold images of their own. Arrow's schema tells; where it holds anything, the first rows do."""
+def resolved(dataset: AnyDataset) -> AnyDataset:
+    """The same dataset with known features: a stream that does not tell them is looked into."""
+    return dataset._resolve_features() if dataset.features is None else dataset
+
+
+def embeds_images_anywhere(dataset: AnyDataset, columns: Sequence[str]) -> bool:
+    """Whether turns in any of the columns hold images of their own. Arrow's schema tells; where it holds anything, the first rows
+    do."""
     conversations = [column for column in (*CONVERSATION_COLUMNS, "prompt", "completion") if column in columns]
     if any(_names_an_image((dataset.features or {}).get(column)) for column in conversations):
         return True

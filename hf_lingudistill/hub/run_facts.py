@@ -303,3 +303,7 @@ def read_run_facts(folder: str | Path) -> RunFacts:
     if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
         raise ValueError(f"{path} must have the schema {SCHEMA!r}; restore or delete it.")
     return facts
+
+
+# Their names in 0.1
+training_record, read_record, write_record = gather_run_facts, read_run_facts, write_run_facts

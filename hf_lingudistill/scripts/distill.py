@@ -36,7 +36,8 @@ from ..hub.publish import Published
 from ..hub.run_facts import FILE_NAME as RUN_FACTS
 from ..hub.run_facts import RunFacts, dataset_fact, recipe_of
 from ..machine import take_threads
-from ..mixtures import DistillMixtureConfig, DistillSource, load_mixture, load_source
+from ..mixtures import DistillMixtureConfig, DistillSource, load_mixture
+from ..sources import load_source
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

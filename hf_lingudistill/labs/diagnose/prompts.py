@@ -19,8 +19,10 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 from trl import prepare_multimodal_messages
 
-from ...batch import IMAGE_COLUMNS, BadRow, decode_image, prepare_dataset
-from ...mixtures import DistillSource, load_source
+from ...batch import BadRow, decode_image, prepare_dataset
+from ...formats import as_trl_row
+from ...mixtures import DistillSource
+from ...sources import load_source
 
 CONDITIONS = {
     "text": "text, no image",
@@ -207,8 +209,8 @@ def _dataset_rows(path: str, config: str | None, split: str, max_rows: int, seed
 def _of_rows(rows: Iterable[Mapping[str, Any]], max_rows: int) -> list[Prompt]:
     found = []
     for number, row in zip(range(max_rows), rows, strict=False):
-        messages, answer = _exchange(row, f"Row {number}")
-        images = _row_images(row, f"Row {number}")
+        messages, answer, stored = _exchange(row, f"Row {number}")
+        images = _decoded(stored, row.get("_folder"), f"Row {number}")
         try:
             found.append(_prompt(f"row {number}", "about" if images else "text", messages, answer, images))
         except ValueError as error:  # TRL's: roles, and image placeholders without an image
@@ -216,58 +218,43 @@ def _of_rows(rows: Iterable[Mapping[str, Any]], max_rows: int) -> list[Prompt]:
     return found
 
 
-def _exchange(row: Mapping[str, Any], name: str) -> tuple[list[Mapping[str, Any]], str]:
-    """The conversation and the answer of a row, whichever of the known columns it has."""
-    if row.get("messages"):
-        *messages, last = _turns(row["messages"])
-        if last["role"] != "assistant" or not messages:
+def _exchange(row: Mapping[str, Any], name: str) -> tuple[list[Mapping[str, Any]], str, list[Any]]:
+    """The conversation, the answer and the undecoded images of a row of any accepted format."""
+    row = as_trl_row({k: v for k, v in row.items() if k != "_folder"}, name)
+    if "messages" in row:
+        *messages, last = row["messages"] or [{}]
+        if last.get("role") != "assistant" or not messages:
             raise ValueError(
                 f"{name}: its messages must end with an assistant's turn after a user's, which is the answer."
             )
-        answer = _text_of(last["content"])
-    elif row.get("prompt") and row.get("completion"):
+        answer = _text_of(last.get("content", ""))
+    elif "prompt" in row:
         prompt, completion = row["prompt"], row["completion"]
-        messages = _user(prompt) if isinstance(prompt, str) else _turns(prompt)
-        answer = completion if isinstance(completion, str) else _text_of(completion[0]["content"])
-    elif row.get("text"):
+        messages = _user(prompt) if isinstance(prompt, str) else prompt
+        answer = completion if isinstance(completion, str) else _text_of(completion[0].get("content", ""))
+    else:
         words = str(row["text"]).split(" ")
         messages = _user("Continue this text: " + " ".join(words[:HEAD_WORDS]))
         answer = " ".join(words[HEAD_WORDS:])
-    else:
-        raise ValueError(
-            f"{name} has the columns {', '.join(sorted(key for key in row if key != '_folder'))}: expected 'messages', 'prompt' and "
-            "'completion', or 'text', none of them empty."
-        )
     if not answer.strip():
         raise ValueError(f"{name} has an empty answer (a passage needs more than {HEAD_WORDS} words): leave it out.")
-    return messages, answer.strip()
+    return messages, answer.strip(), row.get("images") or []
 
 
 def _user(text: str) -> list[Mapping[str, Any]]:
     return [{"role": "user", "content": text}]
 
 
-def _turns(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Messages without the empty fields that a dataset's common schema adds to the parts of a turn."""
-
-    def content(value: Any) -> Any:
-        return (
-            value if isinstance(value, str) else [{k: v for k, v in part.items() if v is not None} for part in value]
-        )
-
-    return [{"role": turn["role"], "content": content(turn["content"])} for turn in messages]
-
-
 def _text_of(content: Any) -> str:
     return content if isinstance(content, str) else " ".join(part["text"] for part in content if part.get("text"))
 
 
-def _row_images(row: Mapping[str, Any], name: str) -> list[PILImage.Image]:
-    values: Any = next((row[column] for column in IMAGE_COLUMNS if row.get(column)), [])
-    values = values if isinstance(values, list | tuple) else [values]
-    folder = row.get("_folder")
+def _decoded(images: list[Any], folder: Path | None, name: str) -> list[PILImage.Image]:
     try:
-        return [decode_image(folder / value if folder and isinstance(value, str) else value) for value in values]
+        return [
+            decode_image(folder / image if folder and isinstance(image, str) and (folder / image).is_file() else image)
+            for image in images
+        ]
     except BadRow as error:
         raise ValueError(f"{name}: {error}. Repair or remove the row.") from error
 

@@ -1,0 +1,212 @@
+"""One dataset by name: a file, a folder, a loader with its files, or a Hub id. Whatever keeps it from being read is one sentence.
+
+Paths of images are relative to the file that names them (or to `image_folder`), not to where the run was started.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Image, IterableDataset, List, Value, load_dataset, load_from_disk
+
+from ._internals import DatasetConfig
+from .bad_rows import AnyDataset, Row
+from .config import shown
+from .formats import CONVERSATION_COLUMNS, PAYLOADS
+from .images import IMAGE_COLUMNS
+from .opening import embeds_images_anywhere, undecoded
+
+LOADERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
+_PACKED = (".gz", ".bz2", ".xz", ".zst")
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_SPLITS = {"train": ("train",), "test": ("test", "eval"), "validation": ("val", "dev")}
+_LONGEST_PATH = 1024  # a longer text is an image itself, in base64
+
+
+def load_source(
+    source: DatasetConfig, *, streaming: bool = False, image_folder: str | Path | None = None
+) -> AnyDataset:
+    """One split of one dataset.
+
+    Args:
+        source: `path` is a file (JSON, JSON lines, CSV, Parquet, Arrow, text), a folder (of such files, of images with `metadata`, or
+            written by `save_to_disk`), the name of a loader with `data_files`, or a Hub id.
+        streaming: read rows as they are needed.
+        image_folder: where the relative paths of images begin; left out, at the file that names them. For a source that is a file,
+            `data_dir` says the same.
+
+    Raises:
+        ValueError: if it cannot be read, or has no such split.
+    """
+    if not isinstance(source.path, str | Path):
+        raise ValueError(f"A dataset must be named by a Hub id or a folder; found {shown(source.path)}.")
+    path = Path(source.path)
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            saved = load_from_disk(source.path)
+            # A single unnamed dataset is the training split: evaluation must not read it by accident
+            splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
+            if source.split not in splits:
+                raise ValueError(_no_split(source, list(splits)))
+            dataset = splits[source.split].to_iterable_dataset() if streaming else splits[source.split]
+        else:
+            dataset = _loaded(source, path, streaming)
+        if source.columns is not None:
+            dataset = dataset.select_columns(source.columns)
+        if isinstance(dataset, IterableDataset) and dataset.features is None:
+            dataset = dataset._resolve_features()  # the first rows are read: what is wrong with the file shows now
+    except Exception as error:
+        raise ValueError(f"{source.path}: {_why(error, source)}") from error
+    folders = [Path(image_folder)] if image_folder else []
+    if path.is_file() and source.data_dir:
+        folders.append(Path(source.data_dir))
+    return _with_whole_paths(dataset, [*folders, *_folders(source, path)])
+
+
+def _loaded(source: DatasetConfig, path: Path, streaming: bool) -> AnyDataset:
+    name, data_dir = str(source.path), source.data_dir
+    files: Any = source.data_files
+    if path.is_file():
+        files, data_dir = str(path), None
+        name = _loader(path)
+    elif path.is_dir() and files is None and data_dir is None:
+        files = _tables(path)
+    return load_dataset(
+        name, name=source.name, data_dir=data_dir, data_files=files, split=source.split, streaming=streaming
+    )
+
+
+def _loader(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _PACKED]
+    if not suffixes or suffixes[-1] not in LOADERS:
+        raise ValueError(f"is a file of an unknown kind; expected one of {', '.join(LOADERS)}")
+    return LOADERS[suffixes[-1]]
+
+
+def _tables(folder: Path) -> dict[str, list[str]] | None:
+    """Table files by split where images lie beside them; None where datasets itself finds what is meant.
+
+    datasets goes by what is most frequent in a folder, and would take the images for the rows.
+    """
+    names = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    tables = [path for path in names if path.suffix.lower() in LOADERS and path.suffix.lower() != ".txt"]
+    has_images = any(path.suffix.lower() in _IMAGES for path in folder.rglob("*"))
+    if not tables or not has_images or any(path.stem == "metadata" for path in names):
+        return None
+    found: dict[str, list[str]] = {}
+    for path in tables:
+        split = next((s for s, words in _SPLITS.items() if any(word in path.stem.lower() for word in words)), "train")
+        found.setdefault(split, []).append(path.name)
+    return found
+
+
+def _no_split(source: DatasetConfig, names: list[str]) -> str:
+    flag = "dataset_train_split" if source.split == "train" else "dataset_test_split"
+    where = f": pass --{flag} {names[0]}, or `split: {names[0]}` in a recipe" if names else ""
+    return f"has no split {source.split!r}, found {names}{where}"
+
+
+def _why(error: BaseException, source: DatasetConfig) -> str:
+    """The deepest reason of a failed load, in a sentence."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or "no reason given"
+    if isinstance(error, ValueError) and text.startswith(("is a file", "has no split")):
+        return text + "."
+    if isinstance(error, ValueError) and (splits := re.search(r"^(?:Unknown|Bad) split.*(\[.*\])", text)):
+        return _no_split(source, re.findall(r"[\w.-]+", splits[1])) + "."
+    if len(text) > 300:
+        text = text[:297] + "..."
+    if (
+        not Path(source.path).exists()
+        and not source.data_files
+        and type(error).__module__.startswith(("datasets", "hu"))
+    ):
+        return f"no such file or folder here, and it cannot be read from the Hub ({type(error).__name__}: {text})."
+    return f"cannot be read ({type(error).__name__}: {text})."
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Paths of images
+# --------------------------------------------------------------------------------------------------------------------
+def _folders(source: DatasetConfig, path: Path) -> list[Path]:
+    """The folders of the local files of a source."""
+    if path.is_file():
+        return [path.parent]
+    if path.is_dir():
+        return [path, *sorted({p.parent for p in path.rglob("*") if p.suffix.lower() in LOADERS} - {path})]
+    base = Path(source.data_dir) if source.data_dir else Path()
+    files = [base / name for name in _flat(source.data_files) if "://" not in name]
+    return list(dict.fromkeys(file.parent for file in files if file.parent.is_dir()))
+
+
+def _flat(files: Any) -> Iterable[str]:
+    if isinstance(files, Mapping):
+        files = list(files.values())
+    if isinstance(files, list | tuple):
+        return [name for part in files for name in _flat(part)]
+    return [] if files is None else [str(files)]
+
+
+def _with_whole_paths(dataset: AnyDataset, folders: list[Path]) -> AnyDataset:
+    features = dict(dataset.features or {})
+    columns = [name for name in IMAGE_COLUMNS if name in features and _holds_text(features[name])]
+    turns = [name for name in (*CONVERSATION_COLUMNS, "prompt") if name in features]
+    columns += [name for name in turns if embeds_images_anywhere(dataset, [name])]
+    if not folders or not columns:
+        return dataset
+
+    def whole(row: Row) -> Row:
+        return {name: _whole(row[name], folders, of_image=name in IMAGE_COLUMNS) for name in columns}
+
+    dataset = undecoded(dataset)
+    options: dict[str, Any] = {"desc": "Paths of images"} if isinstance(dataset, Dataset) else {}
+    return dataset.map(whole, features=dataset.features, **options)
+
+
+def _holds_text(feature: Any) -> bool:
+    if isinstance(feature, List):
+        return _holds_text(feature.feature)
+    if isinstance(feature, dict):
+        return any(_holds_text(value) for value in feature.values())
+    return isinstance(feature, Value) and "string" in feature.dtype and not isinstance(feature, Image)
+
+
+def _whole(value: Any, folders: list[Path], *, of_image: bool) -> Any:
+    """A value with the relative paths of images in it made whole. of_image: whether a text in it is an image."""
+    if isinstance(value, list):
+        return [_whole(v, folders, of_image=of_image) for v in value]
+    if isinstance(value, dict):
+        return {
+            key: _whole(
+                v, folders, of_image=of_image or (key in PAYLOADS and "from" not in value and "role" not in value)
+            )
+            if key not in ("type", "text")
+            else v
+            for key, v in value.items()
+        }
+    return _whole_path(value, folders) if of_image and isinstance(value, str) else value
+
+
+def _whole_path(text: str, folders: list[Path]) -> str:
+    if len(text) > _LONGEST_PATH or "://" in text or text.startswith("data:") or os.path.isabs(text):
+        return text
+    for folder in folders:
+        if (folder / text).is_file():
+            return str((folder / text).absolute())
+    if Path(text).is_file() or not Path(text).suffix:
+        return text
+    return str((folders[0] / text).absolute())  # where it was looked for, for the message
