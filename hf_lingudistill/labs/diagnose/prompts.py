@@ -230,7 +230,7 @@ def _exchange(row: Mapping[str, Any], name: str) -> tuple[list[Mapping[str, Any]
         answer = _text_of(last.get("content", ""))
     elif "prompt" in row:
         prompt, completion = row["prompt"], row["completion"]
-        messages = _user(prompt) if isinstance(prompt, str) else prompt
+        messages = _user(prompt) if isinstance(prompt, str) else list(prompt)
         answer = completion if isinstance(completion, str) else _text_of(completion[0].get("content", ""))
     else:
         words = str(row["text"]).split(" ")
@@ -238,6 +238,8 @@ def _exchange(row: Mapping[str, Any], name: str) -> tuple[list[Mapping[str, Any]
         answer = " ".join(words[HEAD_WORDS:])
     if not answer.strip():
         raise ValueError(f"{name} has an empty answer (a passage needs more than {HEAD_WORDS} words): leave it out.")
+    # A turn that only calls a tool says nothing
+    messages = [{"content": "", **turn} for turn in messages]
     return messages, answer.strip(), row.get("images") or []
 
 
