@@ -163,6 +163,25 @@ def test_images_of_one_tile_are_nanovlms_in_both_processors(nanovlm_checkpoint) 
 
 
 @pytest.mark.parametrize("tiling", ["enlarged", "fitted"])
+def test_the_stock_processor_can_be_told_not_to_split(tiling, nanovlm_checkpoint) -> None:
+    """As `lingudistill diagnose` tells it."""
+    _, folder = nanovlm_checkpoint((256, 4, True, tiling))
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.image_processor.do_image_splitting = False
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": golden.picture(600, 90)}, {"type": "text", "text": "a"}],
+        }
+    ]
+    batch = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    tokens = processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())
+    assert tokens[tokens.index("<|global_image|>") :][:18] == ["<|global_image|>", *["<|image|>"] * 16, "a"]
+    assert batch["pixel_values"].shape[1] == 1
+    assert AutoModelForImageTextToText.from_pretrained(folder)(**batch).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("tiling", ["enlarged", "fitted"])
 def test_a_users_line_breaks_stay(tiling, nanovlm_checkpoint) -> None:
     _, folder = nanovlm_checkpoint((256, 4, True, tiling))
     processor = AutoProcessor.from_pretrained(folder)

@@ -25,7 +25,7 @@ from transformers import (
 
 from .config import NanoVLMConfig, NanoVLMError
 from .inputs import origin
-from .stock import has_single_tiles, is_split, make_processor, make_tokenizer
+from .stock import is_split, make_processor, make_tokenizer
 from .weights import to_nanovlm as nanovlm_tensors
 from .weights import to_transformers as transformers_tensors
 
@@ -162,7 +162,7 @@ def _input_notes(config: NanoVLMConfig) -> list[str]:
     exact = "NanoVLMProcessor makes nanoVLM's own (docs/nanovlm.md)."
     if is_split(config):
         notes = [f"The stock processor puts the whole image after its tiles, nanoVLM before them. {exact}"]
-        if has_single_tiles(config):
+        if not config.resize_to_max_side_len:
             notes.append(
                 f"The stock processor does not shrink images of more than {config.max_img_size} pixels, as nanoVLM does: shrink "
                 f"them before. {exact}"

@@ -123,7 +123,7 @@ class NanoVLMProcessor(GraniteDoclingProcessor):
         template = chat_template(config, config.image_token, stock.tokenizer.eos_token)
         processor = cls(NanoVLMImageProcessor(config), stock.tokenizer, config.tokens_per_tile, template)
         processor.stock, processor.nanovlm = stock, config
-        processor.image_token = config.image_token  # the stock processor of some checkpoints has a placeholder for it
+        processor.image_token = config.image_token  # the stock processor may have a placeholder for it
         processor.image_token_id = stock.tokenizer.convert_tokens_to_ids(config.image_token)
         return processor
 

@@ -10,8 +10,8 @@ that put it first cut or pad differently. So, by kind of checkpoint:
     global token    checkpoint has never seen it
 
 What GraniteDoclingProcessor writes between tiles is taken out by the tokenizer's normalizer, which is data in tokenizer.json.
-For an image of one tile it writes nothing at all; a checkpoint that does not enlarge its images meets such ones, so there the
-chat template writes `<whole-image>` before each image, and the normalizer puts the image's tokens in its place.
+For an image of one tile (a small one, or any with `do_image_splitting=False`) it writes nothing at all: so the chat template
+writes `<whole-image>` before each image, and the normalizer puts the image's tokens in its place where no tile follows.
 
 `NanoVLMProcessor` (inputs.py) makes nanoVLM's own inputs for all kinds.
 """
@@ -88,16 +88,11 @@ def is_split(config: NanoVLMConfig) -> bool:
     return bool(config.tiles_per_side > 1 and config.global_token)
 
 
-def has_single_tiles(config: NanoVLMConfig) -> bool:
-    """Whether the stock processor splits some images and leaves others as one tile."""
-    return is_split(config) and not config.resize_to_max_side_len
-
-
 def image_prompt(config: NanoVLMConfig) -> str:
     """What the chat template writes for an image, for the stock processor to expand."""
-    if has_single_tiles(config):
+    if is_split(config):
         return WHOLE + PLACEHOLDER
-    if is_split(config) or config.max_img_size is None:
+    if config.max_img_size is None:
         return config.image_token
     return (config.global_token or config.extra_tokens["r1c1"]) + config.image_token
 
@@ -123,11 +118,10 @@ def make_tokenizer(config: NanoVLMConfig, base: PreTrainedTokenizerBase) -> PreT
         )
     settings: dict[str, Any] = {}
     kept = ["bos_token", "eos_token", "unk_token"]
-    if has_single_tiles(config):
+    if is_split(config):
         # Without a token of this name GraniteDoclingProcessor takes PLACEHOLDER, and counts no ids of it where it is unknown.
         extra["nanovlm_image_token"] = extra.pop("image_token")
         kept.remove("unk_token")  # byte-level: there are no unknown texts
-    if is_split(config):
         known = [tokenizer.normalizer] if tokenizer.normalizer else []
         tokenizer.normalizer = normalizers.Sequence(known + _without_separators(config))
         # A processor hands settings of its tokenizer on to its image processor, and this one tells it rows and columns.
@@ -151,12 +145,10 @@ def _without_separators(config: NanoVLMConfig) -> list[normalizers.Normalizer]:
     """
     image, whole = config.image_token, str(config.global_token)
     literal = "".join(c if c.isalnum() or c in "_<>" else "\\" + c for c in image)
-    single: list[normalizers.Normalizer] = [
+    return [
         normalizers.Replace(Regex(f"{WHOLE}(?!{MARK})"), whole + image * config.tokens_per_tile),
         normalizers.Replace(WHOLE, ""),
         normalizers.Replace(PLACEHOLDER, image),
-    ]
-    return (single if has_single_tiles(config) else []) + [
         normalizers.Replace(Regex(rf"(?<={literal})\n\n?(?={MARK})"), ""),
         normalizers.Replace(MARK + GLOBAL, whole),
         normalizers.Replace(MARK, ""),
@@ -171,7 +163,7 @@ def make_processor(
     split = is_split(config)
     images = Idefics3ImageProcessorPil(
         do_image_splitting=split,
-        do_resize=split and not has_single_tiles(config),
+        do_resize=split and bool(config.resize_to_max_side_len),
         size={"longest_edge": config.max_img_size} if split else tile,
         max_image_size=tile,
         resample=resample(config),
