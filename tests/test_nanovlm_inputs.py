@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from tokenizers import Tokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.models.deepseek_vl.processing_deepseek_vl import DeepseekVLProcessor
 from transformers.models.granite_docling.processing_granite_docling import GraniteDoclingProcessor
 
@@ -267,6 +268,32 @@ def test_the_order_of_the_extra_tokens_is_the_order_of_their_ids(tmp_path: Path)
         assert processor.tokenizer.convert_tokens_to_ids(list(tokens.values())) == [320, 321, 322]
         assert processor.tokenizer.pad_token == processor.tokenizer.eos_token == "<|im_end|>"
         assert processor.tokenizer.model_max_length == 8192
+
+
+def test_the_tokenizer_file_is_taken_as_it_is(tmp_path: Path) -> None:
+    """SmolLM2's has a rule for digits, and names a class that transformers builds anew without it."""
+    content = json.loads((golden.TOKENIZER / "tokenizer.json").read_text())
+    rule = {"type": "Digits", "individual_digits": True}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [rule, content["pre_tokenizer"]]}
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "Digits" not in AutoTokenizer.from_pretrained(base).backend_tokenizer.to_str(), (
+        "what this is a test against"
+    )
+    stock, exact, _ = convert(tmp_path, "fitted", lm_tokenizer=str(base))
+    for processor in (stock, exact):
+        found = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+        assert found["pre_tokenizer"] == content["pre_tokenizer"]
+        assert (
+            processor.tokenizer("the sea 12").input_ids
+            == Tokenizer.from_file(str(base / "tokenizer.json")).encode("the sea 12").ids
+        )
+    (base / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(NanoVLMError, match="names no end-of-sequence token"):
+        from_nanovlm(str(tmp_path / "source"), str(tmp_path / "out"))
 
 
 def test_nanovlms_processor_is_for_what_came_from_nanovlm(saved_pair) -> None:

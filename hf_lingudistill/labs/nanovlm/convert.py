@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     GenerationConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -210,13 +209,15 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         raise NanoVLMError(f"{path.name} is not a whole safetensors file: {error}") from error
 
 
-def _base_tokenizer(name: str) -> Any:
+def _base_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """tokenizer.json as it is, as nanoVLM was trained with it: AutoTokenizer builds SmolLM2's class (GPT-2's) anew, without the rule
+    that digits stand alone."""
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return cast(PreTrainedTokenizerFast, PreTrainedTokenizerFast.from_pretrained(name))
     except (OSError, ValueError) as error:
         raise NanoVLMError(
             f"The tokenizer {name!r} cannot be loaded ({' '.join(str(error).split())[:200]}). Pass --tokenizer with a folder or Hub id "
-            "of the tokenizer that the checkpoint was trained with."
+            "of the tokenizer that the checkpoint was trained with (a tokenizer.json)."
         ) from error
 
 

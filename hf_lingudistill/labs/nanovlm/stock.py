@@ -22,7 +22,7 @@ from typing import Any
 
 from PIL.Image import Resampling
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.models.deepseek_vl.processing_deepseek_vl import DeepseekVLProcessor
 from transformers.models.granite_docling.processing_granite_docling import GraniteDoclingProcessor
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -97,16 +97,15 @@ def image_prompt(config: NanoVLMConfig) -> str:
     return (config.global_token or config.extra_tokens["r1c1"]) + config.image_token
 
 
-def make_tokenizer(config: NanoVLMConfig, base: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
+def make_tokenizer(config: NanoVLMConfig, base: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """The LM's tokenizer with nanoVLM's own tokens appended, padded with its end-of-sequence token.
 
     Raises:
-        NanoVLMError: if the base has no fast tokenizer or no end-of-sequence token, or more tokens than the model has.
+        NanoVLMError: if the base has no end-of-sequence token, or more tokens than the model.
     """
-    if not isinstance(base, PreTrainedTokenizerFast) or base.eos_token is None:
+    if base.eos_token is None:
         raise NanoVLMError(
-            f"The tokenizer {base.name_or_path!r} must have a tokenizer.json and an end-of-sequence token, found "
-            f"{type(base).__name__} with eos_token {base.eos_token!r}."
+            f"The tokenizer {base.name_or_path!r} names no end-of-sequence token (eos_token), which nanoVLM pads with."
         )
     tokenizer = Tokenizer.from_str(base.backend_tokenizer.to_str())
     extra = {name: AddedToken(token, special=True, normalized=True) for name, token in config.extra_tokens.items()}
