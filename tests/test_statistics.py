@@ -89,6 +89,16 @@ def test_items_that_weigh_nothing_are_an_error() -> None:
     assert Bootstrap().score(items([0.0, 3.0, 5.0], [0.0, 2.0, 2.0]))["value"] == 2.0
 
 
+def test_a_resample_that_weighs_nothing_is_left_out_of_the_interval() -> None:
+    few = items([0.0] * 6 + [3.0, 5.0], [0.0] * 6 + [1.0, 1.0])  # one resample in ten draws none of the two
+    found = Bootstrap(resamples=500).score(few)
+    assert (found["value"], found["low"], found["high"]) == (4.0, 3.0, 5.0)
+
+
+def test_one_item_is_its_own_interval() -> None:
+    assert Bootstrap().score(items([3.0], [2.0])) == {"value": 1.5, "low": 1.5, "high": 1.5, "n": 1}
+
+
 def test_no_common_item_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"^No item was scored by all the models compared; score the same suite"):
         Bootstrap().difference({"a": (1.0, 1.0)}, {"b": (1.0, 1.0)})
@@ -268,7 +278,8 @@ def test_a_report_is_written_with_its_plots_and_an_identical_one_gives_identical
     names = ["report.json", "report.md", "scores.png", "scores.svg", "trade_off.png", "trade_off.svg"]
     for folder in ("one", "two"):
         write_report(report, tmp_path / folder)
-        assert sorted(file.name for file in (tmp_path / folder).iterdir()) == names
+        written = sorted(file.name for file in (tmp_path / folder).iterdir())
+        assert [name for name in written if not name.startswith(".")] == names
     for name in names:
         first = (tmp_path / "one" / name).read_bytes()
         assert first == (tmp_path / "two" / name).read_bytes(), name

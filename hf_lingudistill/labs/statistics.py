@@ -6,10 +6,12 @@ Items are what is resampled; two models are compared on the same items, drawn to
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 Items = Mapping[str, tuple[float, float]]  # item key -> (value, weight)
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -57,16 +59,36 @@ class Bootstrap:
         weights = np.array([[items[key][1] for key in keys] for items in models], dtype=np.float64)
         if not (weights.sum(axis=1) > 0).all():
             raise ValueError("The items weigh nothing in all (no token, byte or question to score); check the data.")
-        rng = np.random.default_rng(self.seed)
-        drawn: list[Array] = []
-        rows = max(1, CHUNK // len(keys))
-        for start in range(0, self.resamples, rows):
-            index = rng.integers(len(keys), size=(min(rows, self.resamples - start), len(keys)))
-            with np.errstate(invalid="ignore", divide="ignore"):  # a resample may weigh nothing
-                drawn.append(statistic(values[:, index].sum(axis=2) / weights[:, index].sum(axis=2)))
-        low, high = np.nanquantile(np.concatenate(drawn), [(1 - self.level) / 2, (1 + self.level) / 2])
+        low, high = self._bounds(statistic, values, weights)
         value = statistic(values.sum(axis=1) / weights.sum(axis=1))
-        return {"value": float(value), "low": float(low), "high": float(high), "n": len(keys)}
+        return {"value": float(value), "low": low, "high": high, "n": len(keys)}
+
+    def _bounds(self, statistic: Callable[[Array], Array], values: Array, weights: Array) -> tuple[float, float]:
+        """The interval's ends. values, weights: (M, n)."""
+        models, count = values.shape
+        if count == 1:  # drawn with replacement, it is itself; scipy asks for two
+            only = float(statistic(values[:, 0] / weights[:, 0]))
+            return only, only
+
+        def of_sums(*sampled: Array, axis: int) -> Array:
+            sums = np.stack([sample.sum(axis=axis) for sample in sampled])  # values of all models, then their weights
+            return statistic(sums[:models] / sums[models:])
+
+        with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+            drawn = stats.bootstrap(
+                (*values, *weights),
+                of_sums,
+                paired=True,
+                vectorized=True,
+                n_resamples=self.resamples,
+                batch=max(1, CHUNK // count),
+                method="percentile",
+                rng=np.random.default_rng(self.seed),
+            ).bootstrap_distribution
+        # A resample may weigh nothing (answers without a token that depends on the image): scipy's own interval is then nan
+        low, high = np.nanquantile(drawn, [(1 - self.level) / 2, (1 + self.level) / 2])
+        return float(low), float(high)
 
 
 def loss_is_real(difference: Mapping[str, Any], *, higher_is_better: bool) -> bool:

@@ -15,7 +15,7 @@ from .ifeval import Instructed, checkable, ifeval_scores, read_prompts
 from .language import bits_per_byte, harness_scores
 from .models import Scored, chat_template_of
 from .suite import GroundedTask, Suite, VisionTask
-from .vision import answers, conditions, score_answers
+from .vision import answers, conditions, load_metric, score_answers
 
 SKIPPED = "ifeval/skipped"  # among the items: the number of prompts whose checker would need a download
 
@@ -26,6 +26,8 @@ def read_items(suite: Suite) -> dict[str, Any]:
         from .lmms import find_tasks
 
         find_tasks(suite.lmms_eval.tasks)
+    for task in suite.vision:
+        load_metric(task.metric)
     about_images: tuple[VisionTask | GroundedTask, ...] = (*suite.vision, *suite.grounded)
     items: dict[str, Any] = {task.name: text_items(task, suite.seed) for task in suite.texts}
     items |= {task.name: image_items(task, suite.seed) for task in about_images}
@@ -76,9 +78,9 @@ def score(
             scored, suite.lm_eval, seed=suite.seed, batch_size=batch_size, cache_folder=folder
         )
     if suite.ifeval is not None:
-        task = suite.ifeval
-        found[task.name] = ifeval_scores(
-            scored, task, items[task.name], cache(task.name, task), batch_size=batch_size, progress=bar(task.name)
+        name = suite.ifeval.name
+        found[name] = ifeval_scores(
+            scored, suite.ifeval, items[name], cache(name, suite.ifeval), batch_size=batch_size, progress=bar(name)
         )
     if not scored.sees:
         return found

@@ -28,8 +28,18 @@ METRICS = Path(__file__).parents[1] / "metrics"
 
 @cache
 def load_metric(name: str) -> Any:
-    """One of the `evaluate` modules in `hf_lingudistill/labs/metrics`; `compute` returns the mean and `scores` per item."""
-    return evaluate.load(str(METRICS / name / f"{name}.py"))
+    """One of the `evaluate` modules in `hf_lingudistill/labs/metrics`; `compute` returns the mean and `scores` per item.
+
+    Raises:
+        ModuleNotFoundError: if it needs a package that is not installed, saying how to install it.
+    """
+    try:
+        return evaluate.load(str(METRICS / name / f"{name}.py"))
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"A package that the metric {name} needs is not installed ({' '.join(str(error).split())[:120]}); run "
+            "`pip install 'hf_lingudistill[eval]'`."
+        ) from error
 
 
 def conditions(items: Sequence[ImageItem], controls: Sequence[str], seed: int) -> dict[str, list[Images]]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import datasets
 import evaluate
+from rapidfuzz.distance import Levenshtein
 
 _DESCRIPTION = """
 An item scores 1 - d for the accepted answer with the smallest d, where d is the Levenshtein distance over the length of the
@@ -21,21 +22,10 @@ Returns:
 """
 
 
-def levenshtein(a: str, b: str) -> int:
-    """Number of insertions, deletions and substitutions from a to b."""
-    row = list(range(len(b) + 1))
-    for i, left in enumerate(a, start=1):
-        diagonal, row[0] = row[0], i
-        for j, right in enumerate(b, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
-    return row[-1]
-
-
 def similarity(answer: str, accepted: str) -> float:
     """1 - distance over the longer length, of texts without outer spaces and case."""
     a, b = " ".join(answer.lower().split()), " ".join(accepted.lower().split())
-    longest = max(len(a), len(b))
-    return 1.0 if longest == 0 else 1.0 - levenshtein(a, b) / longest
+    return float(Levenshtein.normalized_similarity(a, b))
 
 
 class Anls(evaluate.Metric):  # type: ignore[misc]
