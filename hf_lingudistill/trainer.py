@@ -25,6 +25,7 @@ from .first_batch import FirstBatch
 from .hub.mixin import PublishingMixin
 from .losses import Weights
 from .meter import Meter
+from .pace import Pace
 from .quantization import arithmetic_of, choose_kernels
 from .resume import ResumingMixin
 from .sharing import sharing
@@ -152,6 +153,8 @@ class LinguDistillTrainer(DataMixin, PublishingMixin, ResumingMixin, SFTTrainer)
             self.teacher.footprint / 2**20,
         )
         self._resuming()
+        self.pace = Pace()
+        self.add_callback(self.pace)
 
     def _make_step(self, student: PreTrainedModel) -> DistillStep:
         """The step and those who look on at it: `meter`, `policy`, `first_batch`."""

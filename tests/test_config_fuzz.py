@@ -176,7 +176,7 @@ def test_a_recipe_with_any_value_ends_in_the_same_verdict(
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--betta", "1"], "not used by the HfArgumentParser: ['--betta', '1']"),
+        (["--betta", "1"], "Unknown option '--betta', did you mean '--beta'?"),
         (["--on_nan", ""], "argument --on_nan/--on-nan: invalid choice: ''"),
         (["--kv_sharing", "some"], "argument --kv_sharing/--kv-sharing: invalid choice: 'some'"),
         (["--beta", "much"], "argument --beta: invalid float value: 'much'"),
@@ -221,7 +221,7 @@ def exit_code(*arguments: str) -> Any:
 @pytest.mark.parametrize(
     ("recipe", "sentence"),
     [
-        ({"kv_shearing": "full"}, "Unknown arguments from config file: ['--kv_shearing', 'full']"),
+        ({"kv_shearing": "full"}, "unknown key 'kv_shearing', did you mean 'kv_sharing'?"),
         ({"kv_sharing": ["full"]}, "kv_sharing must be one of full, prompt, vision, none, inputs; got ['full']."),
         ({"beta": None}, "beta must be a number; got None."),
         ({"temperature": 10**400}, "temperature must be a number that a float can hold; got 1000000"),
@@ -234,7 +234,7 @@ def exit_code(*arguments: str) -> Any:
         ({"dataset_name": 3}, "dataset_name must be a name, or left out; got 3."),
         ({"merge_adapter": 3}, "merge_adapter must be true or false; got 3."),
         ({"demo": 3}, "demo must be tiny or real, or left out; got 3."),
-        ({1: 2}, "The recipe has a key that is not a text: quote it, or remove it."),
+        ({1: 2}, "has a key that is not a text: 1. Quote it, or remove it."),
         ({"datasets": 3}, "datasets: expected a list of sources, found 3."),
         ({"streaming": 3}, "streaming: expected true or false, found 3."),
         ({"datasets": [{"path": "a", "fraction": math.nan}]}, "datasets[0].fraction: expected a number, found nan."),

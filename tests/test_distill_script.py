@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
+from hf_lingudistill.options import DistillOptions
+from hf_lingudistill.scripts import distill as script
+from hf_lingudistill.scripts import preflight
 from hf_lingudistill.scripts.distill import main, parse
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -62,3 +72,225 @@ def test_the_recipe_of_the_demo_is_that_of_the_flag_and_not_of_a_word_elsewhere(
 def test_the_demo_takes_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--demo", "--model_name_or_path", "some/vlm"]) == 2
     assert "--demo makes its own models" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Before the first step: one sentence, exit code 2, nothing written
+# --------------------------------------------------------------------------------------------------------------------
+QUIET = ("--report_to", "none", "--bf16", "false", "--teacher_quantization", "none", "--save_strategy", "epoch")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Datasets by name: `whole` (8 rows), `four`, `empty`, `long` (rows that no short max_length holds), and broken ones."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = tiny.make_dataset(8)
+    for name, part in (("whole", rows), ("four", rows.select(range(4))), ("empty", rows.select([]))):
+        part.save_to_disk(folder / name)
+    texts = tiny.make_dataset(4, images=False)
+    texts.save_to_disk(folder / "texts")
+    texts.map(lambda row: {"messages": [{"speaker": "user", "says": "hello"}]}).save_to_disk(folder / "roleless")
+    (folder / "parquet").mkdir()
+    (folder / "parquet" / "train.parquet").write_bytes(b"PAR1 and no more")
+    (folder / "json").mkdir()
+    (folder / "json" / "train.jsonl").write_text('{"messages": [}\n' * 3)
+    return folder
+
+
+def run(saved_pair: tuple[Path, Path], data: Path, out: Path, *flags: str, dataset: str = "whole") -> int:
+    pair = ["--student", str(saved_pair[0]), "--teacher", str(saved_pair[1])]
+    return main([*pair, "--dataset_name", str(data / dataset), "--output_dir", str(out), *QUIET, *flags])
+
+
+NO_STEP: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "a batch larger than the data": (
+        "four",
+        ("--per_device_train_batch_size", "16", "--dataloader_drop_last", "true", "--max_steps", "10"),
+        "Not one batch: the training set has 4 rows, a batch takes per_device_train_batch_size=16",
+    ),
+    "no steps": ("whole", ("--max_steps", "0"), "max_steps must be above 0"),
+    "no epochs": ("whole", ("--num_train_epochs", "0"), "num_train_epochs must be above 0"),
+    "no rows": ("empty", (), "empty"),
+    "no rows that fit": ("texts", ("--max_length", "3"), "No row is left to train on"),
+    "an empty stream": ("empty", ("--dataset_streaming", "true", "--max_steps", "2"), ""),
+    "roles without names": ("roleless", (), ""),
+    "a table that is cut off": ("parquet", (), "parquet) cannot be read: Parquet magic bytes not found"),
+    "JSON that is none": ("json", (), "json) cannot be read: "),
+    "no dataset": ("absent", (), "absent"),
+    "a dataset out of reach": ("whole", ("--dataset_name", "nobody/nothing"), "nobody/nothing"),
+    "no evaluation split": ("whole", ("--eval_strategy", "epoch"), "has no split 'test', found ['train']"),
+    "an unknown logger": ("whole", ("--report_to", "paper"), "paper"),
+    "a logger that is not installed": ("whole", ("--report_to", "wandb"), "report_to=wandb needs the package wandb"),
+    "an optimizer that is not installed": ("whole", ("--optim", "lomo"), "optim=lomo needs the package lomo-optim"),
+    "a checkpoint that is none": (
+        "whole",
+        ("--resume_from_checkpoint", "true"),
+        "No complete checkpoint to resume from",
+    ),
+    "an unknown scheduler": ("whole", ("--lr_scheduler_type", "steep"), "steep"),
+}
+
+
+@pytest.mark.parametrize("case", NO_STEP)
+def test_what_keeps_a_training_from_its_first_step_is_one_sentence(
+    saved_pair: tuple[Path, Path],
+    data: Path,
+    tmp_path: Path,
+    case: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # datasets logs to a stream that pytest has closed
+    dataset, flags, sentence = NO_STEP[case]
+    out = tmp_path / "out"
+    assert run(saved_pair, data, out, *flags, dataset=dataset) == 2
+    printed, errors = capfd.readouterr()
+    said = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and sentence in said[0] and len(said[0]) < 700, errors
+    assert "Traceback" not in errors and "Done" not in printed
+    assert not out.exists() or list(out.rglob("*")) == []
+
+
+def test_debug_shows_the_traceback(
+    saved_pair: tuple[Path, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LINGUDISTILL_DEBUG", "1")
+    with pytest.raises(ValueError, match="max_steps must be above 0"):
+        run(saved_pair, data, tmp_path / "out", "--max_steps", "0")
+
+
+def test_a_finished_run_that_is_resumed_says_so_and_stays(
+    saved_pair: tuple[Path, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The control is the run itself, which ends well; with more steps it goes on."""
+    out, steps = (
+        tmp_path / "out",
+        ("--per_device_train_batch_size", "4", "--save_steps", "1", "--save_strategy", "steps"),
+    )
+    assert run(saved_pair, data, out, *steps, "--max_steps", "1") == 0
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert run(saved_pair, data, out, *steps, "--max_steps", "1", "--resume_from_checkpoint", "true") == 2
+    assert "error: The checkpoint is at step 1 of 1: nothing is left to train." in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == stamps
+    assert run(saved_pair, data, out, *steps, "--max_steps", "2", "--resume_from_checkpoint", "true") == 0
+
+
+EARLY: dict[str, tuple[tuple[str, ...], str]] = {
+    "swapped models": (("--student", "TEACHER", "--teacher", "STUDENT"), "look swapped"),
+    "a student that is a folder of something else": (("--student", "DATA"), "holds no config.json"),
+    "an output_dir in use": (("--output_dir", "STUDENT"), "holds another run (model.safetensors)"),
+    "a package that is missing": (("--use_liger_kernel", "true"), "liger-kernel"),
+}
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_what_can_be_known_is_said_before_data_and_weights_are_loaded(
+    saved_pair: tuple[Path, Path],
+    data: Path,
+    tmp_path: Path,
+    case: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(script, "load_data", lambda *arguments: asked.append("data"))
+    flags, sentence = EARLY[case]
+    names = {"STUDENT": saved_pair[0], "TEACHER": saved_pair[1], "DATA": data}
+    assert run(saved_pair, data, tmp_path / "out", *(str(names.get(flag, flag)) for flag in flags)) == 2
+    assert sentence in capsys.readouterr().err and asked == []
+    run(saved_pair, data, tmp_path / "out")
+    assert asked == ["data"]  # the control
+
+
+def test_a_missing_library_is_named_with_the_option_that_asks_for_it(
+    saved_pair: tuple[Path, Path],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = preflight.find_spec
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+    assert run(saved_pair, data, tmp_path / "out", "--teacher_quantization", "nf4") == 2
+    assert "teacher_quantization=nf4 needs the package bitsandbytes" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Names
+# --------------------------------------------------------------------------------------------------------------------
+def test_the_pair_has_two_names_on_the_command_line_and_in_a_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("student: a/vlm\nteacher: a/lm\n")
+    long = ["--model_name_or_path", "a/vlm", "--teacher_model_name_or_path", "a/lm"]
+    for flags in (
+        ["--student", "a/vlm", "--teacher", "a/lm"],
+        long,
+        ["--config", str(recipe)],
+        [f"--config={recipe}"],
+    ):
+        _, config, student, _ = parse(flags)
+        assert (student.model_name_or_path, config.teacher_model_name_or_path) == ("a/vlm", "a/lm")
+    assert parse(["--config", str(recipe), "--student", "b/vlm"])[2].model_name_or_path == "b/vlm"
+
+
+BAD_NAMES = {
+    "student: a\nmodel_name_or_path: b": "gives model_name_or_path under two names, 'model_name_or_path' the second",
+    "learning_rte: 1": "has an unknown key 'learning_rte', did you mean 'learning_rate'?",
+    "studnt: a": "has an unknown key 'studnt', did you mean 'student'?",
+    "zzz: a": "has an unknown key 'zzz'.",
+    "a: [": "is not valid YAML",
+    "env: 3": "env must be a mapping, VARIABLE: value; got 3.",
+    "merge_adapter: 3": "merge_adapter must be true or false; got 3.",
+    "demo: 3": "demo must be tiny or real, or left out; got 3.",
+    "model_name_or_path: 3": "model_name_or_path must be a name, or left out; got 3.",
+}
+
+
+@pytest.mark.parametrize("text", BAD_NAMES)
+def test_a_bad_key_in_a_recipe_is_named_with_the_file(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    assert main(["--config", str(recipe)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert BAD_NAMES[text] in error and (str(recipe) in error or "must be" in error)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--config"], "argument --config: expected one argument"),
+        (["--config", "absent.yaml"], "The recipe 'absent.yaml' does not exist."),
+        (["--config", "."], "The recipe '.' cannot be read: "),
+        (["--learning_rte", "1"], "Unknown option '--learning_rte', did you mean '--learning_rate'?"),
+        (["--kv-shraing=full"], "Unknown option '--kv-shraing', did you mean '--kv_sharing'?"),
+        (["--max_step", "1"], "Unknown option '--max_step', did you mean '--max_steps'?"),  # no guess at what is meant
+        (["some/vlm"], "'some/vlm' belongs to no option"),
+    ],
+)
+def test_a_bad_flag_is_named(flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and sentence in error
+
+
+def test_the_help_is_our_own_options_and_needs_no_torch() -> None:
+    code = (
+        "import sys\nfrom hf_lingudistill.scripts.distill import main\ntry:\n    main(['--help'])\nexcept SystemExit as stop:\n"
+        "    print([stop.code, sorted({'torch', 'transformers', 'datasets'} & set(sys.modules))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    *lines, last = done.stdout.splitlines()
+    assert last == "[0, []]" and len(lines) < 150
+    text = "\n".join(lines)
+    for option in dataclasses.fields(DistillOptions):
+        assert f"--{option.name}" in text
+    assert "--help_all" in text and "--adam_beta1" not in text
+
+
+def test_all_options_are_listed_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        main(["--help_all"])
+    text = capsys.readouterr().out
+    assert leave.value.code == 0 and "--adam_beta1" in text and "--kv_sharing" in text and "--lora_r " in text

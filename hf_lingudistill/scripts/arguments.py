@@ -1,0 +1,170 @@
+"""Flags and recipes -> dataclasses, and the help. Nothing is loaded here but, for whoever trains, TRL's configuration."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from trl import TrlParser
+
+from ..exit_codes import SUMMARY
+from ..options import DEMO_CHOICES, DistillOptions, DistillScriptArguments, StudentArguments, aliases, shown
+from ..sentences import did_you_mean
+
+if TYPE_CHECKING:
+    from ..config import LinguDistillConfig
+    from ..mixtures import DistillMixtureConfig
+
+    Parsed = tuple[DistillScriptArguments, LinguDistillConfig, StudentArguments, DistillMixtureConfig]
+
+USAGE = """lingudistill distill --student VLM [--teacher LM] --dataset_name DATA --output_dir OUT [options]
+       lingudistill distill --config RECIPE.yaml [options]
+       lingudistill distill --demo [--output_dir OUT]"""
+
+
+class _Parser(TrlParser):
+    """Whose errors are sentences. argparse would print the names of all options first, some hundred lines."""
+
+    def error(self, message: str) -> Any:
+        raise ValueError(message)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling for each option, and no `(default: None)`."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if "-" not in name.removeprefix("--")]
+        return f"{', '.join(names)} {self._value(action)}".rstrip()
+
+    def _value(self, action: argparse.Action) -> str:
+        if action.nargs == 0:
+            return ""
+        if action.const is True:
+            return "[true|false]"
+        return self._format_args(action, action.dest.rpartition("_")[2].upper())
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+def help_text() -> str:
+    """The options of distillation, TRL's left out."""
+    parser = TrlParser(
+        (),
+        prog="lingudistill distill",
+        usage=USAGE,
+        description="Distil a VLM's original language model back into it. Every option may stand in the YAML of --config; a flag wins "
+        "over a line there.",
+        epilog="All options of TRL's SFTConfig, ModelConfig and ScriptArguments are taken as well, such as --learning_rate, --max_steps, "
+        f"--per_device_train_batch_size, --use_peft: --help_all lists them. {SUMMARY}",
+        formatter_class=_Help,
+        add_help=False,
+    )
+    run = parser.add_argument_group("The run")
+    (student,) = (option for option in dataclasses.fields(StudentArguments) if option.name == "model_name_or_path")
+    run.add_argument("--student", "--model_name_or_path", metavar="VLM", help=student.metadata["help"])
+    run.add_argument("--output_dir", metavar="OUT", help="Where the distilled VLM is saved: a new or an empty folder.")
+    run.add_argument(
+        "--config", metavar="RECIPE", help="A YAML of options; its `datasets:` lists a mixture's sources."
+    )
+    run.add_argument("--help_all", action="store_true", help="List TRL's options too.")
+    for group in (DistillOptions, DistillScriptArguments):
+        parser._add_dataclass_arguments(group)  # type: ignore[arg-type]
+    return str(parser.format_help())
+
+
+def read_recipe(path: str | Path, known: set[str]) -> dict[str, Any]:
+    """The options in a YAML file, by the names of their fields.
+
+    known: the names of all fields.
+
+    Raises:
+        ValueError: naming the file, if it cannot be read or holds what is no option.
+    """
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"The recipe {str(path)!r} does not exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"The recipe {str(path)!r} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"The recipe {str(path)!r} is not valid YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"The recipe {str(path)!r} must contain a YAML mapping.")
+    other_names = aliases(DistillOptions, StudentArguments)
+    recipe: dict[str, Any] = {}
+    for key, value in found.items():
+        if not isinstance(key, str):
+            raise ValueError(
+                f"The recipe {str(path)!r} has a key that is not a text: {shown(key)}. Quote it, or remove it."
+            )
+        name = other_names.get(key, key)
+        if name not in known | {"env"}:
+            near = did_you_mean(key, known | set(other_names))
+            raise ValueError(f"The recipe {str(path)!r} has an unknown key {key!r}{near or '.'}")
+        if name in recipe:
+            raise ValueError(f"The recipe {str(path)!r} gives {name} under two names, {key!r} the second: keep one.")
+        recipe[name] = value
+    return recipe
+
+
+def parse(argv: Sequence[str]) -> Parsed:
+    """Flags, and the recipe of `--config` -> dataclasses. With `--demo`, the demo's recipe stands behind both.
+
+    Raises:
+        SystemExit: after `--help` or `--help_all` has been printed.
+        ValueError: for what is no option or not a value of it.
+    """
+    argv = list(argv)
+    if {"-h", "--help"} & set(argv):
+        print(help_text(), end="")
+        raise SystemExit(0)
+    from ..config import LinguDistillConfig
+    from ..mixtures import DistillMixtureConfig
+
+    groups = (DistillScriptArguments, LinguDistillConfig, StudentArguments, DistillMixtureConfig)
+    parser = _Parser(groups, prog="lingudistill distill", usage=USAGE, allow_abbrev=False)  # type: ignore[arg-type]
+    if "--help_all" in argv:
+        parser.print_help()
+        raise SystemExit(0)
+    known = {option.name for group in groups for option in dataclasses.fields(group) if option.init}
+    # The two that decide which recipe is read
+    first = _Parser((), add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--demo", nargs="?", const="tiny")
+    early, rest = first.parse_known_args(argv)
+    recipe = {} if early.config is None else read_recipe(early.config, known)
+    kind = early.demo or recipe.get("demo")
+    if kind in DEMO_CHOICES:
+        from ..labs.demo import recipe as recipe_of_demo
+
+        recipe = {**read_recipe(recipe_of_demo(kind), known), **recipe}
+    if early.demo is not None:
+        rest += ["--demo", early.demo]
+    for name, value in _variables(recipe.pop("env", {}), early.config).items():
+        os.environ[name] = value
+    parser.set_defaults_with_config(**recipe)
+    _, unknown = parser.parse_known_args(rest)
+    if unknown:
+        options = {
+            name for action in parser._actions for name in action.option_strings if "-" not in name.removeprefix("--")
+        }
+        what = unknown[0].split("=")[0]
+        if what.startswith("-"):
+            raise ValueError(
+                f"Unknown option {what!r}{did_you_mean(what.replace('-', '_').replace('__', '--', 1), options) or '.'}"
+            )
+        raise ValueError(f"{shown(what)} belongs to no option: expected --OPTION VALUE. `--help` lists them.")
+    return parser.parse_args_into_dataclasses(args=rest, look_for_args_file=False)  # type: ignore[return-value]
+
+
+def _variables(given: Any, path: str | None) -> dict[str, str]:
+    """The environment variables that a recipe sets (`env:`)."""
+    if not isinstance(given, dict):
+        raise ValueError(f"The recipe {str(path)!r}: env must be a mapping, VARIABLE: value; got {shown(given)}.")
+    return {str(name): str(value) for name, value in given.items()}

@@ -1,0 +1,110 @@
+"""What can be known to fail before data and weights are loaded: in one sentence, while nothing has been waited for."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoints import check_output_dir, to_resume
+from ..compatibility import check_compatibility, guess_teacher
+
+if TYPE_CHECKING:
+    from ..config import LinguDistillConfig
+    from ..mixtures import DistillMixtureConfig
+    from ..options import DistillScriptArguments, StudentArguments
+
+# Option, the values that need something, the modules of which one must be there, what pip calls it
+_NEEDS = (
+    ("report_to", r"azure_ml", ("azureml",), "azureml-core"),
+    ("report_to", r"codecarbon|comet_ml|clearml|dvclive|mlflow|neptune|swanlab|trackio|wandb", (), ""),
+    ("report_to", r"tensorboard", ("tensorboard", "tensorboardX"), "tensorboard"),
+    ("use_liger_kernel", r"True", ("liger_kernel",), "liger-kernel"),
+    ("attn_implementation", r"flash_attention_2", ("flash_attn", "kernels"), "flash-attn"),
+    ("attn_implementation", r"flash_attention_3", ("flash_attn_interface", "flash_attn_3", "kernels"), "kernels"),
+    ("optim", r"adamw_apex_fused", ("apex",), "apex"),
+    ("optim", r"apollo.*", ("apollo_torch",), "apollo-torch"),
+    ("optim", r"galore.*", ("galore_torch",), "galore-torch"),
+    ("optim", r"(ada)?lomo", ("lomo_optim",), "lomo-optim"),
+    ("optim", r"grokadamw", ("grokadamw",), "grokadamw"),
+    ("optim", r"schedule_free.*", ("schedulefree",), "schedulefree"),
+    ("optim", r"stable_adamw", ("optimi",), "torch-optimi"),
+    ("optim", r"adamw_torch_[48]bit", ("torchao",), "torchao"),
+    ("optim", r"(?!adamw_torch|galore).*(bnb|paged|8bit).*", ("bitsandbytes",), "bitsandbytes"),
+    ("teacher_quantization", r"nf4|int8", ("bitsandbytes",), "bitsandbytes"),
+    ("load_in_4bit", r"True", ("bitsandbytes",), "bitsandbytes"),
+    ("load_in_8bit", r"True", ("bitsandbytes",), "bitsandbytes"),
+    ("use_peft", r"True", ("peft",), "peft"),
+    ("deepspeed", r"(?!None$).*", ("deepspeed",), "deepspeed"),
+)
+
+
+def check_packages(*arguments: Any) -> None:
+    """Check that the packages are installed that options ask for.
+
+    Raises:
+        ModuleNotFoundError: naming the option and what to install.
+    """
+    for name, values, modules, package in _NEEDS:
+        given = next((getattr(group, name) for group in arguments if hasattr(group, name)), None)
+        for value in map(_text, given if isinstance(given, list) else [given]):
+            if re.fullmatch(values, value) and not any(map(_is_installed, modules or (value,))):
+                raise ModuleNotFoundError(
+                    f"{name}={value} needs the package {package or value}, which is not installed: `pip install {package or value}`, "
+                    f"or give {name} another value."
+                )
+
+
+def _text(value: Any) -> str:
+    return str(getattr(value, "value", value))  # an optimizer is an enum
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # of a module that is in the way in place of a package
+        return False
+
+
+def check_run(
+    script_args: DistillScriptArguments,
+    config: LinguDistillConfig,
+    student: StudentArguments,
+    mixture: DistillMixtureConfig,
+) -> None:
+    """All that can be checked without data and weights: configs and tokenizers are read, nothing is written.
+
+    Raises:
+        ModuleNotFoundError: if a package is missing that an option asks for.
+        ValueError: if the run cannot start: no model, no data, no steps, an output_dir in use, a checkpoint that cannot be
+            resumed from, models that do not fit.
+    """
+    name = student.model_name_or_path
+    if not name:
+        raise ValueError("No student: pass --student (a VLM's Hub id or folder), or --demo to run the embedded demo.")
+    if not (mixture.datasets or script_args.dataset_name):
+        raise ValueError(
+            "No data: pass --dataset_name (Hub id or folder), or list sources under `datasets:` in a recipe."
+        )
+    if config.max_steps < 0 and config.num_train_epochs <= 0:
+        raise ValueError(
+            f"num_train_epochs must be above 0 (or set max_steps); got {config.num_train_epochs:g}, which trains nothing."
+        )
+    resume = str(config.resume_from_checkpoint or "").lower()
+    if resume and resume != "false":
+        to_resume(str(config.resume_from_checkpoint), str(config.output_dir))
+    else:
+        check_output_dir(str(config.output_dir), overwrite=config.overwrite_output_dir)
+    check_packages(config, student)
+    teacher = config.teacher_model_name_or_path or guess_teacher(name)
+    if teacher is None:
+        raise ValueError(
+            f"No teacher: the config and card of {name!r} name no language model. Pass the LM that it was built from as --teacher."
+        )
+    check_compatibility(
+        name,
+        teacher,
+        trust_remote_code=config.trust_remote_code,
+        student_revision=student.model_revision,
+        teacher_revision=config.teacher_model_revision,
+    ).raise_for_misfit()

@@ -1,0 +1,60 @@
+"""What a command says: an error as one sentence, and a command as it can be typed here."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+LONGEST = 600  # characters of an error; some libraries quote whole files
+
+
+def one_sentence(error: BaseException) -> str:
+    """The message of an error on one line of at most `LONGEST` characters; of one that only says that something failed, with what
+    it failed of."""
+    text = _message(error)
+    root = error
+    while root.__cause__ is not None or (root.__context__ is not None and not root.__suppress_context__):
+        root = root.__cause__ or root.__context__  # type: ignore[assignment]
+    if root is not error and type(error).__module__.startswith(("datasets", "pyarrow", "multiprocess")):
+        cause = _message(root)
+        text = text if cause in text else f"{text.rstrip('.')}: {cause}"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 4].rstrip()} ..."
+
+
+def _message(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    # Whose messages are sentences; of others the type is half of what they say
+    if isinstance(error, ValueError | OSError | ImportError | RuntimeError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`, did you mean 'x'?`, or nothing where nothing is near."""
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.7)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def typed(*words: str) -> str:
+    """`lingudistill WORDS` as it runs when it is typed here: the command is not on the PATH of a virtual environment that is not
+    active."""
+    return f"{_lingudistill()} {shlex.join(words)}"
+
+
+def _lingudistill() -> str:
+    script = Path(sys.executable).parent / "lingudistill"
+    if not script.exists():
+        return f"{shlex.quote(sys.executable)} -m hf_lingudistill.cli"
+    found = shutil.which("lingudistill")
+    if found and os.path.samefile(found, script):
+        return "lingudistill"
+    try:
+        script = script.relative_to(Path.cwd())
+    except ValueError:
+        pass
+    return shlex.quote(str(script))
