@@ -101,6 +101,12 @@ class DistillCollator:
                     "padding_free=False, or drop the column."
                 )
             distill = distill[:1]
+        if not self.vision and torch.isin(batch["input_ids"], self._image_ids).any():
+            raise BadRow(
+                "images and placeholders differ",
+                "A row of text holds the token that stands for an image, and has no image. Remove that word from the text, or give each "
+                "row its images in a column 'images'.",
+            )
         if self.prefix_lm:
             batch["token_type_ids"] = ((batch["labels"] != -100).cumsum(dim=1) > 0).long()
         batch["distill"] = distill

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 from accelerate import PartialState
 from datasets import Dataset, List, Value
+from trl import SFTTrainer
 
 from .bad_rows import ROW_COLUMN, AnyDataset, BadRow, Row
 from .batch import DistillCollator
@@ -26,13 +26,11 @@ from .opening import (
 )
 
 if TYPE_CHECKING:
-    from trl import SFTTrainer as _Trainer
+    _Trainer = SFTTrainer
 else:
     _Trainer = object  # at run time a trainer class stands behind the mixin: `class MyTrainer(DataMixin, SFTTrainer)`
 
 logger = logging.getLogger(__name__)
-
-_LONGEST_SENTENCE = 1500  # characters of an error of a library that is passed on as it is
 
 
 class DataMixin(_Trainer):
@@ -121,11 +119,7 @@ class DataMixin(_Trainer):
         except BadRow:
             raise
         except Exception as error:
-            if (
-                isinstance(error, ValueError)
-                and not isinstance(error, pa.ArrowException)
-                and len(str(error)) < _LONGEST_SENTENCE
-            ):
+            if _is_about_settings(error):
                 raise
             if formatting_func is None and "input_ids" not in columns_of(dataset):
                 for number, row in enumerate(dataset):
@@ -155,6 +149,14 @@ class DataMixin(_Trainer):
     def _reject_skip_prepare_without_labels(self, datasets: Any, data_collator: Any) -> None:
         inner = data_collator.inner if isinstance(data_collator, DistillCollator) else data_collator
         super()._reject_skip_prepare_without_labels(datasets, inner)
+
+
+def _is_about_settings(error: Exception) -> bool:
+    """Whether an error of the preparation comes from `SFTTrainer` itself, not from a row or a library below it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__") == SFTTrainer.__module__
 
 
 def _name(number: int, dataset_name: str) -> str:

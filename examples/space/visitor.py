@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers.image_transforms import convert_to_rgb
 
 MAX_CHARACTERS = 2000
 MAX_MEGAPIXELS = 25  # decoded, 75 MB; a telephone's usual photograph has 12
@@ -112,9 +113,7 @@ def _plain(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16") or picture.mode == "I":
         # 16 bits a pixel: a plain conversion clips all but the darkest to white
         picture = picture.convert("I").point(lambda value: value / 256).convert("L")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("RGB")
+    # What is transparent becomes what it is for the models' own processors
+    picture = Image.fromarray(convert_to_rgb(picture, return_numpy=True))
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
     return picture

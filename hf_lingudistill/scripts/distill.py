@@ -61,7 +61,7 @@ def load_data(
 
     def split(name: str) -> Dataset | IterableDataset:
         source = DistillSource(path=script_args.dataset_name, name=script_args.dataset_config, split=name)  # type: ignore[arg-type]
-        return load_source(source, streaming=script_args.dataset_streaming)
+        return load_source(source, streaming=script_args.dataset_streaming, image_folder=script_args.image_folder)
 
     evaluation = split(script_args.dataset_test_split) if config.eval_strategy != "no" else None
     return split(script_args.dataset_train_split), evaluation

@@ -19,7 +19,7 @@ from datasets import ClassLabel, load_dataset, load_from_disk
 from PIL import Image as PILImage
 
 from ...bad_rows import BadRow
-from ...images import decode_image
+from ...images import decode_image, to_rgb
 from .drawings import drawings
 from .fidelity import Question
 from .shapes import ShapeError, accepted_answers, choices_of, found, right_choices, text_of
@@ -275,7 +275,7 @@ def _built_in_images(task: VisionTask | GroundedTask, seed: int) -> list[ImageIt
     return [
         ImageItem(
             str(index),
-            tuple(image.convert("RGB") for image in row["images"]),
+            tuple(to_rgb(image) for image in row["images"]),
             row["prompt"][0]["content"],
             (row["completion"][0]["content"],),
         )

@@ -26,6 +26,7 @@ from typing import Any
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
+from ...images import to_rgb
 from ..statistics import Items
 from .cache import ItemCache, digest
 from .grounded import answer_scores
@@ -159,7 +160,7 @@ class ImagePath(lmms):  # type: ignore[misc]
                     f"Task {request.task_name!r} shows a {type(image).__name__}, this adapter passes images only; leave tasks about "
                     "video and audio out of the suite."
                 )
-        return self.scored.render(_turn(text, len(images))), [image.convert("RGB") for image in images]
+        return self.scored.render(_turn(text, len(images))), [to_rgb(image) for image in images]
 
     def _continuation(self, request: Any) -> str:
         target = request.args[1]

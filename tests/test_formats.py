@@ -1,0 +1,607 @@
+"""Rows as people have them: what each becomes, held against plain `SFTTrainer` where that takes it, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Json, List, Value
+from PIL import Image as PILImage
+from PIL import ImageDraw
+from trl import SFTTrainer
+
+import hf_lingudistill
+from hf_lingudistill.answers import answer_spans, trained_tokens
+from hf_lingudistill.bad_rows import BadRow
+from hf_lingudistill.formats import as_trl_row
+from hf_lingudistill.images import decode_image, to_rgb
+
+MakeTrainer = Callable[..., Any]
+Row = dict[str, Any]
+QUESTION, ANSWER = "what shape is in the image?", "a small red circle"
+IN_ORDER = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 4}
+
+
+def encoded(image: PILImage.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def picture(seed: int = 0) -> PILImage.Image:
+    return PILImage.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+
+
+PNG = encoded(picture())
+
+
+def batch_of(trainer: Any) -> dict[str, torch.Tensor]:
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def assert_same(batch: Any, other: Any, *keys: str) -> None:
+    for key in keys or ("input_ids", "labels", "attention_mask", "pixel_values"):
+        assert torch.equal(batch[key], other[key]), key
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Images
+# --------------------------------------------------------------------------------------------------------------------
+def drawing(mode: str = "RGBA") -> PILImage.Image:
+    """Black on nothing."""
+    image = PILImage.new("RGBA", (40, 40), (0, 0, 0, 0))
+    ImageDraw.Draw(image).rectangle((10, 10, 30, 30), fill=(0, 0, 0, 255))
+    return image.convert(mode)
+
+
+def palette() -> PILImage.Image:
+    image = PILImage.new("P", (40, 40), 0)
+    image.putpalette([0, 0, 0, 0, 0, 0, 200, 0, 0])
+    ImageDraw.Draw(image).rectangle((10, 10, 30, 30), fill=1)
+    ImageDraw.Draw(image).rectangle((0, 0, 8, 8), fill=2)
+    return image
+
+
+def rotated() -> bytes:
+    exif = PILImage.Exif()
+    exif[0x0112] = 6
+    return encoded(picture(), "PNG", exif=exif)
+
+
+STORED = {
+    "RGBA": encoded(drawing()),
+    "LA": encoded(drawing("LA")),
+    "P, one index": encoded(palette(), transparency=0),
+    "P, each index": encoded(palette(), transparency=bytes([0, 255, 128])),
+    "RGB, one colour": encoded(drawing().convert("RGB"), transparency=(0, 0, 0)),
+    "CMYK": encoded(picture().convert("CMYK"), "JPEG"),
+    "1": encoded(picture().convert("1")),
+    "L": encoded(picture().convert("L")),
+    "animation": encoded(picture(), "GIF", save_all=True, append_images=[picture(1)]),
+    "transparent animation": encoded(palette(), "GIF", transparency=0, save_all=True, append_images=[palette()]),
+    "rotated": rotated(),
+    "WebP": encoded(drawing(), "WEBP", lossless=True),
+}
+SEE_THROUGH = {"RGBA", "LA", "P, one index", "P, each index", "WebP", "transparent animation"}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_pixels_are_those_of_plain_sft(make_trainer: MakeTrainer, kind: str) -> None:
+    row = {"prompt": [{"role": "user", "content": QUESTION}], "completion": [{"role": "assistant", "content": ANSWER}]}
+    message = List({"role": Value("string"), "content": Value("string")})
+    features = Features({"prompt": message, "completion": message, "images": List(Image())})
+    rows = [{**row, "images": [{"bytes": STORED[kind], "path": None}]}] * 4
+    data = Dataset.from_list(rows, features=features)
+    ours, plain = (
+        batch_of(make_trainer(cls, train_dataset=data)) for cls in (hf_lingudistill.LinguDistillTrainer, SFTTrainer)
+    )
+    assert_same(ours, plain)
+    naive = PILImage.open(io.BytesIO(STORED[kind])).convert("RGB")  # control: what became of it before
+    assert (np.asarray(naive) == np.asarray(decode_image(STORED[kind]))).all() == (
+        kind not in {*SEE_THROUGH, "rotated", "RGB, one colour"}
+    )
+
+
+def test_images_become_rgb_in_one_place() -> None:
+    """Another `convert("RGB")` would turn what is transparent black. Drawings of our own on white are no input."""
+    root = Path(hf_lingudistill.__file__).parent
+    found = {
+        str(path.relative_to(root))
+        for folder in (root, root.parent / "examples" / "space")
+        for path in folder.rglob("*.py")
+        if re.search(r"""convert\(["']RGB["']\)""", path.read_text(encoding="utf-8"))
+        if folder == root
+    }
+    assert found <= {"labs/world/art.py", "labs/world/pictures.py"}
+    space = (root.parent / "examples" / "space" / "visitor.py").read_text(encoding="utf-8")
+    assert 'convert("RGB")' not in space and "convert_to_rgb" in space
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        PNG,
+        bytearray(PNG),
+        {"bytes": PNG, "path": None},
+        {"url": "data:image/png;base64," + base64.b64encode(PNG).decode()},
+        "data:image/png;base64," + base64.b64encode(PNG).decode(),
+        base64.b64encode(PNG).decode(),
+        base64.encodebytes(PNG).decode(),
+        base64.urlsafe_b64encode(PNG).decode().rstrip("="),
+    ],
+    ids=["bytes", "bytearray", "stored", "url in a dict", "data URI", "base64", "base64 in lines", "base64 for URLs"],
+)
+def test_an_image_may_be_stored_in_many_ways(value: Any) -> None:
+    assert (np.asarray(decode_image(value)) == np.asarray(picture())).all()
+    with pytest.raises(BadRow):
+        decode_image(value[: len(value) // 2] if not isinstance(value, dict) else {"url": "data:,x"})
+
+
+def test_an_image_may_be_a_path_or_a_file_uri(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+    for value in (
+        str(tmp_path / "a.png"),
+        tmp_path / "a.png",
+        (tmp_path / "a.png").as_uri(),
+        {"path": str(tmp_path / "a.png")},
+    ):
+        assert (np.asarray(decode_image(value)) == np.asarray(picture())).all()
+
+
+@pytest.mark.parametrize(
+    "value", ["nowhere.png", "A" * 90_000, "data:image/png;base64,####" + "x" * 9_000, "x" * 9_000 + "."]
+)
+def test_a_text_that_is_no_image_is_named_in_a_short_sentence(value: str) -> None:
+    with pytest.raises(BadRow, match="an image cannot be read") as refusal:
+        decode_image(value)
+    assert len(str(refusal.value)) < 500
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Formats
+# --------------------------------------------------------------------------------------------------------------------
+def place(*texts: str) -> list[Row]:
+    return [{"type": "image"}, *({"type": "text", "text": text} for text in texts)]
+
+
+SAME = {
+    "text": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}],
+    "parts": [
+        {"role": "user", "content": place(QUESTION)},
+        {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]},
+    ],
+    "nulls": [
+        {
+            "role": "user",
+            "content": [{"type": "image", "text": None}, {"type": "text", "text": QUESTION}],
+            "tool_calls": None,
+        },
+        {
+            "role": "assistant",
+            "content": [{"type": "text", "text": ANSWER}, {"type": "text", "text": None}],
+            "name": None,
+        },
+    ],
+    "LLaVA": [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": ANSWER}],
+    "other names": [{"role": "Human", "content": QUESTION}, {"role": "model", "content": ANSWER}],
+    "JSON": json.dumps([{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]),
+    "of lists": {"role": ["user", "assistant"], "content": [QUESTION, ANSWER]},
+    "image in the turn": [
+        {"role": "user", "content": [{"type": "image", "image": PNG}, {"type": "text", "text": QUESTION}]},
+        {"role": "assistant", "content": ANSWER},
+    ],
+    "image_url": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(PNG).decode()}},
+                {"type": "text", "text": QUESTION},
+            ],
+        },
+        {"role": "assistant", "content": ANSWER},
+    ],
+    "untyped parts": [
+        {"role": "user", "content": [{"image": PNG}, {"text": QUESTION}]},
+        {"role": "assistant", "content": ANSWER},
+    ],
+}
+
+
+@pytest.fixture
+def collate(make_trainer: MakeTrainer) -> Callable[[list[Row]], dict[str, torch.Tensor]]:
+    """The batch of any rows, by the collator of a trainer of images."""
+    return make_trainer().data_collator  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+@pytest.mark.parametrize("kind", SAME)
+def test_a_conversation_in_any_form_is_the_same_batch(
+    collate: Callable[[list[Row]], Any], kind: str, column: str
+) -> None:
+    expected = collate([{"messages": SAME["text"], "images": [PNG]}])
+    row = {column: SAME[kind], "images": [] if "image" in kind or kind == "untyped parts" else [PNG]}
+    assert_same(collate([row]), expected)
+    other = collate([{**row, "images": row["images"] and [encoded(picture(1))]}])
+    assert torch.equal(other["pixel_values"], expected["pixel_values"]) == (not row["images"])  # control
+
+
+def test_messages_are_labelled_as_prompt_and_completion_are(collate: Callable[[list[Row]], Any]) -> None:
+    turns = SAME["text"]
+    split = collate([{"prompt": turns[:1], "completion": turns[1:], "images": [PNG]}])
+    assert_same(collate([{"messages": turns, "images": [PNG]}]), split)
+
+
+def test_all_turns_are_those_of_plain_sft(make_trainer: MakeTrainer) -> None:
+    rows = [{"messages": SAME["text"], "images": [picture(i)]} for i in range(4)]
+    data = Dataset.from_list(rows).cast_column("images", List(Image()))
+    plain = batch_of(make_trainer(SFTTrainer, train_dataset=data, **IN_ORDER))
+    ours = batch_of(make_trainer(train_dataset=data, **IN_ORDER))
+    assert_same(ours, plain, "input_ids", "attention_mask", "pixel_values")
+    assert not torch.equal(ours["labels"], plain["labels"])
+    assert_same(batch_of(make_trainer(train_dataset=data, answers_only=False, **IN_ORDER)), plain)
+
+
+LONG = [
+    {"role": "system", "content": "be short"},
+    {"role": "user", "content": place("what is it? a cat?")},
+    {"role": "assistant", "content": "no."},
+    {"role": "user", "content": [{"type": "text", "text": "no. and this one?"}, {"type": "image"}]},
+    {"role": "assistant", "content": "a teal rectangle."},
+]
+
+
+def trained_text(processor: Any, batch: Any) -> str:
+    return processor.tokenizer.decode(batch["input_ids"][0][batch["labels"][0] != -100])
+
+
+@pytest.mark.parametrize("splitting", [False, True], ids=["one tile", "tiles"])
+def test_every_answer_of_a_conversation_is_labelled_between_its_images(
+    make_trainer: MakeTrainer, splitting: bool
+) -> None:
+    processor = tiny.make_processor()
+    processor.image_processor.do_image_splitting = splitting
+    processor.image_processor.size = {"longest_edge": 64}
+    collator = make_trainer(processing_class=processor).data_collator
+    batch = collator([{"messages": LONG, "images": [PNG, encoded(picture(1))]}])
+    assert trained_text(processor, batch) == "no.<|im_end|>\na teal rectangle.<|im_end|>\n"
+
+
+def test_a_template_that_marks_its_answers_is_asked(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    marked = tiny.CHATML.replace(
+        "{% if m['content'] is string %}",
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'][0]['text'] }}{% endgeneration %}"
+        "{% elif m['content'] is string %}",
+    )
+    processor = tiny.make_processor()
+    processor.chat_template = processor.tokenizer.chat_template = marked
+    collator = make_trainer(processing_class=processor).data_collator
+    batch = collator([{"messages": LONG, "images": [PNG, encoded(picture(1))]}])
+    assert trained_text(processor, batch) == "no.a teal rectangle."  # as it is marked, without the end of the turn
+
+
+def test_a_template_whose_prefixes_do_not_nest_trains_whole_rows_and_says_so(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    processor = tiny.make_processor()
+    processor.chat_template = processor.tokenizer.chat_template = "{{ messages | length }} " + tiny.CHATML
+    data = Dataset.from_list([{"messages": SAME["text"], "images": [picture(i)]} for i in range(4)])
+    data = data.cast_column("images", List(Image()))
+    batch = batch_of(make_trainer(train_dataset=data, processing_class=processor, max_steps=2))
+    assert QUESTION in trained_text(processor, batch)
+    said = [record.getMessage() for record in caplog.records if "trained on whole" in record.getMessage()]
+    assert len(said) == 1
+    caplog.clear()
+    make_trainer(train_dataset=data)  # control
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("assistant's turns alone" in text for text in said) == 1 and not any(
+        "trained on whole" in t for t in said
+    )
+
+
+def test_a_span_is_found_in_tokens_that_stand_for_an_image() -> None:
+    tokenizer = tiny.make_tokenizer(extra=True)
+    text = "the cat<image>yes. no.<image>yes."
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    ids = [token for token in tokenizer(text)["input_ids"] for _ in range(5 if token == image else 1)]
+    spans = [(text.rindex("yes."), len(text))]
+    trained = trained_tokens(ids, text, spans, tokenizer)
+    assert (
+        trained is not None
+        and tokenizer.decode([t for t, inside in zip(ids, trained, strict=True) if inside]) == "yes."
+    )
+    assert trained_tokens(ids[:-1], text, spans, tokenizer) is None  # control: a token of the span is not there
+
+
+def test_spans_of_a_conversation_without_an_answer_are_none_at_all() -> None:
+    processor = tiny.make_tokenizer(extra=False)
+    assert answer_spans(processor, SAME["text"][:1]) == []
+    ((start, end),) = answer_spans(processor, SAME["text"]) or []
+    assert processor.apply_chat_template(SAME["text"], tokenize=False)[start:end] == ANSWER + "<|im_end|>\n"
+
+
+@pytest.mark.parametrize("images", [False, True], ids=["text", "vision"])
+def test_prompts_and_completions_may_be_texts_or_turns(make_trainer: MakeTrainer, images: bool) -> None:
+    """With an image and no word for it, a text is a question: the chat template places the image."""
+    turns = {"prompt": SAME["text"][:1], "completion": SAME["text"][1:]}
+    forms = [turns, {**turns, "completion": ANSWER}, {**turns, "prompt": QUESTION}]
+    if images:
+        forms += [{"prompt": QUESTION, "completion": ANSWER}]
+    batches = []
+    for form in forms:
+        rows = [{**form, **({"images": [PNG]} if images else {})}] * 4
+        data = Dataset.from_list(rows)
+        if images:
+            data = data.cast_column("images", List(Image()))
+        batches.append(batch_of(make_trainer(train_dataset=data)))
+    plain = (
+        batch_of(make_trainer(SFTTrainer, train_dataset=Dataset.from_list([turns] * 4))) if not images else batches[0]
+    )
+    for batch in batches:
+        assert_same(batch, plain, "input_ids", "labels")
+
+
+def test_a_text_that_names_its_image_is_plain_text_as_in_sft(make_trainer: MakeTrainer) -> None:
+    rows = [{"prompt": "<image>a picture of", "completion": " a cat", "images": [picture(i)]} for i in range(4)]
+    data = Dataset.from_list(rows).cast_column("images", List(Image()))
+    plain = batch_of(make_trainer(SFTTrainer, train_dataset=data, **IN_ORDER))
+    assert_same(batch_of(make_trainer(train_dataset=data, **IN_ORDER)), plain)
+
+
+def refused(row: Row, **options: Any) -> str:
+    with pytest.raises(BadRow) as refusal:
+        as_trl_row(row, "Row 7", **options)
+    assert len(str(refusal.value)) < 600
+    return str(refusal.value)
+
+
+USER = {"role": "user", "content": QUESTION}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"question": "a", "answer": "b"},
+            "Row 7 has the columns answer, question: expected 'messages', 'prompt' and",
+        ),
+        ({"messages": [{"from": "narrator", "value": "x"}]}, "turn 0: expected a 'role' .* found 'narrator'"),
+        ({"messages": [{"speaker": "user", "text": "x"}]}, "found None and the fields \\['speaker', 'text'\\]"),
+        ({"messages": "no turns"}, "expected a list of turns, found the text 'no turns'"),
+        ({"messages": [QUESTION]}, "turn 0: expected {'role', 'content'}"),
+        ({"messages": [{"role": "user", "content": None}]}, "the content of the user's turn is missing"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video", "video": "x"}]}]},
+            "of type text or image, found 'video'",
+        ),
+        ({"messages": [{"from": "human", "value": "<image>?"}], "images": [PNG, PNG]}, "1 places .* and 2 images"),
+        ({"messages": [{"role": "user", "content": place("a")}], "images": []}, "1 places .* and 0 images"),
+        ({"messages": [{"role": "user", "content": "<image> what?"}]}, "its text names 1 images \\('<image>'\\)"),
+        ({"messages": [{"role": "assistant", "content": "x"}], "images": [PNG]}, "0 places .* and 1 images"),
+        ({"prompt": "<image> a", "completion": "b"}, "1 places .* and 0 images"),
+        ({"prompt": [], "completion": "b"}, "empty prompt"),
+        (
+            {"prompt": [USER], "completion": [{"role": "assistant", "content": [{"image": PNG}]}]},
+            "an image in its completion",
+        ),
+        ({"text": "<image> a", "images": []}, "1 places .* and 0 images"),
+        ({"messages": [USER], "images": "a.png"}, "must hold a list of images, found str"),
+        (
+            {"messages": [{"role": "user", "content": [{"image": PNG}]}], "images": [encoded(picture(1))]},
+            "1 images in its turns and others in its image column",
+        ),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_what_cannot_be_told_is_refused_with_the_row(row: Row, message: str) -> None:
+    assert re.search(message, found := refused(row, image_token="<image>")), found
+    assert found.startswith("Row 7")
+
+
+def test_images_named_twice_are_one(collate: Callable[[list[Row]], Any]) -> None:
+    twice = {"messages": SAME["image in the turn"], "images": [picture()]}
+    assert_same(collate([twice]), collate([{"messages": SAME["text"], "images": [PNG]}]))
+
+
+def test_tools_reach_the_template_of_rows_with_images(make_trainer: MakeTrainer) -> None:
+    processor = tiny.make_processor()
+    processor.chat_template = processor.tokenizer.chat_template = (
+        "{% if tools %}{{ tools | length }} tools {% endif %}" + tiny.CHATML
+    )
+    data = Dataset.from_list([{"messages": SAME["text"], "images": [PNG], "tools": '[{"name": "a"}]'}] * 4)
+    batch = batch_of(make_trainer(train_dataset=data.cast_column("images", List(Image())), processing_class=processor))
+    assert processor.tokenizer.decode(batch["input_ids"][0]).startswith("1 tools")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Texts alone
+# --------------------------------------------------------------------------------------------------------------------
+def texts(*conversations: Any, **more: Any) -> Dataset:
+    return Dataset.from_list(
+        [{"messages": turns, **more} for turns in conversations for _ in range(4)], on_mixed_types="use_json"
+    )
+
+
+@pytest.mark.parametrize("kind", ["text", "other names", "JSON", "ShareGPT"])
+def test_texts_in_any_form_are_the_tokens_of_plain_sft(make_trainer: MakeTrainer, kind: str) -> None:
+    sharegpt = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
+    column = "conversations" if kind == "ShareGPT" else "messages"
+    data = Dataset.from_list([{column: sharegpt if kind == "ShareGPT" else SAME[kind]}] * 4)
+    plain = batch_of(make_trainer(SFTTrainer, train_dataset=texts(SAME["text"])))
+    ours = batch_of(make_trainer(train_dataset=data, answers_only=False))
+    assert_same(ours, plain, "input_ids", "labels")
+    split = Dataset.from_list([{"prompt": SAME["text"][:1], "completion": SAME["text"][1:]}] * 4)
+    answers = batch_of(make_trainer(train_dataset=data))
+    assert_same(answers, batch_of(make_trainer(SFTTrainer, train_dataset=split)), "input_ids", "labels")
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["map-style", "stream"])
+def test_a_text_row_that_cannot_be_tokenised_is_named(make_trainer: MakeTrainer, streamed: bool) -> None:
+    data: Any = texts(
+        SAME["text"], [{"role": "user", "content": "<image> in a text"}, {"role": "assistant", "content": "a"}]
+    )
+    data = data.to_iterable_dataset() if streamed else data
+    with pytest.raises(ValueError, match=r"^Row 4: its text names 1 images"):
+        list(make_trainer(train_dataset=data).train_dataset)
+    assert len(list(make_trainer(train_dataset=texts(SAME["text"])).train_dataset)) == 4  # control
+
+
+def test_a_template_that_refuses_a_text_row_names_it(make_trainer: MakeTrainer) -> None:
+    processor = tiny.make_processor()
+    processor.chat_template = processor.tokenizer.chat_template = (
+        "{% if messages | length > 2 %}{{ raise_exception('roles must alternate') }}{% endif %}" + tiny.CHATML
+    )
+    odd = [USER, USER, {"role": "assistant", "content": "a"}]
+    with pytest.raises(ValueError, match=r"^Row 4 cannot be processed \(TemplateError: roles must alternate\)"):
+        make_trainer(train_dataset=texts(SAME["text"], odd), processing_class=processor)
+    split = Dataset.from_list([{"prompt": turns[:-1], "completion": turns[-1:]} for turns in (SAME["text"], odd)])
+    with pytest.raises(ValueError, match=r"^Row 1 cannot be processed \(TemplateError: roles must alternate\)"):
+        make_trainer(train_dataset=split, processing_class=processor)
+
+
+def test_running_text_that_names_an_image_is_refused(make_trainer: MakeTrainer) -> None:
+    rows = [{"text": "the sea is deep."}] * 2 + [{"text": "the <image> shows the sea"}] * 2
+    with pytest.raises(ValueError, match="^Row 2 has 1 places for images .* and 0 images"):
+        make_trainer(train_dataset=Dataset.from_list(rows))
+    image = tiny.make_tokenizer(extra=True).convert_tokens_to_ids("<image>")
+    tokens = Dataset.from_list(
+        [{"input_ids": [5, 6, token, 7], "labels": [5, 6, 7, 8]} for token in (8, 9, 10, image)]
+    )
+    with pytest.raises(ValueError, match="holds the token that stands for an image"):
+        make_trainer(train_dataset=tokens).train()
+    make_trainer(train_dataset=tokens.select(range(3))).train()  # control
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Datasets
+# --------------------------------------------------------------------------------------------------------------------
+def test_a_list_of_rows_is_a_dataset(make_trainer: MakeTrainer) -> None:
+    rows = [{"messages": SAME["text"], "images": [picture(i)], "distill": i > 0} for i in range(4)]
+    listed = batch_of(make_trainer(train_dataset=rows, **IN_ORDER))
+    stored = batch_of(
+        make_trainer(train_dataset=Dataset.from_list(rows).cast_column("images", List(Image())), **IN_ORDER)
+    )
+    assert_same(listed, stored, "input_ids", "labels", "pixel_values", "distill")
+    mixed = [*rows, {"messages": LONG[:1] + SAME["text"], "distill": True}]
+    assert make_trainer(train_dataset=mixed, eval_dataset=mixed).evaluate()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "found an empty list"),
+        ([1], "found list"),
+        ("data.jsonl", "found str"),
+        (DatasetDict(train=tiny.make_dataset(2)), r"Did you mean to select dataset\['train'\]"),
+        ([{"messages": SAME["text"]}, {"question": "x"}], "^Row 1 has the columns question"),
+    ],
+    ids=["empty", "of numbers", "a name", "splits", "a bad row"],
+)
+def test_what_is_no_dataset_is_refused(make_trainer: MakeTrainer, data: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(train_dataset=data)
+
+
+def test_a_format_nobody_knows_is_refused_before_training(make_trainer: MakeTrainer) -> None:
+    rows = Dataset.from_list([{"question": QUESTION, "answer": ANSWER}] * 4)
+    for data in (rows, rows.to_iterable_dataset(), IterableDataset.from_generator(lambda: iter(list(rows)))):
+        with pytest.raises(ValueError, match="^Row 0 has the columns answer, question"):
+            make_trainer(train_dataset=data)
+    with pytest.raises(ValueError, match="^Row 0 of evaluation set 'b' has the columns"):
+        make_trainer(eval_dataset={"a": tiny.make_dataset(4), "b": rows})
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["schema", "no schema"])
+def test_images_in_the_turns_of_a_stream_are_seen(make_trainer: MakeTrainer, known: bool) -> None:
+    rows = [{"messages": SAME["image_url"]}] * 4
+    stored = Dataset.from_list(rows, on_mixed_types="use_json")
+    stream = stored.to_iterable_dataset() if known else IterableDataset.from_generator(lambda: iter(rows))
+    assert_same(
+        batch_of(make_trainer(train_dataset=stream)), make_trainer().data_collator([{**rows[0], "images": []}] * 4)
+    )
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["on images", "on texts"])
+def test_evaluation_sets_of_another_kind_are_measured(make_trainer: MakeTrainer, trained: bool) -> None:
+    vision, language = tiny.make_dataset(4, seed=1), tiny.make_dataset(4, seed=1, images=False)
+    both = {"vision": vision, "language": language}
+    trainer = make_trainer(train_dataset=tiny.make_dataset(8, images=trained), eval_dataset=both)
+    found = trainer.evaluate()
+    assert found["eval_vision_loss"] != found["eval_language_loss"]
+    assert "pixel_values" in next(iter(trainer.get_eval_dataloader("vision")))
+    later = trainer.evaluate(vision)
+    assert later["eval_loss"] == pytest.approx(found["eval_vision_loss"], rel=1e-5)
+    texts_only = make_trainer(train_dataset=language)
+    with pytest.raises(ValueError, match="has images and the training set has none"):
+        texts_only.evaluate(vision)
+    with pytest.raises(ValueError, match="packing and padding_free are for texts alone"):
+        make_trainer(train_dataset=language.remove_columns("distill"), eval_dataset=vision, packing=True)
+
+
+def test_a_stream_counts_a_bad_row_once_however_often_it_is_read(make_trainer: MakeTrainer) -> None:
+    rows = tiny.make_rows(8)
+    rows[3]["completion"] = [{"role": "assistant", "content": ""}]
+    stream = Dataset.from_list(rows).cast_column("images", List(Image())).to_iterable_dataset()
+    trainer = make_trainer(train_dataset=stream, skip_bad_rows=True, max_steps=6, per_device_train_batch_size=7)
+    trainer.train()
+    assert trainer.state.global_step == 6 and dict(trainer.skipped_rows) == {"empty answer": 1}
+
+
+def test_rows_of_a_list_that_are_bad_are_skipped_and_counted(make_trainer: MakeTrainer) -> None:
+    rows = [{"messages": SAME["text"]}] * 4 + [{"messages": [QUESTION]}, {"messages": []}]
+    trainer = make_trainer(train_dataset=rows, skip_bad_rows=True)
+    assert dict(trainer.skipped_rows) == {"not a conversation": 1, "empty answer": 1}
+    assert len(trainer.train_dataset) == 4
+
+
+def test_a_flag_that_may_come_later_is_not_taken_for_absent(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = [{"text": "the sea is deep, wide and full of salt."}] * 70
+    late = IterableDataset.from_generator(lambda: iter([*plain, {**plain[0], "distill": False}]))
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(train_dataset=late)
+    assert trainer.has_distill_column is None and not any("every row is" in r.getMessage() for r in caplog.records)
+    packed = make_trainer(train_dataset=late, packing=True, max_length=64, max_steps=100)
+    with pytest.raises(ValueError, match="packing joins rows"):
+        packed.train()
+    assert make_trainer(train_dataset=Dataset.from_list(plain)).has_distill_column is False  # control
+
+
+def test_messages_and_prompts_share_a_batch(make_trainer: MakeTrainer) -> None:
+    """Rows of a mixture, each with the labels it has alone."""
+    collator = make_trainer().data_collator
+    turns = SAME["text"]
+    rows = [
+        {"messages": turns, "prompt": None, "completion": None, "images": [PNG]},
+        {"messages": None, "prompt": turns[:1], "completion": turns[1:], "images": [PNG]},
+    ]
+    batch = collator(rows)
+    for index in range(2):
+        alone = collator([rows[index]])
+        assert batch["input_ids"][index].tolist() == alone["input_ids"][0].tolist()
+        assert batch["labels"][index].tolist() == alone["labels"][0].tolist()
+    data = Dataset.from_list(
+        [{k: v for k, v in row.items() if k != "images"} for row in rows] * 2,
+        features=Features({"messages": Json(), "prompt": Json(), "completion": Json()}),
+    )
+    assert_same(
+        batch_of(make_trainer(train_dataset=data)),
+        batch_of(make_trainer(train_dataset=texts(turns))),
+        "input_ids",
+        "labels",
+    )
+
+
+def test_rgb_is_left_as_it_is() -> None:
+    image = picture()
+    assert to_rgb(image).tobytes() == image.tobytes()
