@@ -1,0 +1,238 @@
+"""Datasets by name, as people keep them on disk: opened with one flag or none, or refused in a sentence."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from PIL import Image as PILImage
+
+from hf_lingudistill.images import decode_image
+from hf_lingudistill.mixtures import DistillMixtureConfig, DistillSource, load_mixture
+from hf_lingudistill.sources import load_source
+
+Row = dict[str, Any]
+TURNS = [{"role": "user", "content": "what shape?"}, {"role": "assistant", "content": "a circle"}]
+LLAVA = [{"from": "human", "value": "<image>\nwhat shape?"}, {"from": "gpt", "value": "a circle"}]
+
+
+def picture(seed: int = 0) -> PILImage.Image:
+    return PILImage.fromarray(np.random.default_rng(seed).integers(0, 255, (12, 12, 3), dtype=np.uint8))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two pictures in `data/pictures`, and a working directory that is another one, with another picture of that name."""
+    pictures = tmp_path / "data" / "pictures"
+    pictures.mkdir(parents=True)
+    picture(0).save(pictures / "a.png")
+    picture(1).save(pictures / "b.png")
+    (tmp_path / "cwd").mkdir()
+    picture(7).save(tmp_path / "cwd" / "c.png")
+    monkeypatch.chdir(tmp_path / "cwd")
+    return tmp_path / "data"
+
+
+def opened(path: Path | str, *, streaming: bool = False, image_folder: str | None = None, **fields: Any) -> list[Row]:
+    return list(load_source(DistillSource(path=str(path), **fields), streaming=streaming, image_folder=image_folder))
+
+
+def seeds(rows: list[Row], column: str = "images") -> list[int | None]:
+    """Which pictures the rows hold."""
+    known = {picture(seed).tobytes(): seed for seed in (0, 1, 7)}
+    values = [value for row in rows for value in (row[column] if isinstance(row[column], list) else [row[column]])]
+    return [known.get(decode_image(value).tobytes()) for value in values]
+
+
+def lines(path: Path, rows: list[Row], *, end: str = "\n", start: bytes = b"") -> Path:
+    path.write_bytes(start + "".join(json.dumps(row) + end for row in rows).encode())
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["dataset", "stream"])
+@pytest.mark.parametrize("column", ["images", "image"])
+def test_paths_of_images_begin_at_the_file(elsewhere: Path, column: str, streaming: bool) -> None:
+    names = [
+        "pictures/a.png",
+        str(elsewhere / "pictures" / "b.png"),
+        "c.png",
+    ]  # relative, absolute, and to the start of the run
+    rows = [{"messages": TURNS, column: [name] if column == "images" else name} for name in names]
+    file = lines(elsewhere / "rows.jsonl", rows)
+    for path, more in ((file, {}), (elsewhere, {}), ("json", {"data_files": str(file)})):
+        assert seeds(opened(path, streaming=streaming, **more), column) == [0, 1, 7]
+
+
+def test_an_image_folder_comes_first(elsewhere: Path) -> None:
+    file = lines(elsewhere / "rows.jsonl", [{"messages": TURNS, "images": ["a.png"]}])
+    with pytest.raises(ValueError, match="cannot be read"):
+        seeds(opened(file))
+    assert seeds(opened(file, image_folder=str(elsewhere / "pictures"))) == [0]
+    mixture = DistillMixtureConfig(datasets=[{"path": str(file), "data_dir": str(elsewhere / "pictures")}])
+    assert seeds(list(load_mixture(mixture)["train"])) == [0]
+
+
+def test_paths_in_the_turns_of_a_conversation_begin_at_the_file_too(elsewhere: Path) -> None:
+    content = [{"type": "image", "image": "pictures/a.png"}, {"type": "text", "text": "pictures/b.png"}]
+    file = lines(elsewhere / "rows.jsonl", [{"messages": [{"role": "user", "content": content}, TURNS[1]]}] * 2)
+    (first, second), _ = (row["messages"][0]["content"] for row in opened(file))
+    assert decode_image(first["image"]).tobytes() == picture(0).tobytes() and second["text"] == "pictures/b.png"
+
+
+@pytest.mark.parametrize(
+    ("end", "start"),
+    [("\n", b""), ("\r\n", b""), ("\n", b"\xef\xbb\xbf"), ("\r\n", b"\xef\xbb\xbf")],
+    ids=["unix", "dos", "bom", "both"],
+)
+def test_json_lines_from_any_system(elsewhere: Path, end: str, start: bytes) -> None:
+    file = lines(elsewhere / "rows.jsonl", [{"messages": TURNS, "id": i} for i in range(3)], end=end, start=start)
+    assert [row["id"] for row in opened(file)] == [0, 1, 2]
+
+
+def test_a_llava_file_is_a_list_of_rows_some_without_an_image(elsewhere: Path) -> None:
+    rows = [
+        {"id": "0", "image": "pictures/a.png", "conversations": LLAVA},
+        {"id": 1, "conversations": [{"from": "human", "value": "hello"}, LLAVA[1]]},
+    ]
+    (elsewhere / "llava.json").write_text(json.dumps(rows))
+    found = opened(elsewhere / "llava.json")
+    assert seeds(found[:1], "image") == [0] and found[1]["image"] is None
+    mixture = DistillMixtureConfig(datasets=[{"path": str(elsewhere / "llava.json")}])
+    assert [len(row["images"]) for row in load_mixture(mixture)["train"]] == [1, 0]
+
+
+def test_tables_of_every_kind(elsewhere: Path) -> None:
+    data = Dataset.from_list([{"prompt": "a", "completion": "b"}] * 3)
+    data.to_parquet(elsewhere / "rows.parquet")
+    data.to_csv(elsewhere / "rows.csv", index=False)
+    data.to_json(elsewhere / "rows.jsonl.gz", compression="gzip")
+    for name in ("rows.parquet", "rows.csv", "rows.jsonl.gz"):
+        assert opened(elsewhere / name) == list(data)
+
+
+def test_parquet_with_the_bytes_of_images(elsewhere: Path) -> None:
+    buffer = io.BytesIO()
+    picture().save(buffer, "PNG")
+    features = Features({"images": List(Image()), "prompt": Value("string"), "completion": Value("string")})
+    row = {"images": [{"bytes": buffer.getvalue(), "path": None}], "prompt": "a", "completion": "b"}
+    Dataset.from_list([row], features=features).to_parquet(elsewhere / "rows.parquet")
+    assert seeds(opened(elsewhere / "rows.parquet")) == [0]
+    text = base64.b64encode(buffer.getvalue()).decode()
+    file = lines(elsewhere / "rows.jsonl", [{"messages": TURNS, "images": [text, "data:image/png;base64," + text]}])
+    assert seeds(opened(file)) == [0, 0]
+
+
+def test_a_folder_of_images_with_their_rows(elsewhere: Path) -> None:
+    lines(
+        elsewhere / "pictures" / "metadata.jsonl",
+        [{"file_name": f"{name}.png", "prompt": "x", "completion": name} for name in "ab"],
+    )
+    rows = opened(elsewhere / "pictures")
+    assert seeds(rows, "image") == [{"a": 0, "b": 1}[row["completion"]] for row in rows] and len(rows) == 2
+
+
+def test_images_beside_a_table_are_not_taken_for_its_rows(elsewhere: Path) -> None:
+    lines(elsewhere / "train.jsonl", [{"messages": TURNS, "images": ["pictures/a.png"]}])
+    lines(elsewhere / "validation.jsonl", [{"messages": TURNS, "images": ["pictures/b.png"]}])
+    assert seeds(opened(elsewhere)) == [0] and seeds(opened(elsewhere, split="validation")) == [1]
+
+
+def refused(path: Path | str, **fields: Any) -> str:
+    with pytest.raises(ValueError) as refusal:
+        opened(path, **fields)
+    message = str(refusal.value)
+    assert len(message) < 600 and "\n" not in message and message.startswith(f"{path}: ")
+    return message
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["dataset", "stream"])
+def test_a_split_that_is_not_there_is_named_with_those_that_are(elsewhere: Path, streaming: bool) -> None:
+    lines(elsewhere / "validation.jsonl", [{"messages": TURNS}])
+    sentence = "has no split 'train', found ['validation']: pass --dataset_train_split validation"
+    assert sentence in refused(elsewhere, streaming=streaming)
+    assert len(opened(elsewhere, split="validation", streaming=streaming)) == 1
+    DatasetDict(validation=Dataset.from_list([{"messages": TURNS}])).save_to_disk(elsewhere / "saved")
+    assert sentence in refused(elsewhere / "saved", streaming=streaming)
+    # a single file is for training: evaluation must not read it by accident
+    assert "has no split 'test', found ['train']" in refused(
+        elsewhere / "validation.jsonl", split="test", streaming=streaming
+    )
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["dataset", "stream"])
+def test_what_cannot_be_read_is_one_sentence(elsewhere: Path, streaming: bool) -> None:
+    (elsewhere / "empty.jsonl").write_text("")
+    (elsewhere / "broken.jsonl").write_text('{"messages": [' + "x" * 90_000 + "\n")
+    (elsewhere / "rows.docx").write_text("x")
+    (elsewhere / "broken.parquet").write_bytes(b"PAR1" + b"x" * 100)
+    for name in ("empty.jsonl", "broken.jsonl", "broken.parquet"):
+        assert "cannot be read (" in refused(elsewhere / name, streaming=streaming)
+    assert "expected one of .json, .jsonl" in refused(elsewhere / "rows.docx", streaming=streaming)
+    assert "no such file or folder" in refused(elsewhere / "nowhere", streaming=streaming)
+    assert "no such file or folder" in refused("some-org/no-such-dataset", streaming=streaming)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Mixtures
+# --------------------------------------------------------------------------------------------------------------------
+PARTS = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what shape?"}]}, TURNS[1]]
+SOURCES: dict[str, Row] = {
+    "texts": {"id": 1, "messages": TURNS},
+    "parts": {"id": "one", "messages": PARTS, "images": ["pictures/a.png"]},
+    "LLaVA": {"id": "2", "conversations": LLAVA, "image": "pictures/a.png"},
+    "pairs": {"prompt": "what shape?", "completion": "a circle"},
+    "turns": {"prompt": TURNS[:1], "completion": TURNS[1:], "images": ["pictures/a.png"], "distill": True},
+    "in the turn": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": "pictures/a.png"}, {"type": "text", "text": "what shape?"}],
+            },
+            TURNS[1],
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["datasets", "streams"])
+def test_sources_of_any_schemas_mix_and_train_together(elsewhere: Path, streaming: bool, make_trainer: Any) -> None:
+    sources = [
+        {"path": str(lines(elsewhere / f"{index}.jsonl", [row] * 2)), "distill": index > 0}
+        for index, row in enumerate(SOURCES.values())
+    ]
+    mixed = load_mixture(DistillMixtureConfig(datasets=sources, streaming=streaming))["train"]
+    rows = list(mixed)
+    assert [row["distill"] for row in rows] == [False] * 2 + [True] * 10
+    assert [len(row["images"]) for row in rows] == [0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1]
+    assert seeds([row for row in rows if row["images"]]) == [0] * 8
+    trainer = make_trainer(train_dataset=mixed, train_sampling_strategy="sequential", per_device_train_batch_size=12)
+    batch = next(iter(trainer.get_train_dataloader()))
+    # each as it is alone, and all that show the picture alike
+    collator = make_trainer().data_collator
+    for index, (name, row) in enumerate(SOURCES.items()):
+        row = {"images": [], **row}
+        row["images"] = [decode_image(str(elsewhere / "pictures" / "a.png"))] if name not in ("texts", "pairs") else []
+        if name == "in the turn":
+            row["messages"] = PARTS
+        alone = collator([{k: v for k, v in row.items() if k != "image"}])
+        length = alone["input_ids"].shape[1]
+        for at in (2 * index, 2 * index + 1):
+            assert batch["input_ids"][at, :length].tolist() == alone["input_ids"][0].tolist(), name
+            assert batch["labels"][at, :length].tolist() == alone["labels"][0].tolist(), name
+    trainer.train()
+
+
+def test_a_schema_that_sources_share_stays_as_it_is(elsewhere: Path) -> None:
+    first, second = (lines(elsewhere / f"{i}.jsonl", [{"messages": TURNS, "id": i}]) for i in range(2))
+    mixed = load_mixture(DistillMixtureConfig(datasets=[{"path": str(first)}, {"path": str(second)}]))["train"]
+    assert mixed.features["messages"] == Dataset.from_list([{"messages": TURNS}]).features["messages"]
+    assert mixed["id"] == [0, 1]
+    text = lines(elsewhere / "2.jsonl", [{"messages": TURNS, "id": "two"}])
+    mixed = load_mixture(DistillMixtureConfig(datasets=[{"path": str(first)}, {"path": str(text)}]))["train"]
+    assert set(mixed.column_names) == {"messages", "distill"}
