@@ -130,12 +130,10 @@ def _why(error: BaseException, source: DatasetConfig) -> str:
         return _no_split(source, re.findall(r"[\w.-]+", splits[1])) + "."
     if len(text) > 300:
         text = text[:297] + "..."
-    if (
-        not Path(source.path).exists()
-        and not source.data_files
-        and type(error).__module__.startswith(("datasets", "hu"))
-    ):
-        return f"no such file or folder here, and it cannot be read from the Hub ({type(error).__name__}: {text})."
+    missing = isinstance(error, OSError) or type(error).__module__.startswith(("datasets", "huggingface_hub"))
+    if missing and not source.data_files and not Path(source.path).exists():
+        where = "" if os.path.isabs(source.path) else " here, and it cannot be read from the Hub"
+        return f"no such file or folder{where} ({type(error).__name__}: {text})."
     return f"cannot be read ({type(error).__name__}: {text})."
 
 

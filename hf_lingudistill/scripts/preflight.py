@@ -84,7 +84,7 @@ def check_run(
         raise ValueError("No student: pass --student (a VLM's Hub id or folder), or --demo to run the embedded demo.")
     if not (mixture.datasets or script_args.dataset_name):
         raise ValueError(
-            "No data: pass --dataset_name (Hub id or folder), or list sources under `datasets:` in a recipe."
+            "No data: pass --dataset_name (a file, a folder or a Hub id), or list sources under `datasets:` in a recipe."
         )
     if config.max_steps < 0 and config.num_train_epochs <= 0:
         raise ValueError(
