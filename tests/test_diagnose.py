@@ -23,10 +23,11 @@ from planning import prepare_teacher
 
 from hf_lingudistill._internals import decoder_of
 from hf_lingudistill.cli import main
+from hf_lingudistill.config import LinguDistillConfig
 from hf_lingudistill.labs.diagnose import Prompts, as_text, diagnose, load_prompts, write_report
 from hf_lingudistill.labs.diagnose.measure import READERS, Reading, measure, read
 from hf_lingudistill.labs.diagnose.prompts import Prompt
-from hf_lingudistill.labs.diagnose.recommend import Recommendation, recommend
+from hf_lingudistill.labs.diagnose.recommend import Recommendation, default_mode, recommend, rule
 from hf_lingudistill.labs.diagnose.run import _keep_pictures_whole
 from hf_lingudistill.labs.diagnose.states import STATES, recording_own
 from hf_lingudistill.labs.evaluation.models import Scored, load_scored
@@ -316,17 +317,26 @@ def test_a_rerun_gives_the_same_report(drifted: Path, original: Path, some_promp
 # --------------------------------------------------------------------------------------------------------------------
 # The rule
 # --------------------------------------------------------------------------------------------------------------------
-def made_up(student: float = 3.0, *, n: int = 20, spread: float = 0.0, **modes: float) -> dict[str, Any]:
-    """Items of each reader: nats per token, 10 tokens a prompt; with `spread`, every other prompt is that much off."""
+def made_up(
+    student: float = 3.0, *, n: int = 20, spread: float = 0.0, tokens: int = 30, **modes: float
+) -> dict[str, Any]:
+    """Items of each reader: nats per token, so many tokens per prompt; with `spread`, every other prompt is that much off."""
     means = dict.fromkeys(READERS, 2.0) | {"student": student} | modes
     return {
-        reader: {str(i): (10 * (mean + (spread * (-1) ** i if reader != "prompt" else 0.0)), 10.0) for i in range(n)}
+        reader: {
+            f"{tokens}-{i}": (tokens * (mean + (spread * (-1) ** i if reader != "prompt" else 0.0)), float(tokens))
+            for i in range(n)
+        }
         for reader, mean in means.items()
     }
 
 
-def decide(drifted: bool = True, **conditions: Any) -> Recommendation:
-    return recommend(conditions, drifted=drifted, bootstrap=Bootstrap(resamples=500))
+def both(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    return {reader: first[reader] | second[reader] for reader in first}
+
+
+def decide(drifted: bool = True, default: str = "prompt", **conditions: Any) -> Recommendation:
+    return recommend(conditions, drifted=drifted, bootstrap=Bootstrap(resamples=500), default=default)
 
 
 @pytest.mark.parametrize(
@@ -355,18 +365,41 @@ def test_the_rule(conditions: dict[str, Any], mode: str, decided_by: str) -> Non
     assert (found.mode, found.condition) == (mode, decided_by)
 
 
-def test_the_reason_names_the_numbers() -> None:
+def test_the_reason_names_the_loss_of_every_mode() -> None:
     assert decide(about=made_up(vision=1.8)).reason == (
-        "On 20 prompts (answer about an image) the teacher's perplexity is 7.39 with prompt and 6.05 with vision (the better of full "
-        "and vision): -0.200 nats per token, 95 % interval -0.200 to -0.200. So vision: it is lower by more than the interval."
+        "The teacher's loss on 20 answers of at least 24 tokens (answer about an image), nats per token: full 2.000, prompt 2.000, "
+        "vision 1.800, none 2.000. vision against prompt: -0.200, 95 % interval -0.200 to -0.200. So vision: it is lower by more than "
+        "the interval."
     )
-    assert decide(text=made_up(none=1.9, spread=1.0)).reason.endswith(
-        "A tie, which goes to prompt: it computes least."
-    )
-    assert decide(text=made_up(none=1.0, n=5)).reason.endswith(
-        "Fewer than 6 prompts cannot tell the two apart, so prompt: it computes least."
-    )
-    assert decide(text=made_up(none=2.5)).reason.endswith("So prompt: it is no higher, and computes least.")
+    tie = decide(text=made_up(none=1.9, spread=1.0)).reason
+    assert tie.endswith("A tie, which goes to prompt, the default.")
+    few = decide(text=made_up(none=1.0, n=5)).reason
+    assert few.endswith("Fewer than 6 prompts cannot tell the two apart, so prompt, the default.")
+    assert decide(text=made_up(none=2.5)).reason.endswith("So prompt, the default: it is no higher.")
+
+
+def test_long_answers_decide_where_there_are_enough_of_them() -> None:
+    short = made_up(vision=1.0, tokens=5, n=40)
+    found = decide(about=both(short, made_up(full=1.8)))
+    assert (found.mode, "20 answers of at least 24 tokens" in found.reason) == ("full", True)
+    few = decide(about=both(short, made_up(full=1.8, n=5)))
+    assert (few.mode, "on 45 answers (" in few.reason) == ("vision", True)
+    # a condition with long answers comes before one without
+    assert decide(about=short, behind=made_up(full=1.8)).condition == "behind"
+
+
+@pytest.mark.parametrize("default", ["full", "prompt", "vision"])
+def test_ties_go_to_the_trainers_default_whatever_it_is(default: str) -> None:
+    assert decide(default=default, about=made_up()).mode == default
+    better = next(mode for mode in ("prompt", "vision") if mode != default)
+    assert decide(default=default, about=made_up(**{better: 1.8})).mode == better
+    assert default_mode() == LinguDistillConfig(output_dir="unused", use_cpu=True, bf16=False).kv_sharing
+    assert recommend({"about": made_up()}, drifted=True, bootstrap=Bootstrap(resamples=50)).mode == default_mode()
+
+
+def test_the_documentation_states_the_rule_that_is_applied() -> None:
+    document = " ".join((RESULTS.parents[1] / "diagnose.md").read_text().split())
+    assert rule(default_mode()) in document
 
 
 def test_the_notes_say_what_the_teacher_is_good_for() -> None:
@@ -533,7 +566,6 @@ def test_the_documents_sentences_are_those_of_the_result_files() -> None:
         f"are {hidden(before, 0):.2f} away after layer 0 and {hidden(before, -1):.2f} after layer 29",
         f"mean distance over layers {mean(before):.4f} before, {mean(after):.4f} after",
         f"answers about an image: {hidden(before, -1):.2f} before, {hidden(after, -1):.2f} after",
-        before["recommendation"]["rule"],
     ):
         assert sentence in document
 
@@ -575,7 +607,7 @@ def test_the_command_prints_text_or_json_and_writes_files(
     text, _ = capsys.readouterr()
     assert "Prompts: own.txt, behind drawn pictures (1 x text, no image, 1 x text behind an image)" in text
     assert max(map(len, text.splitlines())) <= 110
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if not p.name.startswith(".")) == [
         "drift.json",
         "drift.png",
         "drift.svg",
@@ -610,7 +642,10 @@ def test_without_matplotlib_all_but_the_plot_is_written(
         "cpu",
     ]
     assert main([*command, "--dtype", "bfloat16", "--output_dir", str(tmp_path / "out")]) == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["drift.json", "drift.txt"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if not p.name.startswith(".")) == [
+        "drift.json",
+        "drift.txt",
+    ]
     out, err = capsys.readouterr()
     assert "No plot: it needs matplotlib; run `pip install 'hf_lingudistill[eval]'`." in err
     assert "bfloat16" in out

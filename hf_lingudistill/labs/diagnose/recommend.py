@@ -1,26 +1,41 @@
-"""Which sharing mode a drift report recommends, and why: one rule over perplexities, with no model in sight."""
+"""Which sharing mode a drift report recommends, and why: one rule over the teacher's loss by mode, with no model in sight.
+
+The trainer's own default wins ties, whatever it is: what `diagnose` says and what the trainer does are one voice.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ...config import LinguDistillConfig
+from ...sharing import MODES
 from ..statistics import Bootstrap, Items
 from .prompts import CONDITIONS
 
-RULE = (
-    "With images: prompt, unless full or vision has a lower teacher perplexity on the answers (those about an image, "
-    "or else those behind one) by more than the 95 % interval of the paired difference. Without images: prompt, "
-    "unless none is lower by more than that. A difference below 0.001 nats per token, or on fewer than 6 prompts, is "
-    "a tie. prompt wins ties because it computes least; with images, none is no candidate because its teacher does "
-    "not see them."
-)
 SAME = 1e-3  # nats per token; below it, two modes differ by rounding
 FEWEST = 6  # prompts; five that all agree do so by chance more often than in one of twenty cases
-SEEING: tuple[str, ...] = ("full", "vision")
-BLIND: tuple[str, ...] = ("none",)
+LONG = 24  # tokens of an answer; of shorter ones most is decided by the image, which no teacher of language can judge
+
+
+def default_mode() -> str:
+    """The `kv_sharing` of a config in which none is named."""
+    found = {field.name: field.default for field in dataclasses.fields(LinguDistillConfig)}
+    return str(found["kv_sharing"])
+
+
+def rule(default: str) -> str:
+    """The rule in words."""
+    return (
+        f"The teacher's loss on the answers decides, by mode: on those of at least {LONG} tokens where there are {FEWEST} of them, and on "
+        f"answers about an image, or else behind one, or else without. {default}, the trainer's default, unless another mode's loss is "
+        f"lower by more than the 95 % interval of the paired difference. A difference below {SAME:g} nats per token, or on fewer than "
+        f"{FEWEST} prompts, is a tie. With images, none is no candidate because its teacher does not see them; without images, modes "
+        "other than none and the default are none."
+    )
 
 
 @dataclass(frozen=True)
@@ -33,28 +48,53 @@ class Recommendation:
     notes: tuple[str, ...]
 
 
-def recommend(perplexity: Mapping[str, Mapping[str, Items]], *, drifted: bool, bootstrap: Bootstrap) -> Recommendation:
-    """Apply `RULE`.
+def recommend(
+    perplexity: Mapping[str, Mapping[str, Items]],
+    *,
+    drifted: bool,
+    bootstrap: Bootstrap,
+    default: str | None = None,
+) -> Recommendation:
+    """Apply `rule`.
 
     Args:
         perplexity: condition -> reader (`student`, or a sharing mode) -> Items (nats, tokens) by prompt.
         drifted: whether the weights have moved at all.
+        default: the mode that wins ties; default: the trainer's.
 
     Raises:
         ValueError: without any prompt.
     """
+    default = default or default_mode()
     present = [name for name in ("about", "behind", "text") if perplexity.get(name)]
     if not present:
         raise ValueError("No prompt was measured: a recommendation needs at least one.")
-    seen = [name for name in present if name != "text" and len(perplexity[name]["prompt"]) >= FEWEST]
-    condition = (seen or present)[0]
-    items = perplexity[condition]
-    rivals = BLIND if condition == "text" else SEEING
-    gains = {mode: bootstrap.difference(items[mode], items["prompt"]) for mode in rivals}
-    best = min(rivals, key=lambda mode: gains[mode]["value"])
-    mode: str = best if tell(gains[best]) == "lower" else "prompt"
-    reason = _reason(items, best, gains[best], condition, bootstrap)
+    long = {name: _long(perplexity[name]) for name in present}
+    seen = [name for name in present if name != "text"]
+    several = [name for name in seen if len(long[name]["student"]) >= FEWEST]
+    several += [name for name in seen if len(perplexity[name]["student"]) >= FEWEST]
+    condition = (several or present)[0]
+    enough = len(long[condition]["student"]) >= FEWEST
+    items = long[condition] if enough else perplexity[condition]
+    rivals = [mode for mode in items if mode in MODES and mode != default and _candidate(mode, condition)]
+    gains = {mode: bootstrap.difference(items[mode], items[default]) for mode in rivals}
+    best = min(rivals, key=lambda mode: gains[mode]["value"]) if rivals else default
+    mode = best if rivals and tell(gains[best]) == "lower" else default
+    told = _losses(items, condition, enough, bootstrap)
+    reason = (
+        f"{told} {_reason(gains[best], best, default) if rivals else f'So {default}: there is no other to choose.'}"
+    )
     return Recommendation(mode, condition, reason, _notes(perplexity, mode, drifted, bootstrap))
+
+
+def _long(items: Mapping[str, Items]) -> dict[str, Items]:
+    kept = [key for key, (_, tokens) in items["student"].items() if tokens >= LONG]
+    return {reader: {key: of[key] for key in kept} for reader, of in items.items()}
+
+
+def _candidate(mode: str, condition: str) -> bool:
+    """With images, the modes whose teacher sees them; without, the original alone."""
+    return MODES[mode].reads_student if condition != "text" else not MODES[mode].reads_student
 
 
 def tell(difference: Mapping[str, Any]) -> Literal["lower", "higher", "tie"]:
@@ -64,22 +104,25 @@ def tell(difference: Mapping[str, Any]) -> Literal["lower", "higher", "tie"]:
     return "higher" if difference["n"] >= FEWEST and difference["low"] > SAME else "tie"
 
 
-def _reason(
-    items: Mapping[str, Items], best: str, gain: Mapping[str, Any], condition: str, bootstrap: Bootstrap
-) -> str:
-    ours, theirs = (_perplexity(items[mode], bootstrap) for mode in ("prompt", best))
-    rival = "none" if condition == "text" else f"{best} (the better of full and vision)"
+def _losses(items: Mapping[str, Items], condition: str, long: bool, bootstrap: Bootstrap) -> str:
+    """What was measured, by mode."""
+    losses = ", ".join(f"{mode} {bootstrap.score(of)['value']:.3f}" for mode, of in items.items() if mode in MODES)
+    count = len(items["student"])
+    kind = f"{count} answers of at least {LONG} tokens" if long else f"{count} answers"
+    return f"The teacher's loss on {kind} ({CONDITIONS[condition]}), nats per token: {losses}."
+
+
+def _reason(gain: Mapping[str, Any], best: str, default: str) -> str:
     compared = (
-        f"On {gain['n']} prompts ({CONDITIONS[condition]}) the teacher's perplexity is {ours} with prompt and {theirs} with {rival}: "
-        f"{gain['value']:+.3f} nats per token, 95 % interval {gain['low']:+.3f} to {gain['high']:+.3f}."
+        f"{best} against {default}: {gain['value']:+.3f}, 95 % interval {gain['low']:+.3f} to {gain['high']:+.3f}."
     )
     if gain["n"] < FEWEST:
-        return f"{compared} Fewer than {FEWEST} prompts cannot tell the two apart, so prompt: it computes least."
+        return f"{compared} Fewer than {FEWEST} prompts cannot tell the two apart, so {default}, the default."
     if tell(gain) == "lower":
         return f"{compared} So {best}: it is lower by more than the interval."
     if gain["value"] < -SAME:
-        return f"{compared} A tie, which goes to prompt: it computes least."
-    return f"{compared} So prompt: it is no higher, and computes least."
+        return f"{compared} A tie, which goes to {default}, the default."
+    return f"{compared} So {default}, the default: it is no higher."
 
 
 def _notes(
@@ -94,7 +137,8 @@ def _notes(
     if seen and tell(bootstrap.difference(seen["none"], seen[mode])) == "lower":
         notes.append(
             f"About images, a teacher that sees nothing reads better still (none: {_perplexity(seen['none'], bootstrap)}): what it "
-            "takes from the student's image costs it more than it tells. Try none as well, as a baseline."
+            "takes from the student's image costs it more than it tells, as with a tower that was not aligned with the LM first. Try "
+            "none as well, as a baseline."
         )
     return tuple(notes)
 

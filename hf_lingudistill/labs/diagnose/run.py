@@ -20,7 +20,7 @@ from ..evaluation.models import Scored, describe, load_scored
 from ..statistics import Bootstrap, Items
 from .measure import READERS, Measured, measure
 from .prompts import CONDITIONS, Prompts, load_prompts
-from .recommend import RULE, recommend
+from .recommend import default_mode, recommend, rule
 from .states import STATES
 from .weights import weight_drift
 
@@ -81,7 +81,7 @@ def diagnose(
         "states": {condition: _states(measured, condition) for condition in items},
         "perplexity": {condition: _perplexity(part, bootstrap) for condition, part in items.items()},
         "language_lost": _language_lost(items, bootstrap),
-        "recommendation": asdict(found) | {"rule": RULE},
+        "recommendation": asdict(found) | {"rule": rule(default_mode())},
         "settings": {"max_answer_tokens": max_answer_tokens, "resamples": bootstrap.resamples, "seed": seed},
         "machine": _machine(),
         "seconds": round(time.perf_counter() - started, 1),
