@@ -167,6 +167,23 @@ def test_the_recipe_runs_from_end_to_end_and_goes_on_where_it_was(
     )
 
 
+def test_every_sharing_mode_is_read_and_none_is_the_blind_one(place: stages.Place) -> None:
+    from modes import MODES
+
+    reproduce.modes(place, "aligned", "severe", 0)
+    reproduce.modes(place, "aligned", "no", 0)
+    drifted, whole = (
+        json.loads((place.out / "modes" / f"aligned-{kind}-0.json").read_text()) for kind in ("severe", "no")
+    )
+    assert set(drifted["readers"]) == {"student", *MODES}
+    assert drifted["n"] == 6 and drifted["tokens"] > 6
+    # What the teacher reads by itself does not depend on the student's drift; what it is given does
+    assert drifted["readers"]["none"] == pytest.approx(whole["readers"]["none"], abs=2e-3)
+    assert drifted["readers"]["full"]["all"] != pytest.approx(whole["readers"]["full"]["all"], abs=2e-3)
+    # An undrifted student is the original: sharing all of its keys and values makes the teacher say what it says
+    assert whole["readers"]["full"] == pytest.approx(whole["readers"]["student"], abs=2e-3)
+
+
 @pytest.mark.parametrize("name", ["polished", "joint"])
 def test_towers_move_what_they_should(place: stages.Place, name: str) -> None:
     import torch
@@ -188,9 +205,9 @@ def test_towers_move_what_they_should(place: stages.Place, name: str) -> None:
 def write_results(
     folder: Path, scores: dict[str, tuple[float, float, float]], seed: int = 0, drift: str = "severe"
 ) -> None:
-    """{arm: (text_kl, naming_seen, seconds)}."""
+    """{arm: (text_kl, naming_seen, seconds)}, into folder/results."""
     for arm, (kl, naming, seconds) in scores.items():
-        path = folder / "aligned" / "P" / drift / str(seed) / f"{arm}.json"
+        path = folder / "results" / "aligned" / "P" / drift / str(seed) / f"{arm}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         result = {"text_kl": kl, "image_kl": kl, "naming_seen": naming, "seconds": seconds}
         path.write_text(json.dumps(result))
@@ -229,16 +246,16 @@ def test_the_rule_chooses_the_decisive_arms_and_waits_for_the_whole_screen(tmp_p
         "caption": (0.1, 0.9, 9.0),
     }
     write_results(tmp_path, {arm: score for arm, score in scores.items() if arm != "inputs"})
-    assert summary.decisive(tmp_path, recipe) == []
+    assert summary.decisive(tmp_path / "results", recipe) == []
     write_results(tmp_path, scores)
-    chosen = summary.decisive(tmp_path, recipe)
+    chosen = summary.decisive(tmp_path / "results", recipe)
     # `full` lost its names, `caption` is told what no one can know
     assert chosen[:6] == ["before", "ce", "none", "caption", "interpolate_05", "vision"]
     assert len(chosen) == 7 or len(chosen) == 8
     assert recipe["arms"][chosen[6]]["args"]["distill_tokens"] == "confident"
     # a tie within 0.02 nats goes to the cheaper arm
     write_results(tmp_path, {"prompt": (0.305, 0.80, 8.0)})
-    assert summary.decisive(tmp_path, recipe)[5] == "prompt"
+    assert summary.decisive(tmp_path / "results", recipe)[5] == "prompt"
 
 
 def test_the_recipe_names_arms_towers_and_regimes_that_exist() -> None:

@@ -53,16 +53,17 @@ class Measures:
         settings: Mapping[str, Any],
         original: Path,
         answers: Path,
+        names: Sequence[str] = ("test_texts", "test_images"),
     ) -> None:
         self.world = world
         # fp32, whatever models are measured in: the original is what all are held against
         scored = load_scored("original", str(original), dtype=torch.float32)
-        self.references = {
-            name: Reference.of(
-                scored, [one.question for one in sets[name]], answers_of(name, sets[name], settings, answers)
-            )
-            for name in ("test_texts", "test_images")
-        }
+        self.references = {}
+        for name in names:
+            written = answers_of(name, sets[name], settings, answers)
+            if written is None:
+                raise RuntimeError(f"{answers / name}.jsonl is not whole: run `reproduce.py answers` first.")
+            self.references[name] = Reference.of(scored, [one.question for one in sets[name]], written)
         self.depends = dependence(self.references["test_images"], scored)
 
     def of(self, path: Path) -> dict[str, Any]:

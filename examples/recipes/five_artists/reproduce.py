@@ -8,6 +8,7 @@ or step by step, each of which skips what is done:
     python examples/recipes/five_artists/reproduce.py answers              # the original's long answers, and the tests'
     python examples/recipes/five_artists/reproduce.py tower aligned
     python examples/recipes/five_artists/reproduce.py drift aligned severe 0
+    python examples/recipes/five_artists/reproduce.py modes aligned severe 0        # what each sharing mode gives its teacher
     python examples/recipes/five_artists/reproduce.py arms aligned P severe 0 ce none vision
     python examples/recipes/five_artists/reproduce.py seeds                # the decisive arms, five seeds, two drifts
     python examples/recipes/five_artists/reproduce.py report               # results/summary.json from whatever is done
@@ -40,6 +41,7 @@ sys.path[:0] = [str(HERE), str(ROOT / "examples" / "baselines")]
 
 import summary  # noqa: E402
 from stages import Place, answers, drift, is_done, tower  # noqa: E402
+from world_rows import CUT, SETS, answers_of, ask, training_rows  # noqa: E402
 
 Run = tuple[str, str, str, int, list[str]]  # tower, regime, drift, seed, arms
 
@@ -70,9 +72,9 @@ def arms(place: Place, run: Run) -> None:
     if not todo:
         return
     drift(place, tower_name, kind, seed)
-    answers(place)
+    needs_text = any(rows_per_step(place, regime, name)["text"] for name in todo)
+    answers(place, SETS if needs_text else SETS[:-1])
     from measure import Measures
-    from world_rows import ask
 
     sets = ask(place.world(), place.settings["answers"])
     measures = Measures(place.world(), sets, place.settings["answers"], place.original, place.answers)
@@ -112,17 +114,19 @@ def trained(place: Place, run: Run, name: str, sets: dict[str, Any]) -> tuple[Pa
         return path, {"alpha": spec["alpha"]}
     from training import train
     from transformers import AutoTokenizer
-    from world_rows import CUT, answers_of, training_rows
 
     settings = place.settings["answers"]
     tokenizer = AutoTokenizer.from_pretrained(place.original)
     said: dict[str, list[tuple[Any, str]]] = {}
     for name_of_set in ("long", "text"):
         written = answers_of(name_of_set, sets[name_of_set], settings, place.answers)
+        if written is None:  # regime P needs no `text`
+            said[name_of_set] = []
+            continue
         pairs = [(one, written[one.question.key]) for one in sets[name_of_set]]
         texts = [(one, tokenizer.decode(w.ids[:-1] if w.stopped else w.ids), w.stopped) for one, w in pairs]
         said[name_of_set] = [(one, text if stopped else text + CUT) for one, text, stopped in texts if text.strip()]
-    per_step = spec.get("rows") or place.settings["regimes"][regime]
+    per_step = rows_per_step(place, regime, name)
     arguments = place.settings["training"] | {
         "learning_rate": spec.get("learning_rate", place.settings["training"]["learning_rate"])
     }
@@ -141,10 +145,40 @@ def trained(place: Place, run: Run, name: str, sets: dict[str, Any]) -> tuple[Pa
     return path, record
 
 
+def rows_per_step(place: Place, regime: str, arm: str) -> dict[str, int]:
+    found: dict[str, int] = place.settings["arms"][arm].get("rows") or place.settings["regimes"][regime]
+    return found
+
+
 def _told(tokenizer: Any, text: str) -> list[int]:
     turns = [{"role": "user", "content": text}]
     rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def modes(place: Place, tower_name: str, kind: str, seed: int) -> None:
+    """What each sharing mode gives its teacher on a drifted VLM, or on an undrifted one (kind `no`)."""
+    path = place.out / "modes" / f"{tower_name}-{kind}-{seed}.json"
+    if path.is_file():
+        return
+    if kind == "no":
+        tower(place, tower_name)
+    else:
+        drift(place, tower_name, kind, seed)
+    answers(place, ("test_images",))
+    from measure import Measures
+    from modes import teachers
+
+    sets = ask(place.world(), place.settings["answers"])
+    measures = Measures(
+        place.world(), sets, place.settings["answers"], place.original, place.answers, names=("test_images",)
+    )
+    student = place.tower(tower_name) if kind == "no" else place.start(tower_name, kind, seed)
+    found = teachers(
+        measures.references["test_images"], measures.depends, student, place.original, place.settings["modes"]["n"]
+    )
+    write_json(path, found)
+    print(f"modes of {path.stem}: {json.dumps(found['readers'])}", flush=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -168,9 +202,6 @@ def run_all(place: Place, runs: Sequence[Run], jobs: int, common: Sequence[str])
 
     A failed run is named and the others go on; a rerun takes up what is missing.
     """
-    answers(place)
-    for tower_name in dict.fromkeys(run[0] for run in missing(place, runs)[:1]):
-        tower(place, tower_name)
 
     def one(run: Run) -> int:
         command = [sys.executable, str(Path(__file__).resolve()), *common, "arms", *map(str, run[:4]), *run[4]]
@@ -185,21 +216,25 @@ def run_all(place: Place, runs: Sequence[Run], jobs: int, common: Sequence[str])
 
     if jobs == 1:
         return sum(one(run) for run in missing(place, runs))
+    answers(place)
     for run in missing(place, runs):  # two processes must not build the same start
-        drift(place, *run[:3], run[3])
+        drift(place, run[0], run[2], run[3])
     with ThreadPoolExecutor(jobs) as pool:
         return sum(pool.map(one, missing(place, runs)))
 
 
 def report(place: Place, results: Path = RESULTS) -> None:
     """results/*.json and the plots, from whatever is measured."""
-    summary.write(place.out / "results", place.settings, results)
+    summary.write(place.out, place.settings, results)
 
 
 def status(place: Place) -> None:
     for name in place.settings["towers"]:
         print(f"tower {name}: {'done' if is_done(place.tower(name)) else 'missing'}")
-    print(f"answers: {'done' if is_done(place.answers) else 'missing'}")
+    sets = ask(place.world(), place.settings["answers"])
+    for name in SETS:
+        whole = answers_of(name, sets[name], place.settings["answers"], place.answers) is not None
+        print(f"answers {name}: {'done' if whole else 'missing'}")
     for run in [*all_runs(place.settings), *seed_runs(place)]:
         left = missing(place, [run])
         print(f"{' '.join(map(str, run[:4]))}: missing {', '.join(left[0][4]) if left else 'nothing'}")
@@ -233,10 +268,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("all", "seeds", "answers", "report", "status"):
         commands.add_parser(name)
     commands.add_parser("tower").add_argument("name")
-    start = commands.add_parser("drift")
-    start.add_argument("tower")
-    start.add_argument("drift")
-    start.add_argument("seed", type=int)
+    for name in ("drift", "modes"):
+        start = commands.add_parser(name)
+        start.add_argument("tower")
+        start.add_argument("drift")
+        start.add_argument("seed", type=int)
     one = commands.add_parser("arms")
     for name in ("tower", "regime", "drift"):
         one.add_argument(name)
@@ -249,6 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     place = make_place(args.out, read_settings(args.settings), offline=args.offline)
     common = ["--out", str(args.out), "--settings", str(args.settings), "--results", str(args.results)]
     common += ["--offline"] * args.offline
+    if args.command == "modes":
+        modes(place, args.tower, args.drift, args.seed)
+        return 0
     if args.command == "all":
         return run_all(place, all_runs(place.settings), args.jobs, common)
     if args.command == "seeds":

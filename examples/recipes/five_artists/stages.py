@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from training import load
-from world_rows import ask, write
+from world_rows import SETS, answers_of, ask, write
 
 from hf_lingudistill.labs.demo.models import CHAT_TEMPLATE, SeeingRecipe, build_vlm, load_smollm2, teach_to_see
 from hf_lingudistill.labs.evaluation.models import load_scored
@@ -80,19 +80,19 @@ def original(place: Place) -> None:
     stage(place.original, build)
 
 
-def answers(place: Place) -> None:
-    """What the original answers: to long questions when told what the picture shows, and to texts."""
+def answers(place: Place, names: Sequence[str] = SETS) -> None:
+    """What the original answers: to long questions when told what the picture shows, and to texts. Set by set."""
     original(place)
-
-    def build() -> dict[str, Any]:
-        scored = load_scored(
-            "original", str(place.original), dtype=torch.bfloat16 if machine().bf16 else torch.float32
-        )
-        settings = place.settings["answers"]
-        write(scored, ask(place.world(), settings), settings, place.answers)
-        return {name: value["n"] for name, value in settings.items() if isinstance(value, dict)}
-
-    stage(place.answers, build)
+    settings = place.settings["answers"]
+    sets = ask(place.world(), settings)
+    left = [name for name in names if answers_of(name, sets[name], settings, place.answers) is None]
+    if not left:
+        return
+    scored = load_scored("original", str(place.original), dtype=torch.bfloat16 if machine().bf16 else torch.float32)
+    for name in left:
+        started = time.time()
+        write(scored, name, sets[name], settings, place.answers)
+        print(f"answers {name}: {len(sets[name])} in {time.time() - started:.0f} s", flush=True)
 
 
 def tower(place: Place, name: str) -> None:

@@ -111,8 +111,12 @@ def decisive(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(arm for arm in chosen if arm is not None))
 
 
-def write(folder: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """summary.json (the aligned tower; other towers under "towers") and the plots."""
+def write(made: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """summary.json: the aligned tower; other towers under "towers", what each sharing mode gives its teacher under "modes".
+
+    made: the recipe's output folder, with results/ and modes/.
+    """
+    folder = made / "results"
     results = read(folder)
     if not results:
         return {}
@@ -137,6 +141,9 @@ def write(folder: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any
         "decisive": chosen,
         "regimes": main,
         "paired": paired(results, "aligned"),
+        "modes": {
+            path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((made / "modes").glob("*.json"))
+        },
         "towers": {tower: of_tower(results, tower) for tower in sorted({key[0] for key in results} - {"aligned"})},
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ All answers are written once (`reproduce.py answers`) and shared by every arm an
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,12 @@ from hf_lingudistill.labs.demo.text import language_rows, questions
 from hf_lingudistill.labs.evaluation.cache import ItemCache, digest
 from hf_lingudistill.labs.evaluation.fidelity import Question, original_answers
 from hf_lingudistill.labs.evaluation.models import Scored
+from hf_lingudistill.labs.evaluation.reading import Written
 from hf_lingudistill.labs.world.pictures import SEEN, Picture, World
 from hf_lingudistill.labs.world.questions import HELD_OUT_INSTRUCTIONS, LONG_INSTRUCTIONS, TOLD, row_of, short_rows
+
+# In the order in which they are needed: `text` by regime M alone
+SETS = ("long", "test_images", "test_texts", "text")
 
 # Sources of unseen text instructions; regime M's text rows come from others
 TEST_TEXTS = ("truthfulqa", "piqa")
@@ -93,30 +98,37 @@ def texts(sources: Sequence[str], n: int, rng: random.Random) -> list[Asked]:
     return [Asked(Told(f"{source}-{index}", question)) for index, (source, question) in enumerate(found)]
 
 
-def write(original: Scored, sets: Mapping[str, Sequence[Asked]], settings: Mapping[str, Any], folder: Path) -> None:
-    """The original's answers to every set, into folder; what is there is not written again."""
-    for name, asked in sets.items():
-        answers_of(name, asked, settings, folder, original)
-
-
-def answers_of(
-    name: str, asked: Sequence[Asked], settings: Mapping[str, Any], folder: Path, original: Scored | None = None
-) -> dict[str, Any]:
-    """{key: Written} of a set. Without an original they must be there."""
-    header = {"set": name, "settings": settings[name], "temperature": settings["temperature"]}
-    header["questions"] = digest([(one.question.key, one.question.told()) for one in asked])
-    cache = ItemCache(folder / f"{name}.jsonl", header)
-    if original is None and len(cache.records) < len(asked):
-        raise RuntimeError(f"{folder / name}.jsonl is not complete: run `reproduce.py answers` first.")
-    return original_answers(
-        original,  # type: ignore[arg-type]
+def write(original: Scored, name: str, asked: Sequence[Asked], settings: Mapping[str, Any], folder: Path) -> None:
+    """The original's answers to a set, into folder; what is there is not written again."""
+    original_answers(
+        original,
         [one.question for one in asked],
         max_new_tokens=settings[name]["max_new_tokens"],
         temperature=settings["temperature"],
         seed={"long": 1, "text": 2, "test_images": 3, "test_texts": 4}[name],
         batch_size=32,
-        cache=cache,
+        cache=ItemCache(folder / f"{name}.jsonl", _header(name, asked, settings)),
     )
+
+
+def answers_of(
+    name: str, asked: Sequence[Asked], settings: Mapping[str, Any], folder: Path
+) -> dict[str, Written] | None:
+    """{key: answer} of a set, None if it is not whole. Only reads: another process may be writing."""
+    path = folder / f"{name}.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if len(lines) <= len(asked) or json.loads(lines[0]) != json.loads(json.dumps(_header(name, asked, settings))):
+        return None
+    found = {item["item"]: item["record"] for item in map(json.loads, lines[1:])}
+    return {
+        one.question.key: Written(tuple(found[one.question.key]["ids"]), found[one.question.key]["stopped"])
+        for one in asked
+    }
+
+
+def _header(name: str, asked: Sequence[Asked], settings: Mapping[str, Any]) -> dict[str, Any]:
+    questions = digest([(one.question.key, one.question.told()) for one in asked])
+    return {"set": name, "settings": settings[name], "temperature": settings["temperature"], "questions": questions}
 
 
 def training_rows(
