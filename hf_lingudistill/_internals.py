@@ -1,6 +1,6 @@
 """Every use of a TRL or transformers internal, in one place, so that an upgrade touches one file.
 
-Tested with transformers 5.24.x and TRL 1.16.x (the bounds in `pyproject.toml`). What is used, and what it must do:
+Tested with the oldest and the newest releases that `pyproject.toml` allows (`make test-oldest`, `make test-newest`). What is used, and what it must do:
 
 - `trl.trainer.utils.maybe_gather_lm_head_ctx`: the whole head under ZeRO-3.
 - `SFTTrainer.compute_loss` calls `model(**inputs, fused_lm_head=True)`, sums `-outputs.log_probs`, divides by `num_items_in_batch`, and
@@ -9,6 +9,7 @@ Tested with transformers 5.24.x and TRL 1.16.x (the bounds in `pyproject.toml`).
 - `Trainer._get_grad_norm` runs once between backward pass and optimizer step; `_save_checkpoint` writes under `_get_output_dir`;
   `_tr_loss`, `_globalstep_last_logged` and `_total_loss_scalar` are its sums between logs, `_metrics` and `_total_train_tokens` those of
   `SFTTrainer` (used in `trainer.py`, which overrides and restores them).
+- `trl.trainer.utils._ChunkedLogProbFunction`, the kernel of that head: TRL 1.15 has it for Triton alone, see `_LogProbs`.
 - `trl.scripts.utils.DatasetConfig`: one source of a mixture.
 - `trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling`: collates texts (`text`, or `prompt` and `completion`) with their images.
 - `trl.chat_template_utils.has_generation_markers` and `transformers.utils.chat_template_utils.render_jinja_template`: where a template
@@ -28,11 +29,13 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+import trl.trainer.utils as trl_utils
 from accelerate import Accelerator
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.image_transforms import convert_to_rgb
 from transformers.integrations import deepspeed as deepspeed_integration
@@ -90,6 +93,50 @@ def use_new_names(config: Any) -> None:
             setattr(config, new, getattr(config, old, None))
         elif hasattr(config, old):
             setattr(config, old, value)
+
+
+class _LogProbs:
+    """TRL 1.15's fused head off Triton's devices, where it has no kernel: the same arguments, results and memory, in torch."""
+
+    kernel: Any = getattr(trl_utils, "_ChunkedLogProbFunction", None)
+
+    @classmethod
+    def apply(
+        cls,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        temperature: float,
+        tile: int,
+        softcap: float | None,
+        scale: float,
+        outputs: tuple[str, ...],
+    ) -> tuple[torch.Tensor | None, ...]:
+        """hidden: (N, H); labels: (N,). -> log-probability, entropy, two that nobody asks for here, and is_top1; each (N,)."""
+        if hidden.device.type in ("cuda", "xpu"):
+            given = (hidden, weight, bias, labels, temperature, tile, softcap, scale, outputs)
+            return cls.kernel.apply(*given)  # type: ignore[no-any-return]
+
+        def score(rows: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            logits = nn.functional.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+            logits = logits.float() * scale
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            log_p = (logits / temperature).log_softmax(-1)
+            entropy = -(log_p.exp() * log_p).sum(-1).detach()
+            top1 = (log_p.argmax(-1) == wanted).float()
+            return log_p.gather(-1, wanted[:, None])[:, 0], entropy, top1
+
+        # At least one tile, be it empty: the result hangs on the model
+        tiles = zip(hidden.split(256), labels.split(256), strict=True)
+        parts = [checkpoint(score, *part, use_reentrant=False) for part in tiles]
+        log_probs, entropy, top1 = (torch.cat(part) for part in zip(*parts, strict=True))
+        return log_probs, entropy if "entropy" in outputs else None, None, None, top1 if "is_top1" in outputs else None
+
+
+if not hasattr(trl_utils, "_use_triton"):
+    trl_utils._ChunkedLogProbFunction = _LogProbs  # type: ignore[assignment, misc]
 
 
 def checkpoint_activations(model: PreTrainedModel, kwargs: dict[str, Any] | None = None) -> None:

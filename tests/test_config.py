@@ -14,13 +14,19 @@ import yaml
 from trl import SFTConfig, TrlParser
 
 from hf_lingudistill import config as config_module
-from hf_lingudistill.config import DISTILL_TOKENS_CHOICES, KV_SHARING_CHOICES, QUANTIZATION_CHOICES, LinguDistillConfig
+from hf_lingudistill.config import (
+    DISTILL_TOKENS_CHOICES,
+    KV_SHARING_CHOICES,
+    QUANTIZATION_CHOICES,
+    LinguDistillConfig,
+    LocalSFTConfig,
+)
 from hf_lingudistill.machine import Machine
 
 OWN_FIELDS = [
     field
     for field in dataclasses.fields(LinguDistillConfig)
-    if field.name not in {inherited.name for inherited in dataclasses.fields(SFTConfig)}
+    if field.name not in {inherited.name for inherited in dataclasses.fields(LocalSFTConfig)}
 ]
 
 

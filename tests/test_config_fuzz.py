@@ -19,7 +19,6 @@ import yaml
 from datasets import Dataset
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from trl import SFTConfig
 
 from hf_lingudistill import LinguDistillConfig
 from hf_lingudistill.config import (
@@ -29,11 +28,12 @@ from hf_lingudistill.config import (
     ON_NAN_CHOICES,
     QUANTIZATION_CHOICES,
     SHARDING_CHOICES,
+    LocalSFTConfig,
 )
 from hf_lingudistill.mixtures import DistillMixtureConfig, DistillSource, load_mixture
 from hf_lingudistill.scripts.distill import main, parse
 
-OWN = [f.name for f in dataclasses.fields(LinguDistillConfig) if f.name not in SFTConfig.__dataclass_fields__]
+OWN = [f.name for f in dataclasses.fields(LinguDistillConfig) if f.name not in LocalSFTConfig.__dataclass_fields__]
 CHOICES = {
     "teacher_quantization": QUANTIZATION_CHOICES,
     "teacher_sharding": SHARDING_CHOICES,

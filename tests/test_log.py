@@ -17,9 +17,6 @@ from hf_lingudistill._quiet import drop
 
 ROOT = Path(__file__).resolve().parents[1]
 Pair = tuple[Path, Path]
-NOISE = re.compile(
-    r"deprecat|FutureWarning|DeprecationWarning|UserWarning|Failed to load|pip install kernels|removed in", re.I
-)
 
 
 # Runs commands in one process, as a user who runs each in its own would see them, and marks where the log of each begins.

@@ -819,7 +819,7 @@ def test_the_token_is_in_no_log_and_no_traceback(
 ) -> None:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "httpx2", "httpcore2")]
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "httpx2", "httpcore2", "httpx", "httpcore")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.DEBUG)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from httpx2 import TransportError  # what huggingface_hub speaks HTTP with
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -29,6 +28,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from .edits import UnreadableCard, merged
+from .http import TransportError
 from .manifest import TOKEN, WEIGHTS, Item, Manifest, PublishError, one_line
 
 T = TypeVar("T")

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from .._version import __version__
+from .http import HTTPError
 
 RunFacts = dict[str, Any]
 FILE_NAME = "lingudistill.json"
@@ -94,7 +95,6 @@ def hub_id(reference: str | None) -> str | None:
 @functools.lru_cache(maxsize=64)  # facts are gathered at every checkpoint
 def base_facts(reference: str, revision: str | None = None) -> RunFacts:
     """Licence and language of a base model: from its folder's card, else one request to the Hub. Empty if neither answers."""
-    from httpx2 import HTTPError  # what huggingface_hub speaks HTTP with
     from huggingface_hub import HfApi, metadata_load
 
     try:
@@ -111,7 +111,6 @@ def base_facts(reference: str, revision: str | None = None) -> RunFacts:
 @functools.lru_cache(maxsize=64)
 def dataset_revision(dataset_id: str | None) -> str | None:
     """The commit of a Hub dataset's main branch now; None for local data and where the Hub does not answer."""
-    from httpx2 import HTTPError  # what huggingface_hub speaks HTTP with
     from huggingface_hub import HfApi
 
     if dataset_id is None or hub_id(dataset_id) is None:
