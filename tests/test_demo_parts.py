@@ -289,14 +289,16 @@ def test_the_vision_tower_is_trained_alone_before_the_lm_meets_it(make_vlm: Any)
     assert untrained["color"] < 0.4  # the control
 
 
-def test_teaching_to_see_trains_every_part_and_is_the_same_for_a_seed(make_vlm: Any, tmp_path: Path) -> None:
+def test_teaching_to_see_trains_every_part_and_is_the_same_for_a_seed(
+    make_vlm: Any, tmp_path: Path, cpu_mode: str
+) -> None:
     rows = rows_with(["red", "blue"] * 4)
 
     def taught(lm_lr: float, seed: int = 0) -> dict[str, torch.Tensor]:
         vlm, processor = make_vlm()
         recipe = models.SeeingRecipe(steps=3, batch_size=4, lm_lr=lm_lr, vision_lr=1e-2, warmup_steps=0)
         models.teach_to_see(
-            vlm, processor, rows, tmp_path, recipe, seed=seed, save=False, disable_tqdm=True, use_cpu=True
+            vlm, processor, rows, tmp_path, recipe, seed=seed, save=False, disable_tqdm=True, bf16=cpu_mode == "bf16=1"
         )
         return {name: weight.detach().clone() for name, weight in vlm.named_parameters()}
 
