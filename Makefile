@@ -76,8 +76,11 @@ test-cpu: $(DEV_STAMP)  ## Run what depends on the CPU as on a plain one (no bf1
 	LINGUDISTILL_MACHINE=bf16=0,avx512=0 $(TEST_ENV) $(BIN)/python -m pytest -n auto $(CPU_TESTS)
 	LINGUDISTILL_MACHINE=bf16=1 $(TEST_ENV) $(BIN)/python -m pytest -n auto $(CPU_TESTS)
 
+# transformers 5.17 opens no image processor without torchvision, 5.18 does.
+OLDEST_TORCH ?= torch==2.14.1 torchvision==0.29.1
+
 test-oldest:  ## Run the tests with the oldest supported releases, in .venv-oldest
-	$(MAKE) test VENV=.venv-oldest PIP_FILE=.ci/oldest.txt PIP_ARGS='--constraint .ci/oldest.txt'
+	$(MAKE) test VENV=.venv-oldest TORCH='$(OLDEST_TORCH)' PIP_FILE=.ci/oldest.txt PIP_ARGS='--constraint .ci/oldest.txt'
 
 test-newest:  ## Run the tests with the newest supported releases, in .venv-newest
 	rm -rf .venv-newest  # pip keeps what satisfies: only a new environment holds the newest

@@ -29,8 +29,10 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+import transformers
 import trl.trainer.utils as trl_utils
 from accelerate import Accelerator
+from packaging.version import Version
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -64,6 +66,7 @@ __all__ = [
     "gathered",
     "has_generation_markers",
     "head_of",
+    "keep_image_dtype",
     "loaded_by_every_process",
     "register_attention",
     "render_jinja_template",
@@ -143,6 +146,16 @@ def checkpoint_activations(model: PreTrainedModel, kwargs: dict[str, Any] | None
     """Switch activation checkpointing on, by whichever name the installed transformers has. kwargs: such as `use_reentrant`."""
     enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(kwargs)
+
+
+def keep_image_dtype(student: PreTrainedModel) -> None:
+    """Before transformers 5.21, SmolVLM and Idefics3 write image features among the embeddings by an index, which takes no other
+    dtype: under autocast the connector's is another."""
+    connector = getattr(student.base_model, "connector", None)
+    if connector is None or Version(transformers.__version__) >= Version("5.21"):
+        return
+    dtype = student.get_input_embeddings().weight.dtype
+    connector.register_forward_hook(lambda _module, _inputs, features: features.to(dtype))
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:

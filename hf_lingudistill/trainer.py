@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
+from ._internals import keep_image_dtype
 from .bad_rows import ROW_COLUMN
 from .compatibility import CompatibilityReport, check_compatibility, guess_teacher
 from .config import LinguDistillConfig
@@ -137,6 +138,7 @@ class LinguDistillTrainer(DataMixin, PublishingMixin, ResumingMixin, SFTTrainer)
 
         student = self._plain_student()
         choose_kernels(student, trained=True)
+        keep_image_dtype(student)
         self.collate_rows(self.compatibility.image_token_ids, prefix_lm=student.config.model_type == "paligemma")
         self._compute_dtype = compute_dtype_of(student, bf16=bool(args.bf16), fp16=args.fp16)
         self._teacher_ref = teacher_ref

@@ -16,6 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# transformers renames it; older releases know the second name alone
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 Inputs = dict[str, torch.Tensor]
 Rotary = dict[str | None, tuple[torch.Tensor, torch.Tensor]]
@@ -68,10 +72,11 @@ def student_kv(student: PreTrainedModel, inputs: Inputs) -> StudentKV:
     hook = student.get_decoder().rotary_emb.register_forward_hook(keep, with_kwargs=True)
     try:
         inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-        output = student.base_model(**inputs, use_cache=True, cache=DynamicCache())
+        cache = DynamicCache()
+        output = student.base_model(**inputs, use_cache=True, **{CACHE: cache})
     finally:
         hook.remove()
-    layers = output.cache.layers
+    layers = cache.layers
     return StudentKV(
         keys=[layer.keys for layer in layers],
         values=[layer.values for layer in layers],
@@ -191,7 +196,7 @@ def oracle_hidden(
         output = teacher.model(
             inputs_embeds=embeddings,
             attention_mask=masks,
-            cache=SubstitutingCache(own_positions(inputs, mode, readable), shared),
+            **{CACHE: SubstitutingCache(own_positions(inputs, mode, readable), shared)},
             use_cache=True,
         )
     return output.last_hidden_state

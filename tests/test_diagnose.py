@@ -18,6 +18,7 @@ import tiny
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from families import FAMILY_NAMES, build_family
+from oracle import CACHE
 from PIL import Image as PILImage
 from planning import prepare_teacher
 
@@ -245,8 +246,8 @@ def test_text_is_measured_as_two_plain_forwards_measure_it(
 
     layer, last = 1, found.positions
     pairs = {
-        "keys": [out.past_key_values.layers[layer].keys[0].transpose(0, 1).flatten(1)[:last] for out in outs],
-        "values": [out.past_key_values.layers[layer].values[0].transpose(0, 1).flatten(1)[:last] for out in outs],
+        "keys": [out[CACHE].layers[layer].keys[0].transpose(0, 1).flatten(1)[:last] for out in outs],
+        "values": [out[CACHE].layers[layer].values[0].transpose(0, 1).flatten(1)[:last] for out in outs],
         "hidden": [out.hidden_states[layer + 1][0][:last] for out in outs],
     }
     for index, state in enumerate(STATES):
