@@ -1,16 +1,19 @@
 """What a distillation step costs on top of a plain fine-tuning step, in time and memory.
 
-    python benchmarks/step_cost.py                      # ~10 min on 2 CPU cores
+    python benchmarks/step_cost.py                      # about 15 minutes on one CPU core
     python benchmarks/step_cost.py --json benchmarks/results/step_cost.json
 
 A SmolVLM with a ~135M-parameter LM (random weights) and one row of 1,024+ tokens: 784 image tokens, prompt text, 64 response
 tokens. The vision tower is kept small on purpose: a real one would make every ratio look better. Arms, all with TRL's
-VLM collator, a whole optimizer step each (forward, backward, AdamW), interleaved round by round, medians:
+VLM collator, a whole optimizer step each (forward, backward, AdamW), interleaved round by round, medians of paired ratios:
 
-    sft          trl.SFTTrainer, = 1.0
-    full, prompt, vision, none   LinguDistillTrainer in each sharing mode
+    sft          trl.SFTTrainer; off Triton its head scores every position. `ratio_trl` is to it.
+    sft_compact  the same loss with our head, over the labelled positions alone: no row is marked. `ratio` is to it.
+    full, prompt, vision, none, inputs   LinguDistillTrainer in each sharing mode
     full_length  the teacher run over the full length with all its logits, as TRL's GKD trainer does
+    prompt_long  a text row of 1,024 tokens, every one of them distilled; its ratios are to `sft_long` and `sft_compact_long`
 
+On a CPU the ratios are of CPU time, which other load on the machine moves less than wall time; on CUDA, of synchronised wall time.
 Peak memory is measured in a process of its own for every arm. See benchmarks/README.md for how to read the output.
 """
 
@@ -44,17 +47,18 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
-import hf_lingudistill.trainer as lingudistill_trainer
 from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
-from hf_lingudistill._internals import checkpoint_activations
-from hf_lingudistill.config import LocalSFTConfig
+from hf_lingudistill._internals import CHECKPOINTING, checkpoint_activations
 from hf_lingudistill.machine import machine
+from hf_lingudistill.sharing import MODES as MODES_BY_NAME
+from hf_lingudistill.sharing import Sharing
 
-ARMS = ("sft", "full", "prompt", "vision", "none", "full_length")
+MODES = ("full", "prompt", "vision", "none", "inputs")
+ARMS = ("sft", "sft_compact", *MODES, "full_length", "sft_long", "sft_compact_long", "prompt_long")
 IMAGE_SIZE, PATCH = 448, 16  # 28 x 28 = 784 image tokens
-RESPONSE_TOKENS, LENGTH, LM_VOCAB = 64, 1024, 49152
+RESPONSE_TOKENS, LENGTH = 64, 1024
 EXTRA = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|> {{ m['role'] }} {% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -77,10 +81,10 @@ def make_tokenizer(vocab_size: int, extra: bool) -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_models(folder: Path) -> None:
+def make_models(folder: Path, lm_vocab: int) -> None:
     """The student (processor included) and its LM, random weights, SmolLM2-135M's shape."""
     torch.manual_seed(0)
-    student_tokenizer = make_tokenizer(LM_VOCAB, extra=True)
+    student_tokenizer = make_tokenizer(lm_vocab, extra=True)
     text = dict(
         hidden_size=576,
         intermediate_size=1536,
@@ -92,8 +96,8 @@ def make_models(folder: Path) -> None:
         pad_token_id=0,
         eos_token_id=2,
     )
-    LlamaForCausalLM(LlamaConfig(vocab_size=LM_VOCAB, **text)).save_pretrained(folder / "lm")
-    make_tokenizer(LM_VOCAB, extra=False).save_pretrained(folder / "lm")
+    LlamaForCausalLM(LlamaConfig(vocab_size=lm_vocab, **text)).save_pretrained(folder / "lm")
+    make_tokenizer(lm_vocab, extra=False).save_pretrained(folder / "lm")
     vlm = SmolVLMForConditionalGeneration(
         SmolVLMConfig(
             text_config=LlamaConfig(vocab_size=len(student_tokenizer), **text).to_dict(),
@@ -122,7 +126,8 @@ def make_models(folder: Path) -> None:
     ).save_pretrained(folder / "vlm")
 
 
-def make_dataset(batch_size: int) -> datasets.Dataset:
+def make_dataset(batch_size: int, long: bool) -> datasets.Dataset:
+    """Rows with an image and a short answer, or with `long` texts that are nothing but an answer."""
     rng = np.random.default_rng(0)
     image_tokens = (IMAGE_SIZE // PATCH) ** 2
     # fixed tokens: <|im_start|> user ... <|im_end|> <|im_start|> assistant ... <|im_end|> and three around the image
@@ -131,11 +136,14 @@ def make_dataset(batch_size: int) -> datasets.Dataset:
     def words(count: int) -> str:
         return " ".join(f"w{i}" for i in rng.integers(0, 40000, count))
 
+    def picture() -> Image.Image:
+        return Image.fromarray(rng.integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8))
+
     rows = [
         {
-            "prompt": [{"role": "user", "content": words(prompt_words)}],
-            "completion": [{"role": "assistant", "content": words(RESPONSE_TOKENS - 1)}],
-            "images": [Image.fromarray(rng.integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8))],
+            "prompt": [{"role": "user", "content": words(4 if long else prompt_words)}],
+            "completion": [{"role": "assistant", "content": words(LENGTH - 11 if long else RESPONSE_TOKENS - 1)}],
+            "images": [] if long else [picture()],
         }
         for _ in range(batch_size)
     ]
@@ -144,37 +152,51 @@ def make_dataset(batch_size: int) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows, features=features)
 
 
-def full_length_pass(teacher: Any, shared: Any, plan: Any) -> torch.Tensor:
+class FullLength(Sharing):
     """The teacher over every position, with all its logits, as GKD runs it; only the response's hidden states are used."""
-    del shared
-    with torch.no_grad():
-        output = teacher(input_ids=plan.input_ids, output_hidden_states=True, use_cache=False)
-    assert output.logits.shape[1] == plan.input_ids.shape[1]
-    return output.hidden_states[-1][plan.loss_rows, plan.loss_positions]
+
+    records_kv = False
+    reads_student = False
+
+    def own(self, readable: torch.Tensor, labelled: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        return attended
+
+    def teacher_pass(self, teacher: Any, shared: Any, plan: Any) -> torch.Tensor:
+        with torch.no_grad():
+            output = teacher(input_ids=plan.token_ids[plan.slots], output_hidden_states=True, use_cache=False)
+        return output.hidden_states[-1].flatten(0, 1)[plan.flat[plan.loss]]
+
+
+FULL_LENGTH = FullLength("full_length", "nowhere", "everything", "never")
 
 
 class Stepper:
-    """One trainer, driven step by step outside of its training loop."""
+    """One trainer, driven step by step outside of its training loop. plain: no row is marked."""
 
     def __init__(self, trainer: SFTTrainer) -> None:
         self.trainer = trainer
         trainer.create_optimizer()
         # What `Trainer.train` does before its first step: autocast is in the prepared forward
         if trainer.args.activation_checkpointing:
-            checkpoint_activations(trainer.model, trainer.args.activation_checkpointing_kwargs)
+            checkpoint_activations(trainer.model)
         trainer.accelerator.prepare(trainer.model)
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
         self.batch = next(iter(trainer.get_train_dataloader()))
         self.labels = int((self.batch["labels"][:, 1:] != -100).sum())
 
-    def step(self) -> None:
+    def step(self, sharing: Sharing | None) -> None:
+        """One optimizer step. sharing: how the teacher runs; None for plain cross-entropy."""
         trainer = self.trainer
-        batch = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.batch.items()}
+        batch = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.batch.items() if k != "queries"}
+        if isinstance(trainer, LinguDistillTrainer):
+            batch["distill"] = torch.full_like(batch["distill"], sharing is not None)
+            trainer.step.sharing = sharing or MODES_BY_NAME["prompt"]
+            batch["queries"] = trainer.step.plan(batch)  # the collator's work
         trainer.training_step(trainer.model, batch, num_items_in_batch=torch.tensor(self.labels))
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
-        if machine().accelerated:
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
 
 
@@ -182,38 +204,40 @@ def make_stepper(arm: str, folder: Path, args: argparse.Namespace) -> Stepper:
     common: dict[str, Any] = dict(
         output_dir=str(folder / "out"),
         per_device_train_batch_size=args.batch_size,
-        activation_checkpointing=args.activation_checkpointing,
         max_length=None,
         report_to="none",
         save_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
         bf16=args.bf16,
     )
-    dataset = make_dataset(args.batch_size)
-    if arm == "sft":
-        return Stepper(SFTTrainer(model=str(folder / "vlm"), args=LocalSFTConfig(**common), train_dataset=dataset))
+    common[CHECKPOINTING["activation_checkpointing"]] = args.activation_checkpointing
+    dataset = make_dataset(args.batch_size, long=arm.endswith("_long"))
+    if arm in ("sft", "sft_long"):
+        return Stepper(SFTTrainer(model=str(folder / "vlm"), args=SFTConfig(**common), train_dataset=dataset))
     config = LinguDistillConfig(
         **common,
         teacher_model_name_or_path=str(folder / "lm"),
         teacher_quantization=args.teacher_quantization,
-        kv_sharing="prompt" if arm == "full_length" else arm,
+        kv_sharing=arm if arm in MODES else "prompt",
         distill_tokens="all",
     )
-    return Stepper(LinguDistillTrainer(model=str(folder / "vlm"), args=config, train_dataset=dataset))
+    trainer = LinguDistillTrainer(model=str(folder / "vlm"), args=config, train_dataset=dataset)
+    trainer.first_batch.batches_to_compare = 0  # once in a run, not once a step
+    return Stepper(trainer)
 
 
-def run_arm(stepper: Stepper, arm: str) -> float:
-    """Seconds of one step. All distilling arms share one trainer: its mode is set before the step."""
-    original = lingudistill_trainer.teacher_pass
-    if arm != "sft":
-        stepper.trainer.args.kv_sharing = "prompt" if arm == "full_length" else arm
-    if arm == "full_length":
-        lingudistill_trainer.teacher_pass = full_length_pass
-    try:
-        start = time.perf_counter()
-        stepper.step()
-        return time.perf_counter() - start
-    finally:
-        lingudistill_trainer.teacher_pass = original
+def mode_of(arm: str) -> Sharing | None:
+    if arm.startswith("sft"):
+        return None
+    return FULL_LENGTH if arm == "full_length" else MODES_BY_NAME[arm.removesuffix("_long")]
+
+
+def run_arm(stepper: Stepper, arm: str) -> tuple[float, float]:
+    """Seconds of one step: (what the ratios are of, wall)."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    stepper.step(mode_of(arm))
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return wall if torch.cuda.is_available() else cpu, wall
 
 
 def peak_of(arm: str, folder: Path, args: argparse.Namespace) -> None:
@@ -236,6 +260,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds after one warm-up round")
     parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU; default: 1")
+    parser.add_argument("--vocabulary", type=int, default=49152, help="of the LM; default: SmolLM2's 49152")
     parser.add_argument("--teacher_quantization", default="nf4", choices=["nf4", "int8", "none"])
     parser.add_argument(
         "--activation_checkpointing", action="store_true", help="TRL's default; makes every ratio smaller"
@@ -246,8 +272,10 @@ def main() -> None:
     parser.add_argument("--_folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--_peak", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if args._peak:
         peak_of(args._peak, args._folder, args)
@@ -255,35 +283,42 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
-        make_models(folder)
-        distilling = next((arm for arm in args.arms if arm != "sft"), None)
-        steppers = {"sft": make_stepper("sft", folder, args)}
-        if distilling:
-            steppers["distil"] = make_stepper(distilling, folder, args)
-        length = steppers["sft"].batch["input_ids"].shape[1]
+        make_models(folder, args.vocabulary)
+        # All distilling arms of a shape share one trainer, and with it student, optimizer and teacher
+        kind = {arm: (arm.startswith("sft") and "compact" not in arm, arm.endswith("_long")) for arm in args.arms}
+        steppers = {
+            key: make_stepper(next(a for a in kind if kind[a] == key), folder, args) for key in set(kind.values())
+        }
+        length = next(iter(steppers.values())).batch["input_ids"].shape[1]
         seconds: dict[str, list[float]] = {arm: [] for arm in args.arms}
+        walls: dict[str, list[float]] = {arm: [] for arm in args.arms}
         load_before = os.getloadavg()[0]
         for round_index in range(args.rounds + 1):
             for arm in args.arms:
-                taken = run_arm(steppers["sft" if arm == "sft" else "distil"], arm)
+                taken, wall = run_arm(steppers[kind[arm]], arm)
                 if round_index:  # the first round warms up
                     seconds[arm].append(taken)
-                print(f"round {round_index} {arm:<12} {taken:8.3f} s", file=sys.stderr, flush=True)
+                    walls[arm].append(wall)
+                print(f"round {round_index} {arm:<16} {taken:8.3f} s", file=sys.stderr, flush=True)
         load_after = os.getloadavg()[0]
         steppers.clear()
         arms: dict[str, dict[str, float]] = {}
         for arm in args.arms:
-            ratios = [mine / base for mine, base in zip(seconds[arm], seconds["sft"], strict=True)]
-            arms[arm] = {
-                "seconds": statistics.median(seconds[arm]),
-                "ratio": statistics.median(ratios),
-                "ratio_min": min(ratios),
-                "ratio_max": max(ratios),
-            }
+            suffix = "_long" if arm.endswith("_long") else ""
+            arms[arm] = {"seconds": statistics.median(seconds[arm]), "wall_seconds": statistics.median(walls[arm])}
+            for name, base in (("ratio", f"sft_compact{suffix}"), ("ratio_trl", f"sft{suffix}")):
+                if base in seconds:
+                    ratios = [mine / other for mine, other in zip(seconds[arm], seconds[base], strict=True)]
+                    arms[arm] |= {
+                        name: statistics.median(ratios),
+                        f"{name}_min": min(ratios),
+                        f"{name}_max": max(ratios),
+                    }
             if not args.no_memory:
                 forwarded = [a for a in sys.argv[1:] if a in ("--activation_checkpointing", "--bf16")]
                 command = [sys.executable, __file__, "--_folder", tmp, "--_peak", arm, *forwarded]
-                command += ["--batch_size", str(args.batch_size), "--teacher_quantization", args.teacher_quantization]
+                for name in ("batch_size", "teacher_quantization", "threads", "vocabulary"):
+                    command += [f"--{name}", str(getattr(args, name))]
                 measured = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
                 arms[arm] |= json.loads(measured.splitlines()[-1])
 
@@ -293,8 +328,8 @@ def main() -> None:
             "length": length,
             "image_tokens": (IMAGE_SIZE // PATCH) ** 2,
             "response_tokens": RESPONSE_TOKENS,
-            "lm_parameters": 134_515_008,
-            "vocabulary": LM_VOCAB + len(EXTRA),
+            "lm_parameters": 134_515_008 + (args.vocabulary - 49152) * 576,
+            "vocabulary": args.vocabulary + len(EXTRA),
             "gradient_checkpointing": args.activation_checkpointing,
             "teacher_quantization": args.teacher_quantization,
             "kv_mb": 2 * 30 * 3 * 64 * 4 * length * args.batch_size / 2**20,
@@ -311,13 +346,12 @@ def main() -> None:
         "rounds": args.rounds,
         "arms": arms,
     }
-    print(f"{'arm':<12} {'seconds':>8} {'ratio':>7} {'min - max':>15} {'peak MiB':>9} {'over sft':>9}")
-    base_peak = arms["sft"].get("peak_mb", float("nan"))
+    print(f"{'arm':<16} {'seconds':>8} {'ratio':>7} {'min - max':>15} {'to TRL':>7} {'peak MiB':>9} {'teacher':>8}")
     for arm, row in arms.items():
-        peak = row.get("peak_mb", float("nan"))
+        nan = float("nan")
         print(
-            f"{arm:<12} {row['seconds']:8.3f} {row['ratio']:7.3f} {row['ratio_min']:7.3f}-{row['ratio_max']:.3f} "
-            f"{peak:9.0f} {peak - base_peak:+9.0f}"
+            f"{arm:<16} {row['seconds']:8.3f} {row.get('ratio', nan):7.3f} {row.get('ratio_min', nan):7.3f}-{row.get('ratio_max', nan):.3f} "
+            f"{row.get('ratio_trl', nan):8.3f} {row.get('peak_mb', nan):9.0f} {row.get('teacher_mb', nan):8.0f}"
         )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
