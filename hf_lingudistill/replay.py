@@ -9,12 +9,13 @@ Shapes: as in `queries.py`; H heads, H_kv key/value heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ._internals import attention_switched, decoder_of, register_attention
@@ -37,7 +38,7 @@ class _Replay:
     plan: QueryPlan
     own_rows: torch.Tensor = field(init=False)
     own_positions: torch.Tensor = field(init=False)
-    masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int, int | None, int], torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         plan = self.plan
@@ -46,32 +47,57 @@ class _Replay:
         self.own_rows = torch.div(plan.flat[own], width, rounding_mode="floor")
         self.own_positions = plan.positions[own]
 
-    def states(self, recorded: torch.Tensor | None, own: torch.Tensor) -> torch.Tensor:
-        """Keys or values as the queries see them: the student's, with the teacher's own written over them.
+    def states(
+        self, recorded: tuple[torch.Tensor, torch.Tensor] | None, own: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as the queries see them: the student's, with the teacher's own written over them.
 
-        recorded: (B, H_kv, T, D), None where nothing of the student's is read. own: (1, H_kv, Q, D). -> (R, H_kv, T, D).
+        recorded: each (B, H_kv, T, D), None where nothing of the student's is read. own: each (1, H_kv, Q, D).
+        -> each (R, H_kv, T, D).
         """
+        if not self.plan.own.numel():
+            assert recorded is not None
+            keys, values = (self._asked(states).to(own[0].dtype) for states in recorded)
+            return keys, values
+        if own[0].shape[3] != own[1].shape[3]:  # latent attention: keys are wider than values
+            keys, values = (self._with_own([mine], recorded and [recorded[i]]) for i, mine in enumerate(own))
+            return keys, values
+        both = self._with_own(list(own), recorded and list(recorded))
+        heads = own[0].shape[1]
+        return both[:, :heads], both[:, heads:]
+
+    def _with_own(self, own: list[torch.Tensor], recorded: list[torch.Tensor] | None) -> torch.Tensor:
+        """Keys and values side by side, so that both are copied and written to at once: the recorded ones are those that the
+        student's backward pass needs. -> (R, len(own) x H_kv, T, D)."""
         plan = self.plan
+        mine = torch.cat(own, dim=1)[0].transpose(0, 1)  # (Q, heads, D)
         if recorded is None:
-            states = own.new_zeros(plan.asked_rows.numel(), own.shape[1], plan.length, own.shape[3])
+            states = mine.new_zeros(plan.asked_rows.numel(), mine.shape[1], plan.length, mine.shape[2])
         else:
-            picked = recorded if plan.asked_rows.numel() == plan.batch else recorded.index_select(0, plan.asked_rows)
-            states = picked.to(own.dtype)
-            if plan.own.numel() and states is recorded:
-                states = states.clone()  # the recorded tensor is the one that the student's backward pass needs
-        if plan.own.numel():
-            states[self.own_rows, :, self.own_positions] = own[0].transpose(0, 1).index_select(0, plan.own)
+            states = torch.cat([self._asked(part).to(mine.dtype) for part in recorded], dim=1)
+            if len(recorded) == 1 and plan.asked_rows.numel() == plan.batch and recorded[0].dtype == mine.dtype:
+                states = states.clone()  # torch.cat of one tensor may be that tensor
+        if plan.own.numel() < plan.num_queries:
+            mine = mine.index_select(0, plan.own)
+        states[self.own_rows, :, self.own_positions] = mine
         return states
 
-    def mask(self, layer_idx: int, dtype: torch.dtype) -> torch.Tensor:
-        """(R, 1 or heads, W, T) mask rows of the queries, 0 where visible."""
+    def _asked(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, ...) -> (R, ...), without a copy where every row is asked about."""
+        rows = self.plan.asked_rows
+        return states if rows.numel() == self.plan.batch else states.index_select(0, rows)
+
+    def mask(self, layer_idx: int, dtype: torch.dtype, groups: int) -> torch.Tensor:
+        """(R, 1 or heads, groups x W, T) mask rows of the queries, 0 where visible; built once, not once a layer."""
         layer = self.shared.masks[layer_idx]
-        key = (id(layer.mask), layer.sliding_window)
+        key = (id(layer.mask), layer.sliding_window, groups)
         if key not in self.masks:
             rows = mask_rows(layer, self.plan.asked_rows, self.plan.positions[self.plan.slots], self.plan.length)
-            if rows.dtype == torch.bool:  # additive once, not once a layer inside SDPA
+            if rows.dtype == torch.bool:
                 rows = torch.zeros(rows.shape, device=rows.device, dtype=dtype).masked_fill_(~rows, -torch.inf)
-            self.masks[key] = rows.to(dtype)
+            self.masks[key] = (
+                rows.to(dtype) if groups == 1 or rows.shape[1] > 1 else rows.to(dtype).repeat(1, 1, groups, 1)
+            )
         return self.masks[key]
 
 
@@ -112,6 +138,13 @@ def mask_rows(layer: LayerMask, rows: torch.Tensor, positions: torch.Tensor, len
     return seen[:, None]
 
 
+def folds(query: torch.Tensor, key: torch.Tensor) -> int:
+    """How many query heads share a key head, where they are better folded into the queries than the keys repeated for them; else
+    1. With a mask, CUDA has no fused kernel for grouped queries. query: (1, H, Q, D), key: (1, H_kv, Q, D)."""
+    groups = query.shape[1] // key.shape[1]
+    return groups if query.shape[2] <= 2 * key.shape[1] * key.shape[3] else 1
+
+
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -124,27 +157,19 @@ def attend(
 ) -> torch.Tensor:
     """Attention of (R, H, W, D) queries to (R, H_kv, T, D) keys and values. -> (R, H, W, D).
 
-    mask: (R, 1 or H, W, T), additive. softcap: cap * tanh(scores / cap). sinks: (H,) logits that take part in the softmax
-    and carry no value.
+    mask: additive, (R, 1 or H, W, T), or (R, 1, H / H_kv x W, T): then the query heads that share a key head become queries of
+    it. softcap: cap * tanh(scores / cap). sinks: (H,) logits that take part in the softmax and carry no value.
     """
     R, H, W, D = query.shape
-    groups = H // key.shape[1]
     if softcap is not None or sinks is not None:
         return _eager(query, key, value, mask, scale, softcap, sinks)
-    # With a mask, CUDA has no fused kernel for grouped queries: fold the groups into the queries, or repeat the keys, whichever
-    # is less to write
-    if groups > 1 and mask.shape[1] == 1 and W <= 2 * key.shape[1] * D:
-        folded = torch.nn.functional.scaled_dot_product_attention(
-            query.reshape(R, key.shape[1], groups * W, D),
-            key,
-            value,
-            attn_mask=mask.repeat(1, 1, groups, 1),
-            scale=scale,
-        )
-        return folded.view(R, H, W, D)
-    if groups > 1:
+    groups = H // key.shape[1]
+    if groups > 1 and mask.shape[2] == groups * W:
+        query = query.reshape(R, key.shape[1], groups * W, D)
+    elif groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    seen = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return seen.view(R, H, W, D)
 
 
 def _eager(
@@ -186,15 +211,16 @@ def _replay_attention(
     replay = _REPLAYS[id(module.config)]
     layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
     shared = replay.shared
-    if shared.keep_kv:
-        _check_layer(layer_idx, shared.keys[layer_idx], key)
-    keys = replay.states(shared.keys.get(layer_idx), key).to(query.dtype)
-    values = replay.states(shared.values.get(layer_idx), value).to(query.dtype)
+    recorded = (shared.keys[layer_idx], shared.values[layer_idx]) if shared.keep_kv else None
+    if recorded is not None:
+        _check_layer(layer_idx, recorded[0], key)
+    keys, values = (states.to(query.dtype) for states in replay.states(recorded, (key, value)))
+    groups = 1 if softcap is not None or s_aux is not None else folds(query, key)
     seen = attend(
         replay.plan.unpack(query),
         keys,
         values,
-        replay.mask(layer_idx, query.dtype),
+        replay.mask(layer_idx, query.dtype, groups),
         scale=scaling,
         softcap=softcap,
         sinks=s_aux,
@@ -254,7 +280,6 @@ def _rotary_replayed(decoder: PreTrainedModel, shared: SharedKV, plan: QueryPlan
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-@torch.no_grad()
 def replayed_pass(
     teacher: PreTrainedModel, shared: SharedKV, plan: QueryPlan, inputs_embeds: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -281,7 +306,11 @@ def replayed_pass(
     else:
         inputs["inputs_embeds"] = inputs_embeds
     replay = _Replay(shared, plan)
-    with attention_switched(decoder, lambda _: _REPLAY) as configs, _rotary_replayed(decoder, shared, plan):
+    with (
+        inference(teacher),
+        attention_switched(decoder, lambda _: _REPLAY) as configs,
+        _rotary_replayed(decoder, shared, plan),
+    ):
         for config in configs:
             _REPLAYS[id(config)] = replay
         try:
@@ -289,7 +318,7 @@ def replayed_pass(
         finally:
             for config in configs:
                 _REPLAYS.pop(id(config), None)
-    return hidden[0].index_select(0, plan.loss)  # type: ignore[no-any-return]
+        return hidden[0].index_select(0, plan.loss)  # type: ignore[no-any-return]
 
 
 def _positions(shared: SharedKV, plan: QueryPlan) -> torch.Tensor:
@@ -303,29 +332,33 @@ def _positions(shared: SharedKV, plan: QueryPlan) -> torch.Tensor:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-@torch.no_grad()
 def plain_pass(teacher: PreTrainedModel, plan: QueryPlan) -> torch.Tensor:
     """The teacher's own forward on the queries alone, each row compacted. -> (N, H_t), ordered like the plan's loss positions."""
     if not plan.num_queries:
         return _no_hidden(teacher, plan)
     decoder = decoder_of(teacher)
     (rows, width), queries = plan.slots.shape, plan.num_queries
-    if queries < 0.8 * rows * width and queries**2 <= 4 * rows * width**2:
-        # One packed row, whose documents transformers tells apart by positions that start anew: no padding
-        begins = plan.slots[:, :1].flatten()
-        slots = (
-            torch.arange(queries, device=begins.device) - begins[torch.div(plan.flat, width, rounding_mode="floor")]
-        )
-        hidden = decoder(input_ids=plan.token_ids[None], position_ids=slots[None], use_cache=False)[0][0]
-        return hidden.index_select(0, plan.loss)  # type: ignore[no-any-return]
-    if plan.rectangular:
-        hidden = decoder(input_ids=plan.token_ids[plan.slots], use_cache=False)[0]
-    else:
-        real = torch.zeros(rows * width, dtype=torch.long, device=plan.flat.device).index_fill_(0, plan.flat, 1)
-        hidden = decoder(input_ids=plan.token_ids[plan.slots], attention_mask=real.view(rows, width), use_cache=False)[
-            0
-        ]
-    return hidden.flatten(0, 1).index_select(0, plan.flat[plan.loss])  # type: ignore[no-any-return]
+    with inference(teacher):
+        if queries < 0.8 * rows * width and queries**2 <= 4 * rows * width**2:
+            # One packed row, whose documents transformers tells apart by positions that start anew: no padding
+            begins = plan.slots[:, :1].flatten()
+            slots = torch.arange(queries, device=begins.device)
+            slots -= begins[torch.div(plan.flat, width, rounding_mode="floor")]
+            hidden = decoder(input_ids=plan.token_ids[None], position_ids=slots[None], use_cache=False)[0][0]
+            return hidden.index_select(0, plan.loss)  # type: ignore[no-any-return]
+        real = None
+        if not plan.rectangular:
+            real = torch.zeros(rows * width, dtype=torch.long, device=plan.flat.device)
+            real = real.index_fill_(0, plan.flat, 1).view(rows, width)
+        hidden = decoder(input_ids=plan.token_ids[plan.slots], attention_mask=real, use_cache=False)[0]
+        return hidden.flatten(0, 1).index_select(0, plan.flat[plan.loss])  # type: ignore[no-any-return]
+
+
+def inference(teacher: PreTrainedModel) -> AbstractContextManager[Any]:
+    """No gradient and, where no engine shards the weights, no bookkeeping for one: what it costs is felt where launches are."""
+    weight = next(teacher.parameters())
+    sharded = isinstance(weight, DTensor) or hasattr(weight, "ds_status")
+    return torch.no_grad() if sharded else torch.inference_mode()
 
 
 def _no_hidden(teacher: PreTrainedModel, plan: QueryPlan) -> torch.Tensor:

@@ -61,12 +61,15 @@ class Inputs(Sharing):
             )
 
     def teacher_pass(self, teacher: PreTrainedModel, shared: SharedKV, plan: QueryPlan) -> torch.Tensor:
-        from ..replay import replayed_pass
+        from ..replay import inference, replayed_pass
 
+        if not plan.num_queries:
+            return super().teacher_pass(teacher, shared, plan)
         assert shared.inputs_embeds is not None
-        embeds = teacher.get_input_embeddings()(plan.token_ids)  # (Q, H)
-        theirs = shared.inputs_embeds[plan.rows, plan.positions].to(embeds.dtype)
-        embeds = embeds.where(plan.readable[:, None], theirs)
+        with inference(teacher):
+            embeds = teacher.get_input_embeddings()(plan.token_ids)  # (Q, H)
+            theirs = shared.inputs_embeds[plan.rows, plan.positions].to(embeds.dtype)
+            embeds = embeds.where(plan.readable[:, None], theirs)
         hidden: torch.Tensor = replayed_pass(teacher, shared, plan, inputs_embeds=embeds[None])
         return hidden
 

@@ -1,0 +1,63 @@
+"""What a step asks of an accelerator: operations, each a launch, and waits for its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from trl import SFTTrainer
+
+LAYERS = 30  # as SmolLM2-135M: what is done once a layer must show
+# Reading a number, and shapes that depend on values
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "repeat_interleave.Tensor", "equal")
+
+
+class Count(TorchDispatchMode):
+    """Operations that reach a device, views left out, and those among them that wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1] + (f".{func._overloadname}" if func._overloadname else "")
+        self.operations += not func.is_view
+        by_mask = name.startswith(("index.", "index_put")) and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in (args[1] or ())
+        )
+        self.waits += by_mask or name.startswith(WAITS)
+        return func(*args, **(kwargs or {}))
+
+
+def counted(trainer: Any, rows: list[dict[str, Any]]) -> Count:
+    batch = trainer.data_collator(rows)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    labels = (batch["labels"][:, 1:] != -100).sum()
+    trainer.training_step(trainer.model, dict(batch), num_items_in_batch=labels)  # what is done once is done
+    with Count() as count:
+        trainer.training_step(trainer.model, dict(batch), num_items_in_batch=labels)
+    return count
+
+
+@pytest.mark.parametrize("kv_sharing", ["full", "prompt", "vision"])
+def test_a_step_launches_little_and_waits_no_more_than_sft(make_trainer: Callable[..., Any], kv_sharing: str) -> None:
+    rows = [{**row, "distill": True} for row in tiny.make_rows(2)][1:]
+    sft = counted(
+        make_trainer(SFTTrainer, model=tiny.make_vlm(0, layers=LAYERS)),
+        [{name: value for name, value in row.items() if name != "distill"} for row in rows],
+    )
+    ours = make_trainer(
+        model=tiny.make_vlm(0, layers=LAYERS), teacher_model=tiny.make_lm(1, layers=LAYERS), kv_sharing=kv_sharing
+    )
+    ours.first_batch.batches_to_compare = 0
+    found = counted(ours, rows)
+    assert found.operations - sft.operations <= 1300
+    assert found.waits - sft.waits <= 2
+    # The control: without the collator's plan the step has to ask the device
+    ours.data_collator.plan = None
+    assert counted(ours, rows).waits > found.waits + 5
