@@ -125,8 +125,7 @@ def wait_for_answers(page: Any, *names: str) -> None:
         page.wait_for_selector(f'.ld-answer[data-model="{name}"]{COMPLETE}', timeout=ANSWER_MS)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [375, 1280])
+@pytest.mark.parametrize(("width", "scheme"), [(375, "dark"), (1280, "light")])
 def test_an_example_is_answered_twice_without_an_error_or_a_request_to_others(
     watch: Callable[..., Watched], width: int, scheme: str
 ) -> None:
