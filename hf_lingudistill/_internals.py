@@ -13,7 +13,8 @@ Tested with the oldest and the newest releases that `pyproject.toml` allows (`ma
 - `trl.scripts.utils.DatasetConfig`: one source of a mixture.
 - `trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling`: collates texts (`text`, or `prompt` and `completion`) with their images.
 - `trl.chat_template_utils.has_generation_markers` and `transformers.utils.chat_template_utils.render_jinja_template`: where a template
-  marks the assistant's turns. `transformers.image_transforms.convert_to_rgb`: how processors convert an image.
+  marks the assistant's turns. `transformers.image_transforms.convert_to_rgb`: how processors convert an image
+  (used in `rgb.py`, which the Space takes alone).
 - `AttentionInterface` / `AttentionMaskInterface`: named attention functions, looked up by `config._attn_implementation`
   on every call.
 - Decoders apply `decoder.rotary_emb(x, position_ids[, layer_type]) -> (cos, sin)` once per forward.
@@ -39,7 +40,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.image_transforms import convert_to_rgb
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -59,7 +59,6 @@ __all__ = [
     "asks_for_router",
     "attention_switched",
     "base_attention_function",
-    "convert_to_rgb",
     "checkpoint_activations",
     "decoder_of",
     "deepspeed_inference",

@@ -16,8 +16,9 @@ from ._internals import DataCollatorForVisionLanguageModeling
 from .bad_rows import REASONS, ROW_COLUMN, AnyDataset, BadRow, Row, SharedCounts, flag_of, row_name
 from .conversations import Conversations, cannot_be_processed
 from .formats import check_answer, column_images, has_images
-from .images import IMAGE_COLUMNS, decode_image, to_rgb
+from .images import IMAGE_COLUMNS, decode_image
 from .opening import check_distill_column, drop_bad_rows, drop_bad_texts, prepare_dataset, undecoded
+from .rgb import to_rgb
 
 __all__ = [
     "IMAGE_COLUMNS",

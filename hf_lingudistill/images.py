@@ -4,48 +4,24 @@ from __future__ import annotations
 
 import base64
 import binascii
-import inspect
 import io
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Image
 from PIL import Image as PILImage
-from PIL import ImageOps
 
-from ._internals import convert_to_rgb
 from .bad_rows import BadRow
 from .config import shown
+from .rgb import to_rgb
 
 IMAGE_COLUMNS = ("images", "image")
 # Where a dict keeps its image: datasets' own two names first, then those of public datasets and chat formats
 _KEYS = ("bytes", "path", "image", "url", "base64", "data", "image_url")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
-_AS_ARRAY: dict[str, Any] = (
-    {"return_numpy": True} if "return_numpy" in inspect.signature(convert_to_rgb).parameters else {}
-)
 _SHORTEST_BASE64 = 60  # of the smallest image file there is; a shorter text is a file's name
-
-
-def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """RGB, upright. Transparency is composited as transformers' processors do it (on white), not by a rule of our own.
-
-    16-bit and 32-bit greys are scaled to 8 bits, where PIL's own conversion would clip nearly all of them to white.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = image.convert("F").point(lambda p: p / 257.0 + 0.5).convert("L")
-    elif image.mode in ("I", "F"):  # 32-bit has no known range: stretched
-        image.load()
-        low, high = image.getextrema()
-        span = float(high - low) or 1.0  # type: ignore[operator]
-        image = image.convert("F").point(lambda p: (p - low) * 255.0 / span).convert("L")
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    return PILImage.fromarray(np.asarray(convert_to_rgb(image, **_AS_ARRAY)))
 
 
 def decode_image(value: Any) -> PILImage.Image:

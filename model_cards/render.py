@@ -18,11 +18,12 @@ from typing import Any
 
 from hf_lingudistill.hub.card import PLOTS, render_card
 from hf_lingudistill.hub.results import main_model
-from hf_lingudistill.hub.run_facts import LIBRARIES, read_run_facts
+from hf_lingudistill.hub.run_facts import read_run_facts
 from hf_lingudistill.hub.usage import Usage
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
+TITLES = {"demo": "The demo's VLM"}
 NOTE = "\n\n<!-- Rendered by `make cards`; edit the template in hf_lingudistill/hub/templates or the result files, not this file. -->\n"
 
 
@@ -38,45 +39,17 @@ def results(root: Path = ROOT) -> Iterator[tuple[str, Path, str | None]]:
             yield recipe.name, reports[0].parent, command
 
 
-def run_facts_of(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """The facts that training wrote beside the report; of a recipe without them, what its report says of the arm that is shown."""
-    facts = read_run_facts(folder)
-    recipe, stages = report.get("recipe") or {}, report.get("stages") or {}
-    arm = main_model(report)
-    if facts or arm not in stages or arm not in (recipe.get("arms") or {}):
-        return facts
-    stage, last, training = stages[arm], stages[arm].get("last_log") or {}, recipe.get("training") or {}
-    mix, distilled, answers = recipe.get("mix") or {}, last.get("distilled_tokens"), last.get("answer_tokens")
-    return {
-        "teacher": {"mib": stage.get("teacher_mib")},
-        "datasets": [{"name": f"{name}, {rows} of {sum(mix.values())} rows of a batch"} for name, rows in mix.items()],
-        "settings": {
-            **recipe["arms"][arm].get("args", {}),
-            "learning_rate": training.get("learning_rate"),
-            "seed": report.get("seed"),
-            "per_device_train_batch_size": sum(mix.values()) or None,
-        },
-        "training": {
-            "steps": stage.get("steps"),
-            "seconds": stage.get("seconds"),
-            "tokens": last.get("num_tokens"),
-            # of the last log, as all that the report holds
-            "distilled_tokens_share": distilled / answers if distilled and answers else None,
-        },
-        "hardware": {"device": "cpu", "threads": stage.get("threads")},
-        "versions": {name: version for name, version in report["machine"].items() if name in LIBRARIES},
-    }
-
-
 def card(name: str, folder: Path, command: str | None, root: Path = ROOT) -> str:
     """The text of one card. Plots are linked where they lie."""
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     link = Path("..") / folder.relative_to(root)
     plots = {title: f"{link}/{stem}.png" for stem, title in PLOTS.items() if (folder / f"{stem}.png").is_file()}
-    facts, model = run_facts_of(folder, report), (report.get("models") or {}).get(main_model(report)) or {}
+    facts, model = read_run_facts(folder), (report.get("models") or {}).get(main_model(report)) or {}
     source = f"outputs/{name}/{model.get('path', 'after')}"
     usage = Usage(source, made_by="the folder that the command under *Reproduce* makes")
-    return str(render_card(facts, report, name=name, plots=plots, command=command, usage=usage)) + NOTE
+    return (
+        str(render_card(facts, report, name=TITLES.get(name, name), plots=plots, command=command, usage=usage)) + NOTE
+    )
 
 
 def render(root: Path = ROOT) -> dict[str, str]:

@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_lingudistill.hub.card import render_card, usage_of
-from hf_lingudistill.hub.escape import fenced, markdown
+from hf_lingudistill.hub.escape import fenced, markdown, plain
 from hf_lingudistill.hub.metadata import eval_result_file
 from hf_lingudistill.hub.results import main_model, tasks_of
 from hf_lingudistill.hub.run_facts import hub_id, public_name, recipe_of
@@ -422,6 +422,11 @@ def test_unescaped_text_would_be_caught() -> None:
             if "bits/byte" in line or "recovered |" in line
         }
         assert len(widths) == 1
+
+
+def test_invisible_characters_are_taken_out() -> None:
+    """Controls and marks of direction: what is read must be what is there."""
+    assert plain("a\u202eb\x00c\u200bd\ne") == "abcd e" and markdown("\u202egnp.exe") == "gnp.exe"
 
 
 def test_a_fence_cannot_be_closed_from_inside() -> None:

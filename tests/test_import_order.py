@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1] / PACKAGE
 # What transformers and TRL document below their top level. All else down there moves between releases.
 INTERNALS = (
     f"{PACKAGE}._internals",
+    f"{PACKAGE}.rgb",  # the Space uses it as well, which has no `_internals`
     f"{PACKAGE}.labs.nanovlm.inputs",
     f"{PACKAGE}.labs.nanovlm.stock",
 )  # the last two: processors that transformers keeps below its top level

@@ -29,6 +29,8 @@ import visitor
 from answers import Answer
 from visitor import BadInput
 
+from hf_lingudistill.images import decode_image
+
 SPACE = Path(visitor.__file__).parent
 
 
@@ -101,6 +103,33 @@ def test_a_picture_arrives_upright_in_rgb_and_no_larger_than_needed(tmp_path: Pa
 def test_transparency_becomes_white_and_not_black(tmp_path: Path) -> None:
     path = saved(tmp_path / "clear.png", Image.new("RGBA", (20, 20), (0, 0, 0, 0)))
     assert visitor.open_picture(path).getpixel((5, 5)) == (255, 255, 255)
+
+
+def test_a_picture_is_decoded_as_in_training(tmp_path: Path) -> None:
+    """One function, whatever the file: transparency in each of its forms, palettes, greys of any depth, CMYK, turned ones."""
+    ramp = Image.linear_gradient("L").resize((24, 24))
+    clear = Image.merge("RGBA", (ramp, ramp, ramp, ramp.rotate(90)))
+    palette = ramp.convert("P")
+    turned = Image.Exif()
+    turned[274] = 6
+    images = {
+        "RGBA": clear,
+        "LA": clear.convert("LA"),
+        "L": ramp,
+        "1": ramp.convert("1"),
+        "P": palette,
+        "RGB": clear.convert("RGB"),
+    }
+    images["I;16"] = Image.frombytes("I;16", (24, 24), bytes(range(256)) * 4 + bytes(range(128)))
+    paths = {name: saved(tmp_path / f"{name.replace(';', '')}.png", image) for name, image in images.items()}
+    paths["P with transparency"] = saved(tmp_path / "clear.png", palette, transparency=3)
+    paths["CMYK"] = saved(tmp_path / "cmyk.jpg", clear.convert("CMYK"))
+    paths["turned"] = saved(tmp_path / "turned.jpg", ramp.convert("RGB").resize((24, 12)), exif=turned)
+    for name, path in paths.items():
+        assert visitor.open_picture(path).tobytes() == decode_image(path).tobytes(), name
+    assert (
+        visitor.open_picture(paths["RGBA"]).tobytes() != clear.convert("RGB").tobytes()
+    )  # control: PIL's own rule is another
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:

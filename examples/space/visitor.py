@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers.image_transforms import convert_to_rgb
+from PIL import Image, UnidentifiedImageError
+from rgb import to_rgb
 
 MAX_CHARACTERS = 2000
 MAX_MEGAPIXELS = 25  # decoded, 75 MB; a telephone's usual photograph has 12
@@ -78,7 +78,9 @@ def open_picture(path: str | Path) -> Image.Image:
             with Image.open(path) as picture:
                 _check_size(*picture.size)
                 picture.draft("RGB", (MAX_SIDE, MAX_SIDE))  # a large JPEG is decoded at a fraction of its size
-                return _plain(picture)
+                picture = to_rgb(picture)
+                picture.thumbnail((MAX_SIDE, MAX_SIDE))
+                return picture
     except BadInput:
         raise
     except UnidentifiedImageError:
@@ -106,14 +108,3 @@ def _check_size(width: int, height: int) -> None:
             f"This picture is {width:,} × {height:,} pixels, a mere line to the models; "
             f"please crop it to at most {MAX_ASPECT} times as long as it is wide."
         )
-
-
-def _plain(picture: Image.Image) -> Image.Image:
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I;16") or picture.mode == "I":
-        # 16 bits a pixel: a plain conversion clips all but the darkest to white
-        picture = picture.convert("I").point(lambda value: value / 256).convert("L")
-    # What is transparent becomes what it is for the models' own processors
-    picture = Image.fromarray(convert_to_rgb(picture, return_numpy=True))
-    picture.thumbnail((MAX_SIDE, MAX_SIDE))
-    return picture

@@ -32,15 +32,8 @@ from .http import TransportError
 from .manifest import TOKEN, WEIGHTS, Item, Manifest, PublishError, one_line
 
 T = TypeVar("T")
-_PASSING = (
-    408,
-    412,
-    429,
-    500,
-    502,
-    503,
-    504,
-)  # 412: somebody has pushed since we looked; the next attempt looks again
+# What may pass by itself. 412: somebody has pushed since we looked; the next attempt looks again
+_PASSING = (408, 412, 429, 500, 502, 503, 504)
 _ATTEMPTS = 3  # of a step
 CARD = "README.md"
 

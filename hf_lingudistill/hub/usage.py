@@ -11,9 +11,10 @@ _LOAD = """import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+source = "{source}"
 device = "cuda" if torch.cuda.is_available() else "cpu"
-processor = AutoProcessor.from_pretrained("{source}")
-model = AutoModelForImageTextToText.from_pretrained("{source}", dtype="auto").to(device)
+processor = AutoProcessor.from_pretrained(source)
+model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto").to(device)
 """
 _CHAT = """
 
@@ -29,9 +30,8 @@ def ask(*content):
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-# about a picture
-print(ask({"type": "image", "image": Image.open("picture.jpg")}, {"type": "text", "text": "What is in this picture?"}))
-# text alone
+picture = {"type": "image", "image": Image.open("picture.jpg")}
+print(ask(picture, {"type": "text", "text": "What is in this picture?"}))
 print(ask({"type": "text", "text": "Why do leaves fall in autumn?"}))"""
 _PLAIN = """
 text = processor.image_token + "What is in this picture?"
@@ -41,8 +41,10 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 _PIPELINE = """from transformers import pipeline
 
 ask = pipeline("image-text-to-text", model="{source}", dtype="auto")
-content = [{{"type": "image", "path": "picture.jpg"}}, {{"type": "text", "text": "What is in this picture?"}}]
-print(ask(text=[{{"role": "user", "content": content}}], max_new_tokens=64, return_full_text=False)[0]["generated_text"])"""
+picture = {{"type": "image", "path": "picture.jpg"}}
+question = {{"type": "text", "text": "What is in this picture?"}}
+messages = [{{"role": "user", "content": [picture, question]}}]
+print(ask(text=messages, max_new_tokens=64, return_full_text=False)[0]["generated_text"])"""
 
 
 @dataclass(frozen=True)
