@@ -532,3 +532,37 @@ def test_a_changed_result_makes_a_card_stale_and_a_new_recipe_gets_one(tmp_path:
     (results / "lingudistill.json").write_text(json.dumps(FACTS))
     assert cards.stale(cards.render(tmp_path), tmp_path / "cards") == ["demo.md", "small.md"]
     assert "1.250 [1.150, 1.350]" in cards.render(tmp_path)["small.md"]
+
+
+def test_a_recipe_over_seeds_gets_a_card(tmp_path: Path) -> None:
+    """Means and t intervals of its default arm; what it says of items and of one run elsewhere is not said here."""
+    cards = renderer()
+    folder = tmp_path / "examples/recipes/five_artists"
+    (folder / "results").mkdir(parents=True)
+    shutil.copy(ROOT / "examples/recipes/five_artists/recipe.yaml", folder)
+
+    def mean(value: float) -> dict[str, float]:
+        return {"mean": value, "half": 0.01, "seeds": 5}
+
+    arms = {
+        name: {"text_kl": mean(value), "naming_seen": mean(0.85)}
+        for name, value in {"before": 2.9, "ce": 0.4, "vision": 0.27}.items()
+    }
+    arms["vision"] |= {"recovered_text_kl": mean(0.9), "naming_exchanged": mean(0.1)}
+    arms["original"] = {"text_kl": {"mean": 0.001, "half": None}}
+    paired = {"vision - ce": {"text_kl": mean(-0.13)}, "vision - before": {"naming_seen": {"mean": 0.0, "half": 0.02}}}
+    summary = {
+        "seeds": 5,
+        "default": "vision",
+        "regimes": {"P": {"severe": arms}},
+        "paired": {"P": {"severe": paired}},
+    }
+    (folder / "results/summary.json").write_text(json.dumps(summary))
+    text = cards.render(tmp_path)["five_artists.md"]
+    assert "**0.270 [0.260, 0.280]**" in text and "2.900 [2.890, 2.910]" in text and "90% [89%, 91%]" in text
+    assert "In brackets: means over 5 seeds, with 95 % t intervals over them." in text and "over items" not in text
+    assert "Against it, this model is better on KL to the original LM" in text and "0.100 [0.090, 0.110]" in text
+    assert "| `kv_sharing` | vision |" in text and "| steps | 45 |" in text
+    summary["seeds"], arms["vision"]["text_kl"]["half"] = 1, None
+    (folder / "results/summary.json").write_text(json.dumps(summary))
+    assert "In brackets: one seed." in cards.render(tmp_path)["five_artists.md"]

@@ -717,6 +717,18 @@ def test_a_second_push_uploads_nothing(hub: Hub, model: Path) -> None:
     assert third.sent == ("generation_config.json",) and third.commit != first.commit and hub.uploads == uploads
 
 
+def test_what_arrived_is_compared_with_what_was_sent(hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_commit = HfApi.create_commit
+
+    def lossy(self: HfApi, *args: Any, operations: list[Any], **kwargs: Any) -> Any:
+        kept = [operation for operation in operations if operation.path_in_repo != "config.json"]
+        return create_commit(self, *args, operations=kept, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", lossy)
+    with pytest.raises(PublishError, match="config.json on ann/model is not what was sent \\(1 files differ\\)"):
+        publish(model_manifest(model, "ann/model"), token=TOKEN)
+
+
 def test_large_files_go_in_parts(model: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
     with Hub(multipart_bytes=50_000) as hub:
         hub.add_user("ann", token=TOKEN)

@@ -291,7 +291,7 @@ def _limits(run_facts: Facts, report: Facts, tasks: Sequence[Task]) -> list[str]
     if missing:
         limits.append(f"Not evaluated: {', '.join(missing)}.")
     limits.append("Not evaluated: safety, bias, factuality, and languages other than those of the benchmarks.")
-    if tasks:
+    if tasks and not report.get("intervals"):  # a report over seeds says so itself
         limits.append("One training run: the intervals are over items, not over seeds.")
     if (report.get("config") or {}).get("demo"):
         limits.append("A demonstration that is made in minutes, not a model to use.")

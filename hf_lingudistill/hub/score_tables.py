@@ -78,8 +78,9 @@ def _share(recovered: Score | str | None) -> str:
 
 
 def reading(report: Facts, tasks: Sequence[Task]) -> str:
+    intervals = report.get("intervals")
     text = (
-        "In brackets: 95 % bootstrap intervals over items. *Recovered*: the share of what the original language model had and "
+        f"In brackets: {markdown(intervals) if intervals else '95 % bootstrap intervals over items'}. *Recovered*: the share of what the original language model had and "
         "the VLM before had lost that came back"
     )
     text += "; of a perplexity, of its logarithm." if any(t.unit == "perplexity" for t in tasks) else "."
