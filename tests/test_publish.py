@@ -857,6 +857,9 @@ def test_the_token_is_in_no_log_and_no_traceback(
         "x", ValueError(f"bad {TOKEN}")
     )
     assert TOKEN not in echo and "hf_***" in echo
+    # nor is one of another shape than the Hub's
+    other = publishing._Steps("ann/model", "model", "lingudistill publish", "a-secret-of-ours")
+    assert "a-secret-of-ours" not in other._sentence("x", ValueError("bad a-secret-of-ours"))
 
 
 @pytest.mark.parametrize(("private", "gated"), [(True, False), (False, True), (False, False)])
@@ -917,6 +920,20 @@ def test_the_space_is_filled_with_the_repositories(
     text = on_the_hub(hub, "ann/space", "space")["README.md"].decode()
     assert "title: Mine" in text and "emoji: 🦙" in text and "# Good morning" in text
     assert "kept as edited on the Hub, in README.md: emoji, title, about" in capsys.readouterr().out
+
+
+def test_the_real_space_is_sent_with_all_modules_that_it_imports(model: Path) -> None:
+    """Two of them are the library's own, links in a clone."""
+    manifest = space_manifest(model_manifest(model, "ann/model"), "ann/space", before="ann/before")
+    sent = planned(manifest)
+    folder = Path(__file__).parents[1] / "examples/space"
+    for path, content in sent.items():
+        if path.endswith(".py"):
+            names = re.findall(r"^(?:from|import) (\w+)", content.decode(), re.MULTILINE)
+            assert {f"{name}.py" for name in names if (folder / f"{name}.py").exists()} <= sent.keys(), path
+    for name in ("machine.py", "rgb.py"):
+        assert (folder / name).is_symlink()  # control: a plain copy of the folder would lack them
+        assert sent[name] == (folder.parents[1] / "hf_lingudistill" / name).read_bytes()
 
 
 def test_a_space_needs_the_model_before_on_the_hub(model: Path, app: Path) -> None:
