@@ -19,7 +19,8 @@ from datasets import ClassLabel, load_dataset, load_from_disk
 from PIL import Image as PILImage
 
 from ...bad_rows import BadRow
-from ...images import decode_image, to_rgb
+from ...images import decode_image
+from ...rgb import to_rgb
 from .drawings import drawings
 from .fidelity import Question
 from .shapes import ShapeError, accepted_answers, choices_of, found, right_choices, text_of

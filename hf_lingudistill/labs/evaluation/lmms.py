@@ -26,7 +26,7 @@ from typing import Any
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
-from ...images import to_rgb
+from ...rgb import to_rgb
 from ..statistics import Items
 from .cache import ItemCache, digest
 from .grounded import answer_scores
