@@ -195,6 +195,14 @@ class Conversations:
     def _for_template(self, turns: list[Row], images: list[Any] | None = None) -> list[Row]:
         if not isinstance(self.processor, ProcessorMixin):
             return turns
+        if any(isinstance(turn.get("content"), list) for turn in turns):
+            # TRL puts all images before the first user turn that is a text, though an earlier turn has their places
+            turns = [
+                {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+                if isinstance(turn.get("content"), str)
+                else turn
+                for turn in turns
+            ]
         return prepare_multimodal_messages(turns, images=images)
 
     def _options(self, row: Row) -> Row:

@@ -791,3 +791,24 @@ def _no_progress_bars() -> Iterator[None]:
     disable_progress_bar()
     yield
     enable_progress_bar()
+
+
+@pytest.mark.parametrize("placed", [False, True], ids=["in a column alone", "with a place of its own"])
+def test_several_turns_about_an_image(placed: bool) -> None:
+    """The commonest rows of all: TRL puts the image before a later question as well, if the first has its place."""
+    from tiny import make_processor
+
+    from hf_lingudistill.conversations import Conversations
+
+    first = [{"type": "image"}, {"type": "text", "text": "what shape?"}] if placed else "what shape?"
+    questions, answers = [first, "and its color?", "is it large?"], ["a circle", "red", "no"]
+    turns = [
+        {"role": role, "content": content}
+        for pair in zip(questions, answers, strict=True)
+        for role, content in zip(("user", "assistant"), pair, strict=True)
+    ]
+    conversations = Conversations(make_processor())
+    row = conversations.read({"images": [PILImage.new("RGB", (40, 40))], "messages": turns}, "row 0")
+    text = conversations.render(row, as_text=True).row["text"]
+    assert text.count("<image>") == 1 and text.index("<image>") < text.index("what shape?")
+    assert all(said in text for said in ("and its color?", "is it large?", *answers))

@@ -310,3 +310,26 @@ def test_saved_and_loaded_twice_the_stock_processor_says_the_same(nanovlm_checkp
     (ids, pixels), (again, same) = encode(first), encode(AutoProcessor.from_pretrained(tmp_path / "twice"))
     assert all(torch.equal(a, b) for a, b in zip(ids, again, strict=True))
     assert np.array_equal(pixels.numpy(), same.numpy())
+
+
+@pytest.mark.parametrize("tiling", ["whole", "enlarged", "fitted"])
+def test_what_is_trained_on_is_what_nanovlm_trains_on(tiling, nanovlm_checkpoint) -> None:
+    from hf_lingudistill.conversations import Conversations
+
+    _, folder = nanovlm_checkpoint((256, 4, True, tiling))
+    turns = [("user", "what 12?\n"), ("assistant", "the sea"), ("user", "and?"), ("assistant", "no")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    for processor in (NanoVLMProcessor.from_pretrained(folder), AutoProcessor.from_pretrained(folder)):
+        image = processor.tokenizer.convert_tokens_to_ids("<|image|>")
+        conversations = Conversations(processor, image_ids=(image,))
+        rendered = conversations.render(
+            conversations.read({"images": [golden.picture(600, 90)], "messages": messages}, "row"), as_text=True
+        )
+        ids = processor(text=[rendered.row["text"]], images=[rendered.row["images"]], return_tensors="pt")[
+            "input_ids"
+        ][0]
+        labels = ids.clone()
+        conversations.mask(labels, ids, rendered)
+        assert (ids == image).sum() in (16, 16 * 4, 16 * 3), "the control: there are image tokens to leave out"
+        # nanoVLM: each answer, its end, and the line break after it
+        assert processor.tokenizer.decode(ids[labels != -100]) == "the sea<|im_end|>\nno<|im_end|>\n"
