@@ -162,6 +162,7 @@ def test_the_recipe_runs_from_end_to_end_and_goes_on_where_it_was(
     assert set(arms) == {*run[4], "original"}
     assert arms["ce"]["text_kl"] == {"mean": results["ce"]["text_kl"], "half": None, "seeds": 1}
     assert arms["before"]["recovered_text_kl"]["mean"] == 0.0
+    assert (tmp_path / "arms.png").stat().st_size > 5000 and not (tmp_path / "replay.png").exists()
     assert found["paired"]["P"]["severe"]["ce - none"]["text_kl"]["mean"] == pytest.approx(
         results["ce"]["text_kl"] - results["none"]["text_kl"], abs=2e-5
     )

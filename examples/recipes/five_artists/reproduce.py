@@ -225,7 +225,11 @@ def run_all(place: Place, runs: Sequence[Run], jobs: int, common: Sequence[str])
 
 def report(place: Place, results: Path = RESULTS) -> None:
     """results/*.json and the plots, from whatever is measured."""
-    summary.write(place.out, place.settings, results)
+    found = summary.write(place.out, place.settings, results)
+    if found:
+        from plots import draw
+
+        draw(found, place.settings, results)
 
 
 def status(place: Place) -> None:

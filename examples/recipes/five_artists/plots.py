@@ -1,0 +1,92 @@
+"""One picture per claim, from summary.json. A picture whose figures are not measured yet is not drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+
+DISTILLED, RIVAL, REFERENCE = "#1f6f8b", "#c8553d", "#6b6b6b"
+REPLAY = {"ce": 25, "ce_replay_10": 12.5, "ce_replay_30": 31.25, "ce_replay_50": 50}  # per cent of a step's 16 rows
+
+
+def draw(summary: Mapping[str, Any], settings: Mapping[str, Any], out: Path) -> list[Path]:
+    """-> the files written."""
+    drawn = []
+    severe = summary["regimes"].get("P", {}).get("severe", {})
+    if len(severe) > 3:
+        drawn.append(_plane(severe, settings, out / "arms.png"))
+    if summary["modes"]:
+        drawn.append(_modes(summary["modes"], out / "modes.png"))
+    replay = summary["regimes"].get("M", {}).get("severe", {})
+    if set(REPLAY) <= set(replay) and "ce" in severe:
+        drawn.append(_replay(replay, severe, out / "replay.png"))
+    return drawn
+
+
+def _plane(arms: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> Path:
+    """Text against pictures: both KLs of every arm that was cured, the lower left corner is the original."""
+    figure, axes = plt.subplots(figsize=(7.2, 5.2))
+    cured = {name: arm for name, arm in arms.items() if name not in ("before", "original", "default")}
+    for name, arm in cured.items():
+        kind = settings["arms"][name]["kind"]
+        color = DISTILLED if kind == "distill" else REFERENCE if kind == "caption" else RIVAL
+        x, y = arm["text_kl"], arm["image_kl"]
+        axes.errorbar(
+            x["mean"], y["mean"], xerr=x["half"] or 0, yerr=y["half"] or 0, fmt="o", color=color, markersize=6, elinewidth=1
+        )  # fmt: skip
+        axes.annotate(name, (x["mean"], y["mean"]), xytext=(6, 4), textcoords="offset points", fontsize=8, color=color)
+    axes.set_xlabel("KL(original || model) on text, nats per token")
+    axes.set_ylabel("KL(original told the caption || model shown the picture)")
+    axes.set_title("Severe drift, image rows only: the original is at (0, 0)", fontsize=10)
+    return _saved(figure, path)
+
+
+def _modes(modes: Mapping[str, Any], path: Path) -> Path:
+    """What each sharing mode gives its teacher, a panel per pair."""
+    figure, panels = plt.subplots(1, len(modes), figsize=(3.4 * len(modes), 3.6), sharey=True, squeeze=False)
+    for axes, (name, found) in zip(panels[0], modes.items(), strict=True):
+        readers = [reader for reader in found["readers"] if reader != "student"]
+        for shift, part, color in ((-0.2, "dependent", DISTILLED), (0.2, "rest", REFERENCE)):
+            heights = [found["readers"][reader][part] for reader in readers]
+            axes.bar([index + shift for index in range(len(readers))], heights, width=0.38, color=color, label=part)
+        axes.axhline(found["readers"]["none"]["dependent"], color=DISTILLED, linewidth=0.8, linestyle=":")
+        axes.set_xticks(range(len(readers)), readers, rotation=35, fontsize=8)
+        axes.set_title(name, fontsize=9)
+    panels[0][0].set_ylabel("teacher's KL to the captioned original, nats")
+    panels[0][0].legend(fontsize=8, title="tokens", title_fontsize=8)
+    return _saved(figure, path)
+
+
+def _replay(replay: Mapping[str, Any], image_rows: Mapping[str, Any], path: Path) -> Path:
+    """How much text replay is enough for CE."""
+    points = sorted(
+        [(0.0, image_rows["ce"]), *((share, replay[name]) for name, share in REPLAY.items())], key=lambda p: p[0]
+    )
+    figure, axes = plt.subplots(figsize=(5.4, 3.8))
+    for metric, label, color in (("text_kl", "text", RIVAL), ("image_kl", "pictures", DISTILLED)):
+        axes.plot(
+            [share for share, _ in points], [arm[metric]["mean"] for _, arm in points], "o-", color=color, label=label
+        )
+    axes.set_xlabel("text rows, per cent of a step (cross-entropy)")
+    axes.set_ylabel("KL to the original, nats per token")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return _saved(figure, path)
+
+
+def _saved(figure: Any, path: Path) -> Path:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.set_axisbelow(True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
