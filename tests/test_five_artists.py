@@ -44,6 +44,8 @@ TINY: dict[str, Any] = {
         "test_images": {"n": 6, "max_new_tokens": 6},
         "test_texts": {"n": 6, "max_new_tokens": 6},
     },
+    "measure": {"test_texts": 6, "test_images": 6, "passages": 1, "naming": 8, "yes_no": 4, "exchanged": 4},
+    "modes": {"test_images": 6},
     "regimes": {"P": {"short": 2, "long": 2, "text": 0}, "M": {"short": 1, "long": 1, "text": 2}},
 }  # fmt: skip
 
@@ -134,9 +136,6 @@ def test_every_step_holds_its_share_of_each_sort() -> None:
 def test_the_recipe_runs_from_end_to_end_and_goes_on_where_it_was(
     place: stages.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import measure
-
-    monkeypatch.setattr(measure, "TEXTS", {"xsum": 2})
     run = ("aligned", "P", "severe", 0, ["before", "ce", "none", "vision", "caption", "interpolate_05", "ce_lora"])
     reproduce.arms(place, run)
     results = {arm: json.loads(reproduce.result_path(place, run, arm).read_text()) for arm in run[4]}

@@ -33,10 +33,6 @@ from hf_lingudistill.labs.world.pictures import SEEN, UNSEEN, World
 from hf_lingudistill.labs.world.questions import as_dataset, naming_rows, yes_no_rows
 from hf_lingudistill.machine import machine
 
-YES_NO = 150  # pictures, two questions each
-EXCHANGED = 200
-TEXTS = {source: 16 for source in UNSEEN_SOURCES} | {"xsum": 40}  # how many of each
-
 
 def precision() -> torch.dtype:
     """bf16 where the machine has it: a KL moves by what the row `original` shows, whose KL would otherwise be zero."""
@@ -53,9 +49,10 @@ class Measures:
         settings: Mapping[str, Any],
         original: Path,
         answers: Path,
+        sizes: Mapping[str, int],
         names: Sequence[str] = ("test_texts", "test_images"),
     ) -> None:
-        self.world = world
+        self.world, self.sizes = world, sizes
         # fp32, whatever models are measured in: the original is what all are held against
         scored = load_scored("original", str(original), dtype=torch.float32)
         self.references = {}
@@ -63,7 +60,8 @@ class Measures:
             written = answers_of(name, sets[name], settings, answers)
             if written is None:
                 raise RuntimeError(f"{answers / name}.jsonl is not whole: run `reproduce.py answers` first.")
-            self.references[name] = Reference.of(scored, [one.question for one in sets[name]], written)
+            asked = [one.question for one in sets[name]][: sizes[name]]
+            self.references[name] = Reference.of(scored, asked, written)
         self.depends = dependence(self.references["test_images"], scored)
 
     def of(self, path: Path) -> dict[str, Any]:
@@ -89,8 +87,8 @@ class Measures:
             ):
                 keep(name, {key: value for key, value in images[own].items() if value[1] > 0})
         nats: dict[str, float] = {}
-        for source, number in TEXTS.items():
-            sample = random.Random(0).sample(passages(source), number)
+        for source in UNSEEN_SOURCES:
+            sample = random.Random(0).sample(passages(source), self.sizes["passages"])
             cut = [" ".join(text.split(" ")[:110]) for text in sample]
             result = text_perplexity(scored.model, scored.processing, cut, max_tokens=150)
             nats[source] = round(result["bits_per_byte"], 5)
@@ -101,12 +99,14 @@ class Measures:
         return found
 
     def _vision(self, scored: Scored) -> dict[str, float]:
-        seen = self.world.pictures(artists=SEEN, one_each=2)
-        new = self.world.pictures(artists=UNSEEN, one_each=2)
-        rng = random.Random(3)
-        some = rng.sample(seen, min(YES_NO, len(seen)))
+        rng = random.Random(2)
+        seen, new = (
+            rng.sample(found, min(self.sizes["naming"], len(found)))
+            for found in (self.world.pictures(artists=by, one_each=2) for by in (SEEN, UNSEEN))
+        )
+        some = seen[: self.sizes["yes_no"]]
         naming = as_dataset(naming_rows(seen))
-        exchanged = naming.select(range(0, len(naming), max(1, len(naming) // EXCHANGED)))
+        exchanged = naming.select(range(min(self.sizes["exchanged"], len(naming))))
         ask = {"batch_size": 32}
         return {
             "naming_seen": what_accuracy(scored.model, scored.processing, naming, **ask)["accuracy"],

@@ -27,9 +27,9 @@ BATCH = 8
 
 @torch.no_grad()
 def teachers(
-    reference: Reference, depends: Mapping[str, Sequence[bool]], student: Path, original: Path, n: int
+    reference: Reference, depends: Mapping[str, Sequence[bool]], student: Path, original: Path
 ) -> dict[str, Any]:
-    """{reader: {"dependent", "rest", "all"}} in nats per token, on the reference's first n questions. Everything in fp32."""
+    """{reader: {"dependent", "rest", "all"}} in nats per token, on the reference's questions. Everything in fp32."""
     vlm = load_scored("student", str(student), dtype=torch.float32)
     lm = load_scored("original", str(original), dtype=torch.float32)
     fit = check_compatibility(
@@ -37,7 +37,7 @@ def teachers(
     )
     teacher = prepare_teacher(lm.model, vocabulary_of(vlm.model, fit))
     sums = {reader: {"dependent": [0.0, 0], "rest": [0.0, 0]} for reader in ("student", *MODES)}
-    questions = reference.questions[:n]
+    questions = reference.questions
     size = reference.head.weight.size(0)
     for start in range(0, len(questions), BATCH):
         batch = questions[start : start + BATCH]

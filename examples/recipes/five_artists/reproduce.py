@@ -77,7 +77,9 @@ def arms(place: Place, run: Run) -> None:
     from measure import Measures
 
     sets = ask(place.world(), place.settings["answers"])
-    measures = Measures(place.world(), sets, place.settings["answers"], place.original, place.answers)
+    measures = Measures(
+        place.world(), sets, place.settings["answers"], place.original, place.answers, place.settings["measure"]
+    )
     original = place.out / "results" / "original.json"
     if not original.is_file():
         write_json(original, measures.of(place.original))
@@ -171,12 +173,16 @@ def modes(place: Place, tower_name: str, kind: str, seed: int) -> None:
 
     sets = ask(place.world(), place.settings["answers"])
     measures = Measures(
-        place.world(), sets, place.settings["answers"], place.original, place.answers, names=("test_images",)
+        place.world(),
+        sets,
+        place.settings["answers"],
+        place.original,
+        place.answers,
+        place.settings["modes"],
+        names=("test_images",),
     )
     student = place.tower(tower_name) if kind == "no" else place.start(tower_name, kind, seed)
-    found = teachers(
-        measures.references["test_images"], measures.depends, student, place.original, place.settings["modes"]["n"]
-    )
+    found = teachers(measures.references["test_images"], measures.depends, student, place.original)
     write_json(path, found)
     print(f"modes of {path.stem}: {json.dumps(found['readers'])}", flush=True)
 
