@@ -259,7 +259,7 @@ def _placed(
         raise BadRow(
             "images and placeholders differ",
             f"{name}: its text names {typed} images ({image_token!r}) beside {len(places)} with places of their own. Give each image "
-            "one place and put it into column 'images', or remove the word from the text.",
+            "one place and put it into column 'images' beside 'messages' (or 'prompt'), or remove the word from the text.",
         )
     if own:
         rest = iter(images or [])

@@ -78,9 +78,12 @@ def open_datasets(train: Any, evaluation: Any, args: LinguDistillConfig, *, chec
         for name, part in {"": train, **parts}.items():
             _check_first_rows(part, f" of {_eval_name(name)}" if name else "", args)
     if args.skip_bad_rows and not vision:
-        train, dropped = drop_bad_texts(train, args.distill_column)
+        train, dropped = drop_bad_texts(train, args.distill_column, columns_of(train))
         opened.skipped_rows = dropped if not skipped else {**dropped, **skipped}
-        parts = {name: said_if_dropped(*drop_bad_texts(part, args.distill_column)) for name, part in parts.items()}
+        parts = {
+            name: said_if_dropped(*drop_bad_texts(part, args.distill_column, columns_of(part)))
+            for name, part in parts.items()
+        }
     elif skipped:
         opened.skipped_rows = skipped
     opened.train = prepare_dataset(train)
@@ -107,7 +110,7 @@ def open_evaluation(evaluation: Any, args: LinguDistillConfig, *, vision: bool) 
                 "made."
             )
         if args.skip_bad_rows and not vision:
-            part = said_if_dropped(*drop_bad_texts(part, args.distill_column))
+            part = said_if_dropped(*drop_bad_texts(part, args.distill_column, columns_of(part)))
         opened[name] = prepare_dataset(part)
     return opened if isinstance(evaluation, dict) else opened[""]
 
@@ -240,9 +243,8 @@ def _refuse_flag(column: str) -> Callable[[Row], Row]:
 
 def _check_first_rows(dataset: AnyDataset, where: str, args: LinguDistillConfig) -> None:
     """Refuse a format that nothing can be made of before models are loaded; single bad rows are left to the collator."""
-    count = CHECKED_FIRST if isinstance(dataset, Dataset) else 1
     refusals = []
-    for number, row in enumerate(islice(_undecoded_rows(dataset), count)):
+    for number, row in enumerate(islice(_undecoded_rows(dataset), CHECKED_FIRST)):
         if "input_ids" in row:
             return
         if args.dataset_text_field in row:
@@ -401,17 +403,19 @@ def _undecoded_feature(feature: Any) -> Any:
 # --------------------------------------------------------------------------------------------------------------------
 # Rows that are left out
 # --------------------------------------------------------------------------------------------------------------------
-def drop_bad_texts(dataset: AnyDataset, distill_column: str = "distill") -> tuple[AnyDataset, Mapping[str, int]]:
+def drop_bad_texts(
+    dataset: AnyDataset, distill_column: str = "distill", columns: Sequence[str] | None = None
+) -> tuple[AnyDataset, Mapping[str, int]]:
     """Leave out text-only rows whose answer is empty, whose flag is not boolean, or whose turns have another shape than a
     conversation's. -> (dataset, number of dropped rows by reason).
 
-    TRL would train empty answers to say nothing. Rows of running text are left alone.
+    TRL would train empty answers to say nothing. Rows of running text are left alone. columns: of a stream that does not tell them.
 
     Raises:
         ValueError: if no row of a map-style dataset is left.
     """
     known = (*CONVERSATION_COLUMNS, "completion", distill_column)
-    if not any(column in known for column in dataset.column_names or []):
+    if not any(column in known for column in columns or dataset.column_names or []):
         return dataset, {}
 
     def check(row: Row) -> None:

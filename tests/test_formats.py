@@ -564,6 +564,20 @@ def test_rows_of_a_list_that_are_bad_are_skipped_and_counted(make_trainer: MakeT
     assert len(trainer.train_dataset) == 4
 
 
+def test_empty_answers_of_a_stream_without_a_schema_are_skipped(make_trainer: MakeTrainer) -> None:
+    rows = [{"prompt": QUESTION, "completion": answer} for answer in (ANSWER, "", ANSWER, ANSWER)]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    trainer = make_trainer(train_dataset=stream, skip_bad_rows=True)
+    assert len(list(trainer.train_dataset)) == 3 and dict(trainer.skipped_rows) == {"empty answer": 1}
+    assert len(list(make_trainer(train_dataset=stream).train_dataset)) == 4  # control
+
+
+def test_a_stream_may_begin_with_a_bad_row(make_trainer: MakeTrainer) -> None:
+    rows = [{"messages": ["no turn"]}, *({"messages": SAME["text"]} for _ in range(4))]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    assert len(list(make_trainer(train_dataset=stream, skip_bad_rows=True).train_dataset)) == 4
+
+
 def test_a_flag_that_may_come_later_is_not_taken_for_absent(
     make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
 ) -> None:
