@@ -1,15 +1,15 @@
 """The `lingudistill` command.
 
-    lingudistill check VLM [LM]        does the LM fit as a teacher? Configs and tokenizers only
+    lingudistill check ...             does the LM fit as a teacher? Configs and tokenizers only
     lingudistill distill ...           train; the options are those of examples/distill.py
     lingudistill evaluate ...          how much language was lost, how much came back, at what cost to vision
     lingudistill diagnose ...          how far the VLM's language model has drifted, and which kv_sharing follows
-    lingudistill plan --student ...    memory per device and cost of a step, from configs alone
+    lingudistill plan ...              memory per device and cost of a step, from configs alone
     lingudistill publish OUT ...       model, card and report to the Hub, and a Space that shows it
     lingudistill convert-nanovlm ...   a nanoVLM checkpoint as a transformers VLM, and back
     lingudistill --version
 
-Exit codes of `check`: 0 it fits, 1 it does not fit, 2 bad input.
+The pair is named in one way everywhere: --student, the VLM, and --teacher, the LM that it was built from. Exit codes: `exit_codes`.
 
 A subcommand is one function that adds its parser and one that runs it; nothing heavy is imported before it runs.
 """
@@ -23,23 +23,25 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ._quiet import hush_libraries
 from ._version import __version__
-
-FITS, DOES_NOT_FIT, BAD_INPUT = 0, 1, 2
-NOT_PUBLISHED = 3
+from .exit_codes import BAD_INPUT, DOES_NOT_FIT, DONE, FITS, NOT_PUBLISHED, SUMMARY
+from .progress import calm_other_bars
+from .sentences import one_sentence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand, return its exit code. Wrong usage, `--help` and `--version` raise argparse's SystemExit."""
+    calm_other_bars()
     hush_libraries()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["distill"]:
+    if arguments[:1] in (["distill"], ["plan"]):
         # TrlParser reads these itself, `--help` included: argparse must not take any of them for its own.
-        return _distill(arguments[1:])
+        return (_distill if arguments[0] == "distill" else _plan)(arguments[1:])
     args = _parser().parse_args(arguments)
     code: int = args.run(args)
     return code
@@ -49,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lingudistill",
         description="Restore the language ability of a vision-language model from the LM that it was built from.",
+        epilog=SUMMARY,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"hf_lingudistill {__version__}")
@@ -66,13 +69,9 @@ def _add_check(commands: Any) -> None:
         "Exit code: 0 it fits, 1 it does not fit, 2 bad input.",
         allow_abbrev=False,
     )
-    parser.add_argument("student", metavar="STUDENT", help="the vision-language model: folder or Hub id")
-    parser.add_argument(
-        "teacher",
-        metavar="TEACHER",
-        nargs="?",
-        help="the language model; default: the one that STUDENT's config or card names",
-    )
+    # Either way of naming them; `_check` sees that each is named once
+    parser.add_argument("pair", metavar="VLM [LM]", nargs="*", default=[], help="the same, without their flags")
+    _add_pair(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
         "--trust_remote_code",
@@ -84,28 +83,39 @@ def _add_check(commands: Any) -> None:
     parser.set_defaults(run=_check)
 
 
+def _add_pair(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    parser.add_argument(
+        "--student", required=required, metavar="VLM", help="the vision-language model: folder or Hub id"
+    )
+    parser.add_argument(
+        "--teacher", metavar="LM", help="the LM that it was built from; default: the one that the config or card names"
+    )
+
+
 def _check(args: argparse.Namespace) -> int:
     # What transformers warns about while it reads configs is in the report, or of no use here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from .compatibility import UnreadableModelError, check_compatibility, guess_teacher
+    from .compatibility import UnreadableModelError, check_compatibility, named_teacher
 
-    teacher = args.teacher
+    named = [*args.pair, None, None]
+    if len(args.pair) > 2 or (args.student and args.pair) or (args.teacher and args.pair[1:]):
+        return _bad_input(
+            f"Expected one VLM and one LM; {' '.join(args.pair)!r} comes beside --student or --teacher, or is too much."
+        )
+    student, teacher = args.student or named[0], args.teacher or named[1]
+    if student is None:
+        return _bad_input(
+            "No student: pass --student VLM, and --teacher LM where its config or card does not name it."
+        )
     try:
-        if teacher is None:
-            teacher = guess_teacher(args.student)
-            if teacher is None:
-                # A student that cannot be read has no name to give either: say which of the two it is.
-                check_compatibility(args.student, args.student, trust_remote_code=args.trust_remote_code)
-                return _bad_input(
-                    f"The config and card of {args.student!r} name no language model. Pass the LM that it was built "
-                    "from as TEACHER."
-                )
+        if guessed := teacher is None:
+            teacher = named_teacher(student, trust_remote_code=args.trust_remote_code)
             print(
                 f"Teacher named by the student's config or card: {teacher}",
                 file=sys.stderr if args.json else sys.stdout,
             )
         report = check_compatibility(
-            args.student,
+            student,
             teacher,
             trust_remote_code=args.trust_remote_code,
             student_revision=args.student_revision,
@@ -114,7 +124,7 @@ def _check(args: argparse.Namespace) -> int:
     except UnreadableModelError as error:
         return _bad_input(str(error))
     if args.json:
-        print(json.dumps({**report.to_dict(), "teacher_guessed": args.teacher is None}, indent=2))
+        print(json.dumps({**report.to_dict(), "teacher_guessed": guessed}, indent=2))
     else:
         print(report)
     return FITS if report.fits else DOES_NOT_FIT
@@ -139,9 +149,9 @@ def _add_evaluate(commands: Any) -> None:
         "on where the last one stopped. Exit code: 0 done, 2 bad input.",
         allow_abbrev=False,
     )
-    parser.add_argument("--original", metavar="LM", help="the language model that the VLM was built from")
+    parser.add_argument("--teacher", "--original", dest="original", metavar="LM", help="the LM that it was built from")
     parser.add_argument("--base", metavar="VLM", help="the VLM before it was tuned further, as a second yardstick")
-    parser.add_argument("--before", metavar="VLM", help="the VLM before distillation")
+    parser.add_argument("--student", "--before", dest="before", metavar="VLM", help="the VLM before distillation")
     parser.add_argument("--after", metavar="VLM", help="the VLM after distillation")
     parser.add_argument(
         "--model", metavar="NAME=PATH", action="append", default=[], help="a further model; may be given again"
@@ -181,7 +191,9 @@ def _evaluate(args: argparse.Namespace) -> int:
             )
         models[name] = path
     if not models:
-        return _bad_input("No model to score: pass --before, and --original and --after where you have them.")
+        return _bad_input(
+            "No model to score: pass --student (the VLM before), and --teacher and --after where you have them."
+        )
     if args.batch_size < 1:
         return _bad_input(f"--batch_size must be at least 1, got {args.batch_size}.")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -231,10 +243,7 @@ def _add_diagnose(commands: Any) -> None:
         "sharing mode; recommend one. A minute on a CPU for 135M parameters. Exit code: 0 done, 2 bad input.",
         allow_abbrev=False,
     )
-    parser.add_argument("--student", required=True, metavar="VLM", help="folder or Hub id")
-    parser.add_argument(
-        "--teacher", metavar="LM", help="the LM that it was built from; default: the one that the config or card names"
-    )
+    _add_pair(parser, required=True)
     data = parser.add_mutually_exclusive_group()
     data.add_argument(
         "--texts", metavar="FILE", help=".txt (passages between blank lines) or .jsonl (rows as in a dataset)"
@@ -264,19 +273,14 @@ def _diagnose(args: argparse.Namespace) -> int:
     if args.max_answer_tokens < 1:
         return _bad_input(f"--max_answer_tokens must be at least 1, got {args.max_answer_tokens}.")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from .compatibility import guess_teacher
+    from .compatibility import named_teacher
     from .folders import check
     from .labs.diagnose import FILES, as_text, diagnose, load_prompts, write_report
 
     try:
         if args.output_dir:
             check(args.output_dir, *FILES, by="diagnose")
-        teacher = args.teacher or guess_teacher(args.student)
-        if teacher is None:
-            return _bad_input(
-                f"The config and card of {args.student!r} name no language model. Pass the LM that it was built from as "
-                "--teacher."
-            )
+        teacher = args.teacher or named_teacher(args.student, trust_remote_code=args.trust_remote_code)
         prompts = load_prompts(
             texts=args.texts,
             dataset=args.dataset,
@@ -304,71 +308,60 @@ def _diagnose(args: argparse.Namespace) -> int:
 
 
 def _add_plan(commands: Any) -> None:
-    from .labs.memory import DEVICES, DTYPES, ENGINES, MIXED_PRECISIONS, OPTIMIZERS, QUANTIZATIONS, SHARINGS
+    # For `lingudistill --help` only, as with `distill`
+    help = "what memory does a run need per device, what does a step cost, on which set-up does it fit?"
+    commands.add_parser("plan", help=help, add_help=False)
 
-    parser = commands.add_parser(
-        "plan",
-        help="what memory does a run need per device, what does a step cost, on which set-up does it fit?",
+
+@dataclass
+class PlanArguments:
+    """The options of `plan` beside those of a `Setup`."""
+
+    student: str = field(metadata={"help": "The VLM: folder or Hub id.", "metavar": "VLM"})
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "The LM that it was built from; default: the one that the config or card names.",
+            "metavar": "LM",
+        },
+    )
+    smallest: bool = field(
+        default=False,
+        metadata={"help": "Ignore --engine and --gpus: find the fewest devices that fit, up to 64."},
+    )
+    json: bool = field(default=False, metadata={"help": "Print the plan as JSON, sizes in bytes."})
+
+
+def _plan(arguments: list[str]) -> int:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from trl import TrlParser
+
+    from .labs.memory import PlanError, Setup, make_plan, read_pair, smallest_plan
+
+    parser = TrlParser(
+        (PlanArguments, Setup),  # type: ignore[arg-type]
+        prog="lingudistill plan",
         description="Memory per device by what takes it, and the cost of a step over supervised fine-tuning, from the configs of "
         "student and teacher alone; docs/scale.md says how good the figures are. "
         "Exit code: 0 it fits, 1 it does not fit, 2 bad input.",
         allow_abbrev=False,
     )
-    parser.add_argument("--student", required=True, metavar="VLM", help="folder or Hub id")
-    parser.add_argument(
-        "--teacher", metavar="LM", help="the LM that it was built from; default: the one that the config or card names"
-    )
-    parser.add_argument("--seq_len", type=int, default=2048, help="tokens of a row; default: 2048")
-    parser.add_argument("--image_tokens", type=int, default=1024, help="of these, of images; default: 1024")
-    parser.add_argument("--response_tokens", type=int, default=256, help="of these, distilled; default: 256")
-    parser.add_argument("--batch", type=int, default=1, help="rows a device; default: 1")
-    parser.add_argument("--accumulation", type=int, default=1, help="gradient accumulation steps; default: 1")
-    parser.add_argument("--engine", default="single", choices=ENGINES)
-    parser.add_argument("--gpus", type=int, default=1, metavar="N")
-    parser.add_argument("--gpu_memory", type=float, default=80.0, metavar="GIB", help="of one device; default: 80")
-    parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the student's weights")
-    parser.add_argument("--mixed_precision", default="bf16", choices=MIXED_PRECISIONS, help="default: bf16")
-    parser.add_argument(
-        "--activation_checkpointing",
-        "--gradient_checkpointing",
-        dest="gradient_checkpointing",
-        default=True,
-        action=argparse.BooleanOptionalAction,
-    )
-    parser.add_argument("--lora_rank", type=int, default=0, metavar="R", help="0, the default: full fine-tuning")
-    parser.add_argument("--teacher_quantization", default="nf4", choices=QUANTIZATIONS)
-    parser.add_argument("--kv_sharing", default="prompt", choices=SHARINGS)
-    parser.add_argument(
-        "--padded", action="store_true", help="rows of a batch differ in length: attention takes a mask"
-    )
-    parser.add_argument(
-        "--device", default="cuda", choices=DEVICES, help="cpu counts the buffers of a head without Triton"
-    )
-    parser.add_argument(
-        "--smallest",
-        action="store_true",
-        help="ignore --engine and --gpus: find the fewest devices that fit, up to 64",
-    )
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON, sizes in bytes")
-    parser.set_defaults(run=_plan)
-
-
-def _plan(args: argparse.Namespace) -> int:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from dataclasses import fields
-
-    from .compatibility import UnreadableModelError
-    from .labs.memory import PlanError, Setup, make_plan, read_pair, smallest_plan
-
     try:
-        setup = Setup(**{field.name: getattr(args, field.name) for field in fields(Setup)})
+        args, setup, unknown = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        from .compatibility import UnreadableModelError
+    except PlanError as error:
+        return _bad_input(str(error))
+    try:
         student, teacher = read_pair(args.student, args.teacher)
         plan = smallest_plan(student, teacher, setup) if args.smallest else make_plan(student, teacher, setup)
     except (PlanError, UnreadableModelError) as error:
         return _bad_input(str(error))
     if plan is None:
-        print(f"lingudistill: no set-up of up to 64 devices of {args.gpu_memory:g} GiB fits.", file=sys.stderr)
+        print(f"lingudistill: no set-up of up to 64 devices of {setup.gpu_memory:g} GiB fits.", file=sys.stderr)
         return DOES_NOT_FIT
     print(json.dumps(plan.to_dict(), indent=2) if args.json else plan)
     return FITS if plan.fits else DOES_NOT_FIT
@@ -389,8 +382,16 @@ def _add_publish(commands: Any) -> None:
     parser.add_argument(
         "--report", metavar="DIR", help="what `lingudistill evaluate` wrote; default: looked for in OUT"
     )
-    parser.add_argument("--before", metavar="ORG/VLM", help="the VLM before; default: what the training record says")
-    parser.add_argument("--original", metavar="ORG/LM", help="the original LM; default: what the training record says")
+    parser.add_argument(
+        "--student",
+        "--before",
+        dest="before",
+        metavar="ORG/VLM",
+        help="the VLM before; default: what the run's facts say",
+    )
+    parser.add_argument(
+        "--teacher", "--original", dest="original", metavar="ORG/LM", help="the original LM; default: what they say"
+    )
     parser.add_argument("--license", metavar="ID", help="a licence's code on the Hub; default: that of the VLM before")
     parser.add_argument("--tag", help="a name for this commit; default: lingudistill- and its first digits")
     parser.add_argument("--revision", metavar="BRANCH", help="default: main")
@@ -491,7 +492,7 @@ def _convert_nanovlm(args: argparse.Namespace) -> int:
     except OSError as error:
         return _failed(error)
     print(done)
-    return 0
+    return DONE
 
 
 def _not_published(error: Exception) -> int:
@@ -503,7 +504,7 @@ def _failed(error: Exception) -> int:
     """One sentence for whatever was raised, or its traceback. Call it where the exception is handled."""
     if os.environ.get("LINGUDISTILL_DEBUG") == "1":
         raise error
-    return _bad_input(" ".join(str(error).split()) + " (LINGUDISTILL_DEBUG=1 shows the traceback)")
+    return _bad_input(one_sentence(error) + " (LINGUDISTILL_DEBUG=1 shows the traceback)")
 
 
 def _bad_input(message: str) -> int:

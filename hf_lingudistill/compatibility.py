@@ -965,6 +965,20 @@ def guess_teacher(student: ModelReference, *, token: str | None = None) -> str |
     return _guess(str(config.name_or_path or ""), config.to_dict(), _Files(token), set())
 
 
+def named_teacher(student: str, *, trust_remote_code: bool = False) -> str:
+    """`guess_teacher`, where there has to be one.
+
+    Raises:
+        UnreadableModelError: if nothing is named; of a student that cannot be read, why.
+    """
+    if (teacher := guess_teacher(student)) is None:
+        load_config("student", student, trust_remote_code=trust_remote_code, revision=None)
+        raise UnreadableModelError(
+            f"The config and card of {student!r} name no language model. Pass the LM that it was built from as --teacher."
+        )
+    return teacher
+
+
 class _Files:
     """Small files of folders and repositories. After one failure of the network it asks for no more."""
 

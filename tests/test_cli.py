@@ -110,7 +110,7 @@ def test_the_guessed_teacher_is_printed(models: Path, capsys: pytest.CaptureFixt
         (
             "vlm",
             None,
-            "The config and card of '{}/vlm' name no language model. Pass the LM that it was built from as TEACHER.",
+            "The config and card of '{}/vlm' name no language model. Pass the LM that it was built from as --teacher.",
         ),
     ],
 )
@@ -130,12 +130,49 @@ def test_a_repository_out_of_reach_exits_with_2(models: Path, capsys: pytest.Cap
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["check"], ["frobnicate"], ["check", "a", "b", "c"], ["check", "--nope"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["frobnicate"], ["check", "--nope"], ["plan"], ["plan", "--student", "a", "b"]]
+)
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leave:
         main(arguments)
     assert leave.value.code == 2
     assert "usage: lingudistill" in capsys.readouterr().err
+
+
+def test_the_pair_is_named_by_flags_as_well(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    student, teacher = str(models / "vlm"), str(models / "lm")
+    outputs = []
+    for arguments in (
+        [student, teacher],
+        ["--student", student, "--teacher", teacher],
+        [student, "--teacher", teacher],
+    ):
+        assert main(["check", *arguments]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert len(set(outputs)) == 1
+    assert main(["check"]) == 2
+    assert "No student: pass --student VLM" in capsys.readouterr().err
+    for twice in (["a", "b", "c"], ["a", "--student", "b"], ["a", "b", "--teacher", "c"]):
+        assert main(["check", *twice]) == 2
+        assert "Expected one VLM and one LM" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["check", "distill", "evaluate", "diagnose", "plan", "publish"])
+def test_every_command_names_the_pair_in_the_same_way(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert leave.value.code == 0 and "--student" in text and "--teacher" in text
+
+
+@pytest.mark.parametrize("command", ["check", "diagnose", "plan"])
+def test_a_folder_that_is_no_model_is_said_to_be_none(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "docs").mkdir()
+    assert main([command, "--student", str(tmp_path / "docs")]) == 2
+    assert f"The student folder {str(tmp_path / 'docs')!r} holds no config.json." in capsys.readouterr().err
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -323,7 +323,7 @@ def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command_prints_json(capsys: pytest.CaptureFixture[str], small: tuple[ModelFacts, ModelFacts]) -> None:
-    options = ["--engine", "fsdp2", "--gpus", "2", "--no-gradient_checkpointing", "--batch", "3"]
+    options = ["--engine", "fsdp2", "--gpus", "2", "--no_gradient_checkpointing", "--batch", "3"]
     assert main(["plan", "--student", SMALL, "--json", *options]) == 0
     plan = make_plan(*small, Setup(engine="fsdp2", gpus=2, gradient_checkpointing=False, batch=3))
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(plan.to_dict()))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
@@ -96,36 +96,41 @@ class ModelFacts:
     patches_per_token: int = 1
 
 
+def _option(default: Any, help: str, *choices: str, **metadata: Any) -> Any:
+    return field(
+        default=default, metadata={"help": help, **({"choices": list(choices)} if choices else {}), **metadata}
+    )
+
+
 @dataclass(frozen=True)
 class Setup:
-    """How one wants to train. Defaults are the trainer's.
-
-    seq_len, image_tokens, response_tokens: tokens of one row, of which image, of which distilled. batch: rows a device.
-    gpu_memory: GiB of one device. dtype: of the student's weights. mixed_precision: autocast on top of it. lora_rank: 0 =
-    full fine-tuning. accumulation: steps before an update; above 1, gradients stay through the forward pass. padded:
-    rows of a batch differ in length. device: `cpu` counts the buffers of TRL's head without Triton.
+    """How one wants to train: the options of `lingudistill plan`. Defaults are the trainer's.
 
     Raises:
         PlanError: naming the value that is out of range.
     """
 
-    seq_len: int = 2048
-    image_tokens: int = 1024
-    response_tokens: int = 256
-    batch: int = 1
-    engine: Engine = "single"
-    gpus: int = 1
-    gpu_memory: float = 80.0
-    optimizer: str = "adamw"
-    dtype: str = "float32"
-    mixed_precision: str = "bf16"
-    gradient_checkpointing: bool = True
-    accumulation: int = 1
-    lora_rank: int = 0
-    teacher_quantization: str = "nf4"
-    kv_sharing: str = "prompt"
-    padded: bool = False
-    device: str = "cuda"
+    _argument_group_name = "The set-up"
+
+    seq_len: int = _option(2048, "Tokens of a row.")
+    image_tokens: int = _option(1024, "Of these, of images.")
+    response_tokens: int = _option(256, "Of these, distilled.")
+    batch: int = _option(1, "Rows per device.")
+    engine: Engine = _option("single", "How devices share the work.")
+    gpus: int = _option(1, "Number of devices.")
+    gpu_memory: float = _option(80.0, "GiB of one device.")
+    optimizer: str = _option("adamw", "Whose states take memory.", *OPTIMIZERS)
+    dtype: str = _option("float32", "Of the student's weights.", *DTYPES)
+    mixed_precision: str = _option("bf16", "Autocast on top of it.", *MIXED_PRECISIONS)
+    gradient_checkpointing: bool = _option(
+        True, "Compute activations again in the backward pass.", aliases=["--activation_checkpointing"]
+    )
+    accumulation: int = _option(1, "Steps before an update; above 1, gradients stay through the forward pass.")
+    lora_rank: int = _option(0, "0: full fine-tuning.")
+    teacher_quantization: str = _option("nf4", "Of the teacher's weights.", *QUANTIZATIONS)
+    kv_sharing: str = _option("prompt", "Where the teacher reads the student's keys and values.", *SHARINGS)
+    padded: bool = _option(False, "Rows of a batch differ in length: attention takes a mask.")
+    device: str = _option("cuda", "cpu counts the buffers of TRL's head without Triton.", *DEVICES)
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "response_tokens", "batch", "gpus", "accumulation"):
@@ -287,15 +292,13 @@ def read_pair(student: str, teacher: str | None) -> tuple[ModelFacts, ModelFacts
     teacher: None = the one that `BUILT_IN_PAIRS`, or the student's config or card, names.
 
     Raises:
-        PlanError: if no teacher is named, if one of the two is not a causal LM, or if the student has no vision tower.
-        UnreadableModelError: if a config cannot be read.
+        PlanError: if one of the two is not a causal LM, or if the student has no vision tower.
+        UnreadableModelError: if a config cannot be read, or no teacher is named.
     """
-    from ..compatibility import guess_teacher
+    from ..compatibility import named_teacher
 
     if teacher is None:
-        teacher = BUILT_IN_PAIRS.get(student) or guess_teacher(student)
-    if teacher is None:
-        raise PlanError(f"The config and card of {student!r} name no language model. Pass the one it was built from.")
+        teacher = BUILT_IN_PAIRS.get(student) or named_teacher(student)
     facts = _read_facts("student", student), _read_facts("teacher", teacher)
     if facts[0].vision is None:
         raise PlanError(f"The student {student!r} has no vision tower: pass a vision-language model.")

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints import check_output_dir, to_resume
-from ..compatibility import check_compatibility, guess_teacher
+from ..compatibility import check_compatibility, named_teacher
 
 if TYPE_CHECKING:
     from ..config import LinguDistillConfig
@@ -96,11 +96,7 @@ def check_run(
     else:
         check_output_dir(str(config.output_dir), overwrite=config.overwrite_output_dir)
     check_packages(config, student)
-    teacher = config.teacher_model_name_or_path or guess_teacher(name)
-    if teacher is None:
-        raise ValueError(
-            f"No teacher: the config and card of {name!r} name no language model. Pass the LM that it was built from as --teacher."
-        )
+    teacher = config.teacher_model_name_or_path or named_teacher(name, trust_remote_code=config.trust_remote_code)
     check_compatibility(
         name,
         teacher,
