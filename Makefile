@@ -35,7 +35,7 @@ DEV_STAMP := $(VENV)/.stamp-dev
 SPACE_STAMP := $(VENV)/.stamp-space
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-real test-cpu test-oldest test-newest space screenshots reproduce test test-slow test-gpu lint audit format results cards clean
+.PHONY: help install demo demo-real test-cpu test-oldest test-newest space screenshots reproduce test test-slow newcomer test-gpu lint audit format results cards clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +88,9 @@ test-newest:  ## Run the tests with the newest supported releases, in .venv-newe
 
 test-slow: $(DEV_STAMP)  ## Run the tests that `make test` leaves out for their length
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto -m 'slow and not gpu' $(PYTEST_ARGS)
+
+newcomer: $(DEV_STAMP)  ## Follow docs/install.md from a fresh clone and environment, on a Hub of the tests' own (minutes)
+	$(TEST_ENV) HF_HUB_OFFLINE=0 $(BIN)/python -m pytest -m slow tests/test_newcomer.py $(PYTEST_ARGS)
 
 test-gpu: $(DEV_STAMP)  ## Run the tests that need a CUDA device
 	$(TEST_ENV) $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

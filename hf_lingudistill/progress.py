@@ -39,7 +39,7 @@ class _Lines:
         self.stream.flush()
 
 
-def bar(*args: Any, **kwargs: Any) -> tqdm[Any]:
+def progress_bar(*args: Any, **kwargs: Any) -> tqdm[Any]:
     """A tqdm bar; in a log, a line a minute, and none for what takes less."""
     from tqdm.auto import tqdm
 

@@ -25,7 +25,6 @@ from PIL import Image as PILImage
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -44,6 +43,7 @@ from transformers import (
 from trl import SFTTrainer
 
 from ...config import LocalSFTConfig
+from ...progress import progress_bar
 from ..optim import SmallModelOptimizer
 from .text import Message, package_file, training_documents
 from .vqa import COLORS, SHAPES, annotated_images
@@ -169,7 +169,7 @@ def train_small_lm(
     pieces: list[int] = []
     losses: list[float] = []
     model.train()
-    for _ in tqdm(range(steps), desc="small LM", unit="step"):
+    for _ in progress_bar(range(steps), desc="small LM", unit="step"):
         if len(pieces) < batch_size:
             pieces = list(range(rng.randrange(sequence_length), len(data) - sequence_length, sequence_length))
             rng.shuffle(pieces)
@@ -347,7 +347,7 @@ def pretrain_vision(
     optimizer = SmallModelOptimizer(tower, muon_lr=muon_lr, adamw_lr=2e-3, steps=steps, extra=list(head.parameters()))
     right: list[tuple[float, float]] = []
     tower.train()
-    for _ in tqdm(range(steps), desc="vision tower", unit="step"):
+    for _ in progress_bar(range(steps), desc="vision tower", unit="step"):
         picked = torch.randint(len(known), (batch_size,), generator=generator)
         features = tower(pixel_values=pixels[picked], patch_attention_mask=patches).last_hidden_state.mean(dim=1)
         color, shape = head(features).split([len(COLORS), len(SHAPES)], dim=1)

@@ -10,11 +10,11 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ..._version import __version__
 from ...compatibility import check_compatibility
 from ...machine import machine
+from ...progress import progress_bar
 from ...teacher import prepare_teacher, vocabulary_of
 from ..evaluation.models import Scored, describe, load_scored
 from ..statistics import Bootstrap, Items
@@ -64,7 +64,7 @@ def diagnose(
     facts = {"student": describe(vlm), "teacher": describe(lm)}
     weights = weight_drift(vlm.model, lm.model, fit.shared_vocab_size)
     reader = prepare_teacher(lm.model, vocabulary_of(vlm.model, fit))
-    bar = tqdm(prompts.prompts, desc="Reading prompts", unit="prompt", disable=not progress)
+    bar = progress_bar(prompts.prompts, desc="Reading prompts", unit="prompt", disable=not progress)
     measured = [measure(vlm, reader, prompt, max_answer_tokens=max_answer_tokens) for prompt in bar]
 
     bootstrap = Bootstrap(seed=seed)

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from PIL import Image as PILImage
-from tqdm.auto import tqdm
 
 from ..._internals import Head
+from ...progress import progress_bar
 from ..statistics import Items
 from .cache import ItemCache
 from .models import Scored, user_turn
@@ -75,7 +75,9 @@ def original_answers(
     }
     todo = [index for index, question in enumerate(questions) if question.key not in answers]
     todo.sort(key=lambda index: len(questions[index].told()))  # alike in length: little padding
-    bar = tqdm(total=len(questions), initial=len(answers), desc=progress, unit="answer", disable=progress is None)
+    bar = progress_bar(
+        total=len(questions), initial=len(answers), desc=progress, unit="answer", disable=progress is None
+    )
     for start in range(0, len(todo), batch_size):
         batch = todo[start : start + batch_size]
         prompts = [original.render(user_turn(questions[i].told())) for i in batch]
@@ -247,7 +249,7 @@ def _read(
 ) -> Iterator[dict[int, torch.Tensor]]:
     """{index: (n, H) states of its answer} of one batch after the other, alike in length: little padding."""
     order = sorted(range(len(asked)), key=lambda index: len(asked[index].instruction) + 4 * len(asked[index].ids))
-    bar = tqdm(total=len(asked), desc=progress, unit="answer", disable=progress is None)
+    bar = progress_bar(total=len(asked), desc=progress, unit="answer", disable=progress is None)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         prompts = [scored.render(user_turn(asked[i].instruction, len(asked[i].images))) for i in batch]

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
+from ...progress import progress_bar
 from ..statistics import Items
 from .cache import ItemCache
 from .data import ImageItem, grey, other_item
@@ -46,7 +46,9 @@ def token_scores(
         for i, item in enumerate(items)
         if item.key not in cache or (swaps and "swaps" not in cache.records[item.key])
     ]
-    bar = tqdm(total=len(items), initial=len(items) - len(todo), desc=progress, unit="item", disable=progress is None)
+    bar = progress_bar(
+        total=len(items), initial=len(items) - len(todo), desc=progress, unit="item", disable=progress is None
+    )
     for start in range(0, len(todo), batch_size):
         batch = todo[start : start + batch_size]
         questions = [items[i].question for i in batch]

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
+from ...progress import progress_bar
 from ..statistics import Items
 from .cache import ItemCache
 from .models import Scored, user_turn
@@ -129,7 +128,7 @@ def ifeval_scores(
     """{"strict", "loose", "stopped", "tokens"}, each {key: (value, 1)}: whether the greedy answer follows all instructions, whether
     it ended by itself within `max_new_tokens`, and its length in tokens."""
     todo = sorted((p for p in prompts if p.key not in cache), key=lambda prompt: len(prompt.prompt))
-    bar = tqdm(
+    bar = progress_bar(
         total=len(prompts), initial=len(prompts) - len(todo), desc=progress, unit="answer", disable=progress is None
     )
     for start in range(0, len(todo), batch_size):

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 
+from ...progress import progress_bar
 from ..statistics import Items
 from .cache import ItemCache
 from .models import Scored, user_turn
@@ -154,7 +154,9 @@ def bits_per_byte(
     todo = [key for key in texts if key not in cache]
     prepared = {key: _tokenised(scored, task, form, texts[key]) for key in todo}
     todo.sort(key=lambda key: -len(prepared[key][0]))  # alike in length: little padding
-    bar = tqdm(total=len(texts), initial=len(texts) - len(todo), desc=progress, unit="text", disable=progress is None)
+    bar = progress_bar(
+        total=len(texts), initial=len(texts) - len(todo), desc=progress, unit="text", disable=progress is None
+    )
     for start in range(0, len(todo), batch_size):
         keys = todo[start : start + batch_size]
         nats = sequence_nll(scored.model, [prepared[key][0] for key in keys], [prepared[key][1] for key in keys])

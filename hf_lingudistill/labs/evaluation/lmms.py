@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image as PILImage
-from tqdm.auto import tqdm
 
+from ...progress import progress_bar
 from ...rgb import to_rgb
 from ..statistics import Items
 from .cache import ItemCache, digest
@@ -117,7 +117,7 @@ class ImagePath(lmms):  # type: ignore[misc]
         given = dict(store.records) if store else {}
         # Alike in length: little padding.
         todo = sorted(requests.keys() - given.keys(), key=lambda key: (-len(requests[key].args[0]), key))
-        bar = tqdm(total=len(requests), initial=len(given), desc=f"{self.scored.name}: {task}", unit="item")
+        bar = progress_bar(total=len(requests), initial=len(given), desc=f"{self.scored.name}: {task}", unit="item")
         for start in range(0, len(todo), self.batch_size):
             asked = {key: self._prompt(requests[key]) for key in todo[start : start + self.batch_size]}
             new: dict[str, Any] = {}

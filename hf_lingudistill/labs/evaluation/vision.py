@@ -13,8 +13,8 @@ from typing import Any
 
 import evaluate
 import torch
-from tqdm.auto import tqdm
 
+from ...progress import progress_bar
 from ..metrics.multiple_choice.multiple_choice import lettered
 from ..statistics import Items
 from .cache import ItemCache
@@ -64,7 +64,9 @@ def answers(
 ) -> dict[str, str]:
     """The model's greedy answers, by item key."""
     todo = [index for index, item in enumerate(items) if item.key not in cache]
-    bar = tqdm(total=len(items), initial=len(items) - len(todo), desc=progress, unit="item", disable=progress is None)
+    bar = progress_bar(
+        total=len(items), initial=len(items) - len(todo), desc=progress, unit="item", disable=progress is None
+    )
     for start in range(0, len(todo), batch_size):
         batch = todo[start : start + batch_size]
         prompts = [scored.render(user_turn(question(items[i]) + task.suffix, len(images[i]))) for i in batch]
