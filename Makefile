@@ -90,7 +90,7 @@ test-slow: $(DEV_STAMP)  ## Run the tests that `make test` leaves out for their 
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto -m 'slow and not gpu' $(PYTEST_ARGS)
 
 newcomer: $(DEV_STAMP)  ## Follow docs/install.md from a fresh clone and environment, on a Hub of the tests' own (minutes)
-	$(TEST_ENV) HF_HUB_OFFLINE=0 $(BIN)/python -m pytest -m slow tests/test_newcomer.py $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow tests/test_newcomer.py $(PYTEST_ARGS)
 
 test-gpu: $(DEV_STAMP)  ## Run the tests that need a CUDA device
 	$(TEST_ENV) $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

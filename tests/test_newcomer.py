@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-from huggingface_hub import HfApi
 from hub import Hub
+from huggingface_hub import HfApi, constants
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "install.md"
@@ -40,8 +40,10 @@ def test_the_page_has_what_the_hour_needs() -> None:
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The models and the dataset of the page, tiny."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     with Hub() as server:
         for owner in ("HuggingFaceTB", "ORG"):
             server.add_user(owner, token=f"hf_{owner}")
