@@ -81,22 +81,25 @@ def make_tokenizer(vocab_size: int, extra: bool) -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_models(folder: Path, lm_vocab: int) -> None:
-    """The student (processor included) and its LM, random weights, SmolLM2-135M's shape."""
+SMOLLM2_135M = dict(
+    hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
+)
+
+
+def make_models(
+    folder: Path, lm_vocab: int, shape: dict[str, int] = SMOLLM2_135M, dtype: torch.dtype = torch.float32
+) -> None:
+    """The student (processor included) and its LM, with random weights. shape: sizes of the LM, as its config names them."""
     torch.manual_seed(0)
     student_tokenizer = make_tokenizer(lm_vocab, extra=True)
-    text = dict(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
+    text: dict[str, Any] = dict(
+        **shape,
         tie_word_embeddings=True,
         max_position_embeddings=8192,
         pad_token_id=0,
         eos_token_id=2,
     )
-    LlamaForCausalLM(LlamaConfig(vocab_size=lm_vocab, **text)).save_pretrained(folder / "lm")
+    LlamaForCausalLM(LlamaConfig(vocab_size=lm_vocab, **text)).to(dtype).save_pretrained(folder / "lm")
     make_tokenizer(lm_vocab, extra=False).save_pretrained(folder / "lm")
     vlm = SmolVLMForConditionalGeneration(
         SmolVLMConfig(
@@ -115,7 +118,7 @@ def make_models(folder: Path, lm_vocab: int) -> None:
             pad_token_id=0,
         )
     )
-    vlm.save_pretrained(folder / "vlm")
+    vlm.to(dtype).save_pretrained(folder / "vlm")
     Idefics3Processor(
         image_processor=Idefics3ImageProcessorPil(
             size={"longest_edge": IMAGE_SIZE}, max_image_size={"longest_edge": IMAGE_SIZE}, do_image_splitting=False

@@ -1,0 +1,197 @@
+"""Everything that needs a CUDA device, in one command: the `gpu` tests and the step-cost table in bf16.
+
+    python benchmarks/gpu.py --out OUT                     # on a CUDA machine; writes OUT/gpu.json and OUT/gpu.md
+    python benchmarks/gpu.py --out OUT --wheels FOLDER     # installs what is missing from wheels, without a network
+    python benchmarks/gpu.py --out OUT --toy               # the same path at toy size, on a CPU if need be
+
+Students of SmolLM2-135M's, SmolLM2-1.7B's and Qwen2.5-7B's shape with random weights, a small tower, L = 2048, response 64 and 256,
+batch 1 and 8, checkpointing on and off, teacher in nf4, int8 and whole, eager launches, medians of interleaved rounds with CUDA events.
+Each case runs in a process of its own: what does not fit is written down as that, and the run goes on. `--budget` seconds bound it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, int]] = {
+    "toy": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab=1024),
+    "135M": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab=49152),
+    "1.7B": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32, num_key_value_heads=32, vocab=49152),
+    "7B": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab=152064),
+}  # fmt: skip
+ARMS = ("sft", "sft_compact", "full", "prompt", "vision", "none", "inputs")
+# In the order in which a budget is spent: first what the documents quote
+CASES = [
+    {"shape": shape, "response": response, "batch": batch, "checkpointing": checkpointing, "teacher": teacher}
+    for teacher, checkpointing, response, batch, shape in itertools.product(
+        ("nf4", "none", "int8"), (True, False), (256, 64), (1, 8), ("135M", "1.7B", "7B")
+    )
+]
+
+
+def install(wheels: Path) -> None:
+    """Install the wheels that the interpreter lacks; nothing is fetched."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--find-links", str(wheels)]
+    subprocess.run([*command, *map(str, sorted(wheels.glob("*.whl")))], check=True)
+
+
+def measure(case: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Seconds of one optimizer step of each arm, and the peak memory of each, in this process."""
+    import torch
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import step_cost
+
+    shape = dict(SHAPES[case["shape"]])
+    vocab = shape.pop("vocab")
+    cuda = torch.cuda.is_available()
+    step_cost.RESPONSE_TOKENS = case["response"]
+    step_cost.LENGTH = case["length"]
+    step_cost.IMAGE_SIZE = case["image_size"]
+    args = argparse.Namespace(
+        batch_size=case["batch"], bf16=cuda, activation_checkpointing=case["checkpointing"],
+        teacher_quantization=case["teacher"],
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = Path(tmp)
+        step_cost.make_models(folder, vocab, shape, torch.bfloat16 if cuda else torch.float32)
+        steppers = {kind: step_cost.make_stepper(kind, folder, args) for kind in ("sft", "sft_compact")}
+        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        peaks: dict[str, float] = {}
+        for index in range(rounds + 1):
+            for arm in ARMS:
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    begin.record()
+                    steppers["sft" if arm == "sft" else "sft_compact"].step(step_cost.mode_of(arm))
+                    end.record()
+                    torch.cuda.synchronize()
+                    taken = begin.elapsed_time(end) / 1000
+                    peaks[arm] = torch.cuda.max_memory_allocated() / 2**20
+                else:
+                    started = time.process_time()
+                    steppers["sft" if arm == "sft" else "sft_compact"].step(step_cost.mode_of(arm))
+                    taken = time.process_time() - started
+                if index:
+                    seconds[arm].append(taken)
+    arms = {}
+    for arm in ARMS:
+        arms[arm] = {"seconds": statistics.median(seconds[arm])}
+        for name, base in (("ratio", "sft_compact"), ("ratio_trl", "sft")):
+            arms[arm][name] = statistics.median(a / b for a, b in zip(seconds[arm], seconds[base], strict=True))
+        if arm in peaks:
+            arms[arm]["peak_mb"] = peaks[arm]
+    return arms
+
+
+def run_case(case: dict[str, Any], rounds: int, limit: float) -> dict[str, Any]:
+    """`measure` in a process of its own; a failure is a sentence."""
+    command = [sys.executable, __file__, "--_case", json.dumps(case), "--rounds", str(rounds)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return {**case, "failed": f"not done within {limit:.0f} s"}
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {**case, "failed": last[:200]}
+    return {**case, "arms": json.loads(done.stdout.strip().splitlines()[-1])}
+
+
+def gpu_tests() -> dict[str, Any]:
+    """What `pytest -m gpu` says in its last line, and what failed."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True, check=False
+    )
+    lines = done.stdout.strip().splitlines()
+    return {"summary": lines[-1] if lines else "", "failed": [line for line in lines if line.startswith("FAILED")]}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    lines = [
+        f"{result['device']}, torch {result['torch']}, {result['dtype']}. `gpu` tests: {result['tests']['summary']}",
+        "",
+    ]
+    lines += [
+        "| student | batch | response | checkpointing | teacher | arm | step | over compact SFT | over TRL's SFT | peak MiB |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+    for case in result["cases"]:
+        start = (
+            f"| {case['shape']} | {case['batch']} | {case['response']} | {case['checkpointing']} | {case['teacher']} |"
+        )
+        if "failed" in case:
+            lines.append(f"{start} | {case['failed']} | | | |")
+        for arm, row in case.get("arms", {}).items():
+            peak = f"{row['peak_mb']:.0f}" if "peak_mb" in row else "not measured"
+            lines.append(
+                f"{start} `{arm}` | {row['seconds']:.4f} s | {row['ratio']:.3f} | {row['ratio_trl']:.3f} | {peak} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, help="folder for gpu.json and gpu.md")
+    parser.add_argument("--wheels", type=Path, help="install these first, without a network")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=480.0, help="seconds for the cases together; default: 480")
+    parser.add_argument("--toy", action="store_true", help="one toy case of each kind")
+    parser.add_argument("--no_tests", action="store_true", help="skip `pytest -m gpu`")
+    parser.add_argument("--_case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args._case:
+        print(json.dumps(measure(json.loads(args._case), args.rounds)))
+        return
+    if args.out is None:
+        parser.error("--out is missing: name a folder for gpu.json and gpu.md.")
+    if args.wheels:
+        install(args.wheels)
+    import torch
+
+    if not (torch.cuda.is_available() or args.toy):
+        parser.error("no CUDA device here: run it on one, or with --toy.")
+    sizes = {"length": 2048, "image_size": 448}
+    cases = [{**case, **sizes} for case in CASES]
+    if args.toy:
+        toy = {"shape": "toy", "length": 128, "image_size": 64, "response": 16, "batch": 2}
+        cases = [
+            {**toy, "checkpointing": on, "teacher": teacher} for on in (True, False) for teacher in ("nf4", "none")
+        ]
+    started, done = time.perf_counter(), []
+    tests = {"summary": "skipped", "failed": []} if args.no_tests else gpu_tests()
+    for case in cases:
+        left = args.budget - (time.perf_counter() - started)
+        done.append(run_case(case, args.rounds, left) if left > 10 else {**case, "failed": "no time left"})
+        print(json.dumps(done[-1]), file=sys.stderr, flush=True)
+    cuda = torch.cuda.is_available()
+    result = {
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores (toy size)",
+        "dtype": "bf16" if cuda else "fp32",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "tests": tests,
+        "rounds": args.rounds,
+        "cases": done,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (args.out / "gpu.md").write_text(table(result), encoding="utf-8")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
