@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from planning import plan_queries, teacher_pass
 from transformers import PreTrainedModel
 
-from hf_lingudistill._internals import checkpoint_activations
+from hf_lingudistill._internals import checkpoint_activations, keep_image_dtype
 from hf_lingudistill.batch import DistillCollator
 from hf_lingudistill.queries import QueryPlan
 from hf_lingudistill.student_kv import SharedKV, recording
@@ -428,6 +428,7 @@ def test_eager_and_sdpa_students(detail: Case, implementation: str) -> None:
 def test_bf16(detail: Case, how: str) -> None:
     tolerance = 0.2  # mean, on logits of scale 5-10; bf16 alone moves the student's logits by 0.06 to 0.11
     student, teacher = detail.family.fresh_student(), detail.family.make_teacher(identical=True)
+    keep_image_dtype(student)
     full_precision = student(**detail.inputs).logits[detail.loss_mask].detach()
     if how == "bf16_weights":
         student = student.to(torch.bfloat16)

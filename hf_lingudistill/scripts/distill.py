@@ -161,7 +161,8 @@ def distill(
         if config.push_to_hub and isinstance(published := trainer.push_to_hub(save=False), Published):
             say(f"Published: {published.url} (tag {published.tag})")
     finally:
-        trainer.end()  # type: ignore[no-untyped-call]
+        if hasattr(trainer, "end"):  # not before transformers 5.18
+            trainer.end()  # type: ignore[no-untyped-call]
     return trainer
 
 
