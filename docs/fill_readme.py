@@ -54,6 +54,7 @@ ARM_COLUMNS = [
     ("dependent", "image_kl_dependent", 3),
     ("rest", "image_kl_rest", 3),
     ("bits/byte", "bits_per_byte", 3),
+    ("IFEval strict", "ifeval_strict", 3),
     ("naming, seen artists", "naming_seen", 3),
     ("naming, new artist", "naming_new", 3),
     ("recovered", "recovered_text_kl", 3),

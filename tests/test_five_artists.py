@@ -16,6 +16,7 @@ import tiny
 from PIL import Image as PILImage
 from scipy import stats
 
+from hf_lingudistill.labs.evaluation import ifeval
 from hf_lingudistill.labs.world import align
 from hf_lingudistill.labs.world.art import ARTISTS
 from hf_lingudistill.labs.world.pictures import SEEN, Picture, World
@@ -45,6 +46,7 @@ TINY: dict[str, Any] = {
         "test_texts": {"n": 6, "max_new_tokens": 6},
     },
     "measure": {"test_texts": 6, "test_images": 6, "passages": 1, "naming": 8, "yes_no": 4, "exchanged": 4},
+    "ifeval": {"prompts": 3, "max_new_tokens": 4, "from_seed": 1},
     "modes": {"test_images": 6},
     "regimes": {"P": {"short": 2, "long": 2, "text": 0}, "M": {"short": 1, "long": 1, "text": 2}},
 }  # fmt: skip
@@ -140,7 +142,7 @@ def test_the_recipe_runs_from_end_to_end_and_goes_on_where_it_was(
     reproduce.arms(place, run)
     results = {arm: json.loads(reproduce.result_path(place, run, arm).read_text()) for arm in run[4]}
     for arm, result in results.items():
-        assert set(summary.METRICS) - set(result) == {"ifeval_strict", "recovered_text_kl"}, arm
+        assert set(summary.METRICS) - set(result) == {"ifeval_strict", "ifeval_loose", "recovered_text_kl"}, arm
         assert result["text_kl"] > 0 and result["image_kl"] > 0, arm
     # The original holds itself
     assert summary.original(place.out / "results")["text_kl"] < 0.01 < results["before"]["text_kl"]
@@ -165,6 +167,19 @@ def test_the_recipe_runs_from_end_to_end_and_goes_on_where_it_was(
     assert found["paired"]["P"]["severe"]["ce - none"]["text_kl"]["mean"] == pytest.approx(
         results["ce"]["text_kl"] - results["none"]["text_kl"], abs=2e-5
     )
+
+
+def test_instructions_are_followed_or_not_over_seeds_only(
+    place: stages.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [
+        ifeval.Instructed(str(key), "Say nothing.", ("punctuation:no_comma",), ({},)) for key in range(3)
+    ]  # a random tiny model writes a comma now and then
+    monkeypatch.setattr(ifeval, "read_prompts", lambda task: prompts)
+    reproduce.arms(place, ("aligned", "P", "severe", 1, ["before"]))
+    result = json.loads(reproduce.result_path(place, ("aligned", "P", "severe", 1), "before").read_text())
+    assert 0.0 <= result["ifeval_strict"] <= result["ifeval_loose"] <= 1.0 and result["ifeval_tokens"] > 0
+    assert "ifeval_strict" in summary.original(place.out / "results")
 
 
 def test_every_sharing_mode_is_read_and_none_is_the_blind_one(place: stages.Place) -> None:
@@ -233,6 +248,17 @@ def test_intervals_over_seeds_are_t_intervals(tmp_path: Path) -> None:
         (2 - 0.32) / 2, abs=1e-3
     )
     assert found["seeds"] == 3
+
+
+def test_what_some_seeds_lack_is_averaged_over_the_others(tmp_path: Path) -> None:
+    write_results(tmp_path, {"before": (2.0, 0.8, 0), "ce": (0.4, 0.8, 5)}, 0)
+    for seed, strict in ((1, 0.2), (2, 0.3)):
+        write_results(tmp_path, {"before": (2.0, 0.8, 0), "ce": (0.4, 0.8, 5)}, seed)
+        path = tmp_path / "results" / "aligned" / "P" / "severe" / str(seed) / "ce.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"ifeval_strict": strict}))
+    found = summary.write(tmp_path, reproduce.read_settings(), tmp_path / "out")["regimes"]["P"]["severe"]["ce"]
+    assert found["text_kl"]["seeds"] == 3
+    assert (found["ifeval_strict"]["mean"], found["ifeval_strict"]["seeds"]) == (0.25, 2)
 
 
 def test_the_rule_chooses_the_decisive_arms_and_waits_for_the_whole_screen(tmp_path: Path) -> None:

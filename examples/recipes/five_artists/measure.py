@@ -11,6 +11,7 @@ yes_no                        balanced questions, half of them right by chance
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from world_rows import Asked, answers_of
 
 from hf_lingudistill.labs.demo.measure import text_perplexity, what_accuracy
 from hf_lingudistill.labs.demo.text import UNSEEN_SOURCES, passages
+from hf_lingudistill.labs.evaluation.cache import ItemCache
 from hf_lingudistill.labs.evaluation.fidelity import (
     Reference,
     dependence,
@@ -64,8 +66,11 @@ class Measures:
             self.references[name] = Reference.of(scored, asked, written)
         self.depends = dependence(self.references["test_images"], scored)
 
-    def of(self, path: Path) -> dict[str, Any]:
-        """Every measure of the model in this folder: {name: value}, and bootstrap half-widths in "half"."""
+    def of(self, path: Path, *, ifeval: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """Every measure of the model in this folder: {name: value}, and bootstrap half-widths in "half".
+
+        ifeval: number of `prompts` and `max_new_tokens`; None leaves it out, which takes longest.
+        """
         scored: Scored = load_scored(path.name, str(path), dtype=precision())
         bootstrap = Bootstrap(resamples=1000)
         found: dict[str, Any] = {"half": {}}
@@ -96,6 +101,9 @@ class Measures:
         found["bits_per_byte_by_source"] = nats
         if scored.sees:
             found |= self._vision(scored)
+        if ifeval is not None:
+            for name, items in _ifeval(scored, ifeval).items():
+                keep(f"ifeval_{name}", items)
         return found
 
     def _vision(self, scored: Scored) -> dict[str, float]:
@@ -120,3 +128,15 @@ class Measures:
                 "accuracy"
             ],
         }
+
+
+def _ifeval(scored: Scored, settings: Mapping[str, int]) -> dict[str, Any]:
+    """Strict, loose, stopped and length, on prompts drawn once for all models."""
+    from hf_lingudistill.labs.evaluation.ifeval import checkable, ifeval_scores, read_prompts
+    from hf_lingudistill.labs.evaluation.suite import IfevalTask
+
+    task = IfevalTask(limit=settings["prompts"], max_new_tokens=settings["max_new_tokens"])
+    prompts = random.Random(0).sample(checkable(read_prompts(task)), settings["prompts"])
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = ItemCache(Path(scratch) / "ifeval.jsonl", {"model": scored.fingerprint})
+        return ifeval_scores(scored, task, prompts, cache, batch_size=20)

@@ -80,14 +80,15 @@ def arms(place: Place, run: Run) -> None:
     measures = Measures(
         place.world(), sets, place.settings["answers"], place.original, place.answers, place.settings["measure"]
     )
-    original = place.out / "results" / "original.json"
-    if not original.is_file():
-        write_json(original, measures.of(place.original))
+    ifeval = place.settings["ifeval"] if seed >= place.settings["ifeval"]["from_seed"] else None
+    original = summary.original(place.out / "results")
+    if not original or (ifeval is not None and "ifeval_strict" not in original):
+        write_json(place.out / "results" / "original.json", measures.of(place.original, ifeval=ifeval))
     for name in todo:
         started = time.time()
         path, record = trained(place, run, name, sets)
         spent = time.time() - started
-        found = measures.of(path)
+        found = measures.of(path, ifeval=ifeval)
         found |= {
             "seconds": round(spent, 1),
             "measure_seconds": round(time.time() - started - spent, 1),

@@ -11,7 +11,7 @@ from typing import Any
 from scipy.stats import t as student_t
 
 METRICS = (
-    "text_kl", "text_top1", "image_kl", "image_kl_dependent", "image_kl_rest", "bits_per_byte", "ifeval_strict",
+    "text_kl", "text_top1", "image_kl", "image_kl_dependent", "image_kl_rest", "bits_per_byte", "ifeval_strict", "ifeval_loose",
     "naming_seen", "naming_new", "naming_exchanged", "yes_no", "recovered_text_kl", "seconds",
 )  # fmt: skip
 Results = dict[
@@ -57,9 +57,10 @@ def of_tower(results: Results, tower: str) -> dict[str, Any]:
             groups.setdefault((regime, drift, arm), []).append(result)
     for (regime, drift, arm), members in groups.items():
         scores = {
-            metric: interval([member[metric] for member in members])
+            # IFEval is measured on some of the seeds; "seeds" says on how many
+            metric: interval([member[metric] for member in members if member.get(metric) is not None])
             for metric in METRICS
-            if all(member.get(metric) is not None for member in members)
+            if any(member.get(metric) is not None for member in members)
         }
         found.setdefault(regime, {}).setdefault(drift, {})[arm] = scores
     return found
@@ -78,8 +79,9 @@ def paired(results: Results, tower: str, others: Sequence[str] = ("ce", "none", 
                 differences = {}
                 for metric in METRICS:
                     pairs = [(here[seed, arm].get(metric), here[seed, other].get(metric)) for seed in seeds]
-                    if all(a is not None and b is not None for a, b in pairs):
-                        differences[metric] = interval([a - b for a, b in pairs])
+                    both = [a - b for a, b in pairs if a is not None and b is not None]
+                    if both:
+                        differences[metric] = interval(both)
                 found.setdefault(regime, {}).setdefault(drift, {})[f"{arm} - {other}"] = differences
     return found
 
