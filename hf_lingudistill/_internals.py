@@ -153,8 +153,8 @@ def keep_image_dtype(student: PreTrainedModel) -> None:
     connector = getattr(student.base_model, "connector", None)
     if connector is None or Version(transformers.__version__) >= Version("5.21"):
         return
-    dtype = student.get_input_embeddings().weight.dtype
-    connector.register_forward_hook(lambda _module, _inputs, features: features.to(dtype))
+    embeddings: Any = student.get_input_embeddings()
+    connector.register_forward_hook(lambda _module, _inputs, features: features.to(embeddings.weight.dtype))
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
