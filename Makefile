@@ -87,7 +87,7 @@ test-newest:  ## Run the tests with the newest supported releases, in .venv-newe
 	$(MAKE) test VENV=.venv-newest
 
 test-slow: $(DEV_STAMP)  ## Run the tests that `make test` leaves out for their length
-	$(TEST_ENV) $(BIN)/python -m pytest -n auto -m 'slow and not gpu' $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto -m 'slow and not gpu' --ignore tests/test_newcomer.py $(PYTEST_ARGS)
 
 newcomer: $(DEV_STAMP)  ## Follow docs/install.md from a fresh clone and environment, on a Hub of the tests' own (minutes)
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow tests/test_newcomer.py $(PYTEST_ARGS)
