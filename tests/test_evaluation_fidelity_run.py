@@ -201,6 +201,26 @@ def test_a_rerun_asks_no_model_anything_and_other_weights_are_asked_alone(
     assert other["tasks"][0]["scores"]["after"] != report["tasks"][0]["scores"]["after"]
 
 
+def test_in_the_vlms_template_the_same_weights_are_at_0_whatever_the_lms_own_template_adds(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(models["original"], tmp_path / "original")
+    tokenizer = tiny.make_tokenizer(extra=True)
+    tokenizer.chat_template = "<|im_start|>system\nYou are the sea.<|im_end|>\n" + tiny.CHATML
+    tokenizer.save_pretrained(tmp_path / "original")
+    vlm = tiny.make_vlm(0)
+    vlm.get_decoder().load_state_dict(tiny.make_lm(1, vocab_size=len(tokenizer)).get_decoder().state_dict())
+    vlm.save_pretrained(tmp_path / "before")
+    tiny.make_processor().save_pretrained(tmp_path / "before")
+    task = {"builtin": "instructions", "n": 4, "max_new_tokens": 4}
+    tasks = [{"name": "own", **task}, {"name": "vlms", "template": "before", **task}]
+    chosen = {name: str(tmp_path / name) for name in ("original", "before")}
+    report = quiet(chosen, {"name": "t", "resamples": 10, "fidelity": tasks}, tmp_path / "out")
+    kl = {t["name"]: t["scores"]["before"]["value"] for t in report["tasks"] if t["metric"] == "text_kl"}
+    assert kl["fidelity/vlms/text_kl"] == pytest.approx(0, abs=1e-5)
+    assert kl["fidelity/own/text_kl"] > 0.01
+
+
 def test_records_that_only_looked_complete_have_the_original_loaded_once_more(
     finished: Finished, models: dict[str, str], suite: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,8 @@
 **shown the image**. Tokens of an answer that depend on the picture (`dependence`: exchanging the caption moves the original's
 log-probability by more than 1 nat) are measured apart from the rest.
 
-The original scores 0 by definition. Nothing is sampled in the comparison: the KL is over the whole vocabulary, in fp32, from exact
+The original scores 0 by definition. Each model is asked in its own chat template; where the LM's differs from the VLM's (a system
+prompt), `replace(original, template=chat_template_of(vlm))` asks it in the VLM's, so that equal weights are at 0. Nothing is sampled in the comparison: the KL is over the whole vocabulary, in fp32, from exact
 hidden states. N tokens, H hidden size, V vocabulary entries; logits exist for `CHUNK_ELEMENTS` entries at a time.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class FidelityRun:
 
     Args:
         questions: of each task. folder: of the item cache, one folder per model. load: loads the original, for a run in which all
-            seemed to be on disk and something was not.
+            seemed to be on disk and something was not. template: the chat template of `before`, read when a task asks for it.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class FidelityRun:
         questions: Mapping[str, Sequence[Question]],
         folder: Path,
         load: Callable[[], Scored],
+        template: Callable[[], str],
         *,
         seed: int,
         batch_size: int,
         progress: bool,
     ) -> None:
         self.tasks, self.questions, self.folder, self.load = tasks, questions, folder, load
+        self.template = template() if any(task.template == "before" for task in tasks) else None
         self.seed, self.batch_size, self.progress = seed, batch_size, progress
         self.answers: dict[str, dict[str, Written]] = {}
         self.depends: dict[str, dict[str, list[bool]]] = {}
@@ -50,7 +53,9 @@ class FidelityRun:
     def ask(self, original: Scored, others: Mapping[str, str]) -> None:
         """Let the original write its answers and read them. others: {name: fingerprint} of the models that will be measured."""
         self.source = {"model": original.fingerprint, "dtype": str(original.model.dtype)}
+        loaded = original
         for task in self.tasks:
+            original = self._as_asked(task, loaded)
             questions = self.questions[task.name]
             asked = [(q.key, q.instruction, q.caption) for q in questions]
             settings = [task.max_new_tokens, task.temperature, self.seed, chat_template_of(original), asked]
@@ -85,7 +90,7 @@ class FidelityRun:
 
     def _reference(self, task: FidelityTask, original: Scored | None = None) -> Reference:
         if task.name not in self.references:
-            original = original or self.load()
+            original = self._as_asked(task, original or self.load())
             self.references[task.name] = Reference.of(
                 original,
                 self.questions[task.name],
@@ -94,6 +99,9 @@ class FidelityRun:
                 progress=self._bar(original.name, f"{task.name}, reading them"),
             )
         return self.references[task.name]
+
+    def _as_asked(self, task: FidelityTask, original: Scored) -> Scored:
+        return original if task.template == "own" else replace(original, template=self.template)
 
     def measure(self, scored: Scored) -> dict[str, Found]:
         """{task: {condition: {key: record}}} of one model; conditions are `own` and the task's controls."""
@@ -137,7 +145,11 @@ class FidelityRun:
         }
 
     def _header(self, task: FidelityTask) -> dict[str, Any]:
-        return self.source | {"answers": digest({key: a.ids for key, a in self.answers[task.name].items()})}
+        asked = self.template if task.template == "before" else "own"
+        return self.source | {
+            "template": asked,
+            "answers": digest({key: a.ids for key, a in self.answers[task.name].items()}),
+        }
 
     def _file(self, task: FidelityTask, model: str, condition: str) -> Path:
         return self.folder / model / f"{task.name}-{condition}.jsonl"

@@ -175,7 +175,8 @@ def _fidelity_tasks(
     flags = [flag for row in (depends or {}).values() for flag in row]
     answers = "greedy" if task.temperature == 0 else f"sampled at temperature {task.temperature:g}"
     notes = {
-        "answers": f"the original's own, {answers}, at most {task.max_new_tokens} tokens",
+        "answers": f"the original's own, {answers}, at most {task.max_new_tokens} tokens"
+        + (", asked in the VLM's chat template" if task.template == "before" else ""),
         "answer_tokens": int(_weight(own["kl"])),
         **({"dependent_share": round(sum(flags) / len(flags), 4)} if flags else {}),
     }

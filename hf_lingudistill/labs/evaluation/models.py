@@ -31,7 +31,8 @@ from ...quantization import choose_kernels
 
 @dataclass
 class Scored:
-    """A model in evaluation mode. kind: "lm" or "vlm". fingerprint: changes with its weights."""
+    """A model in evaluation mode. kind: "lm" or "vlm". fingerprint: changes with its weights. template: a chat template to use in
+    place of its own, such as that of the VLM it is compared with."""
 
     name: str
     path: str
@@ -39,6 +40,7 @@ class Scored:
     model: Any
     processing: Any  # a tokenizer, or a VLM's processor
     fingerprint: str
+    template: str | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -55,7 +57,9 @@ class Scored:
 
         A processor's template reads a list of parts. Given a plain string, some of them write an empty turn without a word.
         """
-        if isinstance(self.processing, ProcessorMixin):
+        if self.template is not None:
+            kwargs["chat_template"] = self.template
+        if self.template is not None or isinstance(self.processing, ProcessorMixin):
             turns = [turn | {"content": _parts(turn["content"])} for turn in turns]
         text = self.processing.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer, **kwargs)
         return str(text)
@@ -208,5 +212,21 @@ def describe(scored: Scored) -> dict[str, Any]:
 
 def chat_template_of(scored: Scored) -> str:
     """The chat template as text, which the prompts of a task depend on."""
-    template = getattr(scored.processing, "chat_template", None)
+    template = scored.template or getattr(scored.processing, "chat_template", None)
     return template if isinstance(template, str) else json.dumps(template)
+
+
+def read_template(path: str, *, trust_remote_code: bool = False) -> str:
+    """The chat template of a saved VLM, without its weights.
+
+    Raises:
+        UnreadableModelError: if it has none.
+    """
+    try:
+        processing: Any = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _unreadable("chat template", path, error) from error
+    found = getattr(processing, "chat_template", None) or getattr(processing.tokenizer, "chat_template", None)
+    if not isinstance(found, str):
+        raise UnreadableModelError(f"{path!r} has no chat template in which the original could be asked.")
+    return found

@@ -26,7 +26,7 @@ from .checks import check_roles
 from .fidelity_run import ORIGINAL, FidelityRun
 from .join import DEPENDS, join
 from .language import require_harness
-from .models import Scored, describe, fingerprint, load_scored, read_config, takes_images
+from .models import Scored, describe, fingerprint, load_scored, read_config, read_template, takes_images
 from .report import FILES, build_report, write_report
 from .scoring import read_items, score
 from .suite import HarnessTasks, Suite, load_suite
@@ -118,6 +118,10 @@ def evaluate_models(
             items,
             out / "items",
             lambda: load(ORIGINAL),
+            lambda: read_template(
+                models.get("before") or next(path for name, path in models.items() if sees[name]),
+                trust_remote_code=trust_remote_code,
+            ),
             seed=suite.seed,
             batch_size=batch_size,
             progress=progress,

@@ -180,6 +180,8 @@ class FidelityTask(Data):
         threshold (`float`): a token depends on the picture if exchanging the caption moves the original's log-probability of it
             by more nats than that.
         controls: `grey` and/or `shuffled` images under the same answers.
+        template: the chat template in which the original is asked, its `own`, or that of the VLM `before` (then a VLM with the
+            original's weights scores 0 even where the two templates differ, say by a system prompt).
     """
 
     instruction: str | None = "instruction"
@@ -189,10 +191,12 @@ class FidelityTask(Data):
     temperature: float = 0.0
     threshold: float = 1.0
     controls: tuple[str, ...] = ("shuffled",)
+    template: str = "own"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _known(self, "controls", self.controls, CONTROLS)
+        _known(self, "template", (self.template,), ("own", "before"))
         if self.builtin is not None:
             _known(self, "builtin", (self.builtin,), ("instructions", "drawings"))
         if (self.image is None) != (self.caption is None):
