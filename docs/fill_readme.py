@@ -15,11 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hf_lingudistill.labs.demo_report import prompts_text, table
+from hf_lingudistill.labs.demo_report import prompts_text, table, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "docs/results/demo/report.json"
-DEMO_REAL = ROOT / "docs/results/demo_real/report.json"
 STEP_COST = ROOT / "benchmarks/results/step_cost.json"
 RECIPE = ROOT / "examples/recipes/five_artists"
 SUMMARY = RECIPE / "results/summary.json"
@@ -66,41 +65,15 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _demo(path: Path) -> str:
-    report = _read(path)
-    language, vision, config = report["language"], report["vision"], report["config"]
-    share = language["recovered"]
-    low, high = language["interval95"]["after"]
-    machine = report["machine"]
-    text = [
-        table(report),
-        "",
-        f"{share:.0%} of the lost log-perplexity came back (CE only: {language['recovered_ce_only']:.0%}); vision moved by "
-        f"{100 * (vision['after'] - vision['before']):+.1f} points. One run: seed {config['seed']}, "
-        f"{language['n_texts']} texts / {language['n_tokens']:,} tokens of {language['metric'].split(' on ')[1]}, "
-        f"{vision['n']} questions; 95 % bootstrap interval of the perplexity after: {low:.1f} to {high:.1f}; "
-        f"{report['seconds']['total']:.0f} s in all on {machine['threads']} CPU threads "
-        f"({'bf16' if config['bf16'] else 'fp32'}), teacher in {config['teacher_quantization']} "
-        f"({config['teacher_mib']:.1f} MiB).",
-    ]
-    return "\n".join(text)
-
-
 def demo() -> str:
     """The embedded demo's table."""
-    return _demo(DEMO)
+    report = _read(DEMO)
+    return f"{table(report)}\n\n{' '.join(verdict(report).split())}"
 
 
 def demo_prompts() -> str:
     """The embedded demo's prompts, before and after."""
     return "```\n" + prompts_text(_read(DEMO)["prompts"]) + "\n```"
-
-
-def demo_real() -> str:
-    """The table and the prompts of the demo with real weights."""
-    if not DEMO_REAL.is_file():
-        return "_Written, not measured yet: run `make demo-real`._"
-    return _demo(DEMO_REAL) + "\n\n```\n" + prompts_text(_read(DEMO_REAL)["prompts"]) + "\n```"
 
 
 def step_cost() -> str:
@@ -229,7 +202,6 @@ def five_artists_polished() -> str:
 BLOCKS = {
     "demo": demo,
     "demo_prompts": demo_prompts,
-    "demo_real": demo_real,
     "step_cost": step_cost,
     "five_artists": five_artists,
     "five_artists_severe": five_artists_severe,

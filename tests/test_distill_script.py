@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 
+from hf_lingudistill.labs.demo import recipe
 from hf_lingudistill.options import DistillOptions
 from hf_lingudistill.scripts import distill as script
 from hf_lingudistill.scripts import preflight
@@ -45,7 +47,7 @@ def test_without_a_model_nothing_starts_and_nothing_is_touched(
     assert held(precious.parent) == before
 
 
-@pytest.mark.parametrize("flags", [["--demo"], ["--demo", "real"], ["--demo=tiny"]])
+@pytest.mark.parametrize("flags", [["--demo"], ["--demo", "true"], ["--demo=yes"]])
 def test_the_demo_refuses_a_folder_that_it_did_not_make(
     precious: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,18 +57,24 @@ def test_the_demo_refuses_a_folder_that_it_did_not_make(
     assert held(precious) == before
 
 
-def test_the_recipe_of_the_demo_is_that_of_the_flag_and_not_of_a_word_elsewhere() -> None:
-    tiny, real = parse(["--demo"])[1].max_steps, parse(["--demo", "real"])[1].max_steps
-    assert tiny != real
+def test_the_recipe_of_the_demo_is_read_for_its_flag_and_not_for_a_word_elsewhere(tmp_path: Path) -> None:
+    steps = yaml.safe_load(recipe().read_text())["max_steps"]
+    own = tmp_path / "own.yaml"
+    own.write_text("demo: true\nseed: 3\n")
     for flags in (
-        ["--demo", "tiny", "--run_name", "real"],
+        ["--demo"],
         ["--run_name", "real", "--demo"],
-        ["--demo=tiny", "--seed=1"],
+        ["--demo", "--seed=1"],
+        ["--demo", "true"],
+        ["--demo=yes"],
+        ["--config", str(own)],
     ):
         script, config, *_ = parse(flags)
-        assert (script.demo, config.max_steps) == ("tiny", tiny)
-    script, config, *_ = parse(["--run_name", "tiny", "--demo=real"])
-    assert (script.demo, config.max_steps) == ("real", real)
+        assert (script.demo, config.max_steps) == (True, steps)
+    assert parse(["--demo", "--max_steps", "3"])[1].max_steps == 3
+    for flags in (["--run_name", "demo"], ["--demo", "false"], ["--config", str(own), "--demo", "no"]):  # the control
+        script, config, *_ = parse([*flags, "--output_dir", str(tmp_path)])
+        assert not script.demo and config.max_steps != steps
 
 
 def test_the_demo_takes_no_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,7 +249,7 @@ BAD_NAMES = {
     "a: [": "is not valid YAML",
     "env: 3": "env must be a mapping, VARIABLE: value; got 3.",
     "merge_adapter: 3": "merge_adapter must be true or false; got 3.",
-    "demo: 3": "demo must be tiny or real, or left out; got 3.",
+    "demo: 3": "demo must be true or false; got 3.",
     "model_name_or_path: 3": "model_name_or_path must be a name, or left out; got 3.",
 }
 

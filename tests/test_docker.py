@@ -98,7 +98,7 @@ def test_the_wheel_of_the_build_context_runs_elsewhere(tmp_path: Path) -> None:
     shutil.unpack_archive(wheel, site, "zip")
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import hf_lingudistill; assert 'site' in hf_lingudistill.__file__;"
-        "from hf_lingudistill.labs.demo import recipe; assert recipe('tiny').is_file() and recipe('real').is_file();"
+        "from hf_lingudistill.labs.demo import recipe; assert recipe().is_file() and recipe().with_name('story.yaml').is_file();"
         "from hf_lingudistill.labs.evaluation.suite import load_suite; load_suite('quick'), load_suite('paper');"
         "from hf_lingudistill.cli import main; sys.exit(main(sys.argv[1:]))"
     )

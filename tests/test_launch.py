@@ -158,7 +158,7 @@ def test_a_bad_row_on_one_process_ends_both_with_its_name(arguments: list[str], 
 def test_the_demo_under_two_processes_ends(tmp_path: Path) -> None:
     """It is made for one process; with two it must not hang or write its files twice over."""
     shutil.rmtree(tmp_path / "demo", ignore_errors=True)
-    run = launch(["--demo", "tiny", "--max_steps", "2"], tmp_path / "demo", processes=2)
+    run = launch(["--demo", "--max_steps", "2"], tmp_path / "demo", processes=2)
     assert run.returncode != 0 and "The demo runs in one process, found 2" in run.stderr
 
 

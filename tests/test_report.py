@@ -2,18 +2,16 @@
 
 import importlib.util
 import json
-import math
 import re
 from pathlib import Path
 
 import pytest
 
 from hf_lingudistill.labs.demo_report import (
-    bootstrap_interval,
-    language_entry,
+    fidelity_entry,
     prompts_text,
-    recovered,
     table,
+    verdict,
     vision_entry,
     write_report,
 )
@@ -21,16 +19,9 @@ from hf_lingudistill.labs.demo_report import (
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def perplexity(nll_per_token: float, texts: int = 20) -> dict:
-    spread = [nll_per_token * 10 * (1 + 0.1 * ((i % 5) - 2)) for i in range(texts)]
-    return {
-        "perplexity": math.exp(nll_per_token),
-        "nll_per_token": nll_per_token,
-        "nll": spread,
-        "tokens": [10] * texts,
-        "n_texts": texts,
-        "n_tokens": 10 * texts,
-    }
+def answers(nats_per_token: float, n: int = 20) -> dict:
+    """(nats, tokens) of n answers of 10 tokens, scattered around a mean."""
+    return {f"answer{i}": (nats_per_token * 10 * (1 + 0.1 * ((i % 5) - 2)), 10.0) for i in range(n)}
 
 
 def accuracy(share: float, n: int = 50) -> dict:
@@ -40,46 +31,51 @@ def accuracy(share: float, n: int = 50) -> dict:
 
 @pytest.fixture
 def report() -> dict:
-    arms = {"original": 3.0, "before": 4.0, "after": 3.1, "ce_only": 3.3}
     return {
-        "language": language_entry({arm: perplexity(nll) for arm, nll in arms.items()}, "a source"),
+        "language": fidelity_entry("KL on text", {"before": answers(4.0), "after": answers(0.4)}),
+        "pictures": fidelity_entry("KL on pictures", {"before": answers(3.0), "after": answers(0.6)}),
         "vision": vision_entry(
             {"before": accuracy(0.8), "after": accuracy(0.78)},
             {"before": accuracy(0.2), "after": accuracy(0.2)},
             "metric",
         ),
-        "seconds": {"original": 1.0, "before": 2.0, "after": 3.0},
-        "config": {},
+        "seconds": {"total": 250.4},
+        "cpu_seconds": {"total": 400.0},
+        "config": {"seed": 0, "bf16": False},
+        "machine": {"threads": 2},
     }
 
 
-def test_recovered_is_a_share_of_log_perplexity_not_of_perplexity(report):
-    assert report["language"]["recovered"] == pytest.approx(0.9)
-    assert report["language"]["recovered_ce_only"] == pytest.approx(0.7)
+def test_recovered_is_the_share_of_the_distance_that_is_gone(report):
     language = report["language"]
-    of_perplexity = (language["before"] - language["after"]) / (language["before"] - language["original"])
-    assert of_perplexity != pytest.approx(0.9, abs=0.01)  # control: the other reading gives another number
-
-
-def test_nothing_recovered_where_nothing_was_lost():
-    assert recovered(original=3.0, before=3.0, after=2.9) is None
-    assert recovered(original=3.0, before=3.5, after=3.6) == pytest.approx(-0.2)
-
-
-def test_bootstrap_interval_covers_the_mean_and_narrows_with_items():
-    few = bootstrap_interval([0.0, 1.0] * 10)
-    many = bootstrap_interval([0.0, 1.0] * 200)
-    assert few[0] < 0.5 < few[1] and many[0] < 0.5 < many[1]
-    assert few[1] - few[0] > 2 * (many[1] - many[0])
-    assert bootstrap_interval([1.0] * 5) == (1.0, 1.0)
-    assert bootstrap_interval([0.0, 1.0] * 10) == few  # the seed is fixed
+    assert language["recovered"] == pytest.approx(0.9) and language["original"] == 0.0
+    assert (language["n_texts"], language["n_tokens"]) == (20, 200)
+    low, high = language["interval95"]["before"]
+    assert low < 4.0 < high < 5.0
+    worse = fidelity_entry("KL", {"before": answers(1.0), "after": answers(1.1)})
+    assert worse["recovered"] == pytest.approx(-0.1)
+    assert fidelity_entry("KL", {"before": answers(0.0), "after": answers(0.1)})["recovered"] is None
 
 
 def test_table_has_a_line_per_model_and_marks_what_was_not_measured(report):
     lines = table(report).splitlines()
-    assert len(lines) == 2 + 4 and len({len(line) for line in lines}) == 1
-    assert lines[2].split("|")[3].strip() == "-"  # the LM sees nothing
-    assert "0.780" in lines[4] and "0.200" in lines[4]
+    assert len(lines) == 2 + 3 and len({len(line) for line in lines}) == 1
+    assert lines[2].split("|")[4].strip() == "-"  # the LM sees nothing
+    assert "0.40" in lines[4] and "78%" in lines[4] and "20%" in lines[4]
+
+
+def test_the_verdict_says_what_came_back_and_how_long_it_took(report):
+    text = verdict(report)
+    for part in (
+        "90% of the distance on text",
+        "80% of the distance about pictures",
+        "250 s in all",
+        "fp32",
+        "seed 0",
+    ):
+        assert part in text
+    report["config"]["bf16"], report["language"]["recovered"] = True, None
+    assert "bf16" in verdict(report) and "on text is gone" not in verdict(report)
 
 
 def test_report_is_json_with_a_picture_beside_it(report, tmp_path):
@@ -89,9 +85,14 @@ def test_report_is_json_with_a_picture_beside_it(report, tmp_path):
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000
 
 
-def test_prompts_show_the_models_that_answered():
-    text = prompts_text([{"prompt": "color?", "image": "x", "original": None, "before": "red", "after": "blue"}])
-    assert "[with an image]" in text and "original" not in text and "red" in text and "blue" in text
+def test_prompts_show_the_models_that_answered_in_lines_of_a_terminals_width():
+    long = "a sentence that goes on " * 20
+    text = prompts_text(
+        [{"prompt": "color?", "image": "a kite", "before": "red", "after": long}, {"prompt": "why?", "after": " "}]
+    )
+    assert "[a picture of a kite]" in text and "original" not in text and "red" in text
+    assert max(map(len, text.splitlines())) <= 100 and " ".join(text.split()).count("goes on") == 20
+    assert "(nothing)" in text
 
 
 @pytest.fixture(scope="module")

@@ -461,7 +461,7 @@ def evaluation() -> dict[str, Any]:
 
 def demo() -> dict[str, Any]:
     return {
-        "language": {"metric": "perplexity", "original": 300, "before": 800, "after": 310, "recovered": 0.98},
+        "language": {"metric": "KL", "original": 0.0, "before": 3.1, "after": 0.1, "recovered": 0.98},
         "vision": {"metric": "accuracy", "before": 0.9, "after": 0.91, "shuffled": {"before": 0.2}},
         "prompts": [{"prompt": "Tell me."}, {"prompt": "what color?", "image": "easy-VQA"}],
         "machine": {"torch": "2.13.0"},
@@ -494,7 +494,7 @@ def test_the_demo_report_is_read_as_well(tmp_path: Path) -> None:
     assert found.models == ["original", "before", "after"]
     assert found.prompts == [(None, "Tell me.")]  # "easy-VQA" is no file: it cannot be shown again
     assert "<b>98%</b>" in markup.benchmark_table(found, {})
-    assert found.plane.log
+    assert found.plane.original_x == 0.0
 
 
 def test_in_the_plane_better_is_to_the_right_and_up(tmp_path: Path) -> None:

@@ -198,15 +198,15 @@ def _from_demo(raw: Mapping[str, Any], prompts: list[tuple[Path | None, str]]) -
         name: Score(value) for name, value in _dict(vision.get("shuffled")).items() if _number(value) is not None
     }
     tasks = [
-        Task(_title(language, "Held-out perplexity"), "language", "perplexity", False, _count(language, "n_texts"), words,
+        Task(_title(language, "Text"), "language", "nats per token", False, _count(language, "n_texts"), words,
              recovered=recovered),
         Task(_title(vision, "Vision"), "vision", "accuracy", True, _count(vision, "n"), sight, shuffled=shuffled),
     ]  # fmt: skip
-    both = {name: Point(_log(words[name]), sight[name]) for name in models if name in words and name in sight}
+    both = {name: Point(words[name], sight[name]) for name in models if name in words and name in sight}
     plane = None
-    if len(both) >= 2 and all(score.value > 0 for score in words.values()):
-        original = math.log(words["original"].value) if "original" in words else None
-        plane = Plane(both, "perplexity on unseen text", "vision accuracy", original, log=True)
+    if len(both) >= 2:
+        original = words["original"].value if "original" in words else None
+        plane = Plane(both, "distance to the original LM on text, nats per token", "vision accuracy", original)
     settings = _dict(raw.get("config"))
     facts = {
         "Seed": settings.get("seed"),
@@ -236,10 +236,6 @@ def _title(raw: Mapping[str, Any], otherwise: str) -> str:
 def _count(raw: Mapping[str, Any], key: str) -> int | None:
     value = raw.get(key)
     return value if isinstance(value, int) else None
-
-
-def _log(score: Score) -> Score:
-    return Score(*(math.log(value) if value and value > 0 else None for value in (score.value, score.low, score.high)))
 
 
 # --------------------------------------------------------------------------------------------------------------------

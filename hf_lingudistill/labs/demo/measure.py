@@ -1,4 +1,4 @@
-"""Three cheap measurements for the demo: perplexity on text, accuracy on "what" questions, and answers to read.
+"""Two cheap measurements: perplexity on text, and the accuracy of short answers about an image.
 
 Each takes an LM or a VLM as it is; a VLM's text path is the VLM called without an image.
 """
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from PIL import Image as PILImage
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 Processing = PreTrainedTokenizerBase | ProcessorMixin
@@ -178,38 +177,3 @@ def _render(processing: Any, prompt: str, with_image: bool) -> str:
     return str(
         processing.apply_chat_template(_messages(prompt, with_image), tokenize=False, add_generation_prompt=True)
     )
-
-
-def answer(
-    model: Any,
-    processing: Processing,
-    prompt: str,
-    image: PILImage.Image | None = None,
-    *,
-    max_new_tokens: int = 40,
-) -> str:
-    """The model's greedy answer to one prompt, through its own chat template.
-
-    Without an image, tokens that the answer or the prompt already has are penalised by 1.3, the same for every model: small
-    models repeat themselves otherwise. With an image, nothing is, so that answers are those that `what_accuracy` counts.
-
-    Raises:
-        ValueError: if an image is given to a model whose processing is a plain tokenizer.
-    """
-    if image is not None and not isinstance(processing, ProcessorMixin):
-        raise ValueError("An image was given to a text-only model; pass the VLM with its processor, or no image.")
-    text = _render(processing, prompt, image is not None)
-    tokenizer = _tokenizer(processing)
-    if image is None:
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    else:
-        inputs = processing(text=[text], images=[[image]], return_tensors="pt", add_special_tokens=False)
-    inputs = inputs.to(model.device)
-    with _evaluating(model):
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            repetition_penalty=1.3 if image is None else 1.0,
-        )
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

