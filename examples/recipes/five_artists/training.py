@@ -51,9 +51,11 @@ class CaptionTold(SFTTrainer):
         labels = inputs.pop("labels")
         size = labels.size(0)
         told = self.told[self.state.global_step * size : (self.state.global_step + 1) * size]
-        states = model.model(**inputs, use_cache=False).last_hidden_state
         rows, places = (labels[:, 1:] != -100).nonzero(as_tuple=True)
-        logits = model.lm_head(states[rows, places]).float()
+        # The Trainer's own autocast wraps the whole model's forward, which is not called here
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.args.bf16):
+            states = model.model(**inputs, use_cache=False).last_hidden_state
+            logits = model.lm_head(states[rows, places]).float()
         loss = F.cross_entropy(logits, labels[rows, places + 1], reduction="none")
         for row, prompt in enumerate(told):
             if prompt is None:
@@ -62,7 +64,9 @@ class CaptionTold(SFTTrainer):
             answer = labels[row, places[own] + 1]
             with torch.no_grad():
                 ids = torch.cat([torch.tensor(prompt), answer])[None]
-                target = self.original(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+                with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.args.bf16):
+                    found = self.original(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+                target = found.float()
             # The student's own tokens count against it, as in the library
             student = logits[own].log_softmax(dim=-1)[:, : target.size(1)]
             target = target.log_softmax(dim=-1)
