@@ -110,10 +110,9 @@ format: $(DEV_STAMP)  ## Fix what ruff can fix
 reproduce: $(DEV_STAMP)  ## Every cure with real weights on the five artists' world: a night on a CPU, resumable (ARGS=--offline: no Hub)
 	$(BIN)/python examples/recipes/five_artists/reproduce.py $(ARGS) all
 
-results: $(DEMO_STAMP)  ## Fill the README's figures from the result files
+results: $(DEMO_STAMP)  ## Fill the figures of README and docs from the result files
 	$(BIN)/python docs/figures/draw_step.py
 	$(BIN)/python docs/fill_readme.py
-	$(BIN)/python docs/fill_scale.py
 
 cards: $(DEMO_STAMP)  ## Render model_cards/ from the result files
 	$(BIN)/python model_cards/render.py

@@ -1,7 +1,7 @@
-"""Fill the figures of the README and of the recipe's README from result files, so that no number is typed: `make results`.
+"""Fill the figures of the README, the docs and the recipe from result files and from the code, so that no number is typed.
 
-    python docs/fill_readme.py            # rewrite both
-    python docs/fill_readme.py --check    # exit 1 if one is stale (used by the tests)
+    python docs/fill_readme.py            # rewrite them: a part of `make results`
+    python docs/fill_readme.py --check    # exit 1 if one is stale
 
 Blocks look like `<!-- results:NAME -->` ... `<!-- /results -->`; NAME is a function below.
 """
@@ -12,10 +12,24 @@ import argparse
 import json
 import re
 import sys
+import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hf_lingudistill.config import LinguDistillConfig
 from hf_lingudistill.labs.demo_report import prompts_text, table, verdict
+from hf_lingudistill.labs.memory import (
+    BUILT_IN_PAIRS,
+    GIB,
+    QUANTIZATIONS,
+    ModelFacts,
+    Plan,
+    Setup,
+    read_pair,
+    smallest_plan,
+)
+from hf_lingudistill.sharing import MODES
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "docs/results/demo/report.json"
@@ -58,7 +72,13 @@ ARM_COLUMNS = [
     ("naming, new artist", "naming_new", 3),
     ("recovered", "recovered_text_kl", 3),
 ]
-FILLED = (ROOT / "README.md", RECIPE / "README.md")
+FILLED = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), RECIPE / "README.md")
+PLAN_CHECK = ROOT / "benchmarks/results/plan_check.json"
+METHODS = {
+    "full": Setup(),
+    "LoRA 16, bf16 weights": Setup(lora_rank=16, dtype="bfloat16"),
+}
+CARDS = (24, 48, 80, 141)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -71,9 +91,30 @@ def demo() -> str:
     return f"{table(report)}\n\n{' '.join(verdict(report).split())}"
 
 
+def demo_table() -> str:
+    """The table, and the first prompt of each kind with the beginnings of its answers."""
+    report = _read(DEMO)
+    firsts = [next(p for p in report["prompts"] if bool(p.get("image")) == seen) for seen in (False, True)]
+    arms = ("original", "before", "after")
+    begun = [p | {arm: textwrap.shorten(p[arm], 80, placeholder=" ...") for arm in arms} for p in firsts]
+    return f"{table(report)}\n\n```\n{prompts_text(begun)}\n```"
+
+
 def demo_prompts() -> str:
     """The embedded demo's prompts, before and after."""
     return "```\n" + prompts_text(_read(DEMO)["prompts"]) + "\n```"
+
+
+def modes() -> str:
+    """The sharing modes, from the objects that run them."""
+    lines = [
+        "| `kv_sharing` | the teacher reads the student's keys and values | it computes | choose it when |",
+        "|---|---|---|---|",
+    ]
+    for name, mode in MODES.items():
+        title = f"`{name}` (default)" if name == LinguDistillConfig.kv_sharing else f"`{name}`"
+        lines.append(f"| {title} | {mode.reads} | {mode.computes} | {mode.choose} |")
+    return "\n".join(lines)
 
 
 def step_cost() -> str:
@@ -97,45 +138,14 @@ def step_cost() -> str:
         f"{shape['teacher_quantization']}, one copy of K/V is {shape['kv_mb']:.0f} MiB; {machine['device']}, "
         f"{machine['dtype']}, load {machine['load_before']} to {machine['load_after']}.",
     ]
+    if "sft_compact" not in arms:
+        lines += ["", "_Measured before the step was rewritten: the new step is not in this table yet._"]
     return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The recipe
 # --------------------------------------------------------------------------------------------------------------------
-RECIPE_ARMS = {
-    "original": "original LM",
-    "before": "VLM before",
-    "vision_only": "image questions only, CE",
-    "ce": "CE on the mix (text replay)",
-    "kl_text": "KL on text rows only, nothing shared",
-    "adapt_lora": "LoRA adaptation in place of full",
-    "interpolate_03": "interpolation, .3 VLM + .7 LM",
-    "interpolate_05": "interpolation, .5 VLM + .5 LM",
-    "interpolate_07": "interpolation, .7 VLM + .3 LM",
-    "prompt_interpolate_07": "LinguDistill `prompt`, then interpolation .7",
-    "prompt": "**LinguDistill `prompt`** (default)",
-    "full": "LinguDistill `full`",
-    "vision": "LinguDistill `vision`",
-    "none": "LinguDistill `none`",
-    "prompt_all": "`prompt`, KL on all tokens",
-    "full_all": "`full`, KL on all tokens",
-    "vision_all": "`vision`, KL on all tokens",
-    "none_all": "`none`, KL on all tokens",
-    "prompt_kl": "`prompt`, KL without CE, confident tokens",
-    "prompt_all_kl": "`prompt`, KL without CE, all tokens",
-    "prompt_unselected": "`prompt`, KL on all rows and tokens",
-    "prompt_int8": "`prompt`, int8 teacher",
-    "prompt_fp32": "`prompt`, unquantised teacher",
-    "none_kl": "`none`, KL without CE, confident tokens",
-    "prompt_kl_half": "`prompt`, KL without CE, `distill_weight` .5",
-    "prompt_kl_reverse": "`prompt`, KL without CE, `beta` 1 (reverse)",
-    "prompt_kl_warm": "`prompt`, KL without CE, `temperature` 2",
-}
-# The arm whose settings are the package's defaults
-DEFAULT = "prompt"
-
-
 def _summary() -> dict[str, Any]:
     return _read(SUMMARY) if SUMMARY.is_file() else {}
 
@@ -199,8 +209,116 @@ def five_artists_polished() -> str:
     return _whole("P", "severe", "polished")
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# What a set-up needs
+# --------------------------------------------------------------------------------------------------------------------
+def _pairs() -> dict[str, tuple[ModelFacts, ModelFacts]]:
+    return {student.split("/")[1]: read_pair(student, None) for student in BUILT_IN_PAIRS}
+
+
+def _smallest(pair: tuple[ModelFacts, ModelFacts], setup: Setup, memory: float) -> Plan | None:
+    return smallest_plan(*pair, replace(setup, gpu_memory=memory))
+
+
+def _where(plan: Plan) -> str:
+    setup = plan.setup
+    teacher = "" if setup.teacher_quantization == "nf4" else ", teacher unquantised and sharded"
+    return f"{setup.gpus} x {setup.engine}{teacher}" if setup.gpus > 1 else "1"
+
+
+def plan_smallest() -> str:
+    """Devices and engine by card."""
+    lines = [
+        f"| student | training | {' | '.join(f'{card} GiB' for card in CARDS)} |",
+        "|---|---|" + "---|" * len(CARDS),
+    ]
+    for name, pair in _pairs().items():
+        for method, setup in METHODS.items():
+            plans = [_smallest(pair, setup, card) for card in CARDS]
+            cells = [f"{_where(plan)} ({plan.needed / GIB:.0f} GiB)" if plan else "more than 64" for plan in plans]
+            lines.append(f"| {name} | {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plan_lines() -> str:
+    """Where the memory of a device goes, on the smallest set-up of 80 GiB cards."""
+    columns = ("weights", "gradients", "optimizer states", "activations", "recorded KV", "logits and loss")
+    others = ("autocast copies", "engine buffers")
+    head = ["student", "training", "set-up", "peak at", *columns, "other", "teacher", "needed", "step over SFT"]
+    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, pair in _pairs().items():
+        for method, setup in METHODS.items():
+            plan = _smallest(pair, setup, 80)
+            if plan is None:
+                continue
+            gib = [plan.lines.get(column, 0) / GIB for column in columns]
+            cells = [name, method, _where(plan), plan.moment, *(f"{size:.1f}" for size in gib)]
+            cells += [f"{sum(plan.lines.get(other, 0) for other in others) / GIB:.1f}"]
+            cells += [f"{plan.lines['teacher'] / GIB:.1f}", f"{plan.needed / GIB:.1f}", f"{plan.cost:.3f}"]
+            rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def plan_teachers() -> str:
+    """The whole teacher, and one copy of K/V."""
+    rows = ["| student | teacher | nf4 | int8 | none (bf16) | recorded K/V |", "|---|---|---|---|---|---|"]
+    for name, pair in _pairs().items():
+        plan = _smallest(pair, Setup(), 10**6)
+        assert plan is not None
+        sizes = " | ".join(f"{plan.teacher[q] / GIB:.2f}" for q in QUANTIZATIONS)
+        rows.append(f"| {name} | {plan.teacher_name.split('/')[1]} | {sizes} | {plan.recorded_kv / GIB:.2f} |")
+    return "\n".join(rows)
+
+
+def _plan_check() -> dict[str, Any]:
+    return _read(PLAN_CHECK)
+
+
+def plan_peaks() -> str:
+    """Planned and measured peaks."""
+    memory = _plan_check()["memory"]
+    rows = ["| shape | parameters | planned | measured | error |", "|---|---|---|---|---|"]
+    for name, row in memory.items():
+        rows.append(
+            f"| {name} | {row['parameters'] / 1e6:.0f}M | {row['planned_mib']:.0f} MiB | {row['peak_mib']:.0f} MiB "
+            f"| {row['error']:+.1%} |"
+        )
+    machine = _plan_check()["machine"]
+    worst = max((abs(row["error"]), name) for name, row in memory.items())
+    rows += [
+        "",
+        f"{len(memory)} shapes; worst {worst[0]:.1%} ({worst[1]}). {machine['device']}, torch {machine['torch']}.",
+    ]
+    return "\n".join(rows)
+
+
+def plan_moments() -> str:
+    """How far each moment of the step is off."""
+    memory = _plan_check()["memory"]
+    names = list(next(iter(memory.values()))["planned_moments_mib"])
+    rows = ["| moment | error, least to most | shape of the largest |", "|---|---|---|"]
+    for moment in names:
+        errors = {
+            name: row["planned_moments_mib"][moment] / row["moments_mib"][moment] - 1 for name, row in memory.items()
+        }
+        worst = max(errors, key=lambda name: abs(errors[name]))
+        rows.append(f"| {moment} | {min(errors.values()):+.1%} to {max(errors.values()):+.1%} | {worst} |")
+    return "\n".join(rows)
+
+
+def plan_cost() -> str:
+    """Planned and measured cost of a step."""
+    rows = ["| `kv_sharing` | planned | measured, median (min - max) |", "|---|---|---|"]
+    for arm, row in _plan_check()["cost"].items():
+        rows.append(
+            f"| `{arm}` | {row['planned']:.3f} | {row['ratio']:.3f} ({row['ratio_min']:.3f} - {row['ratio_max']:.3f}) |"
+        )
+    return "\n".join(rows)
+
+
 BLOCKS = {
     "demo": demo,
+    "demo_table": demo_table,
     "demo_prompts": demo_prompts,
     "step_cost": step_cost,
     "five_artists": five_artists,
@@ -209,6 +327,13 @@ BLOCKS = {
     "five_artists_replay": five_artists_replay,
     "five_artists_joint": five_artists_joint,
     "five_artists_polished": five_artists_polished,
+    "modes": modes,
+    "plan_smallest": plan_smallest,
+    "plan_lines": plan_lines,
+    "plan_teachers": plan_teachers,
+    "plan_peaks": plan_peaks,
+    "plan_moments": plan_moments,
+    "plan_cost": plan_cost,
 }
 
 

@@ -1,8 +1,6 @@
 """Reports: the numbers that a table and a JSON are made of."""
 
-import importlib.util
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -93,35 +91,3 @@ def test_prompts_show_the_models_that_answered_in_lines_of_a_terminals_width():
     assert "[a picture of a kite]" in text and "original" not in text and "red" in text
     assert max(map(len, text.splitlines())) <= 100 and " ".join(text.split()).count("goes on") == 20
     assert "(nothing)" in text
-
-
-@pytest.fixture(scope="module")
-def readme_tool():
-    spec = importlib.util.spec_from_file_location("fill_readme", ROOT / "docs/fill_readme.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_readme_figures_are_those_of_the_result_files(readme_tool):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme_tool.fill(text) == text, "README.md is stale: run `make results`"
-    number = re.search(r"<!-- results:demo -->.*?(\d+\.\d)", text, re.DOTALL)
-    changed = text[: number.start(1)] + "9999.9" + text[number.end(1) :]
-    assert readme_tool.fill(changed) == text  # control: a typed figure is overwritten
-
-
-def test_the_recipes_figures_are_those_of_its_result_files(readme_tool):
-    path = ROOT / "examples/recipes/five_artists/README.md"
-    text = path.read_text(encoding="utf-8")
-    assert path in readme_tool.FILLED and "<!-- results:five_artists_severe -->" in text
-    assert readme_tool.fill(text) == text, "the recipe's README is stale: run `make results`"
-
-
-def test_files_named_in_the_readme_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = re.findall(r"\]\(((?!https?:)[^)#]+)\)", text) + re.findall(
-        r"`((?:docs|benchmarks|tests|examples)/[\w./]+)`", text
-    )
-    assert named
-    assert [name for name in named if not (ROOT / name).exists()] == []

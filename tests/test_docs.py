@@ -1,0 +1,168 @@
+"""README and docs: their figures are those of the result files, their commands and links exist, the tutorial runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from trl import TrlParser
+
+from hf_lingudistill import cli
+from hf_lingudistill.config import LinguDistillConfig
+from hf_lingudistill.labs.memory import Setup
+from hf_lingudistill.mixtures import DistillMixtureConfig
+from hf_lingudistill.options import DistillScriptArguments, StudentArguments
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *ROOT.glob("*/recipes/*/README.md"),
+]
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    """docs/fill_readme.py, which is no module of a package."""
+    spec = importlib.util.spec_from_file_location("fill_readme", ROOT / "docs/fill_readme.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_blocks_are_current(tool: ModuleType) -> None:
+    names: set[str] = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        found = re.findall(r"<!-- results:(\w+) -->", text)
+        names |= set(found)
+        assert not found or page in tool.FILLED, page
+        assert tool.fill(text) == text, f"{page.name} is stale: run `make results`"
+    assert {"modes", "demo_table", "demo", "step_cost", "plan_smallest"} <= names
+    readme = tool.FILLED[0].read_text(encoding="utf-8")
+    begin = readme.index("<!-- results:demo_table -->")
+    digit = re.compile(r"\d").search(readme, begin)
+    assert digit is not None
+    typed = readme[: digit.start()] + "99" + readme[digit.end() :]
+    assert tool.fill(typed) == readme != typed  # control: a typed figure is overwritten
+
+
+def test_readme_is_read_in_minutes() -> None:
+    words = (ROOT / "README.md").read_text(encoding="utf-8").split()
+    assert len(words) <= 900, f"README.md has {len(words)} words: move some of them to docs/"
+
+
+def missing(text: str, page: Path) -> list[str]:
+    """Relative links, and paths in code, that lead nowhere."""
+    links = re.findall(r"\]\(((?!https?:|#|mailto:)[^)#\s]+)", text)
+    gone = [link for link in links if not (page.parent / link).exists()]
+    named = re.findall(r"`((?:docs|benchmarks|tests|examples|model_cards|hf_lingudistill)/[\w./-]+)`", text)
+    return gone + [path for path in named if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_links_to_exists(page: Path) -> None:
+    assert not missing(page.read_text(encoding="utf-8"), page)
+    assert missing("[x](no/such.md)", page) == ["no/such.md"]  # control
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Commands
+# --------------------------------------------------------------------------------------------------------------------
+def flags_of(*groups: type) -> set[str]:
+    """The flags that a parser of dataclasses takes."""
+    parser = TrlParser(groups, allow_abbrev=False)  # type: ignore[arg-type]
+    return set(parser._option_string_actions) | {"--config"}
+
+
+@cache
+def flags() -> dict[str, set[str]]:
+    """{subcommand of lingudistill: its flags}"""
+    (commands,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    found = {name: set(parser._option_string_actions) for name, parser in commands.choices.items()}
+    training = (DistillScriptArguments, LinguDistillConfig, StudentArguments, DistillMixtureConfig)
+    found["distill"] = flags_of(*training) | {"--help_all"}
+    found["plan"] = flags_of(cli.PlanArguments, Setup)
+    return found
+
+
+def wrong(command: str) -> list[str]:
+    """What a command of a page names and this repository does not have."""
+    words = shlex.split(command, comments=True)
+    while words and (re.fullmatch(r"\w+=.*", words[0]) or words[0] == "!"):
+        words = words[1:]  # environment variables
+    if not words:
+        return []
+    given = [word.split("=")[0] for word in words if word.startswith("--")]
+    program = Path(words[0]).name
+    if program == "lingudistill":
+        known = flags()
+        if words[1].startswith("--"):
+            return [flag for flag in given if flag not in ("--help", "--version")]
+        return [words[1]] if words[1] not in known else [flag for flag in given if flag not in known[words[1]]]
+    if program == "make":
+        targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        return [word for word in words[1:] if "=" not in word and word not in targets]
+    if program in ("python", "accelerate"):
+        scripts = [word for word in words if word.endswith(".py") and not word.startswith("llama.cpp/")]
+        absent = [script for script in scripts if not (ROOT / script).is_file()]
+        if scripts == ["examples/distill.py"]:
+            after = words[words.index(scripts[0]) :]
+            absent += [
+                f for f in (w.split("=")[0] for w in after if w.startswith("--")) if f not in flags()["distill"]
+            ]
+        elif scripts and not absent:
+            source = (ROOT / scripts[0]).read_text(encoding="utf-8")
+            absent += [
+                flag for flag in given if flag not in source and flag not in ("--config_file", "--num_processes")
+            ]
+        return absent
+    return []
+
+
+def commands(text: str) -> list[str]:
+    """The commands of all shell blocks of a page, lines that go on joined."""
+    blocks = re.findall(r"^( *)```(?:bash|console|sh)\n(.*?)^\1```", text, flags=re.MULTILINE | re.DOTALL)
+    blocks += [
+        (
+            "",
+            "\n".join(
+                line[4:] for line in text.splitlines() if re.match(r"    (make|python|lingudistill|accelerate) ", line)
+            ),
+        )
+    ]
+    lines = "\n".join(block for _, block in blocks).replace("\\\n", " ").splitlines()
+    inline = re.findall(r"`((?:lingudistill|make) [^`\n]+)`", text)
+    return [line.strip() for line in lines] + [line for line in inline if not re.search(r"[.…]{3}|[|<]", line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_of_a_page_exist(page: Path) -> None:
+    for command in commands(page.read_text(encoding="utf-8")):
+        assert not wrong(command), command
+
+
+def test_a_command_that_does_not_exist_is_found() -> None:
+    """Control of the test above."""
+    assert wrong("lingudistill cure VLM") == ["cure"]
+    assert wrong("lingudistill check VLM LM --teach x") == ["--teach"]
+    assert wrong("lingudistill distill --student VLM --kv_shared full") == ["--kv_shared"]
+    assert wrong("OMP_NUM_THREADS=1 lingudistill plan --student VLM --many") == ["--many"]
+    assert wrong("make tea PYTHON=python3.12") == ["tea"]
+    assert wrong("python docs/no_such.py") == ["docs/no_such.py"]
+    assert wrong("accelerate launch --num_processes 2 examples/distill.py --datum x") == ["--datum"]
+    assert not wrong("lingudistill distill --student VLM --teacher LM --use_peft --merge_adapter true")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert {command.split()[1] for command in commands(text) if command.startswith("lingudistill")} >= {
+        "check",
+        "distill",
+        "evaluate",
+    }
