@@ -35,7 +35,7 @@ DEV_STAMP := $(VENV)/.stamp-dev
 SPACE_STAMP := $(VENV)/.stamp-space
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test-cpu test-oldest test-newest space screenshots reproduce test test-slow newcomer test-gpu lint audit format results cards clean
+.PHONY: help install demo test-cpu test-oldest test-newest space screenshots reproduce test test-slow newcomer planted-faults test-gpu lint audit format results cards clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +88,9 @@ test-slow: $(DEV_STAMP)  ## Run the tests that `make test` leaves out for their 
 
 newcomer: $(DEV_STAMP)  ## Follow docs/install.md from a fresh clone and environment, on a Hub of the tests' own (minutes)
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow tests/test_newcomer.py $(PYTEST_ARGS)
+
+planted-faults: $(DEV_STAMP)  ## Plant faults in a copy of the core, one by one: do the tests find each? (ARGS=--all: the whole suite)
+	$(TEST_ENV) $(BIN)/python tests/planted_faults.py $(ARGS)
 
 test-gpu: $(DEV_STAMP)  ## Run the tests that need a CUDA device
 	$(TEST_ENV) $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

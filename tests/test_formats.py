@@ -620,3 +620,19 @@ def test_messages_and_prompts_share_a_batch(make_trainer: MakeTrainer) -> None:
 def test_rgb_is_left_as_it_is() -> None:
     image = picture()
     assert to_rgb(image).tobytes() == image.tobytes()
+
+
+def test_images_stand_in_the_order_of_their_places() -> None:
+    """A part may hold its image where another names a place for one of the column."""
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "image", "image": PNG}, {"type": "image"}]}
+    row = as_trl_row({"messages": [turn, SAME["text"][1]], "images": ["first", "last"]}, "Row 0")
+    assert row["images"] == ["first", PNG, "last"]
+    assert row["messages"][0]["content"] == [{"type": "image"}] * 3
+
+
+def test_a_text_prompt_with_an_answer_in_turns_is_labelled_after_the_prompt(make_trainer: MakeTrainer) -> None:
+    mixed = Dataset.from_list([{"prompt": QUESTION, "completion": SAME["text"][1:]}] * 4)
+    plain = Dataset.from_list([{"prompt": SAME["text"][:1], "completion": SAME["text"][1:]}] * 4)
+    expected = batch_of(make_trainer(SFTTrainer, train_dataset=plain))
+    assert_same(batch_of(make_trainer(train_dataset=mixed)), expected, "input_ids", "labels")
+    assert (expected["labels"] == -100).any()  # control

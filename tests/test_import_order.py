@@ -109,9 +109,9 @@ def test_imports_go_one_way(tmp_path: Path) -> None:
     assert lint(copy).returncode == 1, "a module without a place"
 
 
-@pytest.mark.parametrize("module", [name for name in SOURCES if name not in INTERNALS])
-def test_internals_of_transformers_and_trl_are_used_in_one_module(module: str) -> None:
-    assert internal_imports(module, SOURCES[module]) == []
+def test_internals_of_transformers_and_trl_are_used_in_one_module() -> None:
+    found = [internal_imports(module, source) for module, source in SOURCES.items() if module not in INTERNALS]
+    assert len(found) > 50 and not any(found), list(filter(None, found))
 
 
 def test_the_use_of_an_internal_is_caught() -> None:

@@ -216,6 +216,17 @@ def test_a_row_that_lost_its_mark_keeps_cross_entropy() -> None:
     assert difference(said.loss, problem.score().loss) > 1e-2  # control
 
 
+def test_a_divergence_that_is_not_finite_spoils_no_token_outside_the_gate() -> None:
+    """The watch over what is not finite names the rows of such tokens, so that no other row may take it over."""
+    problem = make_problem()
+    problem.teacher_hidden[1] = torch.nan
+    said = problem.score(margin=-1e3)
+    fine = torch.arange(problem.count) != 1
+    assert torch.equal(said.chosen, fine) and said.divergence.isfinite().all()
+    assert torch.equal(said.loss[1], said.cross_entropy[1]) and said.loss.isfinite().all()
+    assert problem.score().loss.isfinite().tolist() == [*fine.tolist(), *[True] * (len(said.loss) - problem.count)]
+
+
 def test_confident_tokens_are_those_whose_label_the_teacher_gives_at_least_the_students_probability() -> None:
     teacher, student = torch.tensor([-1.0, -1.5, -2.0, -2.5]), torch.full((4,), -2.0)
     assert confident_tokens(teacher, student).tolist() == [True, True, True, False]

@@ -10,7 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from planning import KV_SHARING_MODES, plan_queries
 
-from hf_lingudistill.queries import QueryPlan
+from hf_lingudistill import queries
+from hf_lingudistill.queries import QueryPlan, Vocabulary
+from hf_lingudistill.sharing import sharing
 
 MODES: tuple[str, ...] = KV_SHARING_MODES
 IGNORED = -100
@@ -341,3 +343,28 @@ def test_the_plan_keeps_the_batch_as_it_was() -> None:
     before = [tensor.clone() for tensor in (input_ids, labels, distill)]
     plan_queries(input_ids, labels, distill, kv_sharing="prompt", shared_vocab_size=SHARED)
     assert all(torch.equal(a, b) for a, b in zip(before, (input_ids, labels, distill), strict=True))
+
+
+def test_an_end_of_turn_under_another_name_is_read_and_scored() -> None:
+    """The student ends its turns with a token of its own, the teacher with token 5: one event, whose probability goes to the
+    student's label alone."""
+    vocabulary = Vocabulary(VOCAB, SHARED, (IMAGE,), aliases=((OWN_TOKEN, 5),))
+    ids = torch.tensor([[3, OWN_TOKEN, 4, 5, 3]])
+    assert vocabulary.to_teacher(ids).tolist() == [[3, 5, 4, 5, 3]]
+    assert vocabulary.scorable(ids).tolist() == [[True, True, True, False, True]]
+    assert vocabulary.unshared() == [6, 5]
+    plan = queries.plan_queries(ids, ids, sharing=sharing("prompt"), vocabulary=vocabulary)
+    assert plan.loss_positions.tolist() == [0, 1, 3] and plan.token_ids.tolist() == [3, 5, 4, 5]
+    apart = queries.plan_queries(ids, ids, sharing=sharing("prompt"), vocabulary=Vocabulary(VOCAB, SHARED, (IMAGE,)))
+    assert apart.loss_positions.tolist() == [2, 3]  # control: without the alias the token is nobody's
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_text_is_text(side: str) -> None:
+    """The first batch compares the teacher on rows without an image: padding, whatever its id, is none."""
+    pad = [IMAGE, OWN_TOKEN]
+    ids, mask, labels = [3, 4, 5], [1, 1, 1], [-100, 4, 5]
+    join = (lambda a, b: b + a) if side == "left" else (lambda a, b: a + b)
+    padded = Rows([join(ids, pad), [IMAGE, 3, 4, 5, 3]], [join(labels, [-100] * 2)] * 2, [join(mask, [0, 0]), [1] * 5])
+    plan = padded.plan("prompt")
+    assert plan.text_only.tolist() == [True, False] and plan.has_text_loss
