@@ -272,16 +272,17 @@ def test_the_rule_chooses_the_decisive_arms_and_waits_for_the_whole_screen(tmp_p
         "caption": (0.1, 0.9, 9.0),
     }
     write_results(tmp_path, {arm: score for arm, score in scores.items() if arm != "inputs"})
-    assert summary.decisive(tmp_path / "results", recipe) == []
+    assert summary.choose(tmp_path / "results", recipe) == (None, [])
     write_results(tmp_path, scores)
-    chosen = summary.decisive(tmp_path / "results", recipe)
+    default, chosen = summary.choose(tmp_path / "results", recipe)
+    assert default == "vision"
     # `full` lost its names, `caption` is told what no one can know
     assert chosen[:6] == ["before", "ce", "none", "caption", "interpolate_05", "vision"]
     assert len(chosen) == 7 or len(chosen) == 8
     assert recipe["arms"][chosen[6]]["args"]["distill_tokens"] == "confident"
     # a tie within 0.02 nats goes to the cheaper arm
     write_results(tmp_path, {"prompt": (0.305, 0.80, 8.0)})
-    assert summary.decisive(tmp_path / "results", recipe)[5] == "prompt"
+    assert summary.choose(tmp_path / "results", recipe)[0] == "prompt"
 
 
 def test_the_recipe_names_arms_towers_and_regimes_that_exist() -> None:

@@ -257,7 +257,7 @@ def all_runs(settings: dict[str, Any]) -> list[Run]:
 
 def seed_runs(place: Place) -> list[Run]:
     """The decisive arms over seeds, chosen from the screen by recipe.yaml's rule; none before the screen is whole."""
-    chosen = summary.decisive(place.out / "results", place.settings)
+    _, chosen = summary.choose(place.out / "results", place.settings)
     return [
         ("aligned", "P", kind, seed, chosen)
         for seed in range(place.settings["seeds"])

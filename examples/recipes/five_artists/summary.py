@@ -14,6 +14,7 @@ METRICS = (
     "text_kl", "text_top1", "image_kl", "image_kl_dependent", "image_kl_rest", "bits_per_byte", "ifeval_strict", "ifeval_loose",
     "naming_seen", "naming_new", "naming_exchanged", "yes_no", "recovered_text_kl", "seconds",
 )  # fmt: skip
+SCREEN = ("aligned", "P", "severe", 0)
 Results = dict[
     tuple[str, str, str, int, str], dict[str, Any]
 ]  # (tower, regime, drift, seed, arm) -> what was measured
@@ -86,31 +87,33 @@ def paired(results: Results, tower: str, others: Sequence[str] = ("ce", "none", 
     return found
 
 
-def decisive(folder: Path, settings: Mapping[str, Any]) -> list[str]:
-    """The arms that run over seeds, by the rule at the head of recipe.yaml; none before the screen's two first runs are whole."""
-    screen = {key[4]: value for key, value in read(folder).items() if key[:4] == ("aligned", "P", "severe", 0)}
-    wanted = {arm for run in settings["runs"] if tuple(run[:4]) == ("aligned", "P", "severe", 0) for arm in run[4]}
+def choose(folder: Path, settings: Mapping[str, Any]) -> tuple[str | None, list[str]]:
+    """(the default, the arms that run over seeds) by the rule at the head of recipe.yaml; (None, []) before the screen is whole."""
+    screen = {key[4]: value for key, value in read(folder).items() if key[:4] == SCREEN}
+    wanted = {arm for run in settings["runs"] if tuple(run[:4]) == SCREEN for arm in run[4]}
     if not wanted or wanted - set(screen):
-        return []
+        return None, []
     specs = settings["arms"]
-    fixed = [arm for arm in settings["decisive"] if arm != "default"]
     floor = screen["before"]["naming_seen"] - 0.03
     able = [
         arm
         for arm in screen
         if specs[arm]["kind"] == "distill" and "lora" not in specs[arm] and screen[arm]["naming_seen"] >= floor
     ]
-    # Ties within 0.02 nats go to the cheaper arm
+    if not able:  # every one lost its names: the rule has no answer, and a person must look
+        return None, []
     loss = {arm: screen[arm]["text_kl"] + screen[arm]["image_kl"] for arm in able}
     best = min(loss.values())
+    # Ties within 0.02 nats go to the cheaper arm
     default = min((arm for arm in able if loss[arm] <= best + 0.02), key=lambda arm: screen[arm]["seconds"])
 
-    def better(name: str) -> str | None:
-        others = [arm for arm in able if specs[arm]["args"][name] != specs[default]["args"][name]]
-        return min(others, key=lambda arm: loss[arm]) if others else None
+    def best_other(option: str) -> list[str]:
+        others = [arm for arm in able if specs[arm]["args"][option] != specs[default]["args"][option]]
+        return [min(others, key=lambda arm: loss[arm])] if others else []
 
-    chosen = [*fixed, default, better("distill_tokens"), better("kv_sharing")]
-    return list(dict.fromkeys(arm for arm in chosen if arm is not None))
+    fixed = [arm for arm in settings["decisive"] if arm != "default"]
+    chosen = [*fixed, default, *best_other("distill_tokens"), *best_other("kv_sharing")]
+    return default, list(dict.fromkeys(chosen))
 
 
 def write(made: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
@@ -129,8 +132,7 @@ def write(made: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
     for drifts in main.values():
         for arms in drifts.values():
             arms["original"] = reference
-    chosen = decisive(folder, settings)
-    default = next((arm for arm in chosen if settings["arms"][arm]["kind"] == "distill" and arm != "none"), None)
+    default, chosen = choose(folder, settings)
     if default is not None:
         for drifts in main.values():
             for arms in drifts.values():
