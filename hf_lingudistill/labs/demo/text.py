@@ -19,7 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset
+
+from ..rows import ROW_FEATURES
 
 LANGUAGE_SOURCES = ("fiqa", "narrativeqa", "openbookqa", "quac")
 UNSEEN_SOURCES = ("xsum", "imdb", "pubmedqa", "contracts")
@@ -47,16 +49,6 @@ _FILES = {
     "truthfulqa": "TruthfulQA/combined.jsonl",
     "xsum": "XSum/test.jsonl",
 }
-
-# The row type of TRL's conversational prompt-completion format, with the images that its VLM collator asks of every row.
-ROW_FEATURES = Features(
-    {
-        "images": List(Image()),
-        "prompt": List({"role": Value("string"), "content": Value("string")}),
-        "completion": List({"role": Value("string"), "content": Value("string")}),
-        "distill": Value("bool"),
-    }
-)
 
 
 def package_file(package: str, relative: str) -> Path:

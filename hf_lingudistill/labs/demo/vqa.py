@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
-from .text import ROW_FEATURES
+from ..rows import ROW_FEATURES
 
 Split = Literal["train", "test"]
 Kind = Literal["color", "shape", "yes_no"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..demo.text import ROW_FEATURES
+from ..rows import ROW_FEATURES
 from .pictures import Picture
 
 NAMING = ("What is this?", "What does the picture show?", "Name the thing in the picture.")
