@@ -26,6 +26,17 @@ MOVED = {
     "results": "hub.results",
     "statistics": "labs.statistics",
 }
+# Names that an old module had and the new one has not, or has under another name: where they are now
+NAMES = {
+    "data": {
+        name: f"mixtures.{name}" for name in ("DistillMixtureConfig", "DistillSource", "load_mixture", "load_source")
+    },
+    "record": {
+        "read_record": "hub.run_facts.read_run_facts",
+        "training_record": "hub.run_facts.gather_run_facts",
+        "write_record": "hub.run_facts.write_run_facts",
+    },
+}
 
 
 class _OldPath(Loader):
@@ -36,6 +47,9 @@ class _OldPath(Loader):
         new = ".".join(part for part in (PACKAGE, MOVED[first], rest) if part)
         warnings.warn(f"{spec.name} has moved: import {new}.", FutureWarning, stacklevel=2)
         module = importlib.import_module(new)
+        for name, place in NAMES.get(spec.name.removeprefix(f"{PACKAGE}."), {}).items():
+            home, _, current = place.rpartition(".")
+            setattr(module, name, getattr(importlib.import_module(f"{PACKAGE}.{home}"), current))
         # The import system writes the old name into what it gets: the module keeps its own
         self.own = (module.__spec__, module.__name__, module.__loader__, module.__package__)
         return module
