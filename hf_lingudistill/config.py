@@ -76,6 +76,9 @@ class LinguDistillConfig(DistillOptions, LocalSFTConfig):
 
     def __post_init__(self) -> None:
         self._check_types()
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            # The loss moves with what the teacher lets through; cross-entropy does not
+            self.metric_for_best_model, self.greater_is_better = "ce_loss", False
         super().__post_init__()
         for name, choices in (
             ("teacher_quantization", QUANTIZATION_CHOICES),

@@ -271,7 +271,7 @@ def test_the_cost_of_a_step_tends_to_the_share_of_the_response(small: tuple[Mode
     light = [
         replace(facts, text=replace(facts.text, heads_width=0)) for facts in (student, teacher)
     ]  # no attention products
-    setup = Setup(seq_len=4096, response_tokens=64, gradient_checkpointing=False)
+    setup = Setup(seq_len=4096, response_tokens=64, gradient_checkpointing=False, device="cpu")
     assert step_cost(light[0], light[1], setup) == pytest.approx(1 + 64 / (3 * 4096), rel=1e-9)
     # With checkpointing a step has four passes, with LoRA two
     assert step_cost(light[0], light[1], replace(setup, gradient_checkpointing=True)) == pytest.approx(
@@ -281,6 +281,23 @@ def test_the_cost_of_a_step_tends_to_the_share_of_the_response(small: tuple[Mode
     # `vision` computes all text
     text = replace(setup, kv_sharing="vision", image_tokens=1024)
     assert step_cost(light[0], light[1], text) == pytest.approx(1 + 3072 / (3 * 4096), rel=1e-9)
+
+
+def test_a_small_student_on_a_gpu_waits_for_its_launches(small: tuple[ModelFacts, ModelFacts]) -> None:
+    """A short row of a small model pays for the teacher's launches, a long batch for its products alone."""
+    student, teacher = small
+    layers = student.text.layers
+    short = (
+        replace(student, vision=None),
+        teacher,
+        Setup(seq_len=64, image_tokens=0, response_tokens=16, gradient_checkpointing=False),
+    )
+    assert step_cost(*short) == pytest.approx(1 + 40 * teacher.text.layers / (120 * layers), rel=1e-9)
+    long = Setup(seq_len=8192, image_tokens=0, response_tokens=16, batch=512, gradient_checkpointing=False)
+    assert step_cost(student, teacher, long) == pytest.approx(
+        step_cost(student, teacher, replace(long, device="cpu")), rel=1e-3
+    )
+    assert step_cost(*short[:2], replace(short[2], device="cpu")) < step_cost(*short)
 
 
 def test_sharing_more_costs_less(small: tuple[ModelFacts, ModelFacts]) -> None:

@@ -19,6 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from ..sharing import MODES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -30,7 +32,7 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "sgd")
 DTYPES = ("float32", "bfloat16")
 MIXED_PRECISIONS = ("bf16", "fp16", "no")
 QUANTIZATIONS = ("nf4", "int8", "none")
-SHARINGS = ("full", "prompt", "vision", "none")
+SHARINGS = tuple(MODES)
 DEVICES = ("cuda", "cpu")
 
 GIB = 2**30
@@ -175,9 +177,8 @@ class Setup:
     @property
     def queries(self) -> int:
         """Positions that the teacher computes."""
-        if self.kv_sharing in ("full", "prompt"):
-            return self.labels
-        return self.batch * (self.seq_len - self.image_tokens)
+        mode = MODES[self.kv_sharing]
+        return self.batch * mode.queries_per_row(self.seq_len, self.image_tokens, self.response_tokens)
 
     @property
     def head_positions(self) -> int:
@@ -546,7 +547,7 @@ def _moments(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Iterator
     kept = seen + read + 3 * tokens * text.hidden * 4  # and the last norm
     # Checkpointing frees K/V, and grouped queries make autograd keep repeated ones: only then is the record a copy
     is_copy = setup.gradient_checkpointing or (setup.padded and text.kv_width < text.heads_width)
-    recorded = kv_bytes(student, setup) if is_copy and setup.kv_sharing != "none" else 0
+    recorded = kv_bytes(student, setup) if is_copy and MODES[setup.kv_sharing].records_kv else 0
     linear = text.linear_parameters + (vision.linear_parameters if vision else 0)
     casts = 2 * linear if setup.under_autocast else 0
     casts_left = (
@@ -617,8 +618,8 @@ def _moments(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Iterator
 def _teacher_work(teacher: TowerFacts, setup: Setup) -> int:
     """The teacher's pass: one layer at a time, without gradient; a layer's weights are unpacked one after the other."""
     per_query = 3 * teacher.hidden + 2 * teacher.heads_width + 3 * teacher.intermediate
-    scores = 3 * teacher.heads * setup.queries * setup.seq_len if setup.kv_sharing != "none" else 0
-    own = 2 * teacher.kv_width * setup.tokens if setup.kv_sharing in ("prompt", "vision") else 0
+    scores = 3 * teacher.heads * setup.queries * setup.seq_len if MODES[setup.kv_sharing].reads_student else 0
+    own = 2 * teacher.kv_width * setup.tokens if setup.kv_sharing in ("prompt", "vision", "inputs") else 0
     unpacked = teacher.largest_linear if setup.teacher_quantization != "none" else 0
     return (setup.queries * per_query + scores + own + unpacked) * setup.compute_bytes
 
@@ -626,24 +627,39 @@ def _teacher_work(teacher: TowerFacts, setup: Setup) -> int:
 # --------------------------------------------------------------------------------------------------------------------
 # Cost of a step
 # --------------------------------------------------------------------------------------------------------------------
-def step_cost(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> float:
-    """Multiply-adds of a distilling step over those of the same step of `trl.SFTTrainer`.
+# What a GPU is taken to do, for the cost of a step: 40 % of an H100's dense bf16 products, and an operation every 6 microseconds
+# (counted in tests/test_dispatch.py: of a step of SFT per text layer, of a tower's, and of the teacher's pass)
+_FLOPS, _LAUNCH_SECONDS = 4e14, 6e-6
+_LAUNCHES_PER_LAYER, _LAUNCHES_OF_TOWER, _LAUNCHES_OF_TEACHER = 120, 100, 40
 
-    For long responses' share of a long row it tends to R / (3 T) of the backbone plus the two heads; it counts no memory
-    traffic, no unpacking of quantised weights and no communication: a lower bound of what is measured.
+
+def step_cost(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> float:
+    """Time of a distilling step over that of the same step of SFT with a head over the labelled positions alone.
+
+    Multiply-adds or launches, whichever takes longer: a small student on a GPU waits for its launches, and the teacher adds some. No
+    memory traffic, no unpacking of quantised weights and no communication is counted. Never measured on a GPU.
     """
     passes = 2.0 if setup.lora_rank else 3.0  # forward, gradient of the inputs, gradient of the weights
     passes += 1.0 if setup.gradient_checkpointing else 0.0
     backbone = _forward_work(student.text, setup.tokens, setup.seq_len / 2)
+    launches = _LAUNCHES_PER_LAYER * student.text.layers
     if student.vision is not None:
         patches = setup.image_tokens * student.patches_per_token
         backbone += _forward_work(student.vision, setup.batch * patches, patches)
+        launches += _LAUNCHES_OF_TOWER * student.vision.layers
+    launches *= 4 / 3 if setup.gradient_checkpointing else 1.0
     head = student.vocab * student.text.hidden
-    sft = passes * backbone + (3 if setup.lora_rank else 4) * head * setup.head_positions
-    keys = setup.seq_len / 2 if setup.kv_sharing == "none" else setup.seq_len
-    added = _forward_work(teacher.text, setup.queries, keys)
-    heads = student.vocab * teacher.text.hidden + (2 if setup.lora_rank else 3) * head
-    return 1.0 + (added + heads * setup.labels) / sft
+    sft = passes * backbone + (2 if setup.lora_rank else 3) * head * setup.labels
+    keys = setup.seq_len if MODES[setup.kv_sharing].reads_student else setup.seq_len / 2
+    added = _forward_work(teacher.text, setup.queries, keys) + student.vocab * teacher.text.hidden * setup.labels
+    if setup.device == "cpu":
+        return 1.0 + added / sft
+
+    def seconds(work: float, count: float) -> float:
+        return max(2 * work / _FLOPS, count * _LAUNCH_SECONDS)
+
+    more = launches + _LAUNCHES_OF_TEACHER * teacher.text.layers
+    return seconds(sft + added, more) / seconds(sft, launches)
 
 
 def _forward_work(tower: TowerFacts, tokens: float, keys: float) -> float:
