@@ -642,7 +642,7 @@ def step_cost(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> float:
     passes = 2.0 if setup.lora_rank else 3.0  # forward, gradient of the inputs, gradient of the weights
     passes += 1.0 if setup.gradient_checkpointing else 0.0
     backbone = _forward_work(student.text, setup.tokens, setup.seq_len / 2)
-    launches = _LAUNCHES_PER_LAYER * student.text.layers
+    launches: float = _LAUNCHES_PER_LAYER * student.text.layers
     if student.vision is not None:
         patches = setup.image_tokens * student.patches_per_token
         backbone += _forward_work(student.vision, setup.batch * patches, patches)
