@@ -143,7 +143,13 @@ class LinguDistillConfig(DistillOptions, LocalSFTConfig):
                 setattr(self, name, float(value))
             except OverflowError:
                 raise ValueError(f"{name} must be a number that a float can hold; got {shown(value)}.") from None
-        for name in ("measure_teacher_quantization", "skip_bad_rows", "answers_only", "overwrite_output_dir"):
+        for name in (
+            "measure_teacher_quantization",
+            "skip_bad_rows",
+            "answers_only",
+            "self_check",
+            "overwrite_output_dir",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false; got {shown(getattr(self, name))}.")
         for name in ("teacher_model_name_or_path", "teacher_model_revision", "output_dir"):

@@ -125,6 +125,11 @@ class DistillOptions:
         "and raises NotFinite, skip leaves the step out and goes on (ten in a row stop the run). The rows are named. Under "
         "DeepSpeed only stop.",
     )
+    self_check: bool = _option(
+        True,
+        "Before training, run student and teacher on a short text: refuse a pair whose teacher cannot use the student's keys, values "
+        "and rotary embedding, which would train on noise without a word. A few forwards; left out where an engine shards weights.",
+    )
     overwrite_output_dir: bool = _option(False, "Allow an output_dir that holds another run.")
 
 

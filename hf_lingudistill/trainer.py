@@ -7,6 +7,7 @@ divides the sum by the number of labels in the global batch.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from .meter import Meter
 from .pace import Pace
 from .quantization import arithmetic_of, choose_kernels
 from .resume import ResumingMixin
+from .self_check import self_check, text_ids
 from .sharing import sharing
 from .step import DistillStep
 from .teacher import Teacher, compute_dtype_of, load_teacher_model, on_device, prepare_teacher, vocabulary_of
@@ -154,6 +156,7 @@ class LinguDistillTrainer(DataMixin, PublishingMixin, ResumingMixin, SFTTrainer)
             self.teacher_arithmetic,
             self.teacher.footprint / 2**20,
         )
+        self._check_pair(student)
         self._resuming()
         self.pace = Pace()
         self.add_callback(self.pace)
@@ -223,6 +226,19 @@ class LinguDistillTrainer(DataMixin, PublishingMixin, ResumingMixin, SFTTrainer)
             return shard_teacher(teacher, self.accelerator, offload=offload)
         with on_device(teacher, device, offload=offload):  # leaving it parks the teacher
             return teacher
+
+    def _check_pair(self, student: PreTrainedModel) -> None:
+        """Refuse a pair whose shared keys and values would mean something else to the teacher: see `self_check.py`."""
+        if not (self.args.self_check and self.step.sharing.reads_student):
+            return
+        if sharding_of(self.accelerator) is not None:
+            logger.info("Self-check left out: student and teacher lie in pieces on all processes.")
+            return
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        ids = text_ids(tokenizer, self.teacher.vocabulary).to(student.device)
+        plain = self.model.disable_adapter() if is_peft_model(self.model) else nullcontext()
+        with on_device(self.teacher, ids.device, offload=self.step.offload), plain, self.accelerator.autocast():
+            self_check(student, self.teacher.model, ids)
 
     def _load_teacher(self, quantization: str, device: torch.device) -> PreTrainedModel:
         args = self.args

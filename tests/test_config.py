@@ -168,6 +168,7 @@ EVERY_OWN_FIELD = {
     "distill_margin": -0.5,
     "skip_bad_rows": True,
     "answers_only": False,
+    "self_check": False,
     "on_nan": "skip",
     "overwrite_output_dir": True,
 }

@@ -42,7 +42,7 @@ CHOICES = {
     "distill_tokens": DISTILL_TOKENS_CHOICES,
     "on_nan": ON_NAN_CHOICES,
 }
-FLAGS = ("answers_only", "measure_teacher_quantization", "skip_bad_rows", "overwrite_output_dir")
+FLAGS = ("answers_only", "measure_teacher_quantization", "skip_bad_rows", "self_check", "overwrite_output_dir")
 NUMBERS = ("beta", "temperature", "distill_weight", "ce_weight", "distill_margin")
 NAMES = ("teacher_model_name_or_path", "teacher_model_revision")
 

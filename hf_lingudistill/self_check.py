@@ -1,0 +1,208 @@
+"""Before training: does this very pair do what KV sharing assumes? Measured on a few text tokens, because no list of families can know.
+
+1. The teacher must be itself: reading its own recorded keys and values, it must give its plain forward.
+2. Cos and sin must lie in one order: the teacher's queries are turned by the student's.
+3. The teacher's class must be the student's arithmetic: the student's weights in it, reading the student's keys and values, must
+   give the student's hidden states.
+
+It costs a few short forwards. The third borrows the student's tensors without a copy; neither model is changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ._internals import decoder_of
+from .queries import QueryPlan, Vocabulary, plan_queries
+from .replay import replayed_pass
+from .sharing import sharing
+from .student_kv import SharedKV, recording
+
+logger = logging.getLogger(__name__)
+
+TEXT = (
+    "The sea is deep, wide and full of salt; in 1914 nobody had seen its floor. def area(r): return 3.14159 * r ** 2  "
+    "Why do ships of steel float? Because the water that they push aside is heavier than they are."
+)
+TOKENS = 64
+# Relative to the length of the hidden states. Wrong arithmetic is off by about 1, rounding by a hundredth of these
+ALLOWED = {torch.float32: 0.02, torch.float64: 0.02}
+ALLOWED_IN_HALF_PRECISION = 0.1
+SWITCH = "(--self_check false trains without this check.)"
+
+Rotary = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
+
+
+def text_ids(tokenizer: Any, vocabulary: Vocabulary) -> torch.Tensor:
+    """(1, up to TOKENS) ids of a text that student and teacher both read; of a tokenizer that has no letters, ids spread over its
+    vocabulary."""
+    ids = torch.tensor(tokenizer(text=TEXT, add_special_tokens=False)["input_ids"], dtype=torch.long).flatten()
+    ids = ids[vocabulary.readable(ids)][:TOKENS]
+    if ids.numel() < TOKENS // 4:
+        ids = torch.linspace(0, vocabulary.shared_size - 1, TOKENS).long()
+        ids = ids[vocabulary.readable(ids)]
+    return ids[None]
+
+
+def self_check(student: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Refuse a pair whose shared keys and values would mean something else to the teacher.
+
+    Args:
+        student: the plain VLM, without active adapters. teacher: the LM. Both whole on this process, on the device of `ids`.
+        ids: (1, T) tokens that both know.
+
+    Raises:
+        ValueError: with what was measured, if one of the three checks fails.
+    """
+    plan = _plan(ids)
+    with torch.no_grad(), _undisturbed(student), recording(student) as theirs:
+        _text_forward(student, ids)
+    with torch.no_grad(), recording(teacher) as own:
+        _text_forward(teacher, ids)
+    error = _error(replayed_pass(teacher, own, plan), own, plan)
+    if not error <= (allowed := _allowed(teacher)):
+        raise ValueError(
+            f"The teacher is not itself under KV sharing: reading its own keys and values, its hidden states are off by {error:.2g} of "
+            f"their length (at most {allowed:g} is rounding). {type(teacher).__name__} mixes tokens in a way that keys and values do not "
+            f"carry: use an LM with plain softmax attention. {SWITCH}"
+        )
+    logger.info("Self-check: the teacher on its own keys and values is off by %.1e of its plain forward", error)
+    _check_rotary(theirs, own)
+    _check_arithmetic(student, teacher, theirs, plan)
+
+
+def _plan(ids: torch.Tensor) -> QueryPlan:
+    """Every third token is asked about: with all of them, whatever mixes neighbouring tokens would find its neighbours."""
+    asked = torch.arange(ids.shape[1], device=ids.device) % 3 == 0
+    vocabulary = Vocabulary(size=int(ids.max()) + 1, shared_size=int(ids.max()) + 1)
+    plan: QueryPlan = plan_queries(ids, ids.where(asked, -100), sharing=sharing("full"), vocabulary=vocabulary)
+    return plan
+
+
+def _text_forward(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+
+def _error(hidden: torch.Tensor, shared: SharedKV, plan: QueryPlan) -> float:
+    """How far hidden (N, H) is from the recorded model's own at the loss positions, relative to their length."""
+    assert shared.last_hidden_state is not None
+    wanted = shared.last_hidden_state[plan.loss_rows, plan.loss_positions].float()
+    return float((hidden.float() - wanted).norm() / wanted.norm())
+
+
+def _allowed(model: PreTrainedModel) -> float:
+    device = next(model.parameters()).device.type
+    half = torch.is_autocast_enabled(device) or model.dtype not in ALLOWED
+    return ALLOWED_IN_HALF_PRECISION if half else ALLOWED[model.dtype]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rotary embeddings
+# --------------------------------------------------------------------------------------------------------------------
+def rotary_layout(rotary: Rotary) -> str:
+    """In which order a rotary module gives its angles, each of which turns two dimensions."""
+    if not isinstance(rotary, tuple):
+        return f"{rotary.shape[-1]} complex numbers"
+    last = torch.stack([part[..., -1, :].float() for part in rotary])
+    size = last.shape[-1]
+    if size % 2 == 0 and torch.equal(last[..., : size // 2], last[..., size // 2 :]):
+        return f"{size} values in halves (0, 1, ..., 0, 1, ...)"
+    if size % 2 == 0 and torch.equal(last[..., 0::2], last[..., 1::2]):
+        return f"{size} values in pairs (0, 0, 1, 1, ...)"
+    return f"{size} values, each once"
+
+
+def _check_rotary(student: SharedKV, teacher: SharedKV) -> None:
+    for kind, theirs in teacher.rotary.items():
+        ours = student.rotary.get(kind, next(iter(student.rotary.values())) if len(student.rotary) == 1 else None)
+        if ours is None:
+            raise ValueError(
+                f"The teacher asks for the rotary embedding of {kind!r} layers, the student computes "
+                f"{sorted(map(str, student.rotary))}: the two are not of one family. Use the LM that the student was built from."
+            )
+        layouts = rotary_layout(ours), rotary_layout(theirs)
+        if layouts[0] != layouts[1]:
+            raise ValueError(
+                f"Student and teacher order their rotary embedding differently: the student's is {layouts[0]}, the teacher's "
+                f"{layouts[1]}. The teacher's queries would be turned by wrong angles, and what it teaches would be noise. Use an LM "
+                f"whose class orders it as the student's does. {SWITCH}"
+            )
+        parts = zip(*(part if isinstance(part, tuple) else (part,) for part in (ours, theirs)), strict=True)
+        if off := max(float((a[0] - b[0]).abs().max()) for a, b in parts):
+            logger.info(
+                "Self-check: cos and sin of the student's RoPE differ from the teacher's own by up to %.1e", off
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The teacher's class on the student's weights
+# --------------------------------------------------------------------------------------------------------------------
+def _check_arithmetic(student: PreTrainedModel, teacher: PreTrainedModel, shared: SharedKV, plan: QueryPlan) -> None:
+    borrowed = _with_weights_of(student, teacher)
+    if isinstance(borrowed, str):
+        logger.info("Self-check: the student's weights were not tried in the teacher's class: %s", borrowed)
+        return
+    error = _error(replayed_pass(borrowed, shared, plan), shared, plan)
+    if not error <= (allowed := _allowed(student)):
+        raise ValueError(
+            f"The student's own weights, computed by the teacher's class ({type(teacher).__name__}) with the teacher's config, do not "
+            f"give the student's hidden states: they are off by {error:.2g} of their length (at most {allowed:g} is rounding). The two "
+            "disagree about norms, activations or how queries are rotated, and what the teacher reads would be noise to it. Use the "
+            f"LM that the student was built from. {SWITCH}"
+        )
+    logger.info("Self-check: the student's weights in the teacher's class are off by %.1e", error)
+
+
+def _with_weights_of(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedModel | str:
+    """A model of the teacher's class and config around the tensors of the student's decoder; or why there is none. No tensor is
+    copied. Its head is empty."""
+    config: Any = copy.deepcopy(teacher.config)
+    config.pad_token_id = None  # may lie beyond the student's vocabulary
+    embeddings: Any = student.get_input_embeddings()
+    config.vocab_size = int(embeddings.weight.shape[0])
+    with torch.device("meta"):
+        shell: PreTrainedModel = type(teacher)(config)
+    decoder, state = decoder_of(shell), decoder_of(student).state_dict()
+    wanted = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
+    found = {_without_adapter(name): tensor for name, tensor in state.items() if ".lora_" not in name}
+    if odd := sorted(wanted.keys() ^ found.keys()):
+        return f"only one of the two has {odd[0]} ({len(odd)} such)"
+    for name, shape in wanted.items():
+        if found[name].shape != shape:
+            return f"{name} is {tuple(found[name].shape)} in the student, {tuple(shape)} in the teacher's class"
+    decoder.load_state_dict(found, assign=True)
+    buffers = dict(decoder_of(teacher).named_buffers())
+    for name, buffer in list(decoder.named_buffers()):
+        if buffer.is_meta and name in buffers:  # not saved with the weights: scales, frequencies
+            path, _, attribute = name.rpartition(".")
+            decoder.get_submodule(path).register_buffer(attribute, buffers[name], persistent=False)
+    shell.eval()
+    return shell
+
+
+def _without_adapter(name: str) -> str:
+    """`q_proj.base_layer.weight`, as PEFT has it, is `q_proj.weight`."""
+    return name.replace(".base_layer.", ".")
+
+
+@contextmanager
+def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode inside; afterwards every module is as it was, and so is what a forward of M-RoPE remembers for `generate`."""
+    modes = [(module, module.training) for module in model.modules()]
+    remembers = [module for module in model.modules() if hasattr(module, "rope_deltas")]
+    deltas = [module.rope_deltas for module in remembers]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module, delta in zip(remembers, deltas, strict=True):
+            module.rope_deltas = delta

@@ -1,0 +1,227 @@
+"""The check of the real pair before training: faults that no shape shows are refused with numbers, and nothing is left behind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from families import LM_VOCAB, build_family, randomise_
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import (
+    Ernie4_5Config,
+    Ernie4_5ForCausalLM,
+    Glm4Config,
+    Glm4ForCausalLM,
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from hf_lingudistill.queries import Vocabulary
+from hf_lingudistill.self_check import rotary_layout, self_check, text_ids
+
+IDS = torch.randint(5, 150, (1, 48), generator=torch.Generator().manual_seed(3))
+TRIED = "the student's weights in the teacher's class are off by"
+_IDS: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+
+
+def ernie(**sizes: Any) -> Ernie4_5ForCausalLM:
+    """An LM whose weights have Llama's names and shapes, and whose attention turns neighbouring dimensions where Llama's turns halves."""
+    torch.manual_seed(1)
+    return Ernie4_5ForCausalLM(Ernie4_5Config(use_bias=False, **sizes)).eval()
+
+
+def glm4v_pair() -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A VLM and its LM with the very same weights: the VLM's rotary module repeats each angle, the LM's repeats all of them."""
+    sizes: dict[str, Any] = {
+        "vocab_size": LM_VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        **_IDS,
+    }
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 4}
+    vision |= {"image_size": 16, "out_hidden_size": 64}
+    text = {"rope_parameters": {**rope, "mrope_section": [2, 1, 1]}, "rms_norm_eps": 1e-5, **sizes}
+    student = Glm4vForConditionalGeneration(Glm4vConfig(text_config=text, vision_config=vision, image_token_id=150))
+    randomise_(student.eval(), seed=1)
+    lm = Glm4Config(head_dim=16, attention_bias=True, rope_parameters=rope, rms_norm_eps=1e-5, **sizes)
+    teacher = Glm4ForCausalLM(lm).eval()
+    teacher.model.load_state_dict(student.get_decoder().state_dict(), strict=True)
+    return student, teacher
+
+
+# --- pairs that fit --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["smolvlm", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_honest_pairs_pass(name: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    family = build_family(name)
+    student, teacher = family.fresh_student().to(dtype), family.make_teacher(identical=True).to(dtype)
+    with caplog.at_level("INFO"):
+        self_check(student, teacher, IDS)
+    assert TRIED in caplog.text
+
+
+def test_a_teacher_of_another_width_passes_and_the_log_says_what_was_not_tried(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    family = build_family("smolvlm")
+    with caplog.at_level("INFO"):
+        self_check(family.student, family.make_teacher(identical=False), IDS)
+    assert "were not tried in the teacher's class: embed_tokens.weight is (168, 48)" in caplog.text
+    assert "cos and sin of the student's RoPE differ" in caplog.text  # another theta: replayed, and no fault
+    assert TRIED not in caplog.text
+
+
+# --- pairs that do not -----------------------------------------------------------------------------------------------
+def test_cos_and_sin_in_another_order_are_refused() -> None:
+    student, teacher = glm4v_pair()
+    with pytest.raises(ValueError, match=r"student's is 8 values in pairs .*, the teacher's 8 values in halves"):
+        self_check(student, teacher, IDS)
+
+
+def test_a_permuted_rotary_module_is_refused_on_any_family() -> None:
+    family = build_family("qwen2_5_vl")
+    teacher = family.make_teacher(identical=False)  # of another width: its class cannot be tried
+    rotary: Any = teacher.model.rotary_emb
+    forward = rotary.forward
+
+    def interleaved(*args: Any, **kwargs: Any) -> Any:
+        cos, sin = forward(*args, **kwargs)
+        half = cos.shape[-1] // 2
+        return tuple(part[..., :half].repeat_interleave(2, dim=-1) for part in (cos, sin))
+
+    self_check(family.student, teacher, IDS)  # the control
+    rotary.register_forward_hook(lambda module, args, kwargs, output: interleaved(*args, **kwargs), with_kwargs=True)
+    with pytest.raises(ValueError, match="order their rotary embedding differently"):
+        self_check(family.student, teacher, IDS)
+
+
+def test_a_class_that_turns_queries_another_way_is_refused_with_the_number() -> None:
+    family = build_family("llava")
+    config = family.student.config.get_text_config()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    names += ("num_key_value_heads", "rms_norm_eps", "rope_parameters")
+    teacher = ernie(**{name: getattr(config, name) for name in names})
+    with pytest.raises(ValueError, match=r"Ernie4_5ForCausalLM.*off by [01]\.\d+ of their length \(at most 0\.02"):
+        self_check(family.student, teacher, IDS)
+
+
+def test_an_lm_that_mixes_tokens_outside_attention_is_refused() -> None:
+    """As short convolutions and recurrent layers do. Asked about all of its tokens at once, it would pass."""
+    family = build_family("smolvlm")
+    teacher = family.make_teacher(identical=False)
+    self_check(family.student, teacher, IDS)
+    teacher.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + args[0].roll(1, dims=1), *args[1:]))
+    with pytest.raises(ValueError, match="The teacher is not itself under KV sharing"):
+        self_check(family.student, teacher, IDS)
+
+
+def test_a_teacher_that_is_not_finite_is_refused() -> None:
+    family = build_family("smolvlm")
+    teacher = family.make_teacher(identical=False)
+    teacher.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="off by nan"):
+        self_check(family.student, teacher, IDS)
+
+
+# --- what is left behind ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["smolvlm", "qwen2_vl"])
+@pytest.mark.parametrize("refused", [False, True])
+def test_neither_model_is_changed(name: str, refused: bool) -> None:
+    family = build_family(name)
+    student, teacher = family.fresh_student().train(), family.make_teacher(identical=True)
+    student.base_model.get_input_embeddings().eval()  # a part that somebody froze
+    if refused:
+        teacher.config.rms_norm_eps = 10.0  # read by the class when it is built
+    models = (student, teacher)
+
+    def seen() -> list[Any]:
+        states: list[Any] = [torch.get_rng_state().tolist()]
+        for model in models:
+            tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            states.append({n: (t.data_ptr(), t.requires_grad, t.grad, t._version) for n, t in tensors.items()})
+            states.append(
+                [
+                    (m.training, sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
+                    for m in model.modules()
+                ]
+            )
+            states.append((model.config.to_dict(), model.config.get_text_config()._attn_implementation))
+        return [*states, str(getattr(student.base_model, "rope_deltas", None))]
+
+    before, weights = copy.deepcopy(seen()), [copy.deepcopy(model.state_dict()) for model in models]
+    if refused:
+        with pytest.raises(ValueError, match="do not give the student's hidden states"):
+            self_check(student, teacher, IDS)
+    else:
+        self_check(student, teacher, IDS)
+    assert seen() == before
+    for model, state in zip(models, weights, strict=True):
+        torch.testing.assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
+
+
+# --- in the trainer --------------------------------------------------------------------------------------------------
+@pytest.fixture
+def unfit_teacher() -> LlamaForCausalLM | Ernie4_5ForCausalLM:
+    lm = tiny.make_lm(1).config
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", *_IDS)
+    return ernie(head_dim=lm.head_dim, **{name: getattr(lm, name) for name in names})
+
+
+def test_the_trainer_refuses_unless_it_is_told_not_to_look(
+    make_trainer: Callable[..., Any], unfit_teacher: Any
+) -> None:
+    with pytest.raises(ValueError, match="Ernie4_5ForCausalLM.*--self_check false"):
+        make_trainer(teacher_model=unfit_teacher)
+    make_trainer(teacher_model=unfit_teacher, self_check=False)
+    make_trainer(teacher_model=unfit_teacher, kv_sharing="none")  # nothing of the student's is read
+
+
+def test_a_trained_adapter_is_left_aside_and_comes_back(
+    make_trainer: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.1)
+    student = get_peft_model(tiny.make_vlm(0), adapter)
+    trainable = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    with caplog.at_level("INFO"):
+        trainer = make_trainer(model=student)
+    assert TRIED in caplog.text
+    assert {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad} == trainable
+    layers = [module for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)]
+    assert layers and not any(layer.disable_adapters for layer in layers)
+    make_trainer(model=get_peft_model(tiny.make_vlm(0), adapter), bf16=True)
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+def test_layouts_are_told_apart() -> None:
+    angles = torch.rand(1, 3, 4)
+    halves, pairs = torch.cat([angles, angles], -1), angles.repeat_interleave(2, -1)
+    found = [rotary_layout((x.cos(), x.sin())) for x in (halves, pairs, angles)] + [
+        rotary_layout(torch.polar(angles, angles))
+    ]
+    assert [text.split(" (")[0] for text in found] == [
+        "8 values in halves",
+        "8 values in pairs",
+        "4 values, each once",
+        "4 complex numbers",
+    ]
+
+
+def test_the_text_is_what_both_read() -> None:
+    tokenizer = tiny.make_tokenizer(extra=True)
+    ids = text_ids(tokenizer, Vocabulary(size=len(tokenizer), shared_size=300, unreadable=(70,)))
+    assert ids.shape == (1, 64) and int(ids.max()) < 300 and 70 not in ids
+    spread = text_ids(lambda **_: {"input_ids": [5000]}, Vocabulary(size=320, shared_size=300, unreadable=(0,)))
+    assert spread.shape == (1, 63) and int(spread.max()) == 299
