@@ -59,6 +59,7 @@ ARM_TITLES = {
     "caption": "KL to the original told the caption (upper bound)",
     "interpolate_05": "interpolation .5, no training",
 }
+PAIRS = {"aligned-no-0": "aligned tower, no drift", "aligned-severe-0": "aligned tower, severe drift"}
 # (title, metric, digits)
 ARM_COLUMNS = [
     ("text KL", "text_kl", 3),
@@ -187,6 +188,23 @@ def _whole(regime: str, drift: str, tower: str | None = None) -> str:
         (arm for arm in arms if arm != "default"), key=lambda arm: arms[arm].get("text_kl", {}).get("mean", 0.0)
     )
     return _arms_table(arms, order) if arms else NOT_YET
+
+
+def five_artists_modes() -> str:
+    """What each sharing mode gives its teacher, pair by pair."""
+    modes = _summary().get("modes", {})
+    if not modes:
+        return NOT_YET
+    readers = next(iter(modes.values()))["readers"]
+    lines = [
+        "| pair | tokens | " + " | ".join(f"`{reader}`" for reader in readers) + " |",
+        "|" + "---|" * (len(readers) + 2),
+    ]
+    for pair, found in modes.items():
+        for part in ("dependent", "rest", "all"):
+            cells = [f"{found['readers'][reader][part]:.3f}" for reader in readers]
+            lines.append("| " + " | ".join([PAIRS.get(pair, pair), part, *cells]) + " |")
+    return "\n".join(lines)
 
 
 def five_artists_severe() -> str:
@@ -322,6 +340,7 @@ BLOCKS = {
     "demo_prompts": demo_prompts,
     "step_cost": step_cost,
     "five_artists": five_artists,
+    "five_artists_modes": five_artists_modes,
     "five_artists_severe": five_artists_severe,
     "five_artists_mild": five_artists_mild,
     "five_artists_replay": five_artists_replay,
