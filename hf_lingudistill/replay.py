@@ -169,7 +169,7 @@ def attend(
     elif groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     seen = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    return seen.view(R, H, W, D)
+    return seen.view(R, H, W, value.shape[3])  # latent attention: values are narrower than queries
 
 
 def _eager(
@@ -213,6 +213,10 @@ def _replay_attention(
     shared = replay.shared
     recorded = (shared.keys[layer_idx], shared.values[layer_idx]) if shared.keep_kv else None
     if recorded is not None:
+        if (
+            value.shape[3] < key.shape[3]
+        ):  # latent attention: the student's values may be padded to the keys' size, for flash kernels
+            recorded = recorded[0], recorded[1][..., : value.shape[3]]
         _check_layer(layer_idx, recorded[0], key)
     keys, values = (states.to(query.dtype) for states in replay.states(recorded, (key, value)))
     groups = 1 if softcap is not None or s_aux is not None else folds(query, key)

@@ -18,6 +18,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForImageTextToText,
     BertConfig,
+    Blip2Config,
     BloomConfig,
     CLIPVisionConfig,
     DeepseekV3Config,
@@ -30,10 +31,12 @@ from transformers import (
     GPT2Config,
     GptOssConfig,
     Idefics3Config,
+    InstructBlipConfig,
     InternVLConfig,
     JambaConfig,
     Lfm2Config,
     Lfm2VlConfig,
+    Llama4Config,
     LlamaConfig,
     LlavaConfig,
     LlavaOnevisionConfig,
@@ -63,6 +66,7 @@ from hf_lingudistill.compatibility import (
     check_compatibility,
     guess_teacher,
 )
+from hf_lingudistill.compatibility.configs import Side
 
 VOCAB, IMAGE = 48, 48  # the LM's tokens; the VLM's image token follows them
 LAYERS = 3
@@ -372,6 +376,13 @@ def lfm2(**other: Any) -> Lfm2Config:
     return Lfm2Config(**sizes(layer_types=["conv", "full_attention", "conv"], **other))
 
 
+def newer(model_type: str) -> Any:
+    """The config class of a family that the oldest supported transformers may not know."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers does not know {model_type}")
+    return CONFIG_MAPPING[model_type]
+
+
 def mla(**other: Any) -> DeepseekV3Config:
     return DeepseekV3Config(**sizes(kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, **other))
 
@@ -430,20 +441,11 @@ def mla(**other: Any) -> DeepseekV3Config:
             ],
         ),
         (
-            lambda: vlm(mla(vocab_size=49)),
-            mla,
-            [
-                f"{who} uses multi-head latent attention (kv_lora_rank=16): its keys and values are compressed, and "
-                "have no common head size."
-                for who in ("Student's language model", "Teacher")
-            ],
-        ),
-        (
             vlm,
-            lambda: GptOssConfig(**sizes(head_dim=8)),
+            lambda: llama(index_topk=8),
             [
-                "Teacher (gpt_oss) has attention sinks: a learned share of the attention that goes to no key, which "
-                "KV sharing does not reproduce."
+                "Teacher has sparse attention (index_topk=8): an indexer of its own picks the keys of each query, which the other "
+                "model's queries cannot follow."
             ],
         ),
         (
@@ -464,7 +466,7 @@ def mla(**other: Any) -> DeepseekV3Config:
             ],
         ),
     ],
-    ids=["mllama", "lfm2-vl", "qwen3.5", "qwen3-next", "jamba", "falcon-h1", "mla", "sinks", "falcon", "mamba"],
+    ids=["mllama", "lfm2-vl", "qwen3.5", "qwen3-next", "jamba", "falcon-h1", "indexer", "falcon", "mamba"],
 )
 def test_layers_without_plain_keys_and_values_are_refused(
     student: Callable[[], PreTrainedConfig],
@@ -475,6 +477,65 @@ def test_layers_without_plain_keys_and_values_are_refused(
     report = check_compatibility(student(), teacher(), **tokenizers)
     assert not report.fits
     assert messages(report, "attention") == [f"{reason} {USE_SOFTMAX}" for reason in expected]
+
+
+@pytest.mark.parametrize(
+    "text", [mla, lambda **other: GptOssConfig(**sizes(head_dim=8, **other))], ids=["mla", "sinks"]
+)
+def test_expanded_latent_attention_and_sinks_are_not_refused(
+    text: Callable[..., PreTrainedConfig], tokenizers: Tokenizers
+) -> None:
+    """Both reach the attention interface; `test_self_check.py` runs them."""
+    report = check_compatibility(vlm(text(vocab_size=49)), text(), **tokenizers)
+    assert report.fits, str(report)
+
+
+def test_latent_attention_is_compared_as_it_is_expanded(tokenizers: Tokenizers) -> None:
+    report = check_compatibility(vlm(mla(vocab_size=49)), llama(), **tokenizers)
+    assert only(report, "head_dim").student == "16" and only(report, "KV heads").student == "4"
+    wider = check_compatibility(vlm(mla(vocab_size=49)), mla(num_attention_heads=8), **tokenizers)
+    assert messages(wider, "KV heads")[0].startswith("Teacher has 8 KV heads, the student's language model has 4")
+
+
+@pytest.mark.parametrize(
+    ("student", "reason"),
+    [
+        (
+            lambda: InstructBlipConfig(text_config=llama().to_dict()),
+            "runs its language model with its head inside its own forward",
+        ),
+        (
+            lambda: Blip2Config(text_config=llama().to_dict()),
+            "runs its language model with its head inside its own forward",
+        ),
+        (lambda: Llama4Config(), "does not give access to its decoder"),
+        (lambda: newer("diffusion_gemma")(), "is no autoregressive model"),
+    ],
+    ids=["instructblip", "blip-2", "llama4", "diffusion-gemma"],
+)
+def test_students_that_cannot_be_followed_are_refused_with_their_reason(
+    student: Callable[[], PreTrainedConfig], reason: str, tokenizers: Tokenizers
+) -> None:
+    report = check_compatibility(student(), llama(), **tokenizers)
+    assert reason in only(report, "roles").reason and not report.fits
+
+
+def test_a_text_half_without_a_causal_lm_is_named_as_such(tokenizers: Tokenizers) -> None:
+    student = newer("deepseek_ocr2")()
+    roles = only(check_compatibility(student, student.get_text_config(), **tokenizers), "roles")
+    assert roles.reason == (
+        "Teacher deepseek_ocr2_text is the text half of a vision-language model, and transformers has no causal LM of this type."
+    )
+
+
+def test_reference_sliding_attention_is_softmax(tokenizers: Tokenizers) -> None:
+    student = newer("unlimited_ocr")()
+    assert {layer.kind for layer in Side.load("student", student, None, False, None).layers} == {
+        "reference_sliding_attention"
+    }
+    assert not [
+        m for m in messages(check_compatibility(student, llama(), **tokenizers), "attention") if "of kind" in m
+    ]
 
 
 def test_lfm2_with_attention_everywhere_is_not_refused(tokenizers: Tokenizers) -> None:

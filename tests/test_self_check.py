@@ -13,22 +13,41 @@ from families import LM_VOCAB, build_family, randomise_
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    DeepseekV3Config,
     Ernie4_5Config,
     Ernie4_5ForCausalLM,
     Glm4Config,
     Glm4ForCausalLM,
     Glm4vConfig,
     Glm4vForConditionalGeneration,
+    GptOssConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
-from hf_lingudistill.queries import Vocabulary
+from hf_lingudistill.queries import Vocabulary, plan_queries
+from hf_lingudistill.replay import replayed_pass
 from hf_lingudistill.self_check import rotary_layout, self_check, text_ids
+from hf_lingudistill.sharing import sharing
+from hf_lingudistill.student_kv import recording
 
 IDS = torch.randint(5, 150, (1, 48), generator=torch.Generator().manual_seed(3))
 TRIED = "the student's weights in the teacher's class are off by"
 _IDS: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+
+SIZES: dict[str, Any] = {
+    "vocab_size": LM_VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    **_IDS,
+}
 
 
 def ernie(**sizes: Any) -> Ernie4_5ForCausalLM:
@@ -39,15 +58,7 @@ def ernie(**sizes: Any) -> Ernie4_5ForCausalLM:
 
 def glm4v_pair() -> tuple[PreTrainedModel, PreTrainedModel]:
     """A VLM and its LM with the very same weights: the VLM's rotary module repeats each angle, the LM's repeats all of them."""
-    sizes: dict[str, Any] = {
-        "vocab_size": LM_VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        **_IDS,
-    }
+    sizes = {**SIZES, "num_key_value_heads": 2}
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 4}
     vision |= {"image_size": 16, "out_hidden_size": 64}
@@ -68,6 +79,80 @@ def test_honest_pairs_pass(name: str, dtype: torch.dtype, caplog: pytest.LogCapt
     student, teacher = family.fresh_student().to(dtype), family.make_teacher(identical=True).to(dtype)
     with caplog.at_level("INFO"):
         self_check(student, teacher, IDS)
+    assert TRIED in caplog.text
+
+
+def in_llava(text: PreTrainedConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A VLM around an LM of any kind, and that LM with the same weights."""
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=16
+    )
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=160)
+    student = LlavaForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in student.parameters():
+        spread = 1.5 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 1.0
+        parameter.data.normal_(0.0, spread, generator=generator)
+    teacher = AutoModelForCausalLM.from_config(student.config.text_config).eval()
+    teacher.model.load_state_dict(student.get_decoder().state_dict(), strict=True)
+    return student, teacher
+
+
+def mla() -> DeepseekV3Config:
+    sizes = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+    return DeepseekV3Config(**SIZES, **sizes, num_key_value_heads=4, first_k_dense_replace=2)
+
+
+def sinks() -> GptOssConfig:
+    return GptOssConfig(**SIZES, num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2)
+
+
+@pytest.mark.parametrize("text", [mla, sinks])
+def test_latent_attention_and_sinks_are_followed(
+    text: Callable[[], PreTrainedConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    student, teacher = in_llava(text())
+    with caplog.at_level("INFO"):
+        self_check(student, teacher, IDS)
+    assert TRIED in caplog.text
+
+
+def test_values_that_a_flash_kernel_padded_are_cut_to_their_size() -> None:
+    _, teacher = in_llava(mla())
+    asked = torch.where(torch.arange(48) % 3 == 0, IDS, -100)
+    plan = plan_queries(IDS, asked, sharing=sharing("full"), vocabulary=Vocabulary(size=160, shared_size=160))
+    with torch.no_grad(), recording(teacher) as own:
+        teacher.model(IDS)
+    expected = replayed_pass(teacher, own, plan)
+    own.values = {layer: torch.nn.functional.pad(states, (0, 4)) for layer, states in own.values.items()}
+    torch.testing.assert_close(replayed_pass(teacher, own, plan), expected, rtol=0, atol=0)
+    own.values = {layer: states.flip(-1) for layer, states in own.values.items()}  # control: they are read
+    assert (replayed_pass(teacher, own, plan) - expected).abs().max() > 0.1
+
+
+def test_head_sizes_that_differ_from_layer_to_layer_pass(caplog: pytest.LogCaptureFixture) -> None:
+    """Gemma 4: wide heads in the layers with full attention."""
+    gemma4 = pytest.importorskip("transformers.models.gemma4")
+    text = gemma4.Gemma4TextConfig(
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=16,
+        global_head_dim=32,
+        num_global_key_value_heads=1,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=LM_VOCAB,
+        num_kv_shared_layers=0,
+    )
+    torch.manual_seed(0)
+    student = gemma4.Gemma4ForConditionalGeneration(
+        gemma4.Gemma4Config(text_config=text, vision_config=None, audio_config=None)
+    )
+    teacher = gemma4.Gemma4ForCausalLM(student.config.text_config)
+    teacher.model.load_state_dict(student.get_decoder().state_dict(), strict=True)
+    with caplog.at_level("INFO"):
+        self_check(student.eval(), teacher.eval(), IDS)
     assert TRIED in caplog.text
 
 

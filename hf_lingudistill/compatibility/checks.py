@@ -18,7 +18,18 @@ _Rope = dict[str, dict[str, Any]]  # parameters by layer type, "" where all laye
 USE_THE_ORIGINAL_LM = "Use the LM that the student was built from."
 UNLESS_ORIGINAL = "If this is not the LM that the student was built from, use that one."
 USE_SOFTMAX = "Use a VLM and LM with plain softmax self-attention in every layer (Llama, Qwen2, Qwen3, Gemma, ...)."
-SOFTMAX_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+SOFTMAX_ATTENTION = frozenset(
+    {"full_attention", "sliding_attention", "chunked_attention", "reference_sliding_attention"}
+)
+# What no config shows: students of these types cannot be followed, whatever their language model is
+_UNREACHABLE = dict.fromkeys(
+    ("blip-2", "instructblip", "instructblipvideo"),
+    "runs its language model with its head inside its own forward, so that there is no hidden state to distil from",
+) | {
+    "llama4": "does not give access to its decoder in transformers (get_decoder() returns the model with its head)",
+    "diffusion_gemma": "is no autoregressive model: it fills in blocks of tokens by denoising, and a next-token distribution of its LM "
+    "has nothing to teach it",
+}
 
 
 def check_roles(s: Side, t: Side) -> list[Check]:
@@ -47,7 +58,14 @@ def check_roles(s: Side, t: Side) -> list[Check]:
                 "Use a decoder-only VLM and its LM.",
             )
     own_code = "AutoModelForCausalLM" in (getattr(t.config, "auto_map", None) or {})
+    if reason := _UNREACHABLE.get(s.model_type):
+        return misfit(f"Student {s.title} {reason}.", "Use another VLM.")
     if type(t.config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+        if re.search(r"_text(_model)?$", t.model_type):
+            return misfit(
+                f"Teacher {t.title} is the text half of a vision-language model, and transformers has no causal LM of this type.",
+                "Use the LM that the student was built from; where there was none, this VLM has no teacher.",
+            )
         return misfit(f"Teacher {t.title} is not a model that AutoModelForCausalLM loads.")
     for architecture in t.config.architectures or []:
         if re.search(r"Classification$|ForQuestionAnswering$|ForMaskedLM$", architecture):
@@ -137,22 +155,23 @@ def _attention_problems(side: Side) -> list[Check]:
         )
     elif setting(text, "cross_layer_interval") or setting(text, "add_cross_attention"):
         found("cross-attention", f"{subject} has cross-attention: a plain LM has no layer to pair with it.")
-    if rank := setting(text, "kv_lora_rank"):
+    topk = setting(text, "index_topk")
+    if topk and not any("index" in layer.kind for layer in layers):
         found(
-            "multi-head latent attention",
-            f"{subject} uses multi-head latent attention (kv_lora_rank={rank}): its keys and values are compressed, "
-            "and have no common head size.",
+            "sparse attention",
+            f"{subject} has sparse attention (index_topk={topk}): an indexer of its own picks the keys of each query, which the other "
+            "model's queries cannot follow.",
         )
     if any(layer.query_heads is None for layer in layers):
         found(
             "no attention heads", f"{subject} ({text.model_type}) names no attention heads: it has no keys or values."
         )
     elif source := modeling_source(text):  # two traits that no config shows
-        if re.search(r"self\.\w*sinks?\w*\s*=\s*nn\.", source):
+        if re.search(r"self\.\w*sinks?\w*\s*=\s*nn\.", source) and "s_aux=" not in source:
             found(
                 "attention sinks",
-                f"{subject} ({text.model_type}) has attention sinks: a learned share of the attention that goes to no "
-                "key, which KV sharing does not reproduce.",
+                f"{subject} ({text.model_type}) has attention sinks (a learned share of the attention that goes to no key) and does "
+                "not hand them to transformers' attention interface: they cannot be reproduced.",
             )
         if "ALL_ATTENTION_FUNCTIONS" not in source:
             found(

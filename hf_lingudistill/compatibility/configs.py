@@ -240,7 +240,12 @@ def _layers(text: PreTrainedConfig) -> list[Layer]:
         head_dim = getattr(config, "head_dim", None)
         if head_dim is None and heads:
             head_dim = getattr(config, "hidden_size", 0) // heads or None
-        layers.append(Layer(kind, heads, _kv_heads(config), head_dim, window))
+        kv_heads = _kv_heads(config)
+        if getattr(
+            config, "kv_lora_rank", None
+        ):  # latent attention: attended to, and shared, as one expanded key for each head
+            kv_heads, head_dim = heads, config.qk_nope_head_dim + config.qk_rope_head_dim
+        layers.append(Layer(kind, heads, kv_heads, head_dim, window))
     return layers
 
 
