@@ -694,7 +694,7 @@ FAULTS = (
         "protected = {*own[-1:], *([Path(best)] if best else [])}",
         "protected = {*own[-1:]}",
         "the best checkpoint is removed",
-        ("tests/test_checkpoints.py::test_best_checkpoint_is_named_where_it_lies",),
+        ("tests/test_checkpoints.py::test_the_best_and_the_newest_stay_whatever_the_limit",),
     ),
     Fault(
         "cut-off-resumed",

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_lingudistill.checkpoints import (
+    BY,
     STAGING,
     STATE,
     CheckpointError,
@@ -36,7 +37,7 @@ from hf_lingudistill.checkpoints import (
     staged,
     to_resume,
 )
-from hf_lingudistill.folders import MARKER, NotOurs
+from hf_lingudistill.folders import MARKER, NotOurs, record
 
 MakeTrainer = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[1]
@@ -232,6 +233,18 @@ def test_only_the_runs_own_checkpoints_are_removed(make_trainer: MakeTrainer, tm
         "checkpoint-9",
     ]
     assert (out / "earlier-checkpoint-1" / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize(("best", "stay"), [("checkpoint-1", [1, 4]), (None, [3, 4])])
+def test_the_best_and_the_newest_stay_whatever_the_limit(tmp_path: Path, best: str | None, stay: list[int]) -> None:
+    for step in range(1, 5):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+        record(tmp_path, folder.name, by=BY)
+        os.utime(folder, (step, step))
+    rotate(tmp_path, 2, None if best is None else str(tmp_path / best))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in stay]
 
 
 @pytest.mark.parametrize("name", ["config.json", "README.md", "pytorch_model.bin", "model-00001-of-00002.safetensors"])

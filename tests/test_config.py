@@ -254,16 +254,16 @@ DOCUMENTED = dict(
 )
 
 
-@pytest.mark.parametrize("field", OWN_FIELDS, ids=lambda field: field.name)
-def test_every_own_field_has_help_and_a_place_in_the_docstring(field: dataclasses.Field[Any]) -> None:
-    assert len(field.metadata.get("help", "")) > 20
-    assert field.name in DOCUMENTED
-    default = DOCUMENTED[field.name]
-    if field.default is None:
-        assert default == "*optional*"
-    else:
-        shown = f'"{field.default}"' if isinstance(field.default, str) else str(field.default)
-        assert default == f"defaults to `{shown}`"
+def test_every_own_field_has_help_and_a_place_in_the_docstring() -> None:
+    for field in OWN_FIELDS:
+        assert len(field.metadata.get("help", "")) > 20, field.name
+        assert field.name in DOCUMENTED
+        default = DOCUMENTED[field.name]
+        if field.default is None:
+            assert default == "*optional*", field.name
+        else:
+            shown = f'"{field.default}"' if isinstance(field.default, str) else str(field.default)
+            assert default == f"defaults to `{shown}`", field.name
 
 
 def test_the_docstring_names_no_field_that_does_not_exist() -> None:

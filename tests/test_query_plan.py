@@ -250,40 +250,40 @@ def test_text_after_the_last_loss_position_exists_and_is_left_out() -> None:
     assert 8 not in queried(plan)[0]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_labels_outside_the_shared_vocabulary_are_never_distilled(mode: str) -> None:
-    for label in (SHARED - 1, SHARED, OWN_TOKEN, IMAGE, IGNORED):
-        rows = Rows([[1, 3, 4]], [[IGNORED, IGNORED, label]])
-        assert as_pairs(rows.plan(mode)) == ([(0, 1)] if label == SHARED - 1 else []), label
+def test_labels_outside_the_shared_vocabulary_are_never_distilled() -> None:
+    for mode in MODES:
+        for label in (SHARED - 1, SHARED, OWN_TOKEN, IMAGE, IGNORED):
+            rows = Rows([[1, 3, 4]], [[IGNORED, IGNORED, label]])
+            assert as_pairs(rows.plan(mode)) == ([(0, 1)] if label == SHARED - 1 else []), label
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_token_that_the_teacher_cannot_read_is_never_a_loss_position(mode: str) -> None:
-    for token in (SHARED - 1, SHARED, OWN_TOKEN, IMAGE):
-        rows = Rows([[1, token, 4]], [[IGNORED, IGNORED, 4]])
-        assert as_pairs(rows.plan(mode)) == ([(0, 1)] if token == SHARED - 1 else []), token
+def test_a_token_that_the_teacher_cannot_read_is_never_a_loss_position() -> None:
+    for mode in MODES:
+        for token in (SHARED - 1, SHARED, OWN_TOKEN, IMAGE):
+            rows = Rows([[1, token, 4]], [[IGNORED, IGNORED, 4]])
+            assert as_pairs(rows.plan(mode)) == ([(0, 1)] if token == SHARED - 1 else []), token
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_neither_own_nor_loss_nor_queried(mode: str, side: str) -> None:
-    ids, labels = [1, 3, 4, 5], [IGNORED, IGNORED, 4, 5]
-    padding = [PAD] * 3
-    for mask_is_given in (True, False):
-        ones, zeros = [1] * 4, [0] * 3
-        rows = Rows(
-            [padding + ids if side == "left" else ids + padding],
-            # Labels at padding, so that the attention mask alone keeps it out.
-            [[4] * 3 + labels if side == "left" else labels + [4] * 3],
-            [zeros + ones if side == "left" else ones + zeros] if mask_is_given else None,
-        )
-        plan = rows.plan(mode)
-        padded = set(range(3)) if side == "left" else set(range(4, 7))
-        touched = padded & set(queried(plan)[0])
-        if mask_is_given:
-            assert not touched
-        else:
-            assert touched  # control: the mask is what keeps padding out
+def test_padding_is_neither_own_nor_loss_nor_queried(side: str) -> None:
+    for mode in MODES:
+        ids, labels = [1, 3, 4, 5], [IGNORED, IGNORED, 4, 5]
+        padding = [PAD] * 3
+        for mask_is_given in (True, False):
+            ones, zeros = [1] * 4, [0] * 3
+            rows = Rows(
+                [padding + ids if side == "left" else ids + padding],
+                # Labels at padding, so that the attention mask alone keeps it out.
+                [[4] * 3 + labels if side == "left" else labels + [4] * 3],
+                [zeros + ones if side == "left" else ones + zeros] if mask_is_given else None,
+            )
+            plan = rows.plan(mode)
+            padded = set(range(3)) if side == "left" else set(range(4, 7))
+            touched = padded & set(queried(plan)[0])
+            if mask_is_given:
+                assert not touched
+            else:
+                assert touched  # control: the mask is what keeps padding out
 
 
 @settings(max_examples=100)
@@ -306,18 +306,17 @@ def test_left_and_right_padding_query_the_same_tokens(rows: Rows, mode: str, pad
         assert torch.equal(getattr(left, name), getattr(right, name)), name
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_rows_that_are_not_distilled_cost_nothing(mode: str) -> None:
-    both = TYPICAL.plan(mode)
-    second = dataclasses.replace(TYPICAL, distill=[False, True]).plan(mode)
-    assert both.asked_rows.tolist() == [0, 1] and second.asked_rows.tolist() == [1]
-    assert second.num_queries < both.num_queries
-    assert as_pairs(second) == [pair for pair in as_pairs(both) if pair[0] == 1]
-    everything = dataclasses.replace(TYPICAL, distill=[True, True]).plan(mode)
-    assert as_pairs(everything) == as_pairs(both)  # None = every row
+def test_rows_that_are_not_distilled_cost_nothing() -> None:
+    for mode in MODES:
+        both = TYPICAL.plan(mode)
+        second = dataclasses.replace(TYPICAL, distill=[False, True]).plan(mode)
+        assert both.asked_rows.tolist() == [0, 1] and second.asked_rows.tolist() == [1]
+        assert second.num_queries < both.num_queries
+        assert as_pairs(second) == [pair for pair in as_pairs(both) if pair[0] == 1]
+        everything = dataclasses.replace(TYPICAL, distill=[True, True]).plan(mode)
+        assert as_pairs(everything) == as_pairs(both)  # None = every row
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "rows",
     [
@@ -330,11 +329,12 @@ def test_rows_that_are_not_distilled_cost_nothing(mode: str) -> None:
     ],
     ids=["no row marked", "all masked", "first label only", "one token", "nothing readable", "all but one padding"],
 )
-def test_a_batch_without_a_loss_position_gives_an_empty_plan(rows: Rows, mode: str) -> None:
-    plan = rows.plan(mode)
-    assert plan.num_loss == 0 and plan.num_queries == 0
-    assert plan.slots.shape == (0, 0)
-    assert TYPICAL.plan(mode).num_queries > 0  # control
+def test_a_batch_without_a_loss_position_gives_an_empty_plan(rows: Rows) -> None:
+    for mode in MODES:
+        plan = rows.plan(mode)
+        assert plan.num_loss == 0 and plan.num_queries == 0
+        assert plan.slots.shape == (0, 0)
+        assert TYPICAL.plan(mode).num_queries > 0  # control
 
 
 def test_the_plan_keeps_the_batch_as_it_was() -> None:

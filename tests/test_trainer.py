@@ -240,9 +240,15 @@ def counted(module: nn.Module) -> Iterator[list[Any]]:
 # --------------------------------------------------------------------------------------------------------------------
 # Loss and gradients
 # --------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("distill_tokens", ["all", "confident"])
-@pytest.mark.parametrize("kv_sharing", KV_SHARING_MODES)
+# Every mode with and without the gate; the divergences themselves are held to their definition in test_losses.py
+@pytest.mark.parametrize(
+    ("kv_sharing", "distill_tokens", "beta"),
+    [
+        (mode, tokens, BETAS[(m + t) % len(BETAS)])
+        for m, mode in enumerate(KV_SHARING_MODES)
+        for t, tokens in enumerate(("all", "confident"))
+    ],
+)
 def test_loss_and_every_gradient_equal_plain_torch(
     make_trainer: MakeTrainer, kv_sharing: str, distill_tokens: str, beta: float
 ) -> None:
@@ -552,8 +558,9 @@ def _implementations(*models: PreTrainedModel) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("kv_sharing", KV_SHARING_MODES)
+@pytest.mark.parametrize(
+    ("kv_sharing", "attn_implementation"), [*((mode, "sdpa") for mode in KV_SHARING_MODES), ("prompt", "eager")]
+)
 def test_step_leaves_no_trace_in_the_models_even_when_it_raises(
     make_trainer: MakeTrainer, kv_sharing: str, attn_implementation: str
 ) -> None:

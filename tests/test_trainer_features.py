@@ -236,8 +236,10 @@ def _text_without_flag(count: int = 4) -> Dataset:
     return tiny.make_dataset(count, images=False).remove_columns("distill")
 
 
-@pytest.mark.parametrize("kv_sharing", ["full", "prompt", "vision"])
-@pytest.mark.parametrize("way", PACKED)
+@pytest.mark.parametrize(
+    ("way", "kv_sharing"),
+    [*((way, "prompt") for way in PACKED), ("one packed row", "full"), ("one packed row", "vision")],
+)
 def test_packed_documents_do_not_see_each_other(make_trainer: MakeTrainer, way: str, kv_sharing: str) -> None:
     """The same four texts, joined and padded: the same loss, weights and metrics."""
     common = {"train_dataset": _text_without_flag(), "kv_sharing": kv_sharing, "train_sampling_strategy": "sequential"}
@@ -254,8 +256,10 @@ def test_packed_documents_do_not_see_each_other(make_trainer: MakeTrainer, way: 
     assert (weights(packed) - weights(padded)).abs().max() < 1e-4 * moved
 
 
-@pytest.mark.parametrize("kv_sharing", ["full", "prompt", "vision"])
-@pytest.mark.parametrize("way", ["one packed row", "two packed rows in a batch", "padding-free"])
+@pytest.mark.parametrize(
+    ("way", "kv_sharing"),
+    [("one packed row", "full"), ("two packed rows in a batch", "prompt"), ("padding-free", "vision")],
+)
 def test_control_joined_documents_that_see_each_other_change_the_loss(
     make_trainer: MakeTrainer, way: str, kv_sharing: str
 ) -> None:
