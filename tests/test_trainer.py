@@ -98,7 +98,8 @@ def teacher_logits(
         attention_mask=batch["attention_mask"],
     )
     assert list(zip(plan.loss_rows.tolist(), plan.loss_positions.tolist(), strict=True)) == candidates(batch)
-    logits = teacher.lm_head(teacher_pass(teacher, shared, plan)).detach().double()
+    with torch.no_grad():  # a head that is not frozen would keep what the pass made in inference mode
+        logits = teacher.lm_head(teacher_pass(teacher, shared, plan)).double()
     return torch.cat([logits, torch.full((logits.shape[0], vocab - logits.shape[1]), -100.0).double()], dim=1)
 
 
