@@ -33,9 +33,10 @@ TORCH_STAMP := $(VENV)/.stamp-torch-$(shell printf '%s' '$(TORCH)' | cksum | cut
 DEMO_STAMP := $(VENV)/.stamp-demo
 DEV_STAMP := $(VENV)/.stamp-dev
 SPACE_STAMP := $(VENV)/.stamp-space
+DOCS_STAMP := $(VENV)/.stamp-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test-cpu test-oldest test-newest space screenshots reproduce test test-slow newcomer planted-faults test-gpu lint audit format results cards clean
+.PHONY: help install demo test-cpu test-oldest test-newest space screenshots reproduce test test-slow newcomer planted-faults test-gpu lint audit format results docs cards clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -117,6 +118,9 @@ results: $(DEMO_STAMP)  ## Fill the figures of README and docs from the result f
 	$(BIN)/python docs/figures/draw_step.py
 	$(BIN)/python docs/fill_readme.py
 
+docs: $(DOCS_STAMP)  ## Build the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 cards: $(DEMO_STAMP)  ## Render model_cards/ from the result files
 	$(BIN)/python model_cards/render.py
 
@@ -144,6 +148,11 @@ $(DEMO_STAMP): $(TORCH_STAMP) pyproject.toml $(PIP_FILE)
 
 $(SPACE_STAMP): $(DEMO_STAMP)
 	$(PIP) install --no-warn-conflicts --editable '.[demo,space]'
+	@touch $@
+
+# Read from the source: nothing of the package need be installed
+$(DOCS_STAMP): $(VENV_STAMP) pyproject.toml
+	$(PIP) install $(PIP_ARGS) $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	@touch $@
 
 $(DEV_STAMP): $(DEMO_STAMP)

@@ -13,12 +13,13 @@ import json
 import re
 import sys
 import textwrap
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from hf_lingudistill.config import LinguDistillConfig
 from hf_lingudistill.labs.demo_report import prompts_text, table, verdict
+from hf_lingudistill.labs.diagnose import as_text
 from hf_lingudistill.labs.memory import (
     BUILT_IN_PAIRS,
     GIB,
@@ -29,6 +30,7 @@ from hf_lingudistill.labs.memory import (
     read_pair,
     smallest_plan,
 )
+from hf_lingudistill.options import DistillOptions
 from hf_lingudistill.sharing import MODES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,6 +117,16 @@ def modes() -> str:
     for name, mode in MODES.items():
         title = f"`{name}` (default)" if name == LinguDistillConfig.kv_sharing else f"`{name}`"
         lines.append(f"| {title} | {mode.reads} | {mode.computes} | {mode.choose} |")
+    return "\n".join(lines)
+
+
+def options() -> str:
+    """The fields that `LinguDistillConfig` adds to `SFTConfig`."""
+    lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
+    for option in fields(DistillOptions):
+        kind = str(option.type).replace("|", "or")
+        meaning = option.metadata["help"].replace("%%", "%").replace("|", "\\|")
+        lines.append(f"| `{option.name}` | `{kind}` | `{json.dumps(option.default)}` | {meaning} |")
     return "\n".join(lines)
 
 
@@ -225,6 +237,20 @@ def five_artists_joint() -> str:
 
 def five_artists_polished() -> str:
     return _whole("P", "severe", "polished")
+
+
+def _diagnosis(name: str) -> str:
+    """What `lingudistill diagnose` printed from the perplexities on, as far as the reason of its recommendation."""
+    text = as_text(_read(ROOT / f"docs/results/diagnose/{name}/drift.json"))
+    return "```\n" + text[text.index("Perplexity of the answers") :].split("\n  - ")[0] + "\n```"
+
+
+def diagnose_before() -> str:
+    return _diagnosis("before")
+
+
+def diagnose_after() -> str:
+    return _diagnosis("after")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -346,7 +372,10 @@ BLOCKS = {
     "five_artists_replay": five_artists_replay,
     "five_artists_joint": five_artists_joint,
     "five_artists_polished": five_artists_polished,
+    "diagnose_before": diagnose_before,
+    "diagnose_after": diagnose_after,
     "modes": modes,
+    "options": options,
     "plan_smallest": plan_smallest,
     "plan_lines": plan_lines,
     "plan_teachers": plan_teachers,

@@ -55,7 +55,7 @@ class LinguDistillTrainer(DataMixin, PublishingMixin, ResumingMixin, SFTTrainer)
         ValueError: if student and teacher do not fit (see `check_compatibility`), if no row is marked for distillation, or
             if `output_dir` holds another run.
 
-    Example:
+    Examples:
         >>> trainer = LinguDistillTrainer(
         ...     model="HuggingFaceTB/SmolVLM-256M-Instruct",
         ...     teacher_model="HuggingFaceTB/SmolLM2-135M-Instruct",

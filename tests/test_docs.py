@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import re
 import shlex
+import tempfile
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from trl import TrlParser
@@ -166,3 +169,17 @@ def test_a_command_that_does_not_exist_is_found() -> None:
         "distill",
         "evaluate",
     }
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_and_tells_the_story_that_it_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cells = json.loads((ROOT / "docs/tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    original, before, after = (names["loss_on_text"](names[name]) for name in ("original", "before", "after"))
+    assert before > original + 0.2, "its language was not broken"
+    assert after < original + 0.25 * (before - original), "it did not come back"
+    assert names["colors_right"](names["after"]) > 0.8

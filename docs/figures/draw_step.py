@@ -1,8 +1,8 @@
 """Draw the README's figure of one training step: `python docs/figures/draw_step.py` (seconds, CPU).
 
-A small batch goes through the library's own `plan_queries`, `confident_tokens` and `combine` with the defaults of
-`LinguDistillConfig`; cells, arrows and losses are coloured from what these return. Only the words of the batch and the
-probabilities of its labels are invented. The output holds no date: the same versions draw the same bytes.
+A small batch goes through the library's own `plan_queries` and `confident_tokens` with the defaults of `LinguDistillConfig`; cells,
+arrows and losses are coloured from what these return. Only the words of the batch and the probabilities of its labels are
+invented. The output holds no date: the same versions draw the same bytes.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import matplotlib
 
 matplotlib.use("Agg")
 
 import torch
-from hf_lingudistill.kv_sharing import QueryPlan, plan_queries
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -27,11 +26,14 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import FancyBboxPatch, Polygon, Rectangle
 from matplotlib.textpath import TextPath
 
-from hf_lingudistill.config import KVSharing, LinguDistillConfig
-from hf_lingudistill.losses import combine, confident_tokens
+from hf_lingudistill.config import LinguDistillConfig
+from hf_lingudistill.losses import confident_tokens
+from hf_lingudistill.queries import QueryPlan, Vocabulary, plan_queries
+from hf_lingudistill.sharing import MODES, sharing
 
-Source = Literal["student", "own", "nothing"]
+Source = Literal["student", "own", "features", "nothing"]
 
+NUMBERS = {4: "Four", 5: "Five", 6: "Six"}
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(LinguDistillConfig)}
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -56,23 +58,24 @@ TEACHER_PROBABILITY = (0.65, 0.20, 0.30, 0.85, 0.80)
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids, labels, attention_mask: (B, T) long. distill: (B,) bool. Ids >= shared_vocab_size: the VLM's own."""
+    """input_ids, labels, attention_mask: (B, T) long. distill: (B,) bool. vocabulary: what the teacher can read: all but the image."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     attention_mask: torch.Tensor
     distill: torch.Tensor
-    shared_vocab_size: int
+    vocabulary: Vocabulary
 
-    def plan(self, kv_sharing: KVSharing) -> QueryPlan:
-        return plan_queries(
+    def plan(self, kv_sharing: str) -> QueryPlan:
+        plan: QueryPlan = plan_queries(
             self.input_ids,
             self.labels,
             self.distill,
-            kv_sharing=kv_sharing,
-            shared_vocab_size=self.shared_vocab_size,
+            sharing=sharing(kv_sharing),
+            vocabulary=self.vocabulary,
             attention_mask=self.attention_mask,
         )
+        return plan
 
 
 def make_batch() -> Batch:
@@ -86,7 +89,8 @@ def make_batch() -> Batch:
     for index, row in enumerate(rows):
         end = int(attention_mask[index].sum())
         labels[index, end - NUM_RESPONSE[row] : end] = input_ids[index, end - NUM_RESPONSE[row] : end]
-    return Batch(input_ids, labels, attention_mask, torch.tensor([True, False]), shared_vocab_size=ids[IMAGE])
+    vocabulary = Vocabulary(size=len(ids), shared_size=ids[IMAGE])
+    return Batch(input_ids, labels, attention_mask, torch.tensor([True, False]), vocabulary)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -94,20 +98,22 @@ def make_batch() -> Batch:
 # --------------------------------------------------------------------------------------------------------------------
 def queried(plan: QueryPlan) -> list[int]:
     """Positions of the marked row that the teacher computes."""
-    return plan.positions[0][plan.valid[0]].tolist()
+    assert not plan.rows.any()  # the other row is not asked about
+    return plan.positions.tolist()
 
 
 def sources(plan: QueryPlan) -> list[Source]:
-    """For each position of the marked row (no padding): whose keys and values the teacher's queries find there."""
-    own = set(plan.positions[0][plan.own[0]].tolist())
+    """For each position of the marked row (no padding): whose keys and values the teacher's queries find there, and where
+    they are the teacher's own, whether it made them from the student's image features."""
+    own = dict(zip(plan.positions[plan.own].tolist(), plan.readable[plan.own].tolist(), strict=True))
     last = max(queried(plan))  # causal: no query looks further
 
     def source(position: int) -> Source:
         if position in own:
-            return "own"
-        return "student" if plan.kv_sharing != "none" and position <= last else "nothing"
+            return "own" if own[position] else "features"
+        return "student" if plan.sharing.reads_student and position <= last else "nothing"
 
-    return [source(position) for position in range(plan.input_ids.shape[1])]
+    return [source(position) for position in range(plan.length)]
 
 
 @dataclass(frozen=True)
@@ -120,20 +126,16 @@ class Losses:
 
 
 def losses(batch: Batch, plan: QueryPlan) -> Losses:
-    """Where cross-entropy and KL fall, by the trainer's own functions."""
+    """Where cross-entropy and KL fall, with the trainer's own gate and weights."""
     student, teacher = (torch.tensor(p).log() for p in (STUDENT_PROBABILITY, TEACHER_PROBABILITY))
     passed = torch.ones_like(student, dtype=torch.bool)
     if DEFAULTS["distill_tokens"] == "confident":
         passed = confident_tokens(teacher, student, DEFAULTS["distill_margin"])
     at = plan.loss_rows[passed], plan.loss_positions[passed]
-    everywhere = torch.ones(len(at[0]), dtype=torch.bool)  # `at` holds the chosen positions only
-    weights = {"ce_weight": DEFAULTS["ce_weight"], "distill_weight": DEFAULTS["distill_weight"]}
-    labelled = (batch.labels[:, 1:] != -100).float()
-    return Losses(
-        ce=combine(labelled, torch.zeros(len(at[0])), everywhere, *at, **weights),
-        kl=combine(torch.zeros_like(labelled), torch.ones(len(at[0])), everywhere, *at, **weights),
-        candidates=plan.loss_positions[plan.loss_rows == 0].tolist(),
-    )
+    ce = (batch.labels[:, 1:] != -100).float()
+    kl = torch.zeros_like(ce)
+    ce[at], kl[at] = DEFAULTS["ce_weight"], DEFAULTS["distill_weight"]
+    return Losses(ce=ce, kl=kl, candidates=plan.loss_positions.tolist())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def draw_models(canvas: Canvas, plan: QueryPlan, top: float) -> float:
     if teacher_box < RIGHT + 16:
         raise ValueError(
             f"The figure has room for a teacher that computes the response, found {len(queries)} positions with "
-            f"kv_sharing={plan.kv_sharing!r}: redraw it for this default."
+            f"kv_sharing={plan.sharing.name!r}: redraw it for this default."
         )
     y_tokens = top + 66
     y_layers = [y_tokens + 34 + offset for offset in (0, 42, 98)]
@@ -355,18 +357,20 @@ def draw_modes(canvas: Canvas, batch: Batch, top: float) -> float:
     styles: dict[Source, dict[str, str]] = {
         "student": {"fill": STUDENT_FILL},
         "own": {"fill": TEACHER_FILL},
+        "features": {"fill": TEACHER_FILL, "edgecolor": STUDENT, "linewidth": 1.6},
         "nothing": {"edgecolor": LINE},
     }
-    canvas.heading(MARGIN + INSET, top + 8, "Four ways to share", "kv_sharing")
+    canvas.heading(MARGIN + INSET, top + 8, f"{NUMBERS[len(MODES)]} ways to share", "kv_sharing")
+    canvas.text(RIGHT + 18, top + 8, "Q: the teacher computes here", color=MUTED)
     y = top + 40
     draw_groups(canvas, y)
-    for mode in get_args(KVSharing):
+    for mode in MODES:
         plan = batch.plan(mode)
         queries = queried(plan)
         canvas.text(MARGIN + INSET, y + 10, mode)
         for position, source in enumerate(sources(plan)):
             # Letters as in the models above: the strip reads without colours too
-            content = "QKV" if source == "own" else "Q" if position in queries else ""
+            content = "QKV" if source in ("own", "features") else "Q" if position in queries else ""
             canvas.cell(column(position), y, content, color=TEACHER, **styles[source])
         default = " (default)" if mode == DEFAULTS["kv_sharing"] else ""
         canvas.text(RIGHT + 18, y + 10, f"computes {len(queries)} of {len(MARKED)} tokens{default}")
@@ -376,11 +380,11 @@ def draw_modes(canvas: Canvas, batch: Batch, top: float) -> float:
     for label, content, style in (
         ("the student's KV", "", styles["student"]),
         ("the teacher's own KV", "KV", styles["own"]),
+        ("from the student's image features", "KV", styles["features"]),
         ("not read", "", styles["nothing"]),
     ):
         canvas.cell(x, y, content, color=TEACHER, **style)
         x = canvas.text(x + COLUMN + 4, y + 10, label, color=MUTED) + 20
-    canvas.text(x, y + 10, "Q: the teacher computes here", color=MUTED)
     return y + CELL_HEIGHT
 
 
@@ -397,13 +401,12 @@ def draw() -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw training_step.png and training_step.svg.")
+    parser = argparse.ArgumentParser(description="Draw training_step.png.")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
     folder = parser.parse_args().output_dir
-    with plt.rc_context({"font.family": "DejaVu Sans", "svg.fonttype": "path", "svg.hashsalt": "training_step"}):
+    with plt.rc_context({"font.family": "DejaVu Sans"}):
         figure = draw()
         figure.savefig(folder / "training_step.png", dpi=200, transparent=True, metadata={"Software": None})
-        figure.savefig(folder / "training_step.svg", transparent=True, metadata={"Date": None, "Creator": None})
 
 
 if __name__ == "__main__":
