@@ -15,6 +15,7 @@ from trl import SFTConfig
 from ._internals import use_new_names
 from .machine import machine
 from .options import (
+    ANCHOR_CHOICES,
     DISTILL_TOKENS_CHOICES,
     KV_SHARING_CHOICES,
     OFFLOAD_CHOICES,
@@ -86,6 +87,7 @@ class LinguDistillConfig(DistillOptions, LocalSFTConfig):
             ("teacher_offload", OFFLOAD_CHOICES),
             ("kv_sharing", KV_SHARING_CHOICES),
             ("distill_tokens", DISTILL_TOKENS_CHOICES),
+            ("anchor", ANCHOR_CHOICES),
             ("on_nan", ON_NAN_CHOICES),
         ):
             value = getattr(self, name)
@@ -106,6 +108,10 @@ class LinguDistillConfig(DistillOptions, LocalSFTConfig):
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(
                 f"beta must be in [0.0, 1.0] (0 = KL(teacher || student), 1 = KL(student || teacher)); got {self.beta}."
+            )
+        if not 0.0 <= self.anchor_weight <= 1.0:
+            raise ValueError(
+                f"anchor_weight must be in [0.0, 1.0] (0 = cross-entropy alone, 1 = the VLM before alone); got {self.anchor_weight}."
             )
         if not (math.isfinite(self.temperature) and self.temperature > 0.0):
             raise ValueError(f"temperature must be a positive number; got {self.temperature}.")
@@ -135,7 +141,7 @@ class LinguDistillConfig(DistillOptions, LocalSFTConfig):
     def _check_types(self) -> None:
         """A recipe in YAML, or Python, may hold anything; argparse checks the command line alone. Numbers become floats and
         paths texts, which is what loggers and records can write."""
-        for name in ("beta", "temperature", "distill_weight", "ce_weight", "distill_margin"):
+        for name in ("beta", "temperature", "distill_weight", "ce_weight", "distill_margin", "anchor_weight"):
             value = getattr(self, name)
             if not isinstance(value, Real) or isinstance(value, bool):
                 raise ValueError(f"{name} must be a number; got {shown(value)}.")

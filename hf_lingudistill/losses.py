@@ -31,10 +31,10 @@ UNSHARED_BIAS = -100.0
 class Weights:
     """What a token's loss is made of.
 
-    At distilled tokens `cross_entropy * CE + divergence * D`, elsewhere CE. margin: distil only where the teacher gives the label at
-    least the student's probability plus this many nats; None = everywhere. beta: 0 = KL(teacher || student), 1 =
-    KL(student || teacher), between: beta-mixture JSD (TRL's meaning). temperature: divides both models' logits in the
-    divergence, without a factor of its square.
+    At distilled tokens `cross_entropy * CE + divergence * D`, at anchored ones `(1 - anchor) * CE + anchor * KL(VLM before ||
+    student)`, elsewhere CE. margin: distil only where the teacher gives the label at least the student's probability plus this many
+    nats; None = everywhere. beta: 0 = KL(teacher || student), 1 = KL(student || teacher), between: beta-mixture JSD (TRL's
+    meaning). temperature: divides both models' logits in the divergence D, without a factor of its square.
     """
 
     cross_entropy: float = 0.5
@@ -42,6 +42,20 @@ class Weights:
     margin: float | None = None
     beta: float = 0.0
     temperature: float = 1.0
+    anchor: float = 0.0
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The VLM before, at the M - N labelled positions that are not distilled.
+
+    hidden: (M - N, H), or raw logits as in `score`. head: over the student's vocabulary. asked: (M - N,) bool, the positions that
+    are anchored.
+    """
+
+    hidden: torch.Tensor
+    head: Head
+    asked: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,8 @@ class Scores:
     total: (), the sum of all token losses. loss, cross_entropy, entropy: (M,) nats of the student. is_top1: (M,) bool, the label is
     the student's most likely token. At the N distilled positions: divergence: (N,) nats. chosen: (N,) bool, the positions that
     the gate lets through. teacher_log_prob: (N,) of the label at temperature 1. teacher_entropy: (N,). agrees: (N,) bool,
-    both models have the same most likely token.
+    both models have the same most likely token. At the M - N others, with an anchor: anchor_kl: (M - N,) nats, 0 where
+    `anchored`, (M - N,) bool, is false. Both are empty without one.
     """
 
     total: torch.Tensor
@@ -64,6 +79,8 @@ class Scores:
     teacher_log_prob: torch.Tensor
     teacher_entropy: torch.Tensor
     agrees: torch.Tensor
+    anchor_kl: torch.Tensor
+    anchored: torch.Tensor
 
 
 def score(
@@ -74,6 +91,7 @@ def score(
     teacher_head: Head,
     weights: Weights,
     marked: torch.Tensor | None = None,
+    anchor: Anchor | None = None,
 ) -> Scores:
     """Score M labelled positions, the first N of them against the teacher.
 
@@ -82,14 +100,16 @@ def score(
         labels: (M,) token ids.
         teacher_hidden: (N, H_t), N <= M. Both heads have the same V.
         marked: (N,) bool; where false, a position keeps cross-entropy whatever the teacher says. None = all true.
+        anchor: the VLM before, for the other positions.
     """
     count = teacher_hidden.shape[0]
     if marked is None:
         marked = torch.ones(count, dtype=torch.bool, device=hidden.device)
     outputs = _Score.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.bias, head, labels, teacher_hidden.detach(), teacher_head, weights, marked
+        hidden, head.weight, head.bias, head, labels, teacher_hidden.detach(), teacher_head, weights, marked, anchor
     )
-    return Scores(*outputs)
+    asked = marked.new_zeros(0) if anchor is None else anchor.asked
+    return Scores(*outputs, anchored=asked)
 
 
 @torch.no_grad()
@@ -204,12 +224,14 @@ class _Score(torch.autograd.Function):
         teacher_head: Head,
         weights: Weights,
         marked: torch.Tensor,
+        anchor: Anchor | None,
     ) -> tuple[torch.Tensor, ...]:
         M, N, device = hidden.shape[0], teacher_hidden.shape[0], hidden.device
         loss, cross_entropy, entropy = (torch.zeros(M, device=device) for _ in range(3))
         is_top1 = torch.zeros(M, dtype=torch.bool, device=device)
         value, teacher_log_prob, teacher_entropy = (torch.zeros(N, device=device) for _ in range(3))
         chosen, agrees = (torch.zeros(N, dtype=torch.bool, device=device) for _ in range(2))
+        anchor_kl = torch.zeros(0 if anchor is None else M - N, device=device)
         gradients = _Gradients(ctx.needs_input_grad[:3], hidden, weight, bias)
         T = weights.temperature
         with gathered(weight, bias), gathered(teacher_head.weight, teacher_head.bias):
@@ -245,27 +267,40 @@ class _Score(torch.autograd.Function):
                     del teacher
                     value[asked], added = _divergence(*of_divergence, weights.beta)
                     chosen[asked] = passed
+                n_anchor = 0 if anchor is None else part.stop - max(part.start, N)
+                if anchor is not None and n_anchor > 0:
+                    rest = slice(part.stop - N - n_anchor, part.stop - N)
+                    before = _finish(_raw_logits(anchor.hidden[rest], anchor.head), anchor.head)
+                    log_b, asked_b = torch.log_softmax(before, dim=-1), anchor.asked[rest]
+                    del before
+                    kl, pull = _divergence(log_s[-n_anchor:], p_s[-n_anchor:], log_b, log_b.exp(), beta=0.0)
+                    anchor_kl[rest] = torch.where(asked_b, kl, 0.0)
+                    ce_weight[-n_anchor:] = torch.where(asked_b, 1.0 - weights.anchor, 1.0)
                 # Not `kd * value` alone: what is not finite must not spoil a token that is not distilled
                 loss[part] = ce_weight * ce
                 if n:
                     loss[asked] += torch.where(passed, weights.divergence * value[asked], 0.0)
+                if n_anchor > 0 and weights.anchor:
+                    loss[part][-n_anchor:] += weights.anchor * anchor_kl[rest]
                 if gradients.needed:
                     gradient = p_s.mul_(ce_weight[:, None]).scatter_add_(1, label, -ce_weight[:, None])
                     if n:
                         gradient[:n].addcmul_(added, kd[:, None] / T)
+                    if n_anchor > 0 and weights.anchor:
+                        gradient[-n_anchor:].addcmul_(pull, (asked_b * weights.anchor)[:, None])
                     gradients.add(part, _through_finish(gradient, raw, head))
         ctx.gradients = gradients.closed()
         value = torch.where(chosen, value, 0.0)
-        rest = (loss, cross_entropy, entropy, is_top1, value, chosen, teacher_log_prob, teacher_entropy, agrees)
-        ctx.mark_non_differentiable(*rest)
-        return (loss.sum(), *rest)
+        said = (loss, cross_entropy, entropy, is_top1, value, chosen, teacher_log_prob, teacher_entropy, agrees)
+        ctx.mark_non_differentiable(*said, anchor_kl)
+        return (loss.sum(), *said, anchor_kl)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("The loss was differentiated before, and its gradients are freed: compute it again.")
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if g is None else g.mul_(upstream).to(dtype) for g, dtype in gradients), *(None,) * 6)
+        return (*(None if g is None else g.mul_(upstream).to(dtype) for g, dtype in gradients), *(None,) * 7)
 
 
 class _Gradients:

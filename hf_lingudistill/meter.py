@@ -26,6 +26,8 @@ _SUMS = (
     "student_ce",
     "agreement",
     "teacher_entropy",
+    "anchored",
+    "anchor_kl",
 )
 
 
@@ -61,6 +63,8 @@ class Meter(Watcher):
                 ce[asked].sum(),
                 scores.agrees.sum(),
                 scores.teacher_entropy.sum(),
+                scores.anchored.sum(),
+                scores.anchor_kl.sum(),
             ]
         )
         (self._step if training else self._eval).add_(sums)
@@ -90,6 +94,8 @@ class Meter(Watcher):
             "distilled_tokens": sums["distilled"],
             "answer_tokens": sums["labels"],
         }
+        if sums["anchored"] > 0:
+            metrics |= {"anchored_tokens": sums["anchored"], "anchor_kl": sums["anchor_kl"] / sums["anchored"]}
         if sums["distilled"] > 0:
             metrics["kd_loss"] = sums["kd"] / sums["distilled"]
         if sums["candidates"] > 0:
@@ -130,5 +136,6 @@ class Meter(Watcher):
 
     def load(self, state: dict[str, Any]) -> None:
         """What `state` returned, in the run that resumes."""
-        self._train.copy_(torch.tensor(state["sums"], dtype=self._train.dtype))
+        kept = torch.tensor(state["sums"], dtype=self._train.dtype)
+        self._train[: len(kept)] = kept.to(self._train.device)  # a checkpoint of before the anchor has fewer
         self.worse_teacher_warned = state["worse_teacher_warned"]

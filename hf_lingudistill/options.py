@@ -20,6 +20,7 @@ QUANTIZATION_CHOICES = ("nf4", "int8", "none")
 SHARDING_CHOICES = ("auto", "replicate", "shard")
 OFFLOAD_CHOICES = ("none", "cpu")
 DISTILL_TOKENS_CHOICES = ("all", "confident")
+ANCHOR_CHOICES = ("none", "before")
 ON_NAN_CHOICES = ("stop", "skip")
 
 
@@ -107,6 +108,15 @@ class DistillOptions:
     )
     distill_margin: float = _option(
         0.0, "For confident: by how many nats the teacher must be above the student. May be negative."
+    )
+    anchor: str = _choice(
+        "none",
+        ANCHOR_CHOICES,
+        "before lets the VLM as it was before training judge the rows that are marked false, beside their labels: an adapter's base "
+        "does it with the adapter off, full fine-tuning keeps a frozen copy of the student in memory. none leaves them CE alone.",
+    )
+    anchor_weight: float = _option(
+        0.5, "In [0, 1]. With anchor, the loss of unmarked rows is (1 - this) * CE + this * KL(VLM before || student)."
     )
     skip_bad_rows: bool = _option(
         False,

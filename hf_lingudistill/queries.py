@@ -96,8 +96,10 @@ class QueryPlan:
     label_positions: torch.Tensor
     marked: torch.Tensor
     text_only: torch.Tensor
-    # Known without asking a device: whether some loss position lies in a row without an image
+    # Known without asking a device: whether some loss position lies in a row without an image, and whether some row that is not
+    # marked has a label
     has_text_loss: bool = field(default=False)
+    has_unmarked_labels: bool = field(default=False)
 
     @property
     def num_queries(self) -> int:
@@ -123,6 +125,16 @@ class QueryPlan:
     def loss_positions(self) -> torch.Tensor:
         """(N,) positions t of the loss positions."""
         return self.label_positions[: self.num_loss]
+
+    @property
+    def other_rows(self) -> torch.Tensor:
+        """(M - N,) batch rows of the labelled positions that are not distilled."""
+        return self.label_rows[self.num_loss :]
+
+    @property
+    def other_positions(self) -> torch.Tensor:
+        """(M - N,) positions t of those."""
+        return self.label_positions[self.num_loss :]
 
     @property
     def rectangular(self) -> bool:
@@ -201,8 +213,9 @@ def plan_queries(
     # A label that the teacher does not know has no honest probability: it keeps cross-entropy
     loss = torch.zeros_like(labelled)
     loss[:, :-1] = readable[:, :-1] & vocabulary.scorable(labels[:, 1:])
+    marked = loss.new_ones(B) if distill is None else distill.bool()
     if distill is not None:
-        loss &= distill.bool().to(loss.device)[:, None]
+        loss &= marked.to(loss.device)[:, None]
 
     where = torch.arange(T, device=input_ids.device)
     last = torch.where(loss, where, -1).amax(dim=1, keepdim=True)  # nothing after it can reach the loss
@@ -240,7 +253,8 @@ def plan_queries(
         flat=flat,
         label_rows=torch.cat([loss_at[0], other_at[0]]),
         label_positions=torch.cat([loss_at[1], other_at[1]]),
-        marked=torch.ones(B, dtype=torch.bool, device=input_ids.device) if distill is None else distill.bool(),
+        marked=marked,
         text_only=text_only,
         has_text_loss=bool((loss.any(dim=1) & text_only).any()),
+        has_unmarked_labels=distill is not None and bool((scored & ~marked[:, None]).any()),
     )

@@ -16,8 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ._internals import FusedCausalLMOutput, asks_for_router, head_of, router_loss
+from .anchor import Before
 from .engines import SameModules, head_unsharded
-from .losses import Scores, Weights, score
+from .losses import Anchor, Scores, Weights, score
 from .queries import QueryPlan, plan_queries
 from .sharing import Sharing
 from .student_kv import SharedKV
@@ -30,7 +31,8 @@ class DistillStep:
     """Everything that turns a batch into a loss.
 
     offload: the teacher waits in CPU memory between steps. sharded: it lies in pieces on all processes, so that every one runs it in
-    every step. same_modules: likewise for the student's vision tower (see `engines.py`).
+    every step. same_modules: likewise for the student's vision tower (see `engines.py`). before: the VLM before, which judges the rows
+    that are not marked; None = cross-entropy alone does.
     """
 
     student: PreTrainedModel
@@ -40,6 +42,7 @@ class DistillStep:
     offload: bool = False
     sharded: bool = False
     same_modules: SameModules | None = None
+    before: Before | None = None
     watchers: list[Watcher] = field(default_factory=list)
 
     def plan(self, batch: dict[str, Any]) -> QueryPlan:
@@ -83,6 +86,7 @@ class DistillStep:
         plan: QueryPlan = (inputs.get("queries") or self.plan(inputs)).to(device)
         plan.check(inputs["labels"], inputs["distill"])
 
+        anchor = self._anchor(inputs, plan)  # first, while the student's activations do not take memory yet
         asked = plan.num_queries > 0
         with self.sharing.recording(self.student) if asked else nullcontext(SharedKV()) as shared:
             backbone = self._backbone(inputs)
@@ -106,14 +110,22 @@ class DistillStep:
             teacher_head,
             self.weights,
             marked=inputs["distill"][plan.loss_rows],
+            anchor=anchor,
         )
         for watcher in self.watchers:
             watcher.scored(inputs, plan, teacher_head, scores, training)
         return self._output(scores, labels, router_loss(self.student, backbone, inputs))
 
+    def _anchor(self, inputs: dict[str, Any], plan: QueryPlan) -> Anchor | None:
+        """What the VLM before says of the rows that are not marked; None where nobody asks, or where there are none."""
+        if self.before is None or not plan.has_unmarked_labels:
+            return None
+        hidden, head = self.before.answers(_own(inputs), plan.other_rows, plan.other_positions)
+        return Anchor(hidden, head, ~inputs["distill"].bool()[plan.other_rows])
+
     def _backbone(self, inputs: dict[str, Any]) -> Any:
         """The student without its head. -> its output, `last_hidden_state` (B, T, H_s) with gradient."""
-        own = {name: value for name, value in inputs.items() if name not in ("labels", "distill", "queries")}
+        own = _own(inputs)
         if asks_for_router(self.student):
             own.setdefault("output_router_logits", True)
         with nullcontext() if self.same_modules is None else self.same_modules.for_batch(own):
@@ -131,3 +143,8 @@ class DistillStep:
             label_mask=labels != -100,
             aux_loss=aux_loss,
         )
+
+
+def _own(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The student's own inputs, without what belongs to the step."""
+    return {name: value for name, value in inputs.items() if name not in ("labels", "distill", "queries")}

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from ._internals import keep_image_dtype
+from .anchor import make_before
 from .bad_rows import ROW_COLUMN
 from .compatibility import CompatibilityReport, check_compatibility, guess_teacher
 from .config import LinguDistillConfig
@@ -183,6 +184,15 @@ class LinguDistillTrainer(DataMixin, PublishingMixin, ResumingMixin, SFTTrainer)
         )
         if measured and not quantised:
             self.first_batch.quantization_kl = 0.0
+        self.before = None
+        if args.anchor == "before":
+            sharded = sharding_of(accelerator) is not None
+            self.before = make_before(self.model, student, self._compute_dtype, sharded=sharded)
+            if self.has_distill_column is False or self.distill_share == 1.0:
+                logger.warning(
+                    "anchor='before' changes nothing: it judges rows that are marked false, and there are none."
+                )
+            logger.info("Anchor: the VLM before, %.1f MiB beside the student", self.before.footprint / 2**20)
         same_modules = None
         if sharding_of(accelerator) is not None and self._is_vision_dataset:
             same_modules = SameModules(student, blank_image(self.data_collator.inner, student), accelerator)
@@ -196,10 +206,12 @@ class LinguDistillTrainer(DataMixin, PublishingMixin, ResumingMixin, SFTTrainer)
                 margin=args.distill_margin if args.distill_tokens == "confident" else None,
                 beta=args.beta,
                 temperature=args.temperature,
+                anchor=args.anchor_weight,
             ),
             offload=offload,
             sharded=is_sharded,
             same_modules=same_modules,
+            before=self.before,
             watchers=[self.meter, watch, self.first_batch],
         )
 
@@ -288,7 +300,8 @@ class LinguDistillTrainer(DataMixin, PublishingMixin, ResumingMixin, SFTTrainer)
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Sum over tokens of `ce_weight * CE + distill_weight * KD` (distilled) or CE (others), over the number of labels.
+        """Sum over tokens of `ce_weight * CE + distill_weight * KD` (distilled), CE (others) or, with an anchor, `(1 - anchor_weight) *
+        CE + anchor_weight * KL` (unmarked rows), over the number of labels.
 
         The number of labels is that of the *global* batch: neither gradient accumulation nor the number of processes
         changes the loss.

@@ -86,8 +86,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
     "resumed": RESUMED,
     "resumed lora": {**RESUMED, "adapter": True},
+    "anchored": {"anchor": "before"},
+    "anchored lora": {"anchor": "before", "adapter": True},
     "wrong normalisation": {"wrong": True},
 }
+# They need the whole student on every process
+REPLICATED = {"anchored", "anchored lora"}
 # Each ends its launch, and is not among those that are compared
 FATAL: dict[str, dict[str, Any]] = {"killed": {}, "no placeholder": {}}
 

@@ -319,6 +319,11 @@ def test_sharing_more_costs_less(small: tuple[ModelFacts, ModelFacts]) -> None:
         ({"engine": "fsdp"}, "engine must be one of single, ddp, fsdp2, zero2, zero3; got 'fsdp'."),
         ({"optimizer": "adam"}, "optimizer must be one of adamw, adamw_8bit, sgd; got 'adam'."),
         ({"gpus": 2}, "engine='single' runs on one device, got gpus=2: choose ddp, fsdp2, zero2 or zero3."),
+        ({"anchor": "after"}, "anchor must be one of none, before; got 'after'."),
+        (
+            {"anchor": "before", "engine": "zero3"},
+            "needs the whole student on every device, and zero3 splits it: choose",
+        ),
         ({"gpu_memory": 0}, "gpu_memory must be a positive number of GiB, got 0."),
     ],
 )
@@ -326,6 +331,16 @@ def test_a_set_up_that_cannot_be_is_refused(options: dict[str, Any], message: st
     with pytest.raises(PlanError) as error:
         Setup(**options)
     assert message in str(error.value)
+
+
+def test_the_vlm_before_is_a_copy_of_the_student_in_full_training_alone(small: tuple[ModelFacts, ModelFacts]) -> None:
+    for options, copies in (({}, 1), ({"lora_rank": 8}, 0), ({"engine": "ddp", "gpus": 2}, 1)):
+        without, anchored = (make_plan(*small, Setup(anchor=anchor, **options)) for anchor in ("none", "before"))
+        assert anchored.peak - without.peak == anchored.lines["VLM before"] == copies * 2 * small[0].parameters
+        assert anchored.cost > without.cost + 0.1  # a forward pass more, adapter or not
+    assert "VLM before" in str(make_plan(*small, Setup(anchor="before"))) and "VLM before" not in str(without)
+    one = make_plan(*small, Setup(anchor="before")).needed / GIB
+    assert smallest_plan(*small, Setup(anchor="before", gpu_memory=one - 0.1), (1, 2), ("single", "fsdp2")) is None
 
 
 def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -243,6 +243,26 @@ def test_the_record_says_how_the_model_was_trained(make_trainer: MakeTrainer, tm
     assert TOKEN not in text and str(tmp_path) not in text and str(Path.home()) + "/" not in text
 
 
+def test_the_record_and_the_card_name_the_second_parent(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    said = {}
+    for anchor in ("none", "before"):
+        folder = tmp_path / anchor
+        trainer = make_trainer(anchor=anchor, anchor_weight=0.25, output_dir=str(folder))
+        trainer.train()
+        trainer.save_model()
+        trainer.create_model_card()
+        said[anchor] = json.loads((folder / "lingudistill.json").read_text()), (folder / "README.md").read_text()
+    record, card = said["before"]
+    assert record["anchor"] == {"model": "before", "mib": round(trainer.before.footprint / 2**20, 2)}
+    assert record["anchor"]["mib"] > 0 and record["settings"]["anchor_weight"] == 0.25
+    assert 0 < record["training"]["anchored_tokens_share"] < 1
+    loss = "0.75 x CE + 0.25 x KL(VLM before || student) on unmarked rows, CE elsewhere"
+    assert loss in card.replace("\\", "") and "the VLM before is a second teacher" in card
+    without, plain = said["none"]
+    assert without["anchor"] is None and without["training"]["anchored_tokens_share"] == 0.0
+    assert "KL(VLM before" not in plain and "second teacher" not in plain
+
+
 def test_the_card_of_the_trainer_replaces_trls(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     trainer = make_trainer()
     trainer.create_model_card(model_name="näme")

@@ -206,7 +206,11 @@ def _loss(settings: Facts) -> str | None:
     if ce is None or kd is None:
         return None
     shape = [f"{name} {settings[name]}" for name in ("beta", "temperature") if settings.get(name) is not None]
-    return f"{ce} x CE + {kd} x divergence at distilled tokens, CE elsewhere" + (
+    weight: Any = settings.get("anchor_weight")
+    elsewhere = "CE elsewhere"
+    if settings.get("anchor") == "before" and is_finite(weight):
+        elsewhere = f"{1 - weight:g} x CE + {weight:g} x KL(VLM before || student) on unmarked rows, {elsewhere}"
+    return f"{ce} x CE + {kd} x divergence at distilled tokens, {elsewhere}" + (
         f" ({', '.join(shape)})" if shape else ""
     )
 
@@ -276,6 +280,8 @@ def _method(run_facts: Facts) -> str:
     others = "the others are trained with cross-entropy"
     if settings.get("distill_tokens") == "confident":
         others = "the others, and tokens whose label it finds less likely than the student does, are trained with cross-entropy"
+    if settings.get("anchor") == "before":
+        others += "; on rows that are not marked, the VLM before is a second teacher"
     return (
         f"The frozen language model has never seen an image: layer by layer it {reads}. Rows that are marked for distillation "
         f"are trained towards its next-token distribution; {others}. It is dropped after training."

@@ -50,6 +50,8 @@ SETTINGS = (
     "distill_weight",
     "beta",
     "temperature",
+    "anchor",
+    "anchor_weight",
     "teacher_quantization",
     "learning_rate",
     "per_device_train_batch_size",
@@ -189,6 +191,7 @@ def gather_run_facts(
             "model_type": student.config.model_type,
             "parameters": sum(parameter.numel() for parameter in student.parameters()),
         },
+        "anchor": _anchor_fact(chosen, trainer),
         "teacher": {
             **_model_fact(trainer.teacher_name_or_path, chosen.get("teacher_model_revision")),
             "quantization": chosen.get("teacher_quantization"),
@@ -210,6 +213,13 @@ def gather_run_facts(
         "versions": _versions(),
         "recipe": dict(recipe) if recipe is not None else {**_model_names(name, trainer), **recipe_of(args)},
     }
+
+
+def _anchor_fact(chosen: Mapping[str, Any], trainer: Any) -> RunFacts | None:
+    """The VLM before as a second parent: its bytes beside the student (0 where it is the adapter's base). None without one."""
+    if chosen.get("anchor", "none") == "none":
+        return None
+    return {"model": chosen["anchor"], "mib": round(trainer.before.footprint / 2**20, 2)}
 
 
 def _model_fact(reference: str, revision: str | None) -> RunFacts:
@@ -236,19 +246,21 @@ def _model_names(student: str, trainer: Any) -> RunFacts:
 
 
 def _from_log(history: Iterable[Mapping[str, Any]]) -> RunFacts:
-    """Seconds, tokens and the distilled share of the answer tokens, from what was logged."""
+    """Seconds, tokens and the distilled and anchored shares of the answer tokens, from what was logged."""
     seconds = tokens = None
-    distilled = labels = 0.0
+    distilled = anchored = labels = 0.0
     for entry in history:
         seconds = entry.get("train_runtime", seconds)
         tokens = entry.get("num_tokens", tokens)
         distilled += entry.get("distilled_tokens", 0.0)
+        anchored += entry.get("anchored_tokens", 0.0)
         labels += entry.get("answer_tokens", 0.0)
     return {
         "seconds": seconds,
         "tokens": None if tokens is None else int(tokens),
         "answer_tokens": int(labels) or None,
         "distilled_tokens_share": distilled / labels if labels else None,
+        "anchored_tokens_share": anchored / labels if labels else None,
     }
 
 

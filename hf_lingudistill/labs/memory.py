@@ -33,6 +33,7 @@ DTYPES = ("float32", "bfloat16")
 MIXED_PRECISIONS = ("bf16", "fp16", "no")
 QUANTIZATIONS = ("nf4", "int8", "none")
 SHARINGS = tuple(MODES)
+ANCHORS = ("none", "before")
 DEVICES = ("cuda", "cpu")
 
 GIB = 2**30
@@ -131,6 +132,9 @@ class Setup:
     lora_rank: int = _option(0, "0: full fine-tuning.")
     teacher_quantization: str = _option("nf4", "Of the teacher's weights.", *QUANTIZATIONS)
     kv_sharing: str = _option("prompt", "Where the teacher reads the student's keys and values.", *SHARINGS)
+    anchor: str = _option(
+        "none", "Whether the VLM before judges the unmarked rows: a copy, or the adapter's base.", *ANCHORS
+    )
     padded: bool = _option(False, "Rows of a batch differ in length: attention takes a mask.")
     device: str = _option("cuda", "cpu counts the buffers of TRL's head without Triton.", *DEVICES)
 
@@ -153,6 +157,7 @@ class Setup:
             ("mixed_precision", MIXED_PRECISIONS),
             ("teacher_quantization", QUANTIZATIONS),
             ("kv_sharing", SHARINGS),
+            ("anchor", ANCHORS),
             ("device", DEVICES),
         ):
             if getattr(self, name) not in choices:
@@ -160,6 +165,10 @@ class Setup:
         if self.engine == "single" and self.gpus > 1:
             raise PlanError(
                 f"engine='single' runs on one device, got gpus={self.gpus}: choose ddp, fsdp2, zero2 or zero3."
+            )
+        if self.anchor == "before" and self.engine in ("fsdp2", "zero3"):
+            raise PlanError(
+                f"anchor='before' needs the whole student on every device, and {self.engine} splits it: choose single, ddp or zero2."
             )
         if self.gpu_memory <= 0:
             raise PlanError(f"gpu_memory must be a positive number of GiB, got {self.gpu_memory}.")
@@ -451,6 +460,11 @@ def teacher_bytes(teacher: ModelFacts, quantization: str, dtype_bytes: int, voca
     return rest + {"nf4": linear * 9 // 16, "int8": linear, "none": linear * dtype_bytes}[quantization]
 
 
+def anchor_bytes(student: ModelFacts, setup: Setup) -> int:
+    """The frozen copy of the student that judges unmarked rows; an adapter's base is there already."""
+    return student.parameters * setup.compute_bytes if setup.anchor == "before" and setup.lora_rank == 0 else 0
+
+
 def kv_bytes(student: ModelFacts, setup: Setup) -> int:
     """One copy of the student's K/V of all layers, as recorded for the teacher."""
     return 2 * student.text.layers * student.text.kv_width * setup.tokens * setup.compute_bytes
@@ -479,6 +493,7 @@ def _standing(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Lines:
         "optimizer states": _optimizer_bytes(student, trainable, setup) // shards,
         "teacher": _teacher_on_device(teacher, student.vocab, setup),
         "engine buffers": _engine_bytes(student, trainable, setup),
+        "VLM before": anchor_bytes(student, setup),
     }
 
 
@@ -637,7 +652,8 @@ def step_cost(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> float:
     """Time of a distilling step over that of the same step of SFT with a head over the labelled positions alone.
 
     Multiply-adds or launches, whichever takes longer: a small student on a GPU waits for its launches, and the teacher adds some. No
-    memory traffic, no unpacking of quantised weights and no communication is counted. Never measured on a GPU.
+    memory traffic, no unpacking of quantised weights and no communication is counted. Never measured on a GPU. With an anchor, every
+    step is taken to have an unmarked row.
     """
     passes = 2.0 if setup.lora_rank else 3.0  # forward, gradient of the inputs, gradient of the weights
     passes += 1.0 if setup.gradient_checkpointing else 0.0
@@ -647,18 +663,21 @@ def step_cost(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> float:
         patches = setup.image_tokens * student.patches_per_token
         backbone += _forward_work(student.vision, setup.batch * patches, patches)
         launches += _LAUNCHES_OF_TOWER * student.vision.layers
+    forward = launches / 3
     launches *= 4 / 3 if setup.gradient_checkpointing else 1.0
     head = student.vocab * student.text.hidden
     sft = passes * backbone + (2 if setup.lora_rank else 3) * head * setup.labels
     keys = setup.seq_len if MODES[setup.kv_sharing].reads_student else setup.seq_len / 2
     added = _forward_work(teacher.text, setup.queries, keys) + student.vocab * teacher.text.hidden * setup.labels
+    more = launches + _LAUNCHES_OF_TEACHER * teacher.text.layers
+    if setup.anchor == "before":
+        added, more = added + backbone, more + forward
     if setup.device == "cpu":
         return 1.0 + added / sft
 
     def seconds(work: float, count: float) -> float:
         return max(2 * work / _FLOPS, count * _LAUNCH_SECONDS)
 
-    more = launches + _LAUNCHES_OF_TEACHER * teacher.text.layers
     return seconds(sft + added, more) / seconds(sft, launches)
 
 
@@ -784,7 +803,7 @@ def smallest_plan(
     """
     for gpus in gpu_counts:
         for engine in engines:
-            if (engine == "single") != (gpus == 1):
+            if (engine == "single") != (gpus == 1) or (setup.anchor == "before" and engine in ("fsdp2", "zero3")):
                 continue
             here = replace(setup, engine=engine, gpus=gpus)
             tried = (here, replace(here, teacher_quantization="none")) if engine in ("fsdp2", "zero3") else (here,)

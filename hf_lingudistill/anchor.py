@@ -1,0 +1,129 @@
+"""The student's second parent: the VLM as it was before training, which sees. It is asked about the rows that the LM does not teach."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ._internals import Head, head_of, keep_image_dtype
+
+# PEFT's other ways to begin (PiSSA, OLoRA, CorDA, LoftQ, ...) take something out of the base weights and put it into the adapter
+_BASE_STAYS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True)
+class Before:
+    """The VLM before.
+
+    model: a plain VLM, the student itself or a frozen copy. as_before: a context in which it answers as before. footprint: bytes
+    of weights that it holds beside the student's.
+    """
+
+    model: PreTrainedModel
+    as_before: Callable[[], AbstractContextManager[Any]]
+    footprint: int
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # modes and adapters are switched around it
+    @torch.no_grad()
+    def answers(
+        self, inputs: Mapping[str, Any], rows: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, Head]:
+        """What it says of the next token at some positions of a batch.
+
+        Args:
+            inputs: of the student's backbone.
+            rows, positions: (P,) indices into the batch.
+
+        Returns:
+            Hidden states (P, H) and the head; raw logits (P, V) where the head is not one matrix (see `Head`).
+        """
+        with self.as_before(), _evaluating(self.model):
+            states = self.model.base_model(**inputs).last_hidden_state[rows, positions]
+            head = head_of(self.model)
+            return (states, head) if head.weight is not None else (self.model.get_output_embeddings()(states), head)
+
+
+def make_before(model: nn.Module, student: PreTrainedModel, dtype: torch.dtype, *, sharded: bool) -> Before:
+    """The VLM before: for a student with an adapter the same weights with the adapter off, else a frozen copy in memory.
+
+    Call it before anything is trained or loaded from a checkpoint.
+
+    Args:
+        model: what is trained, a PEFT model or the student itself.
+        student: the plain VLM.
+        dtype: of the copy's parameters; buffers keep theirs.
+        sharded: whether an engine splits the student's weights over processes.
+
+    Raises:
+        ValueError: if that cannot be the VLM before: a sharded student, a quantised one without an adapter, an adapter whose base
+            weights change.
+    """
+    if sharded:
+        raise ValueError(
+            "anchor='before' needs the whole student on every process, and FSDP2 and ZeRO-3 split it: train under DDP or ZeRO-2, or "
+            "set anchor='none'."
+        )
+    if model is not student:
+        _check_adapter(model)
+        return Before(student, lambda: _adapter_off(model), 0)
+    if getattr(student, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "anchor='before' needs a copy of the student, and packed (quantised) weights are not copied: train an adapter, whose "
+            "base is the VLM before, or set anchor='none'."
+        )
+    # Each parameter is cast on its way, so that there is never a second copy in the student's dtype; tied ones stay tied
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False) for p in student.parameters()
+    }
+    frozen = copy.deepcopy(student, memo).eval()
+    keep_image_dtype(frozen)
+    return Before(frozen, nullcontext, sum(p.numel() * p.element_size() for p in frozen.parameters()))
+
+
+def _check_adapter(model: Any) -> None:
+    """Raise ValueError where the weights under an adapter are not those of the VLM before."""
+    for config in model.peft_config.values():
+        begins = getattr(config, "init_lora_weights", True)
+        if begins not in _BASE_STAYS:
+            raise ValueError(
+                f"anchor='before' takes the student with its adapter off for the VLM before, and init_lora_weights={begins!r} changes "
+                "the weights under the adapter: use PEFT's default, or set anchor='none'."
+            )
+    own = (model.base_model.prefix, "modules_to_save", "trainable_tokens_")
+    under = [name for name, p in model.named_parameters() if p.requires_grad and not any(part in name for part in own)]
+    if under:
+        raise ValueError(
+            f"anchor='before' takes the student with its adapter off for the VLM before, and {len(under)} parameters under the adapter "
+            f"are trained too ({under[0]}): train them through modules_to_save, or set anchor='none'."
+        )
+
+
+@contextmanager
+def _adapter_off(model: Any) -> Iterator[None]:
+    """PEFT switches the adapter back on as a whole: what was frozen of it is frozen again."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, trained in flags:
+            parameter.requires_grad_(trained)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards, each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
