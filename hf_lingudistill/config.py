@@ -28,6 +28,7 @@ from .options import (
 )
 
 __all__ = [
+    "ANCHOR_CHOICES",
     "DISTILL_TOKENS_CHOICES",
     "KV_SHARING_CHOICES",
     "OFFLOAD_CHOICES",

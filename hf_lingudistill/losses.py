@@ -108,8 +108,7 @@ def score(
     outputs = _Score.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, head, labels, teacher_hidden.detach(), teacher_head, weights, marked, anchor
     )
-    asked = marked.new_zeros(0) if anchor is None else anchor.asked
-    return Scores(*outputs, anchored=asked)
+    return Scores(*outputs)
 
 
 @torch.no_grad()
@@ -232,6 +231,7 @@ class _Score(torch.autograd.Function):
         value, teacher_log_prob, teacher_entropy = (torch.zeros(N, device=device) for _ in range(3))
         chosen, agrees = (torch.zeros(N, dtype=torch.bool, device=device) for _ in range(2))
         anchor_kl = torch.zeros(0 if anchor is None else M - N, device=device)
+        anchored = torch.zeros_like(anchor_kl, dtype=torch.bool)
         gradients = _Gradients(ctx.needs_input_grad[:3], hidden, weight, bias)
         T = weights.temperature
         with gathered(weight, bias), gathered(teacher_head.weight, teacher_head.bias):
@@ -274,7 +274,7 @@ class _Score(torch.autograd.Function):
                     log_b, asked_b = torch.log_softmax(before, dim=-1), anchor.asked[rest]
                     del before
                     kl, pull = _divergence(log_s[-n_anchor:], p_s[-n_anchor:], log_b, log_b.exp(), beta=0.0)
-                    anchor_kl[rest] = torch.where(asked_b, kl, 0.0)
+                    anchor_kl[rest], anchored[rest] = torch.where(asked_b, kl, 0.0), asked_b
                     ce_weight[-n_anchor:] = torch.where(asked_b, 1.0 - weights.anchor, 1.0)
                 # Not `kd * value` alone: what is not finite must not spoil a token that is not distilled
                 loss[part] = ce_weight * ce
@@ -292,8 +292,9 @@ class _Score(torch.autograd.Function):
         ctx.gradients = gradients.closed()
         value = torch.where(chosen, value, 0.0)
         said = (loss, cross_entropy, entropy, is_top1, value, chosen, teacher_log_prob, teacher_entropy, agrees)
-        ctx.mark_non_differentiable(*said, anchor_kl)
-        return (loss.sum(), *said, anchor_kl)
+        of_anchor = (anchor_kl, anchored)
+        ctx.mark_non_differentiable(*said, *of_anchor)
+        return (loss.sum(), *said, *of_anchor)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:

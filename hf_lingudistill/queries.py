@@ -215,7 +215,7 @@ def plan_queries(
     loss[:, :-1] = readable[:, :-1] & vocabulary.scorable(labels[:, 1:])
     marked = loss.new_ones(B) if distill is None else distill.bool()
     if distill is not None:
-        loss &= marked.to(loss.device)[:, None]
+        loss &= distill.bool().to(loss.device)[:, None]
 
     where = torch.arange(T, device=input_ids.device)
     last = torch.where(loss, where, -1).amax(dim=1, keepdim=True)  # nothing after it can reach the loss
@@ -256,5 +256,5 @@ def plan_queries(
         marked=marked,
         text_only=text_only,
         has_text_loss=bool((loss.any(dim=1) & text_only).any()),
-        has_unmarked_labels=distill is not None and bool((scored & ~marked[:, None]).any()),
+        has_unmarked_labels=distill is not None and bool((scored & ~marked.to(scored.device)[:, None]).any()),
     )

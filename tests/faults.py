@@ -32,6 +32,7 @@ READING = f"{PLAN}::test_plan_matches_a_token_by_token_reading"
 FULL_LENGTH = f"{FAMILIES}::test_another_teacher_equals_a_full_length_pass"
 DEFINITION = f"{LOSSES}::test_loss_and_gradients_match_the_definition"
 SETTINGS = f"{LOSSES}::test_bias_scale_softcap_and_temperature_are_read"
+ANCHOR = "tests/test_anchor.py"
 RESUMED = "tests/test_checkpoints.py::test_log_between_whose_entries_a_checkpoint_fell_is_that_of_the_whole_run"
 
 FAULTS = (
@@ -328,6 +329,38 @@ FAULTS = (
         "gradient[:n].addcmul_(added, kd[:, None] * T)",
         "the gradient is scaled by the square of the temperature",
         (SETTINGS,),
+    ),
+    Fault(
+        "anchor-ignores-marks",
+        "step.py",
+        'return Anchor(hidden, head, ~inputs["distill"].bool()[plan.other_rows])',
+        'return Anchor(hidden, head, inputs["distill"].bool()[plan.other_rows] | True)',
+        "a token of a marked row that the LM does not know is anchored too",
+        (ANCHOR,),
+    ),
+    Fault(
+        "anchor-with-the-adapter-on",
+        "anchor.py",
+        "with model.disable_adapter():",
+        "with nullcontext():",
+        "the student is held to itself",
+        (ANCHOR,),
+    ),
+    Fault(
+        "anchor-with-dropout",
+        "anchor.py",
+        "with self.as_before(), _evaluating(self.model):",
+        "with self.as_before():",
+        "the VLM before answers in training mode, and a frozen one stays in it",
+        (ANCHOR,),
+    ),
+    Fault(
+        "anchor-gradient-unweighted",
+        "losses.py",
+        "(asked_b * weights.anchor)[:, None]",
+        "asked_b.float()[:, None]",
+        "the pull of the VLM before has weight 1 whatever anchor_weight says",
+        (ANCHOR,),
     ),
     Fault(
         "ce-gradient-unweighted",

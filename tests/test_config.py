@@ -169,6 +169,8 @@ EVERY_OWN_FIELD = {
     "skip_bad_rows": True,
     "answers_only": False,
     "self_check": False,
+    "anchor": "before",
+    "anchor_weight": 0.25,
     "on_nan": "skip",
     "overwrite_output_dir": True,
 }

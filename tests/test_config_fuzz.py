@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from hf_lingudistill import LinguDistillConfig
 from hf_lingudistill.config import (
+    ANCHOR_CHOICES,
     DISTILL_TOKENS_CHOICES,
     KV_SHARING_CHOICES,
     OFFLOAD_CHOICES,
@@ -40,10 +41,11 @@ CHOICES = {
     "teacher_offload": OFFLOAD_CHOICES,
     "kv_sharing": KV_SHARING_CHOICES,
     "distill_tokens": DISTILL_TOKENS_CHOICES,
+    "anchor": ANCHOR_CHOICES,
     "on_nan": ON_NAN_CHOICES,
 }
 FLAGS = ("answers_only", "measure_teacher_quantization", "skip_bad_rows", "self_check", "overwrite_output_dir")
-NUMBERS = ("beta", "temperature", "distill_weight", "ce_weight", "distill_margin")
+NUMBERS = ("beta", "temperature", "distill_weight", "ce_weight", "distill_margin", "anchor_weight")
 NAMES = ("teacher_model_name_or_path", "teacher_model_revision")
 
 
@@ -76,7 +78,8 @@ def is_valid(name: str, value: Any) -> bool:
         return isinstance(value, str) and value != ""
     if not is_number(value):
         return False
-    lowest, highest = {"beta": (0, 1), "distill_margin": (-math.inf, math.inf)}.get(name, (0, math.inf))
+    ranges = {"beta": (0, 1), "anchor_weight": (0, 1), "distill_margin": (-math.inf, math.inf)}
+    lowest, highest = ranges.get(name, (0, math.inf))
     return lowest <= value <= highest and (name != "temperature" or value > 0)
 
 

@@ -23,6 +23,8 @@ def meter_beside(ce_elsewhere: list[float], *, training: bool) -> Meter:
             teacher_log_prob=nothing,
             agrees=none,
             teacher_entropy=nothing,
+            anchored=none,
+            anchor_kl=nothing,
         )
 
     def seen(accelerator: Any, ce: list[float]) -> Meter:
