@@ -789,8 +789,8 @@ FAULTS = (
     Fault(
         "fidelity-kl-direction",
         "labs/evaluation/fidelity.py",
-        "return (inside.exp() * gap).sum(dim=-1)",
-        "return (log_m[:, :size].exp() * -gap).sum(dim=-1)",
+        "kl = (inside.exp() * gap).sum(dim=-1).clamp(min=0)",
+        "kl = (log_m[:, :size].exp() * -gap).sum(dim=-1).clamp(min=0)",
         "fidelity is the KL of the other direction",
         (f"{FIDELITY}::test_text_fidelity_is_that_of_a_plain_loop_whatever_the_padding",),
     ),

@@ -159,8 +159,8 @@ def write(rows: list[dict[str, Any]], *, whole_suite: bool) -> None:
         "|---|---|---|",
     ]
     for row in rows:
-        found = str(row["by"][0]).removeprefix("tests/") if row["caught"] else "**missed**"
-        lines.append(f"| `{row['file']}` | {row['why']} | `{found.partition('[')[0]}` |")
+        found = f"`{row['by'][0].removeprefix('tests/').partition('[')[0]}`" if row["caught"] else "**missed**"
+        lines.append(f"| `{row['file']}` | {row['why']} | {found} |")
     (ROOT / PAGE).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
