@@ -143,7 +143,7 @@ def trained(place: Place, run: Run, name: str, sets: dict[str, Any]) -> tuple[Pa
         told = [None if key is None else _told(tokenizer, by_key[key].told()) for key in keys]
     record = train(
         start, place.original, rows, path, arguments, kind=spec["kind"], batch_size=sum(per_step.values()), seed=seed,
-        distill=spec.get("args"), lora=spec.get("lora"), told=told,
+        distill=spec.get("args"), lora=spec.get("lora"), told=told, freeze_tower=place.settings["freeze_tower"],
     )  # fmt: skip
     return path, record
 

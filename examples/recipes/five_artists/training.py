@@ -87,14 +87,19 @@ def train(
     distill: dict[str, Any] | None = None,
     lora: int | None = None,
     told: Sequence[list[int] | None] | None = None,
+    freeze_tower: bool = False,
 ) -> dict[str, Any]:
     """Train the VLM in `start` on the rows in order and save it to out; -> a record.
 
+    freeze_tower: tower and connector stand still, as in most VLMs' later stages.
     kind: `ce` (trl.SFTTrainer), `distill` (LinguDistillTrainer with `distill`'s options), or `caption` (`CaptionTold`).
     """
     model, processor = load(start)
     processor.chat_template = processor.tokenizer.chat_template = TRAINING_TEMPLATE
     kwargs: dict[str, Any] = {"model": model, "processing_class": processor, "train_dataset": as_dataset(rows)}
+    if freeze_tower:
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(".vision_model." not in name and ".connector." not in name)
     if lora is not None:
         kwargs["peft_config"] = adapters(lora)
     with tempfile.TemporaryDirectory() as scratch:
