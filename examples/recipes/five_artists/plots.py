@@ -60,7 +60,7 @@ def _modes(modes: Mapping[str, Any], path: Path) -> Path:
         axes.set_xticks(range(len(readers)), readers, rotation=35, fontsize=8)
         axes.set_title(name, fontsize=9)
     panels[0][0].set_ylabel("teacher's KL to the captioned original, nats")
-    panels[0][0].legend(fontsize=8, title="tokens", title_fontsize=8)
+    panels[0][-1].legend(fontsize=8, title="tokens", title_fontsize=8, loc="upper right")
     return _saved(figure, path)
 
 
