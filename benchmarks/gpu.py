@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -53,9 +52,11 @@ def measure(case: dict[str, Any], rounds: int) -> dict[str, Any]:
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     import step_cost
 
+    from hf_lingudistill.machine import machine
+
     shape = dict(SHAPES[case["shape"]])
     vocab = shape.pop("vocab")
-    cuda = torch.cuda.is_available()
+    cuda = machine().gpus > 0
     step_cost.RESPONSE_TOKENS = case["response"]
     step_cost.LENGTH = case["length"]
     step_cost.IMAGE_SIZE = case["image_size"]
@@ -162,7 +163,9 @@ def main() -> None:
         install(args.wheels)
     import torch
 
-    if not (torch.cuda.is_available() or args.toy):
+    from hf_lingudistill.machine import machine
+
+    if not (machine().gpus > 0 or args.toy):
         parser.error("no CUDA device here: run it on one, or with --toy.")
     sizes = {"length": 2048, "image_size": 448}
     cases = [{**case, **sizes} for case in CASES]
@@ -177,9 +180,9 @@ def main() -> None:
         left = args.budget - (time.perf_counter() - started)
         done.append(run_case(case, args.rounds, left) if left > 10 else {**case, "failed": "no time left"})
         print(json.dumps(done[-1]), file=sys.stderr, flush=True)
-    cuda = torch.cuda.is_available()
+    cuda = machine().gpus > 0
     result = {
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores (toy size)",
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {machine().threads} cores (toy size)",
         "dtype": "bf16" if cuda else "fp32",
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -199,7 +199,7 @@ class Stepper:
         trainer.training_step(trainer.model, batch, num_items_in_batch=torch.tensor(self.labels))
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
-        if torch.cuda.is_available():
+        if machine().gpus > 0:
             torch.cuda.synchronize()
 
 
@@ -210,7 +210,7 @@ def make_stepper(arm: str, folder: Path, args: argparse.Namespace) -> Stepper:
         max_length=None,
         report_to="none",
         save_strategy="no",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=machine().gpus == 0,
         bf16=args.bf16,
     )
     common[CHECKPOINTING["activation_checkpointing"]] = args.activation_checkpointing
@@ -240,7 +240,7 @@ def run_arm(stepper: Stepper, arm: str) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     stepper.step(mode_of(arm))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return wall if torch.cuda.is_available() else cpu, wall
+    return wall if machine().gpus > 0 else cpu, wall
 
 
 def peak_of(arm: str, folder: Path, args: argparse.Namespace) -> None:

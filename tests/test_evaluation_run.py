@@ -595,7 +595,7 @@ def test_the_command_writes_the_report(finished: Finished, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "No model to score: pass --before, and --original and --after where you have them."),
+        ([], "No model to score: pass --student (the VLM before), and --teacher and --after where you have them."),
         (
             ["--model", "after"],
             "--model 'after': expected NAME=PATH with a new name of letters, digits, '.', '-' and '_'.",
