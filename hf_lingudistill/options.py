@@ -83,8 +83,7 @@ class DistillOptions:
     kv_sharing: str = _choice(
         "prompt",
         KV_SHARING_CHOICES,
-        "Where the teacher reads the student's keys and values: "
-        + "; ".join(f"{mode.name}: {mode.reads}" for mode in MODES.values()),
+        f"What the teacher reads of the student: {', '.join(MODES)} (docs/method.md). `lingudistill diagnose` measures which fits a pair.",
     )
     beta: float = _option(0.0, "Generalised JSD in [0, 1]: 0 = KL(teacher || student), 1 = KL(student || teacher).")
     temperature: float = _option(
@@ -112,8 +111,8 @@ class DistillOptions:
     anchor: str = _choice(
         "none",
         ANCHOR_CHOICES,
-        "before lets the VLM as it was before training judge the rows that are marked false, beside their labels: an adapter's base "
-        "does it with the adapter off, full fine-tuning keeps a frozen copy of the student in memory. none leaves them CE alone.",
+        "before: the VLM as it was before training judges the rows that are marked false, beside their labels (LoRA: its base; "
+        "full fine-tuning: a frozen copy). none: cross-entropy alone.",
     )
     anchor_weight: float = _option(
         0.5, "In [0, 1]. With anchor, the loss of unmarked rows is (1 - this) * CE + this * KL(VLM before || student)."
@@ -126,19 +125,18 @@ class DistillOptions:
     answers_only: bool = _option(
         True,
         "Of messages, train on the assistant's turns alone, where the chat template tells them from the others; false trains on all "
-        "turns. (TRL's assistant_only_loss also puts a template of TRL's in place of the student's.)",
+        "turns.",
     )
     on_nan: str = _choice(
         "stop",
         ON_NAN_CHOICES,
-        "What to do about a step whose loss, gradient or teacher is not finite, before the weights change: stop saves a checkpoint "
-        "and raises NotFinite, skip leaves the step out and goes on (ten in a row stop the run). The rows are named. Under "
-        "DeepSpeed only stop.",
+        "A step whose loss, gradient or teacher is not finite: stop saves a checkpoint and names the rows, skip leaves it out (ten in "
+        "a row stop the run). Under DeepSpeed only stop.",
     )
     self_check: bool = _option(
         True,
-        "Before training, run student and teacher on a short text: refuse a pair whose teacher cannot use the student's keys, values "
-        "and rotary embedding, which would train on noise without a word. A few forwards; left out where an engine shards weights.",
+        "Before training, refuse a pair whose teacher cannot use the student's keys, values and rotary embedding, by a few forwards "
+        "on a short text. Left out where an engine shards weights.",
     )
     overwrite_output_dir: bool = _option(False, "Allow an output_dir that holds another run.")
 

@@ -69,9 +69,10 @@ def self_check(student: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Te
         _text_forward(teacher, ids)
     error = _error(replayed_pass(teacher, own, plan), own, plan)
     if not math.isfinite(error):
-        # Broken weights are no matter of the architecture: the first step finds them, and names what to do (finite.py)
-        logger.warning("Self-check: not made, because the hidden states of teacher or student are not finite")
-        return
+        raise ValueError(
+            "The teacher's hidden states on a short text are not finite: its weights are broken, or overflow in its precision. Load "
+            f"other weights, or compute in bf16 or fp32. {SWITCH}"
+        )
     if not error <= (allowed := _allowed(teacher)):
         raise ValueError(
             f"The teacher is not itself under KV sharing: reading its own keys and values, its hidden states are off by {error:.2g} of "
