@@ -7,7 +7,6 @@ divides the sum by the number of labels in the global batch.
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from .bad_rows import ROW_COLUMN
 from .compatibility import CompatibilityReport, check_compatibility, guess_teacher
 from .config import LinguDistillConfig
 from .data_mixin import DataMixin
-from .engines import SameModules, blank_image, is_teacher_sharded, shard_teacher, sharding_of
+from .engines import SameModules, blank_image, sharding_of
 from .finite import FiniteWatch, StepPolicy
 from .first_batch import FirstBatch
 from .hub.mixin import PublishingMixin
@@ -31,15 +30,15 @@ from .meter import Meter
 from .pace import Pace
 from .quantization import arithmetic_of, choose_kernels
 from .resume import ResumingMixin
-from .self_check import self_check, text_ids
 from .sharing import sharing
 from .step import DistillStep
-from .teacher import Teacher, compute_dtype_of, load_teacher_model, on_device, prepare_teacher, vocabulary_of
+from .teacher import Teacher, compute_dtype_of
+from .teacher_mixin import TeacherMixin, as_dict, is_quantised
 
 logger = logging.getLogger(__name__)
 
 
-class LinguDistillTrainer(DataMixin, PublishingMixin, ResumingMixin, SFTTrainer):
+class LinguDistillTrainer(DataMixin, TeacherMixin, PublishingMixin, ResumingMixin, SFTTrainer):
     """Distil a VLM's original LM back into it.
 
     Everything that [`~trl.SFTTrainer`] accepts is accepted here; two arguments are added.
@@ -124,7 +123,7 @@ class LinguDistillTrainer(DataMixin, PublishingMixin, ResumingMixin, SFTTrainer)
             student_tokenizer=getattr(processing_class, "tokenizer", processing_class),
             teacher_tokenizer=teacher_tokenizer,
             trust_remote_code=args.trust_remote_code,
-            student_revision=_as_dict(args.model_init_kwargs).get("revision") if isinstance(model, str) else None,
+            student_revision=as_dict(args.model_init_kwargs).get("revision") if isinstance(model, str) else None,
             teacher_revision=args.teacher_model_revision,
         )
         self.compatibility.raise_for_misfit()
@@ -132,7 +131,7 @@ class LinguDistillTrainer(DataMixin, PublishingMixin, ResumingMixin, SFTTrainer)
         train_dataset, eval_dataset = self.open_data(train_dataset, eval_dataset, args, kwargs)
         if isinstance(model, str):
             # SFTConfig owns the mapping; weights load from safetensors only
-            args.model_init_kwargs = {"use_safetensors": True, **_as_dict(args.model_init_kwargs)}
+            args.model_init_kwargs = {"use_safetensors": True, **as_dict(args.model_init_kwargs)}
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         if self.is_deepspeed_enabled and args.on_nan == "skip":
             raise ValueError(
@@ -170,7 +169,7 @@ class LinguDistillTrainer(DataMixin, PublishingMixin, ResumingMixin, SFTTrainer)
         mode.check(student, self.teacher.model)
         offload = offload and not is_sharded  # a sharded teacher's pieces come to the device by themselves
         measured = args.measure_teacher_quantization
-        quantised = _is_quantised(self.teacher.model)
+        quantised = is_quantised(self.teacher.model)
         self.meter = Meter(accelerator, distill_tokens=args.distill_tokens)
         watch = FiniteWatch(accelerator, getattr(self.processing_class, "tokenizer", self.processing_class))
         self.policy = StepPolicy(watch, args.on_nan)
@@ -215,68 +214,10 @@ class LinguDistillTrainer(DataMixin, PublishingMixin, ResumingMixin, SFTTrainer)
             watchers=[self.meter, watch, self.first_batch],
         )
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # The teacher
-    # ----------------------------------------------------------------------------------------------------------------
-    def _is_teacher_sharded(self) -> bool:
-        args, reference = self.args, self._teacher_ref
-        quantised = args.teacher_quantization != "none" if isinstance(reference, str) else _is_quantised(reference)
-        return is_teacher_sharded(args.teacher_sharding, quantised=quantised, sharding=sharding_of(self.accelerator))
-
-    def _make_teacher(self, student: PreTrainedModel, *, shard: bool, offload: bool) -> Teacher:
-        """Load the teacher (or take the object) and put it where `teacher_sharding` and `teacher_offload` say."""
-        reference, device = self._teacher_ref, self.accelerator.device
-        # Pieces are cut on the CPU: the whole teacher may not fit a device
-        where = torch.device("cpu") if shard else device
-        if isinstance(reference, str):
-            lm = self._load_teacher(self.args.teacher_quantization, where)
-        else:
-            choose_kernels(reference)
-            lm = reference if _is_quantised(reference) else reference.to(where)  # type: ignore[arg-type]
-        teacher = prepare_teacher(lm, vocabulary_of(student, self.compatibility), exact_vocab=shard or offload)
-        if shard:
-            return shard_teacher(teacher, self.accelerator, offload=offload)
-        with on_device(teacher, device, offload=offload):  # leaving it parks the teacher
-            return teacher
-
-    def _check_pair(self, student: PreTrainedModel) -> None:
-        """Refuse a pair whose shared keys and values would mean something else to the teacher: see `self_check.py`."""
-        if not (self.args.self_check and self.step.sharing.reads_student):
-            return
-        if sharding_of(self.accelerator) is not None:
-            logger.info("Self-check left out: student and teacher lie in pieces on all processes.")
-            return
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        ids = text_ids(tokenizer, self.teacher.vocabulary).to(student.device)
-        plain = self.model.disable_adapter() if is_peft_model(self.model) else nullcontext()
-        with on_device(self.teacher, ids.device, offload=self.step.offload), plain, self.accelerator.autocast():
-            self_check(student, self.teacher.model, ids)
-
-    def _load_teacher(self, quantization: str, device: torch.device) -> PreTrainedModel:
-        args = self.args
-        return load_teacher_model(
-            self.teacher_name_or_path,
-            revision=args.teacher_model_revision,
-            init_kwargs=_as_dict(args.teacher_model_init_kwargs),
-            quantization=quantization,
-            dtype=self._compute_dtype,
-            device=device,
-            trust_remote_code=args.trust_remote_code,
-        )
-
-    def _whole_teacher(self) -> Teacher:
-        """The teacher without quantisation, beside the other one."""
-        return prepare_teacher(self._load_teacher("none", self.accelerator.device), self.teacher.vocabulary)
-
     @property
     def teacher_quantization_kl(self) -> float | None:  # type: ignore[override]  # measured, not set
         """KL(full-precision teacher || quantised teacher) in nats per token, where it was measured."""
         return self.first_batch.quantization_kl
-
-    @property
-    def teacher_ce_unshared(self) -> float | None:
-        """The teacher's cross-entropy in nats per token without sharing, on the first batch with text-only rows."""
-        return self.first_batch.ce_unshared
 
     @property
     def skipped_steps(self) -> int:
@@ -357,11 +298,3 @@ class LinguDistillTrainer(DataMixin, PublishingMixin, ResumingMixin, SFTTrainer)
 def _reference(model: Any) -> str:
     """The name or path that a model was loaded from (empty if it was built in memory)."""
     return model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")
-
-
-def _as_dict(value: Any) -> dict[str, Any]:
-    return dict(value) if isinstance(value, dict) else {}
-
-
-def _is_quantised(model: PreTrainedModel) -> bool:
-    return getattr(model, "hf_quantizer", None) is not None

@@ -139,7 +139,16 @@ def card(name: str, file: Path, command: str | None, root: Path = ROOT) -> str:
 
 def render(root: Path = ROOT) -> dict[str, str]:
     """{file name: text} of all cards."""
-    return {f"{name}.md": card(name, file, command, root) for name, file, command in results(root)}
+    found = results(root)
+    return {f"{name}.md": card(name, file, command, root) for name, file, command in found if is_told(file)}
+
+
+def is_told(file: Path) -> bool:
+    """Whether a recipe's summary already has what its card is about: the default arm after severe drift, in regime P."""
+    if file.name != "summary.json":
+        return True
+    summary = json.loads(file.read_text(encoding="utf-8"))
+    return summary["default"] in summary["regimes"].get("P", {}).get("severe", {}) and "P" in summary["paired"]
 
 
 def stale(cards: dict[str, str], folder: Path = CARDS) -> list[str]:

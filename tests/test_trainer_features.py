@@ -19,7 +19,7 @@ from planning import KV_SHARING_MODES
 from transformers import TrainerCallback, TrainerControl
 from trl import SFTTrainer
 
-import hf_lingudistill.trainer as trainer_module
+import hf_lingudistill.teacher_mixin as teacher_module
 from hf_lingudistill import LinguDistillTrainer, check_compatibility
 
 MakeTrainer = Callable[..., Any]
@@ -689,7 +689,7 @@ def test_misfit_is_refused_with_the_sentence_of_the_check_before_weights_load(
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded before the check")
 
-    monkeypatch.setattr(trainer_module, "load_teacher_model", loaded)
+    monkeypatch.setattr(teacher_module, "load_teacher_model", loaded)
     monkeypatch.setattr(SFTTrainer, "__init__", loaded)
     with pytest.raises(ValueError) as found:
         make_trainer(model=str(saved_pair[0]), teacher_model=str(deeper))

@@ -1,0 +1,107 @@
+"""Loading the teacher where the run's options and its engine say, as a mixin for a trainer."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel
+
+from .compatibility import CompatibilityReport
+from .engines import is_teacher_sharded, shard_teacher, sharding_of
+from .first_batch import FirstBatch
+from .quantization import choose_kernels
+from .self_check import self_check, text_ids
+from .step import DistillStep
+from .teacher import Teacher, load_teacher_model, on_device, prepare_teacher, vocabulary_of
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer as _Trainer
+else:
+    _Trainer = object  # at run time a trainer class stands behind the mixin
+
+logger = logging.getLogger(__name__)
+
+
+class TeacherMixin(_Trainer):
+    """The frozen LM of a trainer: loaded or taken as it is, quantised, sharded, offloaded, checked against the student.
+
+    Relies on the names below, which the trainer sets before it asks for the teacher.
+    """
+
+    args: Any
+    model: Any
+    processing_class: Any
+    compatibility: CompatibilityReport
+    teacher_name_or_path: str
+    teacher: Teacher
+    first_batch: FirstBatch
+    step: DistillStep
+    _teacher_ref: str | PreTrainedModel
+    _compute_dtype: torch.dtype
+
+    def _is_teacher_sharded(self) -> bool:
+        args, reference = self.args, self._teacher_ref
+        quantised = args.teacher_quantization != "none" if isinstance(reference, str) else is_quantised(reference)
+        return is_teacher_sharded(args.teacher_sharding, quantised=quantised, sharding=sharding_of(self.accelerator))
+
+    def _make_teacher(self, student: PreTrainedModel, *, shard: bool, offload: bool) -> Teacher:
+        """Load the teacher (or take the object) and put it where `teacher_sharding` and `teacher_offload` say."""
+        reference, device = self._teacher_ref, self.accelerator.device
+        # Pieces are cut on the CPU: the whole teacher may not fit a device
+        where = torch.device("cpu") if shard else device
+        if isinstance(reference, str):
+            lm = self._load_teacher(self.args.teacher_quantization, where)
+        else:
+            choose_kernels(reference)
+            lm = reference if is_quantised(reference) else reference.to(where)  # type: ignore[arg-type]
+        teacher = prepare_teacher(lm, vocabulary_of(student, self.compatibility), exact_vocab=shard or offload)
+        if shard:
+            return shard_teacher(teacher, self.accelerator, offload=offload)
+        with on_device(teacher, device, offload=offload):  # leaving it parks the teacher
+            return teacher
+
+    def _check_pair(self, student: PreTrainedModel) -> None:
+        """Refuse a pair whose shared keys and values would mean something else to the teacher: see `self_check.py`."""
+        if not (self.args.self_check and self.step.sharing.reads_student):
+            return
+        if sharding_of(self.accelerator) is not None:
+            logger.info("Self-check left out: student and teacher lie in pieces on all processes.")
+            return
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        ids = text_ids(tokenizer, self.teacher.vocabulary).to(student.device)
+        plain = self.model.disable_adapter() if is_peft_model(self.model) else nullcontext()
+        with on_device(self.teacher, ids.device, offload=self.step.offload), plain, self.accelerator.autocast():
+            self_check(student, self.teacher.model, ids)
+
+    def _load_teacher(self, quantization: str, device: torch.device) -> PreTrainedModel:
+        args = self.args
+        return load_teacher_model(
+            self.teacher_name_or_path,
+            revision=args.teacher_model_revision,
+            init_kwargs=as_dict(args.teacher_model_init_kwargs),
+            quantization=quantization,
+            dtype=self._compute_dtype,
+            device=device,
+            trust_remote_code=args.trust_remote_code,
+        )
+
+    def _whole_teacher(self) -> Teacher:
+        """The teacher without quantisation, beside the other one."""
+        return prepare_teacher(self._load_teacher("none", self.accelerator.device), self.teacher.vocabulary)
+
+    @property
+    def teacher_ce_unshared(self) -> float | None:
+        """The teacher's cross-entropy in nats per token without sharing, on the first batch with text-only rows."""
+        return self.first_batch.ce_unshared
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, dict) else {}
+
+
+def is_quantised(model: PreTrainedModel) -> bool:
+    return getattr(model, "hf_quantizer", None) is not None
