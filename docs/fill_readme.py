@@ -124,7 +124,7 @@ def options() -> str:
     """The fields that `LinguDistillConfig` adds to `SFTConfig`."""
     lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
     for option in fields(DistillOptions):
-        kind = str(option.type).replace("|", "or")
+        kind = DistillOptions.__annotations__[option.name].replace("|", "or")  # a parser writes over `option.type`
         meaning = option.metadata["help"].replace("%%", "%").replace("|", "\\|")
         lines.append(f"| `{option.name}` | `{kind}` | `{json.dumps(option.default)}` | {meaning} |")
     return "\n".join(lines)
