@@ -188,7 +188,7 @@ def test_an_adapters_base_answers_as_a_copy_of_the_same_weights(
 
     def make() -> Any:
         trainer = make_trainer(
-            model=tiny.make_vlm(0, tie_word_embeddings=tied),
+            model=tiny.make_vlm(0, tie_word_embeddings=tied, attention_dropout=0.3),
             peft_config=lora(lora_dropout=0.3, modules_to_save=modules_to_save),
             anchor="before",
             anchor_weight=WEIGHT,
