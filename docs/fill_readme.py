@@ -20,8 +20,8 @@ from typing import Any
 from hf_lingudistill.config import LinguDistillConfig
 from hf_lingudistill.labs.demo_report import prompts_text, table, verdict
 from hf_lingudistill.labs.diagnose import as_text
+from hf_lingudistill.labs.known_models import BUILT_IN_PAIRS
 from hf_lingudistill.labs.memory import (
-    BUILT_IN_PAIRS,
     GIB,
     QUANTIZATIONS,
     ModelFacts,

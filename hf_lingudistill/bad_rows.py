@@ -50,7 +50,7 @@ def row_name(row: Row) -> str:
     text: Any = next((row[key] for key in ("messages", "conversations", "prompt", "text") if row.get(key)), "")
     while isinstance(text, list | dict) and text:
         if isinstance(text, dict):
-            text = text.get("content") or text.get("value") or text.get("text") or ""
+            text = text.get("content") or text.get("value") or text.get("text") or text.get("user") or ""
         else:
             text = text[-1] if isinstance(text[0], dict) and "type" in text[0] else text[0]
     return f"The row that begins {str(text)[:60]!r}"

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
+PAIRS_COLUMN = "texts"  # of FineVision and The Cauldron: a question and its answer in each turn
 ACCEPTED = "'messages', 'prompt' and 'completion', or 'text'"
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image", "image_url", "input_image", "image_pil")
@@ -48,7 +49,8 @@ def as_trl_row(row: Row, name: str, image_token: str | None = None, *, chat: boo
 
     Args:
         row: `messages` or `conversations` (turns with role and content, or from and value; content a text or parts; as a list, as
-            JSON text, or as a mapping of lists), or `prompt` and `completion` (texts or turns), or `text`; images in `images`,
+            JSON text, or as a mapping of lists), or `texts` (turns of user and assistant) where there is none of the others, or `prompt`
+            and `completion` (texts or turns), or `text`; images in `images`,
             `image`, or in the parts of a turn. Other columns are passed on.
         name: how messages name the row.
         image_token: the text that the student's processor takes for an image.
@@ -60,8 +62,8 @@ def as_trl_row(row: Row, name: str, image_token: str | None = None, *, chat: boo
     Raises:
         BadRow: if the row has another shape, or its images and the places for them differ in number.
     """
-    other = {k: v for k, v in row.items() if k not in (*CONVERSATION_COLUMNS, *IMAGE_COLUMNS)}
-    column = next((key for key in CONVERSATION_COLUMNS if row.get(key) is not None), None)
+    column = next((key for key in CONVERSATION_COLUMNS if row.get(key) is not None), None) or pairs_column(row)
+    other = {k: v for k, v in row.items() if k not in (*CONVERSATION_COLUMNS, *IMAGE_COLUMNS, column)}
     images = column_images(row, name, of_conversation=column is not None)
     if column is not None:
         turns = _turns(row[column], f"{name}, {column!r}")
@@ -81,6 +83,12 @@ def as_trl_row(row: Row, name: str, image_token: str | None = None, *, chat: boo
             "shape.",
         )
     return new if images is None else {**new, "images": images}
+
+
+def pairs_column(row: Iterable[str]) -> str | None:
+    """`texts`, where a row (or a dataset's columns) has nothing else to train on."""
+    others = (*CONVERSATION_COLUMNS, "prompt", "completion", "text")
+    return PAIRS_COLUMN if PAIRS_COLUMN in row and not any(name in row for name in others) else None
 
 
 def check_answer(row: Row, name: str) -> None:
@@ -164,7 +172,15 @@ def _turns(value: Any, where: str) -> list[Row]:
         raise BadRow(
             "not a conversation", f"{where}: expected a list of turns, found {type(value).__name__} {shown(value)}."
         )
-    return [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(value)]
+    turns = [part for turn in value for part in _both(turn)]
+    return [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(turns)]
+
+
+def _both(turn: Any) -> list[Any]:
+    """A turn; two where it holds a question and its answer under `user` and `assistant`."""
+    if isinstance(turn, Mapping) and {"user", "assistant"} <= turn.keys() and not {"role", "from"} & turn.keys():
+        return [{"role": role, "content": turn[role]} for role in ("user", "assistant")]
+    return [turn]
 
 
 def _turn(turn: Any, where: str) -> Row:

@@ -19,7 +19,15 @@ from datasets.table import InMemoryTable, concat_tables
 
 from .bad_rows import ROW_COLUMN, AnyDataset, BadRow, Row, flag_of, row_name, without_bad_rows
 from .config import LinguDistillConfig
-from .formats import CONVERSATION_COLUMNS, PAYLOADS, as_trl_row, check_answer, embeds_images, has_images
+from .formats import (
+    CONVERSATION_COLUMNS,
+    PAYLOADS,
+    as_trl_row,
+    check_answer,
+    embeds_images,
+    has_images,
+    pairs_column,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -289,7 +297,7 @@ def renamed(dataset: AnyDataset) -> AnyDataset:
     columns = columns_of(dataset)
     if "messages" in columns:
         return dataset
-    other = next((column for column in CONVERSATION_COLUMNS if column in columns), None)
+    other = next((column for column in CONVERSATION_COLUMNS if column in columns), None) or pairs_column(columns)
     if other is None:
         return dataset
     if dataset.column_names is not None:

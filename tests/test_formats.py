@@ -636,3 +636,42 @@ def test_a_text_prompt_with_an_answer_in_turns_is_labelled_after_the_prompt(make
     expected = batch_of(make_trainer(SFTTrainer, train_dataset=plain))
     assert_same(batch_of(make_trainer(train_dataset=mixed)), expected, "input_ids", "labels")
     assert (expected["labels"] == -100).any()  # control
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# FineVision and The Cauldron
+# --------------------------------------------------------------------------------------------------------------------
+def pairs(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"user": user, "assistant": assistant, "source": "somewhere"} for user, assistant in turns]
+
+
+def test_pairs_of_question_and_answer_are_turns(make_trainer: MakeTrainer) -> None:
+    texts = pairs((QUESTION, ANSWER), ("and the sea?", "deep"))
+    turns = [{"role": role, "content": turn[role]} for turn in texts for role in ("user", "assistant")]
+    image = {"bytes": PNG, "path": None}
+    of_lists = {key: [turn[key] for turn in texts] for key in texts[0]}
+    for value in (texts, of_lists):
+        row = as_trl_row({"texts": value, "images": [image], "source": "docvqa"}, "Row 0")
+        assert row["messages"][1:] == turns[1:] and row["images"] == [image] and row["source"] == "docvqa"
+        assert row["messages"][0]["content"] == [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    features = Features({"images": List(Image()), "texts": List(dict.fromkeys(texts[0], Value("string")))})
+    data = Dataset.from_list([{"images": [image], "texts": texts}] * 4, features=features)
+    plain = Dataset.from_list([{"images": [picture()], "messages": turns}] * 4)
+    batch, other = (batch_of(make_trainer(train_dataset=rows, **IN_ORDER)) for rows in (data, plain))
+    assert_same(batch, other)
+    stream = batch_of(make_trainer(train_dataset=data.to_iterable_dataset(), **IN_ORDER))
+    assert_same(stream, other)
+
+
+def test_a_column_of_that_name_is_left_alone_beside_another_format() -> None:
+    for beside in (
+        {"text": "running"},
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"prompt": "a", "completion": "b"},
+    ):
+        row = as_trl_row({"texts": ["unrelated"], **beside}, "Row 0", chat=False)
+        assert row["texts"] == ["unrelated"] and row.keys() >= beside.keys()
+    with pytest.raises(BadRow, match=r"Row 0, 'texts', turn 0: expected \{'role', 'content'\}"):
+        as_trl_row({"texts": ["unrelated"]}, "Row 0")
+    with pytest.raises(BadRow, match="content of the assistant's turn is missing"):
+        as_trl_row({"texts": [{"user": "a", "assistant": None}]}, "Row 0")

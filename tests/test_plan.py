@@ -16,8 +16,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lingudistill.cli import main
+from hf_lingudistill.labs.known_models import BUILT_IN_PAIRS
 from hf_lingudistill.labs.memory import (
-    BUILT_IN_PAIRS,
     ENGINES,
     GIB,
     LORA_TARGETS,
@@ -31,6 +31,7 @@ from hf_lingudistill.labs.memory import (
     read_pair,
     smallest_plan,
     step_cost,
+    step_seconds,
     teacher_bytes,
     trainable_parameters,
 )
@@ -42,8 +43,14 @@ SMALL, LARGE = "HuggingFaceTB/SmolVLM-256M-Instruct", "Qwen/Qwen2.5-VL-72B-Instr
 # Of student and LM; docs/scale.md says which were found published
 PUBLISHED = {
     SMALL: (256_484_928, 134_515_008),
+    "HuggingFaceTB/SmolVLM-500M-Instruct": (507_482_304, 361_821_120),
     "HuggingFaceTB/SmolVLM-Instruct": (2_246_272_880, 1_711_376_384),
+    "Qwen/Qwen2.5-VL-3B-Instruct": (3_754_622_976, 3_085_938_688),
     "Qwen/Qwen2.5-VL-7B-Instruct": (8_292_166_656, 7_615_616_512),
+    "llava-hf/llava-1.5-7b-hf": (7_063_427_072, 6_738_415_616),
+    "OpenGVLab/InternVL3-1B-hf": (938_193_024, 494_032_768),
+    "OpenGVLab/InternVL3-2B-hf": (2_088_957_440, 1_543_714_304),
+    "google/gemma-3-4b-it": (4_300_079_472, 3_880_263_168),
     LARGE: (73_410_777_344, 72_706_203_648),
 }
 
@@ -66,6 +73,22 @@ def test_built_in_configs_have_the_number_of_parameters_of_the_models(
     name: str, pairs: dict[str, tuple[ModelFacts, ModelFacts]]
 ) -> None:
     assert tuple(facts.parameters for facts in pairs[name]) == PUBLISHED[name]
+
+
+def test_patches_become_image_tokens_as_each_family_has_it(pairs: dict[str, tuple[ModelFacts, ModelFacts]]) -> None:
+    found = {name: facts.patches_per_token for name, (facts, _) in pairs.items()}
+    assert found == {
+        "HuggingFaceTB/SmolVLM-256M-Instruct": 16,
+        "HuggingFaceTB/SmolVLM-500M-Instruct": 16,
+        "HuggingFaceTB/SmolVLM-Instruct": 9,
+        "Qwen/Qwen2.5-VL-3B-Instruct": 4,
+        "Qwen/Qwen2.5-VL-7B-Instruct": 4,
+        "Qwen/Qwen2.5-VL-72B-Instruct": 4,
+        "llava-hf/llava-1.5-7b-hf": 1,
+        "OpenGVLab/InternVL3-1B-hf": 4,  # downsample_ratio 0.5
+        "OpenGVLab/InternVL3-2B-hf": 4,
+        "google/gemma-3-4b-it": 16,  # (896 / 14)^2 patches become 256 tokens
+    }
 
 
 def test_facts_of_a_folder_are_those_of_its_weights(saved_pair: tuple[Path, Path]) -> None:
@@ -250,7 +273,7 @@ def test_what_takes_less_takes_less(pairs: dict[str, tuple[ModelFacts, ModelFact
 
 
 def test_the_smallest_set_up_fits_and_a_smaller_one_does_not(pairs: dict[str, tuple[ModelFacts, ModelFacts]]) -> None:
-    for name in PUBLISHED:
+    for name in (SMALL, "HuggingFaceTB/SmolVLM-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct", LARGE):
         plan = smallest_plan(*pairs[name], Setup(gpu_memory=80))
         assert plan is not None and plan.fits
         assert plan.needed <= 80 * GIB
@@ -298,6 +321,21 @@ def test_a_small_student_on_a_gpu_waits_for_its_launches(small: tuple[ModelFacts
         step_cost(student, teacher, replace(long, device="cpu")), rel=1e-3
     )
     assert step_cost(*short[:2], replace(short[2], device="cpu")) < step_cost(*short)
+
+
+def test_the_seconds_of_a_step_are_its_operations_over_the_speed(
+    pairs: dict[str, tuple[ModelFacts, ModelFacts]],
+) -> None:
+    pair = pairs["Qwen/Qwen2.5-VL-7B-Instruct"]
+    setup = Setup(seq_len=4096, image_tokens=0, response_tokens=64)
+    seconds = step_seconds(*pair, setup)
+    assert seconds is not None
+    # Forward, again for checkpointing, and twice that backward, through 6.5 G weights of the layers, at 4e14 operations a second
+    linear = 4 * 2 * 4096 * pair[0].text.linear_parameters / 4e14
+    assert linear < seconds < 1.25 * linear  # and attention, the heads and the teacher
+    assert step_seconds(*pair, replace(setup, batch=2)) == pytest.approx(2 * seconds)
+    assert step_seconds(*pair, replace(setup, device="cpu")) is None
+    assert make_plan(*pair, setup).to_dict()["step_seconds"] == seconds
 
 
 def test_sharing_more_costs_less(small: tuple[ModelFacts, ModelFacts]) -> None:

@@ -13,6 +13,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 
+from hf_lingudistill.hub.run_facts import dataset_fact
 from hf_lingudistill.images import decode_image
 from hf_lingudistill.mixtures import DistillMixtureConfig, DistillSource, load_mixture
 from hf_lingudistill.sources import load_source
@@ -236,3 +237,21 @@ def test_a_schema_that_sources_share_stays_as_it_is(elsewhere: Path) -> None:
     text = lines(elsewhere / "2.jsonl", [{"messages": TURNS, "id": "two"}])
     mixed = load_mixture(DistillMixtureConfig(datasets=[{"path": str(first)}, {"path": str(text)}]))["train"]
     assert set(mixed.column_names) == {"messages", "distill"}
+
+
+def test_files_on_the_hub_are_recorded_as_their_dataset(tmp_path: Path) -> None:
+    commit = "3c380a731a3429c1d04693d6ec16d7e683def84c"
+    files = f"hf://datasets/ORG/DATA@{commit}/docvqa/train-00000-of-*.parquet"
+    fact = dataset_fact("parquet", data_files=files, split="train[:9]", distill=False)
+    assert fact == {
+        "id": "ORG/DATA",
+        "name": "ORG/DATA",
+        "revision": commit,
+        "config": "docvqa",
+        "split": "train[:9]",
+        "distill": False,
+    }
+    # A loader's name is no dataset's
+    local = dataset_fact("json", data_files={"train": [str(tmp_path / "a.jsonl"), "/data/b.jsonl"]})
+    assert local == {"id": None, "name": "a.jsonl, b.jsonl", "revision": None}
+    assert dataset_fact("ORG/DATA", data_files="a.parquet")["id"] == "ORG/DATA"

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -60,6 +61,10 @@ SETTINGS = (
     "bf16",
     "fp16",
 )
+
+
+# dataset, revision, folder of the files
+_ON_THE_HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?/(?:(.+)/)?[^/]+$")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -123,10 +128,38 @@ def dataset_revision(dataset_id: str | None) -> str | None:
         return None
 
 
-def dataset_fact(path: str, **fields: Any) -> RunFacts:
-    """A data source as run facts keep it. fields: `config`, `split`, `fraction`, `distill`, whatever is known."""
+def dataset_fact(path: str, *, data_files: Any = None, **fields: Any) -> RunFacts:
+    """A data source as run facts keep it.
+
+    data_files: what is read, where `path` names a loader (`parquet`, `json`); files of one dataset on the Hub make that the source.
+    fields: `config`, `split`, `fraction`, `distill`, whatever is known.
+    """
     known = {name: value for name, value in fields.items() if value is not None}
-    return {"id": hub_id(path), "name": public_name(path), "revision": dataset_revision(path), **known}
+    if data_files is None or "/" in path or is_local(path):
+        return {"id": hub_id(path), "name": public_name(path), "revision": dataset_revision(path), **known}
+    files = _file_names(data_files)
+    found = [_ON_THE_HUB.match(file) for file in files]
+    places = {(match[1], match[2]) for match in found if match}
+    if len(places) != 1 or not all(found):
+        names = sorted({public_name(file) for file in files})
+        return {"id": None, "name": ", ".join(names), "revision": None, **known}
+    ((name, revision),) = places
+    folders = sorted({match[3] for match in found if match and match[3]})
+    return {
+        "id": name,
+        "name": name,
+        "revision": revision or dataset_revision(name),
+        **({"config": ", ".join(folders)} if folders else {}),
+        **known,
+    }
+
+
+def _file_names(data_files: Any) -> list[str]:
+    if isinstance(data_files, Mapping):
+        data_files = list(data_files.values())
+    if isinstance(data_files, list | tuple):
+        return [name for part in data_files for name in _file_names(part)]
+    return [str(data_files)]
 
 
 # --------------------------------------------------------------------------------------------------------------------

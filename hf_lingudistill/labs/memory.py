@@ -15,11 +15,12 @@ heads x head size, I intermediate size, V vocabulary. Sizes in bytes unless said
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..sharing import MODES
+from .known_models import BUILT_IN, BUILT_IN_PAIRS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -227,75 +228,6 @@ class Setup:
 # --------------------------------------------------------------------------------------------------------------------
 # Facts from configs
 # --------------------------------------------------------------------------------------------------------------------
-# So that these plans need no Hub. The fields that decide sizes, as the config.json of each repository states them; where
-# they were taken from, and how they were checked: docs/scale.md.
-_SIGLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-_SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
-_QWEN_VIT = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2}
-
-
-def _text(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-    }
-
-
-_SMOLLM2_135M, _SMOLLM2_1_7B = (30, 576, 1536, 9, 3), (24, 2048, 8192, 32, 32)
-_QWEN25_7B, _QWEN25_72B = (28, 3584, 18944, 28, 4, 152064), (80, 8192, 29568, 64, 8, 152064)
-
-BUILT_IN: Mapping[str, dict[str, Any]] = {
-    "HuggingFaceTB/SmolVLM-256M-Instruct": {
-        "model_type": "idefics3",
-        "text_config": {"model_type": "llama", **_text(*_SMOLLM2_135M, 49280)},
-        "vision_config": {**_SIGLIP, "image_size": 512, "patch_size": 16},
-        "scale_factor": 4,
-        "tie_word_embeddings": False,
-    },
-    "HuggingFaceTB/SmolVLM-Instruct": {
-        "model_type": "idefics3",
-        "text_config": {"model_type": "llama", **_text(*_SMOLLM2_1_7B, 49155)},
-        "vision_config": {**_SO400M, "image_size": 384, "patch_size": 14},
-        "scale_factor": 3,
-        "tie_word_embeddings": False,
-    },
-    "Qwen/Qwen2.5-VL-7B-Instruct": {
-        "model_type": "qwen2_5_vl",
-        "text_config": _text(*_QWEN25_7B),
-        "vision_config": {**_QWEN_VIT, "intermediate_size": 3420, "out_hidden_size": 3584},
-        "tie_word_embeddings": False,
-    },
-    "Qwen/Qwen2.5-VL-72B-Instruct": {
-        "model_type": "qwen2_5_vl",
-        "text_config": _text(*_QWEN25_72B),
-        "vision_config": {**_QWEN_VIT, "intermediate_size": 3456, "out_hidden_size": 8192},
-        "tie_word_embeddings": False,
-    },
-    "HuggingFaceTB/SmolLM2-135M-Instruct": {
-        "model_type": "llama",
-        **_text(*_SMOLLM2_135M, 49152),
-        "tie_word_embeddings": True,
-    },
-    "HuggingFaceTB/SmolLM2-1.7B-Instruct": {
-        "model_type": "llama",
-        **_text(*_SMOLLM2_1_7B, 49152),
-        "tie_word_embeddings": True,
-    },
-    "Qwen/Qwen2.5-7B-Instruct": {"model_type": "qwen2", **_text(*_QWEN25_7B), "tie_word_embeddings": False},
-    "Qwen/Qwen2.5-72B-Instruct": {"model_type": "qwen2", **_text(*_QWEN25_72B), "tie_word_embeddings": False},
-}
-BUILT_IN_PAIRS: Mapping[str, str] = {
-    "HuggingFaceTB/SmolVLM-256M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "HuggingFaceTB/SmolVLM-Instruct": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-    "Qwen/Qwen2.5-VL-7B-Instruct": "Qwen/Qwen2.5-7B-Instruct",
-    "Qwen/Qwen2.5-VL-72B-Instruct": "Qwen/Qwen2.5-72B-Instruct",
-}
-
-
 def read_pair(student: str, teacher: str | None) -> tuple[ModelFacts, ModelFacts]:
     """The facts of a VLM and of its LM, each a folder, a Hub id, or one of `BUILT_IN`, which need no Hub.
 
@@ -400,10 +332,14 @@ def _first(config: PreTrainedConfig, *names: str) -> int:
 
 
 def _patches_per_token(config: PreTrainedConfig) -> int:
-    """Vision patches that become one image token: pixel shuffle (Idefics3, SmolVLM) or patch merging (Qwen-VL)."""
+    """Vision patches that become one image token: pixel shuffle (Idefics3, SmolVLM, InternVL), patch merging (Qwen-VL), pooling
+    (Gemma 3)."""
     vision = _vision_config(config)
-    side = getattr(config, "scale_factor", None) or getattr(vision, "spatial_merge_size", None) or 1
-    return int(side) ** 2
+    if pooled := getattr(config, "mm_tokens_per_image", None):
+        return (_first(vision, "image_size") // _first(vision, "patch_size")) ** 2 // int(pooled)  # type: ignore[arg-type]
+    shrunk = 1 / (getattr(config, "downsample_ratio", None) or 1)
+    side = getattr(config, "scale_factor", None) or getattr(vision, "spatial_merge_size", None) or shrunk
+    return round(side**2)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -649,12 +585,32 @@ _LAUNCHES_PER_LAYER, _LAUNCHES_OF_TOWER, _LAUNCHES_OF_TEACHER = 120, 100, 40
 
 
 def step_cost(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> float:
-    """Time of a distilling step over that of the same step of SFT with a head over the labelled positions alone.
+    """Time of a distilling step over that of the same step of SFT with a head over the labelled positions alone: see `step_seconds`."""
+    sft, added, launches, more = _step_work(student, teacher, setup)
+    if setup.device == "cpu":
+        return (sft + added) / sft
+    return _seconds(sft + added, more) / _seconds(sft, launches)
+
+
+def step_seconds(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> float | None:
+    """Seconds of a distilling step (one batch per device) on a GPU of `_FLOPS`; None for a CPU, whose speed is not taken as known.
 
     Multiply-adds or launches, whichever takes longer: a small student on a GPU waits for its launches, and the teacher adds some. No
-    memory traffic, no unpacking of quantised weights and no communication is counted. Never measured on a GPU. With an anchor, every
-    step is taken to have an unmarked row.
+    memory traffic, no unpacking of quantised weights, no communication and no reading of data is counted. Never measured on a GPU. With
+    an anchor, every step is taken to have an unmarked row.
     """
+    if setup.device == "cpu":
+        return None
+    sft, added, _, more = _step_work(student, teacher, setup)
+    return _seconds(sft + added, more)
+
+
+def _seconds(work: float, count: float) -> float:
+    return max(2 * work / _FLOPS, count * _LAUNCH_SECONDS)
+
+
+def _step_work(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> tuple[float, float, float, float]:
+    """(multiply-adds of SFT, of what distilling adds, launches of SFT, launches of both)."""
     passes = 2.0 if setup.lora_rank else 3.0  # forward, gradient of the inputs, gradient of the weights
     passes += 1.0 if setup.gradient_checkpointing else 0.0
     backbone = _forward_work(student.text, setup.tokens, setup.seq_len / 2)
@@ -672,13 +628,7 @@ def step_cost(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> float:
     more = launches + _LAUNCHES_OF_TEACHER * teacher.text.layers
     if setup.anchor == "before":
         added, more = added + backbone, more + forward
-    if setup.device == "cpu":
-        return 1.0 + added / sft
-
-    def seconds(work: float, count: float) -> float:
-        return max(2 * work / _FLOPS, count * _LAUNCH_SECONDS)
-
-    return seconds(sft + added, more) / seconds(sft, launches)
+    return sft, added, launches, more
 
 
 def _forward_work(tower: TowerFacts, tokens: float, keys: float) -> float:
@@ -694,7 +644,8 @@ class Plan:
     """A set-up and what it takes.
 
     moment: when memory peaks. lines: bytes by name at that moment. teacher: bytes of the whole teacher by quantisation.
-    recorded_kv: bytes of one copy of the student's K/V. moments: bytes in all by moment. cost: of a step over SFT.
+    recorded_kv: bytes of one copy of the student's K/V. moments: bytes in all by moment. cost: of a step over SFT. seconds: of a step, see
+    `step_seconds`.
     """
 
     student: ModelFacts
@@ -706,6 +657,7 @@ class Plan:
     teacher: Lines
     recorded_kv: int
     cost: float
+    seconds: float | None
 
     @property
     def peak(self) -> int:
@@ -737,6 +689,7 @@ class Plan:
             "teacher_by_quantization": self.teacher,
             "recorded_kv": self.recorded_kv,
             "step_cost_over_sft": self.cost,
+            "step_seconds": self.seconds,
         }
 
     def __str__(self) -> str:
@@ -756,7 +709,12 @@ class Plan:
             "",
             "Teacher: " + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in self.teacher.items()) + ", whole",
             f"Recorded K/V: {self.recorded_kv / GIB:.2f} GiB, dropped before the backward pass",
-            f"A step costs {self.cost:.3f} of an SFT step (operations)",
+            f"A step costs {self.cost:.3f} of an SFT step (operations)"
+            + (
+                ""
+                if self.seconds is None
+                else f", {self.seconds:.2f} s at {_FLOPS / 1e12:.0f} TFLOP/s (40 % of an H100)"
+            ),
             f"It {'fits' if self.fits else 'does not fit'}.",
         ]
         return "\n".join(text)
@@ -787,6 +745,7 @@ def make_plan(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Plan:
         teacher={q: teacher_bytes(teacher, q, setup.compute_bytes, student.vocab) for q in QUANTIZATIONS},
         recorded_kv=kv_bytes(student, setup),
         cost=step_cost(student, teacher, setup),
+        seconds=step_seconds(student, teacher, setup),
     )
 
 

@@ -219,6 +219,7 @@ def sources_of(script_args: DistillScriptArguments, mixture: DistillMixtureConfi
     return [
         dataset_fact(
             source.path,
+            data_files=source.data_files,
             config=source.name,
             split=source.split,
             fraction=source.fraction,
