@@ -56,7 +56,6 @@ __all__ = [
     "DatasetConfig",
     "FusedCausalLMOutput",
     "Head",
-    "asks_for_router",
     "attention_switched",
     "base_attention_function",
     "checkpoint_activations",
@@ -69,7 +68,6 @@ __all__ = [
     "loaded_by_every_process",
     "register_attention",
     "render_jinja_template",
-    "router_loss",
     "use_new_names",
 ]
 
@@ -246,25 +244,6 @@ def head_of(model: PreTrainedModel) -> Head:
         scale=1.0 if scale is None else float(scale),
         softcap=getattr(config, "final_logit_softcapping", None),
     )
-
-
-def asks_for_router(model: PreTrainedModel) -> bool:
-    """Whether the text config asks for the logits of a mixture-of-experts router, for its auxiliary loss."""
-    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
-
-
-def router_loss(model: PreTrainedModel, outputs: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
-    """The load-balancing loss of a mixture of experts, as TRL's fused forward computes it; None where nobody asked."""
-    if not (inputs.get("output_router_logits") or asks_for_router(model)):
-        return None
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    config = model.config.get_text_config()
-    experts = getattr(config, "num_experts", None) or config.num_local_experts
-    loss: Any = load_balancing_loss_func(
-        outputs.router_logits, experts, config.num_experts_per_tok, inputs.get("attention_mask")
-    )
-    return None if loss is None else torch.as_tensor(loss)
 
 
 def gathered(*parameters: Any) -> AbstractContextManager[Any]:

@@ -130,6 +130,14 @@ def label_nll(hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.T
     return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
 
 
+@torch.no_grad()
+def head_error(head: Head, hidden: torch.Tensor, own: torch.Tensor) -> float:
+    """How far the head's logits of hidden (N, H) are from the model's own, (N, V): the largest difference, relative to the largest
+    logit."""
+    own = own.float()
+    return float((_finish(_raw_logits(hidden, head), head) - own).abs().max() / own.abs().max())
+
+
 def confident_tokens(
     teacher_log_prob: torch.Tensor, student_log_prob: torch.Tensor, margin: float = 0.0
 ) -> torch.Tensor:

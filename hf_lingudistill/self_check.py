@@ -4,6 +4,7 @@
 2. Cos and sin must lie in one order: the teacher's queries are turned by the student's.
 3. The teacher's class must be the student's arithmetic: the student's weights in it, reading the student's keys and values, must
    give the student's hidden states.
+4. The logits that the loss computes from hidden states and head must be each model's own.
 
 It costs a few short forwards. The third borrows the student's tensors without a copy; neither model is changed.
 """
@@ -15,12 +16,14 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ._internals import decoder_of
+from ._internals import decoder_of, head_of
+from .losses import head_error
 from .queries import QueryPlan, Vocabulary, plan_queries
 from .replay import replayed_pass
 from .sharing import sharing
@@ -60,18 +63,18 @@ def self_check(student: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Te
         ids: (1, T) tokens that both know.
 
     Raises:
-        ValueError: with what was measured, if one of the three checks fails.
+        ValueError: with what was measured, if one of the checks fails.
     """
     plan = _plan(ids)
     try:
         with torch.no_grad(), _undisturbed(student), recording(student) as theirs:
-            _text_forward(student, ids)
+            student_logits = _text_forward(student, ids)
     except Exception as failure:  # whatever a family raises that wants an image in every row
         why = f"{type(failure).__name__}: {failure}"
         logger.warning("Self-check left out: the student does not run on text alone (%s)", why)
         return
     with torch.no_grad(), recording(teacher) as own:
-        _text_forward(teacher, ids)
+        teacher_logits = _text_forward(teacher, ids)
     error = _error(replayed_pass(teacher, own, plan), own, plan)
     if not math.isfinite(error):
         raise ValueError(
@@ -87,6 +90,8 @@ def self_check(student: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Te
     logger.info("Self-check: the teacher on its own keys and values is off by %.1e of its plain forward", error)
     _check_rotary(theirs, own)
     _check_arithmetic(student, teacher, theirs, plan)
+    _check_head("teacher", teacher, own, teacher_logits)
+    _check_head("student", student, theirs, student_logits)
 
 
 def _plan(ids: torch.Tensor) -> QueryPlan:
@@ -97,8 +102,10 @@ def _plan(ids: torch.Tensor) -> QueryPlan:
     return plan
 
 
-def _text_forward(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+def _text_forward(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """-> the logits of its own forward, (1, T, V)."""
+    logits: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    return logits
 
 
 def _error(hidden: torch.Tensor, shared: SharedKV, plan: QueryPlan) -> float:
@@ -196,6 +203,35 @@ def _with_weights_of(student: PreTrainedModel, teacher: PreTrainedModel) -> PreT
             decoder.get_submodule(path).register_buffer(attribute, buffers[name], persistent=False)
     shell.eval()
     return shell
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The head
+# --------------------------------------------------------------------------------------------------------------------
+def _check_head(role: str, model: PreTrainedModel, shared: SharedKV, own: torch.Tensor) -> None:
+    """own: (1, T, V), the logits of the model's own forward."""
+    declared, hidden = head_of(model), shared.last_hidden_state
+    if declared.weight is None or hidden is None:  # an adapter on the head, which the step calls as the model does
+        return
+    error = head_error(declared, hidden[0], own[0])
+    if error <= (allowed := _allowed(model)):
+        return
+    plain = replace(declared, scale=1.0, softcap=None)
+    if role == "student" and head_error(plain, hidden[0], own[0]) <= allowed:
+        scaled = f"multiplies logits by {declared.scale:g}" if declared.softcap is None else "scales and caps logits"
+        logger.warning(
+            "The student's config %s, as its LM does, and the forward of %s in transformers leaves that out. It is trained with "
+            "it, as the LM was and as TRL trains it; what transformers samples from it is %s.",
+            scaled,
+            type(model).__name__,
+            f"as at a temperature of {declared.scale:g}" if declared.softcap is None else "more peaked",
+        )
+        return
+    raise ValueError(
+        f"The {role}'s own logits are not what its head gives: they are off by {error:.2g} of the largest (at most {allowed:g} is "
+        f"rounding). {type(model).__name__} does more to its hidden states or logits than scale and soft-cap them, which the loss would "
+        f"leave out: use another model. {SWITCH}"
+    )
 
 
 def _without_adapter(name: str) -> str:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ._internals import FusedCausalLMOutput, asks_for_router, head_of, router_loss
+from ._internals import FusedCausalLMOutput, head_of
 from .anchor import Before
 from .engines import SameModules, head_unsharded
 from .losses import Anchor, Scores, Weights, score
 from .queries import QueryPlan, plan_queries
+from .router import ASK, routed, router_loss
 from .sharing import Sharing
 from .student_kv import SharedKV
 from .teacher import Teacher, on_device
@@ -88,7 +89,8 @@ class DistillStep:
 
         anchor = self._anchor(inputs, plan)  # first, while the student's activations do not take memory yet
         asked = plan.num_queries > 0
-        with self.sharing.recording(self.student) if asked else nullcontext(SharedKV()) as shared:
+        recording = self.sharing.recording(self.student) if asked else nullcontext(SharedKV())
+        with recording as shared, routed(self.student, asked=bool(inputs.get(ASK))) as router_logits:
             backbone = self._backbone(inputs)
         with on_device(self.teacher, device, offload=self.offload) as teacher_head:
             teacher_hidden = self.sharing.teacher_pass(self.teacher.model, shared, plan)
@@ -114,7 +116,7 @@ class DistillStep:
         )
         for watcher in self.watchers:
             watcher.scored(inputs, plan, teacher_head, scores, training)
-        return self._output(scores, labels, router_loss(self.student, backbone, inputs))
+        return self._output(scores, labels, router_loss(self.student, router_logits, inputs.get("attention_mask")))
 
     def _anchor(self, inputs: dict[str, Any], plan: QueryPlan) -> Anchor | None:
         """What the VLM before says of the rows that are not marked; None where nobody asks, or where there are none."""
@@ -126,8 +128,6 @@ class DistillStep:
     def _backbone(self, inputs: dict[str, Any]) -> Any:
         """The student without its head. -> its output, `last_hidden_state` (B, T, H_s) with gradient."""
         own = _own(inputs)
-        if asks_for_router(self.student):
-            own.setdefault("output_router_logits", True)
         with nullcontext() if self.same_modules is None else self.same_modules.for_batch(own):
             return self.student.base_model(**own)
 
@@ -147,4 +147,4 @@ class DistillStep:
 
 def _own(inputs: dict[str, Any]) -> dict[str, Any]:
     """The student's own inputs, without what belongs to the step."""
-    return {name: value for name, value in inputs.items() if name not in ("labels", "distill", "queries")}
+    return {name: value for name, value in inputs.items() if name not in ("labels", "distill", "queries", ASK)}

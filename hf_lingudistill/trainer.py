@@ -30,6 +30,7 @@ from .meter import Meter
 from .pace import Pace
 from .quantization import arithmetic_of, choose_kernels
 from .resume import ResumingMixin
+from .router import prepare_router
 from .sharing import sharing
 from .step import DistillStep
 from .teacher import Teacher, compute_dtype_of
@@ -88,8 +89,7 @@ class LinguDistillTrainer(DataMixin, TeacherMixin, PublishingMixin, ResumingMixi
         eval_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
-        if args is None:
-            args = LinguDistillConfig()
+        args = LinguDistillConfig() if args is None else args
         if not isinstance(args, LinguDistillConfig):
             raise TypeError(f"args must be a LinguDistillConfig, got {type(args).__name__}.")
         if kwargs.get("compute_loss_func") is not None:
@@ -141,6 +141,7 @@ class LinguDistillTrainer(DataMixin, TeacherMixin, PublishingMixin, ResumingMixi
         student = self._plain_student()
         choose_kernels(student, trained=True)
         keep_image_dtype(student)
+        prepare_router(student)
         self.collate_rows(self.compatibility.image_token_ids, prefix_lm=student.config.model_type == "paligemma")
         self._compute_dtype = compute_dtype_of(student, bf16=bool(args.bf16), fp16=args.fp16)
         self._teacher_ref = teacher_ref
@@ -168,8 +169,7 @@ class LinguDistillTrainer(DataMixin, TeacherMixin, PublishingMixin, ResumingMixi
         self.teacher: Teacher = self._make_teacher(student, shard=is_sharded, offload=offload)
         mode.check(student, self.teacher.model)
         offload = offload and not is_sharded  # a sharded teacher's pieces come to the device by themselves
-        measured = args.measure_teacher_quantization
-        quantised = is_quantised(self.teacher.model)
+        measured, quantised = args.measure_teacher_quantization, is_quantised(self.teacher.model)
         self.meter = Meter(accelerator, distill_tokens=args.distill_tokens)
         watch = FiniteWatch(accelerator, getattr(self.processing_class, "tokenizer", self.processing_class))
         self.policy = StepPolicy(watch, args.on_nan)

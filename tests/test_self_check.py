@@ -14,7 +14,13 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AutoModelForCausalLM,
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
     CLIPVisionConfig,
+    Cohere2Config,
+    Cohere2VisionConfig,
+    Cohere2VisionForConditionalGeneration,
+    CohereConfig,
     DeepseekV3Config,
     Ernie4_5Config,
     Ernie4_5ForCausalLM,
@@ -28,8 +34,10 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedModel,
+    SiglipVisionConfig,
 )
 
+from hf_lingudistill._internals import head_of
 from hf_lingudistill.queries import Vocabulary, plan_queries
 from hf_lingudistill.replay import replayed_pass
 from hf_lingudistill.self_check import rotary_layout, self_check, text_ids
@@ -310,3 +318,53 @@ def test_the_text_is_what_both_read() -> None:
     assert ids.shape == (1, 64) and int(ids.max()) < 300 and 70 not in ids
     spread = text_ids(lambda **_: {"input_ids": [5000]}, Vocabulary(size=320, shared_size=300, unreadable=(0,)))
     assert spread.shape == (1, 63) and int(spread.max()) == 299
+
+
+# --- the head --------------------------------------------------------------------------------------------------------
+def cohere_pair(kind: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A VLM whose forward leaves out the logit scale that its config declares, and its LM, whose forward applies it."""
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    sizes = {**SIZES, "num_key_value_heads": 2, "logit_scale": 0.25, "layer_norm_eps": 1e-5}
+    if kind == "aya_vision":
+        config: Any = AyaVisionConfig(text_config=CohereConfig(**sizes), vision_config=vision, image_token_id=150)
+        student: PreTrainedModel = AyaVisionForConditionalGeneration(config)
+    else:
+        text = Cohere2Config(**sizes, head_dim=16)
+        student = Cohere2VisionForConditionalGeneration(
+            Cohere2VisionConfig(text_config=text, vision_config=vision, image_token_id=150)
+        )
+    randomise_(student.eval(), seed=1)
+    teacher = AutoModelForCausalLM.from_config(student.config.text_config).eval()
+    teacher.model.load_state_dict(student.get_decoder().state_dict(), strict=True)
+    teacher.tie_weights()
+    return student, teacher
+
+
+@pytest.mark.parametrize("kind", ["aya_vision", "cohere2_vision"])
+def test_a_logit_scale_that_the_students_forward_leaves_out_is_said_and_trained_with(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, teacher = cohere_pair(kind)
+    with torch.no_grad():  # control: the two differ by the scale alone, and the LM's is the declared one
+        torch.testing.assert_close(student(IDS).logits * 0.25, teacher(IDS).logits, rtol=1e-3, atol=1e-3)
+    assert head_of(student).scale == head_of(teacher).scale == 0.25
+    self_check(student, teacher, IDS)
+    assert "multiplies logits by 0.25" in caplog.text and "as at a temperature of 0.25" in caplog.text
+    assert type(student).__name__ in caplog.text
+    caplog.clear()
+    student.config.text_config.logit_scale = teacher.config.logit_scale = teacher.logit_scale = 1.0
+    self_check(student, teacher, IDS)
+    assert "temperature" not in caplog.text  # control
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_head_that_does_more_than_its_config_says_is_refused_with_the_number(role: str) -> None:
+    family = build_family("smolvlm")
+    student, teacher = family.fresh_student(), family.make_teacher(identical=True)
+    self_check(student, teacher, IDS)  # the control
+    model: Any = student if role == "student" else teacher
+    model.lm_head.register_forward_hook(lambda _, __, output: output.tanh())
+    with pytest.raises(ValueError, match=rf"The {role}'s own logits are not what its head gives: they are off by \d"):
+        self_check(student, teacher, IDS)
