@@ -6,6 +6,8 @@ Tested with the oldest and the newest releases that `pyproject.toml` allows (`ma
 - `SFTTrainer.compute_loss` calls `model(**inputs, fused_lm_head=True)`, sums `-outputs.log_probs`, divides by `num_items_in_batch`, and
   reads `entropy`, `is_top1`, `label_mask` and `aux_loss` of a `FusedCausalLMOutput`. `step.py` answers that call in place of TRL's fused
   head, and reaches the backbone as it does, through `model.base_model(...)`.
+- `mixtral.load_balancing_loss_func`: the router's loss of every family, as TRL's fused head takes it. Text decoders give
+  `router_logits` where they are called with `output_router_logits=True`, and list it in `_can_record_outputs` (used in `router.py`).
 - `Trainer._get_grad_norm` runs once between backward pass and optimizer step; `_save_checkpoint` writes under `_get_output_dir`;
   `_tr_loss`, `_globalstep_last_logged` and `_total_loss_scalar` are its sums between logs, `_metrics` and `_total_train_tokens` those of
   `SFTTrainer` (used in `trainer.py`, which overrides and restores them).
@@ -43,6 +45,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import has_generation_markers
 from trl.models.utils import prepare_deepspeed
@@ -65,6 +68,7 @@ __all__ = [
     "has_generation_markers",
     "head_of",
     "keep_image_dtype",
+    "load_balancing_loss_func",
     "loaded_by_every_process",
     "register_attention",
     "render_jinja_template",

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from ._internals import decoder_of
+from ._internals import decoder_of, load_balancing_loss_func
 
 ASK = "output_router_logits"
 
