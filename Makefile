@@ -116,6 +116,7 @@ reproduce: $(DEV_STAMP)  ## Every cure with real weights on the five artists' wo
 
 results: $(DEMO_STAMP)  ## Fill the figures of README and docs from the result files
 	$(BIN)/python docs/figures/draw_step.py
+	$(BIN)/python examples/recipes/write_recipes.py
 	$(BIN)/python docs/fill_readme.py
 
 docs: $(DOCS_STAMP)  ## Build the documentation as a site, in build/site

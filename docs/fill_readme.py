@@ -9,6 +9,7 @@ Blocks look like `<!-- results:NAME -->` ... `<!-- /results -->`; NAME is a func
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import sys
@@ -360,7 +361,19 @@ def plan_cost() -> str:
     return "\n".join(rows)
 
 
+def recipes() -> str:
+    """The recipes of examples/recipes/write_recipes.py."""
+    path = ROOT / "examples/recipes/write_recipes.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    writer = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = writer  # where its dataclasses look themselves up
+    spec.loader.exec_module(writer)
+    return str(writer.index())
+
+
 BLOCKS = {
+    "recipes": recipes,
     "demo": demo,
     "demo_table": demo_table,
     "demo_prompts": demo_prompts,
