@@ -15,13 +15,16 @@ _hush_bitsandbytes()
 
 if TYPE_CHECKING:
     from .compatibility import CompatibilityReport, check_compatibility
-    from .config import LinguDistillConfig
+    from .config import LinguDistillConfig, OnPolicyLinguDistillConfig
+    from .on_policy import OnPolicyLinguDistillTrainer
     from .trainer import LinguDistillTrainer
 
 __all__ = [
     "CompatibilityReport",
     "LinguDistillConfig",
     "LinguDistillTrainer",
+    "OnPolicyLinguDistillConfig",
+    "OnPolicyLinguDistillTrainer",
     "__version__",
     "check_compatibility",
 ]
@@ -31,6 +34,8 @@ _HOME = {
     "check_compatibility": "compatibility",
     "LinguDistillConfig": "config",
     "LinguDistillTrainer": "trainer",
+    "OnPolicyLinguDistillConfig": "config",
+    "OnPolicyLinguDistillTrainer": "on_policy",
 }
 
 

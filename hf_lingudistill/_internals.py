@@ -12,6 +12,10 @@ Tested with the oldest and the newest releases that `pyproject.toml` allows (`ma
   `_tr_loss`, `_globalstep_last_logged` and `_total_loss_scalar` are its sums between logs, `_metrics` and `_total_train_tokens` those of
   `SFTTrainer` (used in `trainer.py`, which overrides and restores them).
 - `trl.trainer.utils._ChunkedLogProbFunction`, the kernel of that head: TRL 1.15 has it for Triton alone, see `_LogProbs`.
+- `DistillationTrainer.compute_loss` redirects the wrapped student's forward to `_compute_loss(student, inputs, num_items)`, which returns
+  loss, summed entropy and number of tokens; `inputs` are those of `_generate_and_score_completions`, cut into batches by rows;
+  `_get_train_sampler` returns a `RepeatSampler`, whose `generator` draws the order; `_generate_single_turn` samples, by
+  `generation_config` and `generation_kwargs` (used in `on_policy.py`).
 - `trl.scripts.utils.DatasetConfig`: one source of a mixture.
 - `trl.trainer.sft_trainer.DataCollatorForVisionLanguageModeling`: collates texts (`text`, or `prompt` and `completion`) with their images.
 - `trl.chat_template_utils.has_generation_markers` and `transformers.utils.chat_template_utils.render_jinja_template`: where a template
@@ -48,10 +52,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import has_generation_markers
+from trl.import_utils import is_vllm_available
 from trl.models.utils import prepare_deepspeed
 from trl.scripts.utils import DatasetConfig
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
-from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
+from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler, maybe_gather_lm_head_ctx
 
 __all__ = [
     "DataCollatorForVisionLanguageModeling",
@@ -59,6 +64,7 @@ __all__ = [
     "DatasetConfig",
     "FusedCausalLMOutput",
     "Head",
+    "RepeatSampler",
     "attention_switched",
     "base_attention_function",
     "checkpoint_activations",
@@ -67,6 +73,7 @@ __all__ = [
     "gathered",
     "has_generation_markers",
     "head_of",
+    "is_vllm_available",
     "keep_image_dtype",
     "load_balancing_loss_func",
     "loaded_by_every_process",

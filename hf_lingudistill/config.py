@@ -1,16 +1,18 @@
-"""`LinguDistillConfig`: TRL's `SFTConfig` plus what distillation needs. The fields are in `options`."""
+"""`LinguDistillConfig` and `OnPolicyLinguDistillConfig`: TRL's `SFTConfig` and `DistillationConfig` plus what distillation needs. The
+fields are in `options`."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
-from trl import SFTConfig
+from trl import DistillationConfig, SFTConfig
 
 from ._internals import use_new_names
 from .machine import machine
@@ -18,11 +20,13 @@ from .options import (
     ANCHOR_CHOICES,
     DISTILL_TOKENS_CHOICES,
     KV_SHARING_CHOICES,
+    NEEDS_LABELS,
     OFFLOAD_CHOICES,
     ON_NAN_CHOICES,
     QUANTIZATION_CHOICES,
     SHARDING_CHOICES,
     DistillOptions,
+    OnPolicyOptions,
     parameters,
     shown,
 )
@@ -37,16 +41,15 @@ __all__ = [
     "SHARDING_CHOICES",
     "LinguDistillConfig",
     "LocalSFTConfig",
+    "OnPolicyLinguDistillConfig",
     "shown",
 ]
 
 
 @dataclass
-class LocalSFTConfig(SFTConfig):
-    """TRL's [`~trl.SFTConfig`] that follows the machine (no accelerator; bf16 where it is native) and knows
-    `activation_checkpointing`, the name that stays for `gradient_checkpointing`, under every supported release."""
-
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "activation_checkpointing_kwargs"]
+class LocalArguments:
+    """Training arguments that follow the machine (no accelerator; bf16 where it is native) and know `activation_checkpointing`, the
+    name that stays for `gradient_checkpointing`, under every supported release. Mixed in before a config of TRL's."""
 
     activation_checkpointing: bool | None = field(
         default=None,
@@ -59,28 +62,34 @@ class LocalSFTConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        self.use_cpu = self.use_cpu or not machine().accelerated
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = machine(use_cpu=self.use_cpu).bf16
+        given: Any = self
+        given.use_cpu = given.use_cpu or not machine().accelerated
+        if given.bf16 is None and not given.fp16:
+            given.bf16 = machine(use_cpu=given.use_cpu).bf16
         use_new_names(self)
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        super().__post_init__()  # type: ignore[misc]
 
 
 @dataclass
-class LinguDistillConfig(DistillOptions, LocalSFTConfig):
-    __doc__ = f"""Configuration of [`LinguDistillTrainer`]. Every field of [`~trl.SFTConfig`] keeps its meaning; with
-    `push_to_hub=True` the finished model alone is published (`hub_strategy="end"`), never a checkpoint.
+class LocalSFTConfig(LocalArguments, SFTConfig):
+    """TRL's [`~trl.SFTConfig`] with [`LocalArguments`]."""
 
-    {parameters(DistillOptions)}
-    """
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "activation_checkpointing_kwargs"]
 
-    _VALID_DICT_FIELDS = [*LocalSFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+
+if TYPE_CHECKING:
+
+    class _Config(DistillOptions, LocalArguments, TrainingArguments): ...
+
+else:
+    _Config = object  # at run time a config of TRL's stands behind the mixin
+
+
+class DistillChecks(_Config):
+    """What every distilling config checks. Mixed in first, before the options and a config of TRL's."""
 
     def __post_init__(self) -> None:
         self._check_types()
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            # The loss moves with what the teacher lets through; cross-entropy does not
-            self.metric_for_best_model, self.greater_is_better = "ce_loss", False
         super().__post_init__()
         for name, choices in (
             ("teacher_quantization", QUANTIZATION_CHOICES),
@@ -126,11 +135,6 @@ class LinguDistillConfig(DistillOptions, LocalSFTConfig):
             )
         if not math.isfinite(self.distill_margin):
             raise ValueError(f"distill_margin must be a finite number of nats; got {self.distill_margin}.")
-        # chunked_nll is the old name of what nll does now
-        if (loss := getattr(self, "loss_type", "nll")) not in ("nll", "chunked_nll"):
-            raise ValueError(
-                f"loss_type must be 'nll' for distillation; got {loss!r}. Use trl.SFTTrainer for other losses."
-            )
         if self.max_steps == 0:  # to transformers, which takes it for "not set", it means num_train_epochs
             raise ValueError("max_steps must be above 0, or -1 to train for num_train_epochs; got 0.")
         if self.label_smoothing_factor != 0.0:
@@ -181,4 +185,63 @@ class LinguDistillConfig(DistillOptions, LocalSFTConfig):
             raise ValueError(
                 "teacher_model_init_kwargs must be a mapping, in JSON on the command line; got "
                 f"{shown(self.teacher_model_init_kwargs)}."
+            )
+
+
+@dataclass
+class LinguDistillConfig(DistillChecks, DistillOptions, LocalSFTConfig):
+    __doc__ = f"""Configuration of [`LinguDistillTrainer`]. Every field of [`~trl.SFTConfig`] keeps its meaning; with
+    `push_to_hub=True` the finished model alone is published (`hub_strategy="end"`), never a checkpoint.
+
+    {parameters(DistillOptions)}
+    """
+
+    _VALID_DICT_FIELDS = [*LocalSFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+
+    def __post_init__(self) -> None:
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            # The loss moves with what the teacher lets through; cross-entropy does not
+            self.metric_for_best_model, self.greater_is_better = "ce_loss", False
+        super().__post_init__()
+        # chunked_nll is the old name of what nll does now
+        if (loss := getattr(self, "loss_type", "nll")) not in ("nll", "chunked_nll"):
+            raise ValueError(
+                f"loss_type must be 'nll' for distillation; got {loss!r}. Use trl.SFTTrainer for other losses."
+            )
+
+
+@dataclass
+class OnPolicyLinguDistillConfig(DistillChecks, OnPolicyOptions, LocalArguments, DistillationConfig):
+    __doc__ = f"""Configuration of [`OnPolicyLinguDistillTrainer`]. Every field of [`~trl.DistillationConfig`] keeps its meaning, those of
+    generation among them (`max_completion_length`, `top_p`, `use_vllm`, ...); with `push_to_hub=True` the finished model alone is published.
+
+    {parameters(OnPolicyOptions)}
+    """
+
+    _VALID_DICT_FIELDS = [*DistillationConfig._VALID_DICT_FIELDS, "activation_checkpointing_kwargs"]
+
+    # What the student says is what it learns from: shown at every log, a few on the screen and all in a file
+    log_completions: bool = field(
+        default=True,
+        metadata={"help": "At every log, print sampled answers and write them to output_dir/completions."},
+    )
+    num_completions_to_print: int | None = field(default=4, metadata={"help": "How many of them to print."})
+
+    def __post_init__(self) -> None:
+        self.remove_unused_columns = False  # the collator reads what it needs, under whatever name
+        super().__post_init__()
+        for option in fields(OnPolicyOptions):
+            value = getattr(self, option.name)
+            if option.name in NEEDS_LABELS and value != option.default:
+                raise ValueError(
+                    f"{option.name} has no meaning on-policy, where answers are sampled and nothing is a label; got {shown(value)}. Leave "
+                    "it out."
+                )
+        if self.distill_weight == 0.0:
+            raise ValueError(
+                "distill_weight must be above 0 on-policy: the language model would teach nothing; got 0."
+            )
+        if not isinstance(self.max_completion_length, int) or self.max_completion_length < 1:
+            raise ValueError(
+                f"max_completion_length must be a number of tokens of at least 1; got {shown(self.max_completion_length)}."
             )

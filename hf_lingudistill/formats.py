@@ -91,6 +91,50 @@ def pairs_column(row: Iterable[str]) -> str | None:
     return PAIRS_COLUMN if PAIRS_COLUMN in row and not any(name in row for name in others) else None
 
 
+def as_prompt_row(row: Row, name: str, image_token: str | None = None) -> Row:
+    """What a row asks, without its answer: `prompt`, a list of turns that does not end with the assistant's; and `images`, a list, where
+    the row has that column or an image. Other columns are passed on.
+
+    Args:
+        row: `prompt` (a text or turns), or a conversation, whose last turns are left out if they are the assistant's; images as in
+            `as_trl_row`.
+
+    Raises:
+        BadRow: if the row has another shape, its images and the places for them differ in number, or nothing is asked.
+    """
+    conversation = any(row.get(column) is not None for column in (*CONVERSATION_COLUMNS, PAIRS_COLUMN))
+    if not conversation and row.get("prompt") is None:
+        found = sorted(key for key, value in row.items() if value is not None)
+        raise BadRow(
+            "not a conversation",
+            f"{name} has the columns {', '.join(found) or 'none'}: expected 'prompt' or 'messages'. Rename the column of the questions.",
+        )
+    row = {key: value for key, value in row.items() if key not in ("completion", "text", *["prompt"] * conversation)}
+    if not conversation:
+        row["completion"] = [{"role": "assistant", "content": ""}]  # read for its shape alone
+    new = as_trl_row(row, name, image_token)
+    turns = list(new["messages"] if "messages" in new else new["prompt"])
+    shown = len(new.get("images") or [])
+    while turns and turns[-1]["role"] == "assistant":
+        shown -= sum(part["type"] == "image" for part in _parts(turns.pop()))
+    if not any(text.strip() for turn in turns for text in _texts(turn)) and not shown:
+        raise BadRow(
+            "not a conversation", f"{name} asks nothing: its prompt is empty. Give it one, or pass --skip_bad_rows."
+        )
+    if any(isinstance(turn.get("content"), list) for turn in turns):
+        # TRL puts all images before the first user turn that is a text, though an earlier turn has their places
+        turns = [
+            {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+            if isinstance(turn.get("content"), str)
+            else turn
+            for turn in turns
+        ]
+    other = {
+        key: value for key, value in new.items() if key not in ("messages", "prompt", "completion", "text", "images")
+    }
+    return {**other, "prompt": turns, **({"images": list(new["images"] or [])[:shown]} if "images" in new else {})}
+
+
 def check_answer(row: Row, name: str) -> None:
     """Raise BadRow where a completion, or every assistant's turn of a conversation, is empty. Running text has no answer."""
     kinds = ("messages", "completion")

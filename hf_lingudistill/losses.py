@@ -31,10 +31,11 @@ UNSHARED_BIAS = -100.0
 class Weights:
     """What a token's loss is made of.
 
-    At distilled tokens `cross_entropy * CE + divergence * D`, at anchored ones `(1 - anchor) * CE + anchor * KL(VLM before ||
-    student)`, elsewhere CE. margin: distil only where the teacher gives the label at least the student's probability plus this many
-    nats; None = everywhere. beta: 0 = KL(teacher || student), 1 = KL(student || teacher), between: beta-mixture JSD (TRL's
-    meaning). temperature: divides both models' logits in the divergence D, without a factor of its square.
+    At distilled tokens `cross_entropy * CE + divergence * D`, at anchored ones `(1 - anchor) * CE + anchor * A`, elsewhere `unjudged *
+    CE`. margin: distil only where the teacher gives the label at least the student's probability plus this many nats; None =
+    everywhere. beta: 0 = KL(teacher || student), 1 = KL(student || teacher), between: beta-mixture JSD (TRL's meaning).
+    temperature: divides both models' logits in the divergence D, without a factor of its square. anchor_beta, anchor_temperature:
+    the same of the divergence A to the VLM before; left at 0 and 1, A = KL(VLM before || student).
     """
 
     cross_entropy: float = 0.5
@@ -43,6 +44,9 @@ class Weights:
     beta: float = 0.0
     temperature: float = 1.0
     anchor: float = 0.0
+    anchor_beta: float = 0.0
+    anchor_temperature: float = 1.0
+    unjudged: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Scores:
     total: (), the sum of all token losses. loss, cross_entropy, entropy: (M,) nats of the student. is_top1: (M,) bool, the label is
     the student's most likely token. At the N distilled positions: divergence: (N,) nats. chosen: (N,) bool, the positions that
     the gate lets through. teacher_log_prob: (N,) of the label at temperature 1. teacher_entropy: (N,). agrees: (N,) bool,
-    both models have the same most likely token. At the M - N others, with an anchor: anchor_kl: (M - N,) nats, 0 where
+    both models have the same most likely token. At the M - N others, with an anchor: anchor_kl: (M - N,) nats of A, 0 where
     `anchored`, (M - N,) bool, is false. Both are empty without one.
     """
 
@@ -194,6 +198,16 @@ def _through_finish(gradient: torch.Tensor, raw: torch.Tensor, head: Head) -> to
     return gradient if head.scale == 1.0 else gradient.mul_(head.scale)
 
 
+def _softened(
+    logits: torch.Tensor, log_p: torch.Tensor, p: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n, V) logits, and what they say at temperature 1 -> log-probabilities and probabilities at another."""
+    if temperature == 1.0:
+        return log_p, p
+    log_p = torch.log_softmax(logits / temperature, dim=-1)
+    return log_p, log_p.exp()
+
+
 def _divergence(log_s: torch.Tensor, p_s: torch.Tensor, log_t: torch.Tensor, p_t: torch.Tensor, beta: float) -> Any:
     """(n, V) log-probabilities and probabilities -> divergence (n,) and its gradient in the student's logits (n, V)."""
     if beta == 0.0:
@@ -241,7 +255,7 @@ class _Score(torch.autograd.Function):
         anchor_kl = torch.zeros(0 if anchor is None else M - N, device=device)
         anchored = torch.zeros_like(anchor_kl, dtype=torch.bool)
         gradients = _Gradients(ctx.needs_input_grad[:3], hidden, weight, bias)
-        T = weights.temperature
+        T, T_b = weights.temperature, weights.anchor_temperature
         with gathered(weight, bias), gathered(teacher_head.weight, teacher_head.bias):
             for part in _chunks(M, teacher_head.vocab_size, device):
                 label = labels[part, None]
@@ -252,7 +266,7 @@ class _Score(torch.autograd.Function):
                 ce = -log_s.gather(1, label)[:, 0]
                 top = logits.argmax(dim=-1)
                 cross_entropy[part], entropy[part], is_top1[part] = ce, -_dot(p_s, log_s), top == label[:, 0]
-                ce_weight = torch.ones_like(ce)
+                ce_weight = torch.full_like(ce, weights.unjudged)
                 asked = slice(part.start, min(part.stop, N))
                 n = max(asked.stop - asked.start, 0)
                 if n:
@@ -266,24 +280,22 @@ class _Score(torch.autograd.Function):
                     if weights.margin is not None:
                         passed = passed & confident_tokens(teacher_log_prob[asked], -ce[:n], weights.margin)
                     kd = passed * weights.divergence
-                    ce_weight[:n] = torch.where(passed, weights.cross_entropy, 1.0)
-                    if T == 1.0:
-                        of_divergence = log_s[:n], p_s[:n], log_t, p_t
-                    else:
-                        warm_s, warm_t = (torch.log_softmax(x / T, dim=-1) for x in (logits[:n], teacher))
-                        of_divergence = warm_s, warm_s.exp(), warm_t, warm_t.exp()
+                    ce_weight[:n] = torch.where(passed, weights.cross_entropy, weights.unjudged)
+                    softened = _softened(logits[:n], log_s[:n], p_s[:n], T), _softened(teacher, log_t, p_t, T)
                     del teacher
-                    value[asked], added = _divergence(*of_divergence, weights.beta)
+                    value[asked], added = _divergence(*softened[0], *softened[1], weights.beta)
                     chosen[asked] = passed
                 n_anchor = 0 if anchor is None else part.stop - max(part.start, N)
                 if anchor is not None and n_anchor > 0:
                     rest = slice(part.stop - N - n_anchor, part.stop - N)
                     before = _finish(_raw_logits(anchor.hidden[rest], anchor.head), anchor.head)
                     log_b, asked_b = torch.log_softmax(before, dim=-1), anchor.asked[rest]
+                    ours = logits[-n_anchor:], log_s[-n_anchor:], p_s[-n_anchor:]
+                    theirs = _softened(before, log_b, log_b.exp(), T_b)
                     del before
-                    kl, pull = _divergence(log_s[-n_anchor:], p_s[-n_anchor:], log_b, log_b.exp(), beta=0.0)
+                    kl, pull = _divergence(*_softened(*ours, T_b), *theirs, weights.anchor_beta)
                     anchor_kl[rest], anchored[rest] = torch.where(asked_b, kl, 0.0), asked_b
-                    ce_weight[-n_anchor:] = torch.where(asked_b, 1.0 - weights.anchor, 1.0)
+                    ce_weight[-n_anchor:] = torch.where(asked_b, 1.0 - weights.anchor, weights.unjudged)
                 # Not `kd * value` alone: what is not finite must not spoil a token that is not distilled
                 loss[part] = ce_weight * ce
                 if n:
@@ -295,7 +307,7 @@ class _Score(torch.autograd.Function):
                     if n:
                         gradient[:n].addcmul_(added, kd[:, None] / T)
                     if n_anchor > 0 and weights.anchor:
-                        gradient[-n_anchor:].addcmul_(pull, (asked_b * weights.anchor)[:, None])
+                        gradient[-n_anchor:].addcmul_(pull, (asked_b * weights.anchor)[:, None] / T_b)
                     gradients.add(part, _through_finish(gradient, raw, head))
         ctx.gradients = gradients.closed()
         value = torch.where(chosen, value, 0.0)

@@ -36,10 +36,11 @@ class Meter(Watcher):
 
     The sums of an optimizer step join those of the log when the step is `accepted`: a step that is skipped leaves no trace.
 
-    accelerator: reduces the sums over processes. distill_tokens: the config's, for a warning about a poor teacher.
+    accelerator: reduces the sums over processes. distill_tokens: the config's, for a warning about a poor teacher; None
+    where labels are the student's own samples.
     """
 
-    def __init__(self, accelerator: Accelerator, *, distill_tokens: str) -> None:
+    def __init__(self, accelerator: Accelerator, *, distill_tokens: str | None) -> None:
         self.accelerator, self.distill_tokens = accelerator, distill_tokens
         precision = torch.float32 if accelerator.device.type == "mps" else torch.float64
         self._train = torch.zeros(len(_SUMS), dtype=precision, device=accelerator.device)
@@ -98,7 +99,11 @@ class Meter(Watcher):
             metrics |= {"anchored_tokens": sums["anchored"], "anchor_kl": sums["anchor_kl"] / sums["anchored"]}
         if sums["distilled"] > 0:
             metrics["kd_loss"] = sums["kd"] / sums["distilled"]
-        if sums["candidates"] > 0:
+        if sums["candidates"] > 0 and self.distill_tokens is None:
+            # Of what the student says itself, every other model is the worse judge: that compares no teachers
+            metrics["teacher_agreement"] = sums["agreement"] / sums["candidates"]
+            metrics["teacher_entropy"] = sums["teacher_entropy"] / sums["candidates"]
+        elif sums["candidates"] > 0:
             metrics |= {
                 name: sums[total_name] / sums["candidates"]
                 for name, total_name in (

@@ -28,6 +28,7 @@ from .formats import (
     has_images,
     pairs_column,
 )
+from .options import DistillOptions
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +68,9 @@ def open_datasets(train: Any, evaluation: Any, args: LinguDistillConfig, *, chec
     if train is None:
         return opened
     skipped: dict[str, int] = {}
-    train = _as_dataset(train, "train_dataset", args, skipped)
+    train = as_dataset(train, "train_dataset", args, skipped)
     parts = _by_name(evaluation)
-    parts = {name: _as_dataset(part, _eval_name(name), args, {}) for name, part in parts.items() if part is not None}
+    parts = {name: as_dataset(part, _eval_name(name), args, {}) for name, part in parts.items() if part is not None}
     columns = columns_of(train)
     opened.has_distill_column, opened.distill_share = check_distill_column(
         train, args.distill_column, skip_bad=args.skip_bad_rows, columns=columns
@@ -108,7 +109,7 @@ def open_evaluation(evaluation: Any, args: LinguDistillConfig, *, vision: bool) 
     Raises:
         ValueError: for another type, or images where the training set has none.
     """
-    parts = {name: _as_dataset(part, _eval_name(name), args, {}) for name, part in _by_name(evaluation).items()}
+    parts = {name: as_dataset(part, _eval_name(name), args, {}) for name, part in _by_name(evaluation).items()}
     opened = {}
     for name, part in parts.items():
         (part,) = _with_like_columns([part], args, vision=vision)
@@ -148,8 +149,23 @@ def _eval_name(name: str) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 # What was given
 # --------------------------------------------------------------------------------------------------------------------
-def _as_dataset(data: Any, name: str, args: LinguDistillConfig, skipped: dict[str, int]) -> AnyDataset:
-    """A dataset; a list of rows becomes one."""
+def _plain_row(row: Row, name: str) -> Row:
+    return row if "input_ids" in row else as_trl_row(row, name, chat=False)
+
+
+def as_dataset(
+    data: Any,
+    name: str,
+    args: DistillOptions,
+    skipped: dict[str, int],
+    shape: Callable[[Row, str], Row] = _plain_row,
+) -> AnyDataset:
+    """A dataset; a list of rows becomes one.
+
+    Args:
+        name: how messages name it. skipped: counts rows that are left out, by reason. shape: brings a row of a list, with its name,
+            into a form whose images stand in a column of their own, which Arrow can hold.
+    """
     if isinstance(data, Dataset | IterableDataset):
         return data
     if isinstance(data, DatasetDict | IterableDatasetDict):
@@ -165,8 +181,7 @@ def _as_dataset(data: Any, name: str, args: LinguDistillConfig, skipped: dict[st
     rows = []
     for number, row in enumerate(data):
         try:
-            # In TRL's shape, images stand in a column of their own, which Arrow can hold
-            rows.append(as_trl_row(row, f"Row {number}", chat=False) if "input_ids" not in row else row)
+            rows.append(shape(row, f"Row {number}"))
         except BadRow as error:
             if not args.skip_bad_rows:
                 raise

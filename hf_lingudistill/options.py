@@ -1,6 +1,7 @@
 """Every option of distillation, once: its type, default and help. torch is not needed to read, list or explain them.
 
-`LinguDistillConfig` adds `DistillOptions` to TRL's `SFTConfig`; the script adds `DistillScriptArguments` and `StudentArguments`.
+`LinguDistillConfig` adds `DistillOptions` to TRL's `SFTConfig`, `OnPolicyLinguDistillConfig` adds `OnPolicyOptions` to its
+`DistillationConfig`; the script adds `DistillScriptArguments` and `StudentArguments`.
 Flags, YAML keys, docstrings and `lingudistill distill --help` are made from the fields.
 """
 
@@ -141,12 +142,48 @@ class DistillOptions:
     overwrite_output_dir: bool = _option(False, "Allow an output_dir that holds another run.")
 
 
+# Options of `DistillOptions` that speak of labels: on-policy, where nothing is a label, they stay at their defaults
+NEEDS_LABELS = ("ce_weight", "distill_tokens", "distill_margin", "anchor_weight", "answers_only")
+
+
+@dataclass
+class OnPolicyOptions(DistillOptions):
+    """The same options for answers that the student samples: other defaults, and some without a meaning (`NEEDS_LABELS`)."""
+
+    beta: float = _option(
+        1.0, "Generalised JSD in [0, 1], of both judges: 1 = KL(student || judge), 0 = KL(judge || student)."
+    )
+    temperature: float = _option(
+        1.0, "Of sampling, and of both distributions in the divergence; > 0. No factor of its square."
+    )
+    distill_weight: float = _option(1.0, "Weight of rows marked true beside that of the others, which is 1; > 0.")
+    distill_column: str = _option(
+        "distill",
+        "Boolean dataset column: rows marked false are judged by the VLM before, the others by the LM. Without the column, all are "
+        "judged by the LM.",
+    )
+    anchor: str = _choice(
+        "before",
+        ANCHOR_CHOICES,
+        "before: the VLM as it was before training judges the rows that are marked false (LoRA: its base; full fine-tuning: a frozen "
+        "copy, if there are such rows). none: refuse such rows.",
+    )
+    ce_weight: float = _option(0.0, "No meaning on-policy.")
+    distill_tokens: str = _choice(
+        "all", DISTILL_TOKENS_CHOICES, "No meaning on-policy: every sampled token is judged."
+    )
+    distill_margin: float = _option(0.0, "No meaning on-policy.")
+    anchor_weight: float = _option(1.0, "No meaning on-policy.")
+    answers_only: bool = _option(True, "No meaning on-policy.")
+
+
 @dataclass
 class DistillScriptArguments(ScriptArguments):
     """What the script adds to TRL's script arguments."""
 
     _argument_group_name = "The data"
 
+    on_policy: bool = _option(False, "Train on the student's own answers (docs/on_policy.md).")
     merge_adapter: bool = _option(
         False, "After a LoRA run, save the merged model to output_dir, and the adapter to output_dir/adapter."
     )
@@ -157,7 +194,7 @@ class DistillScriptArguments(ScriptArguments):
 
     def __post_init__(self) -> None:
         """A recipe in YAML may hold anything; argparse checks the command line alone."""
-        for name in ("merge_adapter", "demo", "dataset_streaming"):
+        for name in ("on_policy", "merge_adapter", "demo", "dataset_streaming"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false; got {shown(getattr(self, name))}.")
         for name in ("dataset_name", "dataset_config", "image_folder"):

@@ -69,7 +69,7 @@ class QueryPlan:
     """Which positions of a batch the teacher computes, and where the loss is taken.
 
     A *loss position* t is one whose next-token distribution is distilled: the row is marked, `labels[t + 1]` counts, and the
-    teacher can read both the token at t and the label. Queries of all rows are packed one after another; attention unpacks
+    teacher can read both the token at t and the label (of sampled labels, the token at t alone). Queries of all rows are packed one after another; attention unpacks
     them into rows.
 
     sharing: the mode that it was made for. rows, positions: (Q,) ascending. token_ids: (Q,) as the teacher reads them. readable: (Q,) bool, whether it can.
@@ -193,6 +193,7 @@ def plan_queries(
     vocabulary: Vocabulary,
     attention_mask: torch.Tensor | None = None,
     at_least_one: bool = False,
+    any_label: bool = False,
 ) -> QueryPlan:
     """Decide where the teacher is queried.
 
@@ -203,6 +204,8 @@ def plan_queries(
         attention_mask: (B, T), 0 at padding; None = no padding.
         at_least_one: ask about the first token, without a loss, where there is nothing to ask: under an engine that shards the
             teacher, every process runs it (see `engines.py`).
+        any_label: distil whatever the label is: where the labels were sampled, the loss is over distributions alone, and choosing
+            positions by what was sampled there would bias it.
     """
     B, T = input_ids.shape
     attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -212,7 +215,7 @@ def plan_queries(
     scored[:, :-1] = labelled[:, 1:]  # position t predicts token t + 1
     # A label that the teacher does not know has no honest probability: it keeps cross-entropy
     loss = torch.zeros_like(labelled)
-    loss[:, :-1] = readable[:, :-1] & vocabulary.scorable(labels[:, 1:])
+    loss[:, :-1] = readable[:, :-1] & (scored[:, :-1] if any_label else vocabulary.scorable(labels[:, 1:]))
     marked = loss.new_ones(B) if distill is None else distill.bool()
     if distill is not None:
         loss &= distill.bool().to(loss.device)[:, None]

@@ -33,7 +33,7 @@ class DistillStep:
 
     offload: the teacher waits in CPU memory between steps. sharded: it lies in pieces on all processes, so that every one runs it in
     every step. same_modules: likewise for the student's vision tower (see `engines.py`). before: the VLM before, which judges the rows
-    that are not marked; None = cross-entropy alone does.
+    that are not marked; None = cross-entropy alone does. sampled: labels are the student's own samples (see `plan_queries`).
     """
 
     student: PreTrainedModel
@@ -44,6 +44,7 @@ class DistillStep:
     sharded: bool = False
     same_modules: SameModules | None = None
     before: Before | None = None
+    sampled: bool = False
     watchers: list[Watcher] = field(default_factory=list)
 
     def plan(self, batch: dict[str, Any]) -> QueryPlan:
@@ -56,6 +57,7 @@ class DistillStep:
             vocabulary=self.teacher.vocabulary,
             attention_mask=batch.get("attention_mask"),
             at_least_one=self.sharded,
+            any_label=self.sampled,
         )
         return plan
 

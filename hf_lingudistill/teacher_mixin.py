@@ -1,16 +1,17 @@
-"""Loading the teacher where the run's options and its engine say, as a mixin for a trainer."""
+"""Choosing the teacher, and loading it where the run's options and its engine say, as a mixin for a trainer."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .compatibility import CompatibilityReport
+from .compatibility import CompatibilityReport, check_compatibility, guess_teacher
 from .engines import is_teacher_sharded, shard_teacher, sharding_of
 from .first_batch import FirstBatch
 from .quantization import choose_kernels
@@ -27,9 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 class TeacherMixin(_Trainer):
-    """The frozen LM of a trainer: loaded or taken as it is, quantised, sharded, offloaded, checked against the student.
+    """The frozen LM of a trainer: chosen, loaded or taken as it is, quantised, sharded, offloaded, checked against the student.
 
-    Relies on the names below, which the trainer sets before it asks for the teacher.
+    Relies on the names below, which the trainer sets before it asks for the teacher. `choose_teacher` goes before its `__init__`.
     """
 
     args: Any
@@ -42,6 +43,53 @@ class TeacherMixin(_Trainer):
     step: DistillStep
     _teacher_ref: str | PreTrainedModel
     _compute_dtype: torch.dtype
+
+    def choose_teacher(
+        self,
+        model: str | PreTrainedModel | Any,
+        teacher_model: str | PreTrainedModel | None,
+        teacher_tokenizer: PreTrainedTokenizerBase | None,
+        args: Any,
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        """Who teaches, and does it fit? Configs and tokenizers only, before any weight is loaded.
+
+        Args:
+            model, teacher_model, teacher_tokenizer, args, kwargs: the trainer's arguments.
+
+        Raises:
+            ValueError: if no teacher is named, or student and teacher do not fit, or the adapter is none that it can follow.
+        """
+        adapter = kwargs.get("peft_config")
+        if not isinstance(model, str) and is_peft_model(model):
+            adapter = model.active_peft_config
+        if getattr(adapter, "is_prompt_learning", False):
+            raise ValueError(
+                f"{type(adapter).__name__} puts virtual tokens before the text, which the teacher cannot read: use LoRA "
+                "or full fine-tuning."
+            )
+        teacher_ref = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+        if teacher_ref is None:
+            teacher_ref = guess_teacher(_reference(model))
+            if teacher_ref is None:
+                raise ValueError(
+                    "teacher_model_name_or_path is not set, and the student's config and card do not name its LM. Pass the LM "
+                    "that the VLM was built from."
+                )
+            logger.warning("Teacher guessed from the student's config or card: %s", teacher_ref)
+        self._teacher_ref = teacher_ref
+        self.teacher_name_or_path = teacher_ref if isinstance(teacher_ref, str) else _reference(teacher_ref)
+        processing_class = kwargs.get("processing_class")
+        self.compatibility = check_compatibility(
+            model,
+            teacher_ref,
+            student_tokenizer=getattr(processing_class, "tokenizer", processing_class),
+            teacher_tokenizer=teacher_tokenizer,
+            trust_remote_code=args.trust_remote_code,
+            student_revision=as_dict(args.model_init_kwargs).get("revision") if isinstance(model, str) else None,
+            teacher_revision=args.teacher_model_revision,
+        )
+        self.compatibility.raise_for_misfit()
 
     def _is_teacher_sharded(self) -> bool:
         args, reference = self.args, self._teacher_ref
@@ -105,3 +153,8 @@ def as_dict(value: Any) -> dict[str, Any]:
 
 def is_quantised(model: PreTrainedModel) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
+
+
+def _reference(model: Any) -> str:
+    """The name or path that a model was loaded from (empty if it was built in memory)."""
+    return model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")

@@ -89,15 +89,16 @@ def make_trainer(tmp_path: Path, _cheap_collections: None) -> Callable[..., Any]
     import tiny
     from trl import SFTTrainer
 
-    from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
+    from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer, OnPolicyLinguDistillConfig
     from hf_lingudistill.config import LocalSFTConfig
+    from hf_lingudistill.step_mixin import StepMixin
 
     of_trainer = ("model", "processing_class", "train_dataset", "eval_dataset", "callbacks", "data_collator")
     of_trainer += ("peft_config", "quantization_config", "compute_loss_func", "compute_metrics")
     of_trainer += ("teacher_model", "teacher_tokenizer")
 
     def make(trainer_class: type[SFTTrainer] = LinguDistillTrainer, **arguments: Any) -> SFTTrainer:
-        ours = issubclass(trainer_class, LinguDistillTrainer)
+        ours = issubclass(trainer_class, StepMixin)
         given = {name: arguments.pop(name) for name in of_trainer if name in arguments}
         if "train_dataset" not in given:
             given["train_dataset"] = tiny.make_dataset(8)
@@ -126,9 +127,13 @@ def make_trainer(tmp_path: Path, _cheap_collections: None) -> Callable[..., Any]
             "learning_rate": 0.1,
             "lr_scheduler_type": "constant",
         }
+        config_class: Any = LocalSFTConfig
         if ours:
             settings["teacher_quantization"] = "none"
-        config_class = LinguDistillConfig if ours else LocalSFTConfig
+            config_class = LinguDistillConfig
+        if ours and not issubclass(trainer_class, LinguDistillTrainer):
+            settings |= {"max_completion_length": 8, "log_completions": False}
+            config_class = OnPolicyLinguDistillConfig
         return trainer_class(args=config_class(**{**settings, **arguments}), **given)
 
     return make

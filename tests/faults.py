@@ -756,8 +756,8 @@ FAULTS = (
     Fault(
         "weights-swapped",
         "trainer.py",
-        "                cross_entropy=args.ce_weight,\n                divergence=args.distill_weight,",
-        "                cross_entropy=args.distill_weight,\n                divergence=args.ce_weight,",
+        "            cross_entropy=args.ce_weight,\n            divergence=args.distill_weight,",
+        "            cross_entropy=args.distill_weight,\n            divergence=args.ce_weight,",
         "the weights of the two losses are exchanged",
         (f"{TRAINER}::test_weights_temperature_and_margin_mean_what_they_say",),
     ),

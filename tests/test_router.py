@@ -65,9 +65,7 @@ def glm4v_moe() -> PreTrainedModel:
     text = {"vocab_size": 160, "n_routed_experts": 8, "n_shared_experts": 1, "rope_parameters": rope, **SIZES}
     text |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
     vision = {**VIT, "image_size": 16, "out_hidden_size": 32}
-    return Glm4vMoeForConditionalGeneration(
-        Glm4vMoeConfig(text_config=text, vision_config=vision, image_token_id=150)
-    )
+    return Glm4vMoeForConditionalGeneration(Glm4vMoeConfig(text_config=text, vision_config=vision, image_token_id=150))
 
 
 def expected(model: PreTrainedModel) -> tuple[torch.Tensor, int]:

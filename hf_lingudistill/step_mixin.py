@@ -1,0 +1,168 @@
+"""A distilling trainer's step: made with its teacher and those who look on, judged before the optimizer, measured; as a mixin."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel
+
+from ._internals import keep_image_dtype
+from .anchor import make_before
+from .engines import sharding_of
+from .finite import FiniteWatch, StepPolicy
+from .first_batch import FirstBatch
+from .losses import Weights
+from .meter import Meter
+from .quantization import arithmetic_of, choose_kernels
+from .sharing import sharing
+from .step import DistillStep
+from .teacher import Teacher, compute_dtype_of
+from .teacher_mixin import TeacherMixin, is_quantised
+
+logger = logging.getLogger(__name__)
+
+
+class StepMixin(TeacherMixin):
+    """A trainer whose loss is a `DistillStep`. Mixed in before a trainer class of TRL's, on whose `_metrics` it relies.
+
+    `choose_teacher` goes before its `__init__`, `prepare_step` after it; `begin_batch` and `end_batch` around the loss.
+
+    Attributes:
+        step: the step. teacher, before: its frozen models. meter, policy, first_batch: those who look on.
+        has_distill_column, distill_share: what is known of the rows' marks.
+    """
+
+    meter: Meter
+    policy: StepPolicy
+    teacher_arithmetic: str | None
+    has_distill_column: bool | None
+    distill_share: float | None
+
+    def prepare_step(self, weights: Weights, *, sampled: bool = False) -> None:
+        """Make the step, and check that the pair can share.
+
+        Args:
+            weights: of the loss. sampled: labels are the student's own samples.
+
+        Raises:
+            ValueError: if the engine, the pair, or the VLM before cannot be had as the options ask.
+        """
+        args = self.args
+        if self.is_deepspeed_enabled and args.on_nan == "skip":
+            raise ValueError(
+                "on_nan='skip' cannot be held under DeepSpeed, whose backward pass ends with the step: use on_nan='stop'."
+            )
+        student = self._plain_student()
+        choose_kernels(student, trained=True)
+        keep_image_dtype(student)
+        self._compute_dtype = compute_dtype_of(student, bf16=bool(args.bf16), fp16=args.fp16)
+        self.step = self._make_step(student, weights, sampled=sampled)
+        autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self.teacher_arithmetic = arithmetic_of(self.teacher.model, autocast=autocast)
+        logger.info(
+            "Teacher %s (%s, computed in %s): %.1f MiB",
+            self.teacher_name_or_path,
+            args.teacher_quantization,
+            self.teacher_arithmetic,
+            self.teacher.footprint / 2**20,
+        )
+        self._check_pair(student)
+
+    def _make_step(self, student: PreTrainedModel, weights: Weights, *, sampled: bool) -> DistillStep:
+        """The step and those who look on at it: `meter`, `policy`, `first_batch`."""
+        args, mode, accelerator = self.args, sharing(self.args.kv_sharing), self.accelerator
+        is_sharded, offload = self._is_teacher_sharded(), args.teacher_offload == "cpu"
+        self.teacher: Teacher = self._make_teacher(student, shard=is_sharded, offload=offload)
+        mode.check(student, self.teacher.model)
+        offload = offload and not is_sharded  # a sharded teacher's pieces come to the device by themselves
+        measured, quantised = args.measure_teacher_quantization, is_quantised(self.teacher.model)
+        self.meter = Meter(accelerator, distill_tokens=None if sampled else args.distill_tokens)
+        watch = FiniteWatch(accelerator, getattr(self.processing_class, "tokenizer", self.processing_class))
+        self.policy = StepPolicy(watch, args.on_nan)
+        packed = getattr(args, "packing", False) or getattr(args, "padding_free", False)
+        self.first_batch = FirstBatch(
+            mode,
+            self.teacher,
+            whole_teacher=self._whole_teacher if measured and quantised else None,
+            # An extra pass of a sharded teacher would have to be made by all processes at once; packed rows cannot be compacted
+            compare_sharing=not (is_sharded or packed or sampled),
+            offload=offload,
+        )
+        if measured and not quantised:
+            self.first_batch.quantization_kl = 0.0
+        self.before = None
+        all_marked = self.has_distill_column is False or self.distill_share == 1.0
+        if args.anchor == "before" and not (sampled and all_marked):
+            sharded = sharding_of(accelerator) is not None
+            self.before = make_before(self.model, student, self._compute_dtype, sharded=sharded)
+            if all_marked:
+                logger.warning(
+                    "anchor='before' changes nothing: it judges rows that are marked false, and there are none."
+                )
+            logger.info("Anchor: the VLM before, %.1f MiB beside the student", self.before.footprint / 2**20)
+        return DistillStep(
+            student,
+            self.teacher,
+            mode,
+            weights,
+            offload=offload,
+            sharded=is_sharded,
+            before=self.before,
+            sampled=sampled,
+            watchers=[self.meter, watch, self.first_batch],
+        )
+
+    @property
+    def teacher_quantization_kl(self) -> float | None:
+        """KL(full-precision teacher || quantised teacher) in nats per token, where it was measured."""
+        return self.first_batch.quantization_kl
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that were left out because something was not finite."""
+        return self.policy.skipped_steps
+
+    def begin_batch(self, input_ids: torch.Tensor, rows: torch.Tensor | None) -> None:
+        """Tell the watch about a batch of a training step. input_ids: (B, T). rows: (B,) row numbers, -1 where unknown."""
+        if self.model.training:
+            self.policy.begin(self, input_ids, rows)
+
+    def end_batch(self, model: Any) -> None:
+        """The loss of a batch is known: under DeepSpeed, whose backward pass ends with the step, it is judged here."""
+        if self.model.training and self.is_deepspeed_enabled:
+            self.policy.judge(self, model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """`Trainer._get_grad_norm`, which runs once between the backward pass and the optimizer: here the step is judged."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+        if not self.is_deepspeed_enabled:
+            self.policy.judge(self, model, grad_norm)
+        return grad_norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the distillation metrics (token means over all processes since the last log) to TRL's, then log."""
+        training = self.model.training
+        metrics = self.meter.read(training=training)
+        if metrics and self.skipped_steps:
+            metrics["skipped_steps"] = self.skipped_steps
+        if metrics and self.teacher_quantization_kl is not None:
+            metrics["teacher_quantization_kl"] = self.teacher_quantization_kl
+        for name, value in metrics.items():
+            self._metrics["train" if training else "eval"][name] = [value]
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.evaluation_loop`, whose result also names the cross-entropy alone: unlike the loss, it does not move with what
+        the teacher lets through, so that the best checkpoint is chosen by it."""
+        self.meter.reset_evaluation()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if (ce := self.meter.evaluated_ce()) is not None and output.metrics is not None:
+            output.metrics[f"{prefix}_ce_loss"] = ce
+        return output
+
+    def _plain_student(self) -> PreTrainedModel:
+        return self.model.get_base_model() if is_peft_model(self.model) else self.model  # type: ignore[no-any-return]
