@@ -102,8 +102,10 @@ def as_prompt_row(row: Row, name: str, image_token: str | None = None) -> Row:
     Raises:
         BadRow: if the row has another shape, its images and the places for them differ in number, or nothing is asked.
     """
-    conversation = any(row.get(column) is not None for column in (*CONVERSATION_COLUMNS, PAIRS_COLUMN))
-    if not conversation and row.get("prompt") is None:
+    asked = row.get("prompt") is not None
+    others = CONVERSATION_COLUMNS if asked else (*CONVERSATION_COLUMNS, PAIRS_COLUMN)
+    conversation = any(row.get(column) is not None for column in others)
+    if not (conversation or asked):
         found = sorted(key for key, value in row.items() if value is not None)
         raise BadRow(
             "not a conversation",

@@ -205,7 +205,7 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
 
     def _generate(self, prompts: list[Any]) -> Any:
         """TRL's, where a row of text has an empty list of images: processors take no None."""
-        prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)  # type: ignore[no-untyped-call]
+        prompt_ids, completion_ids, tool_mask, images, tool_images = super()._generate(prompts)
         images = None if images is None else [of_row or [] for of_row in images]
         return prompt_ids, completion_ids, tool_mask, images, tool_images
 
