@@ -72,7 +72,8 @@ def router_loss(
     if not logits:
         return None
     top_k = _experts_per_token(student.config.get_text_config())
-    return torch.as_tensor(load_balancing_loss_func(tuple(logits), logits[0].shape[-1], top_k, attention_mask))
+    layers: Any = tuple(logits)
+    return torch.as_tensor(load_balancing_loss_func(layers, logits[0].shape[-1], top_k, attention_mask))
 
 
 def _experts_per_token(config: Any) -> int | None:
