@@ -4,6 +4,7 @@
     lingudistill distill ...           train; the options are those of examples/distill.py
     lingudistill evaluate ...          how much language was lost, how much came back, at what cost to vision
     lingudistill diagnose ...          how far the VLM's language model has drifted, and which kv_sharing follows
+    lingudistill score-mix ...         which sources of a mixture the teacher should speak on
     lingudistill plan ...              memory per device and cost of a step, from configs alone
     lingudistill publish OUT ...       model, card and report to the Hub, and a Space that shows it
     lingudistill convert-nanovlm ...   a nanoVLM checkpoint as a transformers VLM, and back
@@ -56,7 +57,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hf_lingudistill {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_check, _add_distill, _add_evaluate, _add_diagnose, _add_plan, _add_publish, _add_convert_nanovlm):
+    for add in (
+        _add_check,
+        _add_distill,
+        _add_evaluate,
+        _add_diagnose,
+        _add_score_mix,
+        _add_plan,
+        _add_publish,
+        _add_convert_nanovlm,
+    ):
         add(commands)
     return parser
 
@@ -305,6 +315,76 @@ def _diagnose(args: argparse.Namespace) -> int:
         return _failed(error)
     print(json.dumps(report, indent=2) if args.json else as_text(report))
     return 0
+
+
+def _add_score_mix(commands: Any) -> None:
+    parser = commands.add_parser(
+        "score-mix",
+        help="which sources of a mixture should the teacher speak on?",
+        description="Draw rows of every source; measure what their images are worth to the student (its loss on the answer with and "
+        "without them) and how much language they hold (answer length, entropy of the teacher); propose `distill` flags. A rerun goes on "
+        "where the last one stopped. Exit code: 0 done, 2 bad input.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "data",
+        nargs="+",
+        metavar="DATA",
+        help="datasets (file, folder, Hub id), or recipes with a `datasets:` section",
+    )
+    _add_pair(parser, required=True)
+    parser.add_argument(
+        "--output_dir", required=True, help="where mix.json, rows.jsonl, datasets.yaml and the plot go"
+    )
+    parser.add_argument("--rows", type=int, default=64, help="of each source, drawn at random; default: 64")
+    parser.add_argument("--split", default="train", help="of datasets that no recipe names; default: train")
+    parser.add_argument("--max_answer_tokens", type=int, default=256, help="of each answer; default: 256")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument(
+        "--max_dependence",
+        type=float,
+        default=0.5,
+        help="nats per token that the image may be worth where the teacher speaks; default: 0.5",
+    )
+    parser.add_argument(
+        "--min_language",
+        type=float,
+        default=10.0,
+        help="nats per row that the teacher must leave open over the answer; default: 10",
+    )
+    parser.add_argument("--json", action="store_true", help="print the scores of the sources as JSON")
+    _add_loading(parser)
+    parser.set_defaults(run=_score_mix)
+
+
+def _score_mix(args: argparse.Namespace) -> int:
+    for name in ("max_answer_tokens", "batch_size"):
+        if getattr(args, name) < 1:
+            return _bad_input(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from .compatibility import named_teacher
+    from .folders import check
+    from .labs.score_mix import FILES, Limits, as_text, read_sources, score_mix, write_report
+
+    try:
+        check(args.output_dir, *FILES, by="score-mix")
+        teacher = args.teacher or named_teacher(args.student, trust_remote_code=args.trust_remote_code)
+        report = score_mix(
+            args.student,
+            teacher,
+            read_sources(args.data, rows=args.rows, split=args.split),
+            args.output_dir,
+            limits=Limits(args.max_dependence, args.min_language),
+            max_answer_tokens=args.max_answer_tokens,
+            batch_size=args.batch_size,
+            **_loading(args),
+        )
+        written = write_report(report, Path(args.output_dir))
+    except (ValueError, OSError) as error:
+        return _failed(error)
+    print(f"Written: {', '.join(map(str, written))}", file=sys.stderr)
+    print(json.dumps(report["sources"], indent=2) if args.json else as_text(report))
+    return DONE
 
 
 def _add_plan(commands: Any) -> None:

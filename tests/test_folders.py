@@ -235,6 +235,8 @@ ALLOWED = {
     ("hf_lingudistill/labs/evaluation/plots.py", "_save"): BESIDE,
     ("hf_lingudistill/labs/diagnose/report.py", "write_report"): BESIDE,
     ("hf_lingudistill/labs/diagnose/plot.py", "plot_drift"): BESIDE,
+    ("hf_lingudistill/labs/score_mix/report.py", "write_report"): BESIDE,
+    ("hf_lingudistill/labs/score_mix/report.py", "_plot"): BESIDE,
     ("hf_lingudistill/labs/demo_report.py", "write_report"): BESIDE,
     ("hf_lingudistill/labs/demo_report.py", "plot"): BESIDE,
     ("hf_lingudistill/labs/demo/run.py", "all"): BESIDE,

@@ -371,7 +371,12 @@ def page_of(pair: Pair) -> str:
             "|---|---|---|",
             *(f"| {subset.name} | {str(subset.distill).lower()} | {subset.why} |" for subset in MIX),
             "",
-            "The flags are our judgement ([docs/subsets.md](../../../docs/subsets.md)).",
+            "The flags are our judgement ([docs/subsets.md](../../../docs/subsets.md)). What your student and teacher make of the rows is measured by",
+            "",
+            "```bash",
+            f"lingudistill score-mix examples/recipes/{pair.slug}/full.yaml --student {student} --teacher {pair.teacher} "
+            f"--output_dir outputs/{pair.slug}/mix",
+            "```",
             "",
             pair.images,
             "",

@@ -207,15 +207,22 @@ def _dataset_rows(path: str, config: str | None, split: str, max_rows: int, seed
 
 
 def _of_rows(rows: Iterable[Mapping[str, Any]], max_rows: int) -> list[Prompt]:
-    found = []
-    for number, row in zip(range(max_rows), rows, strict=False):
-        messages, answer, stored = _exchange(row, f"Row {number}")
-        images = _decoded(stored, row.get("_folder"), f"Row {number}")
-        try:
-            found.append(_prompt(f"row {number}", "about" if images else "text", messages, answer, images))
-        except ValueError as error:  # TRL's: roles, and image placeholders without an image
-            raise ValueError(f"Row {number}: {error}") from error
-    return found
+    return [prompt_of(row, f"row {number}") for number, row in zip(range(max_rows), rows, strict=False)]
+
+
+def prompt_of(row: Mapping[str, Any], key: str) -> Prompt:
+    """A row of any accepted format as a prompt, its last answer and its images.
+
+    Raises:
+        ValueError: naming the row by its key, if it ends with no answer or an image cannot be read.
+    """
+    name = key[:1].upper() + key[1:]
+    messages, answer, stored = _exchange(row, name)
+    images = _decoded(stored, row.get("_folder"), name)
+    try:
+        return _prompt(key, "about" if images else "text", messages, answer, images)
+    except ValueError as error:  # TRL's: roles, and image placeholders without an image
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _exchange(row: Mapping[str, Any], name: str) -> tuple[list[Mapping[str, Any]], str, list[Any]]:
