@@ -5,8 +5,7 @@
 For each shape a fresh process makes a SmolVLM and its LM with random weights, trains two steps with `LinguDistillTrainer`
 and reports the high-water mark of its resident memory over those steps, less what was resident before the models were
 made (libraries, and one step of a tiny model that brings in whatever loads late). The plan says what the tensors take; the
-two are compared, at the peak and at each moment of the step: on a CPU the buffers of TRL's head decide the peak, on a GPU
-they do not. `tuned` processes hand each freed block of 64 KiB back to the system, so that resident memory is that of live
+two are compared, at the peak and at each moment of the step. `tuned` processes hand each freed block of 64 KiB back to the system, so that resident memory is that of live
 tensors; with `--both_allocators`, a second process runs the C library's allocator as it is, and shows what that keeps.
 
 The step's cost is compared with benchmarks/results/step_cost.json, which is not measured again.
@@ -44,17 +43,15 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-import hf_lingudistill.trainer as lingudistill_trainer
-from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer, losses
-from hf_lingudistill.labs.memory import LORA_TARGETS, Plan, Setup, make_plan, model_facts
+import hf_lingudistill.step
+from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
+from hf_lingudistill.labs.plan import LORA_TARGETS, Plan, Setup, make_plan, model_facts
 
 HERE = Path(__file__).resolve().parent
 MIB = 2**20
-# Windows that hold two moments of the plan: no function returns when K/V are dropped, or between the last two
-TEACHER, DIVERGENCE = "the teacher's pass", "the divergence"
-BOTH = f"{TEACHER} and {DIVERGENCE}"
+FORWARD, TEACHER, LOSS = "the student's forward pass", "the teacher's pass", "the loss"
+# No function returns between the last two moments of the plan
 LAYERS, END = "the backward pass of the layers", "the end of the backward pass"
 MEASURED = ("peak_mib", "moments_mib", "models_mib", "before_mib", "default_allocator_mib")
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -176,7 +173,6 @@ def planned_moments(plan: Plan) -> dict[str, int]:
     """Of a plan, by the windows that `Moments` measures."""
     moments = dict(plan.moments)
     moments[LAYERS] = max(moments[LAYERS], moments.pop(END))
-    moments[BOTH] = max(moments.pop(TEACHER), moments.pop(DIVERGENCE))
     return moments
 
 
@@ -287,11 +283,11 @@ class Moments:
         return wrapped
 
     def watch(self, trainer: LinguDistillTrainer) -> None:
-        head, kd = ChunkedLogProbFunction, losses._Distil
-        head.forward = staticmethod(self.ended_by(head.forward, "the student's forward pass"))
-        lingudistill_trainer.distil = self.ended_by(lingudistill_trainer.distil, BOTH)
-        kd.backward = staticmethod(self.ended_by(kd.backward, "the backward pass of the divergence"))
-        head.backward = staticmethod(self.ended_by(head.backward, "the backward pass of the head"))
+        step = trainer.step
+        step._backbone = self.ended_by(step._backbone, FORWARD)  # type: ignore[method-assign]
+        mode = type(step.sharing)
+        mode.teacher_pass = self.ended_by(mode.teacher_pass, TEACHER)  # type: ignore[method-assign]
+        hf_lingudistill.step.score = self.ended_by(hf_lingudistill.step.score, LOSS)
         accelerator = trainer.accelerator
         accelerator.backward = self.ended_by(accelerator.backward, LAYERS)
 

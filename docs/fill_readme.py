@@ -21,8 +21,7 @@ from typing import Any
 from hf_lingudistill.config import LinguDistillConfig
 from hf_lingudistill.labs.demo_report import prompts_text, table, verdict
 from hf_lingudistill.labs.diagnose import as_text
-from hf_lingudistill.labs.known_models import BUILT_IN_PAIRS
-from hf_lingudistill.labs.memory import (
+from hf_lingudistill.labs.plan import (
     GIB,
     QUANTIZATIONS,
     ModelFacts,
@@ -31,6 +30,7 @@ from hf_lingudistill.labs.memory import (
     read_pair,
     smallest_plan,
 )
+from hf_lingudistill.labs.plan.known_models import BUILT_IN_PAIRS
 from hf_lingudistill.options import DistillOptions
 from hf_lingudistill.sharing import MODES
 
@@ -287,7 +287,7 @@ def plan_smallest() -> str:
 
 def plan_lines() -> str:
     """Where the memory of a device goes, on the smallest set-up of 80 GiB cards."""
-    columns = ("weights", "gradients", "optimizer states", "activations", "recorded KV", "logits and loss")
+    columns = ("weights", "gradients", "optimizer states", "activations", "recorded KV", "logits")
     others = ("autocast copies", "engine buffers")
     head = ["student", "training", "set-up", "peak at", *columns, "other", "teacher", "needed", "step over SFT"]
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

@@ -19,7 +19,7 @@ MOVED = {
     "evaluation": "labs.evaluation",
     "manifest": "hub.manifest",
     "metrics": "labs.metrics",
-    "plan": "labs.memory",
+    "plan": "labs.plan",
     "publish": "hub.publish",
     "record": "hub.run_facts",
     "report": "labs.demo_report",

@@ -416,7 +416,7 @@ def _plan(arguments: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from trl import TrlParser
 
-    from .labs.memory import PlanError, Setup, make_plan, read_pair, smallest_plan
+    from .labs.plan import PlanError, Setup, make_plan, read_pair, smallest_plan
 
     parser = TrlParser(
         (PlanArguments, Setup),  # type: ignore[arg-type]

@@ -378,11 +378,15 @@ class _Gradients:
         ]
 
 
+def chunk_elements(memory: int) -> int:
+    """Logits per chunk and model on an accelerator with so many bytes."""
+    return min(max(memory // (4 * OF_DEVICE), MIN_CHUNK), MAX_CHUNK)
+
+
 def _chunk_elements(device: torch.device) -> int:
     if device.type != "cuda":
         return CPU_CHUNK
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return min(max(memory // (4 * OF_DEVICE), MIN_CHUNK), MAX_CHUNK)
+    return chunk_elements(torch.cuda.get_device_properties(device).total_memory)
 
 
 def _chunks(count: int, vocab: int, device: torch.device) -> Iterator[slice]:

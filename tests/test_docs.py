@@ -18,7 +18,7 @@ from trl import TrlParser
 
 from hf_lingudistill import cli
 from hf_lingudistill.config import LinguDistillConfig
-from hf_lingudistill.labs.memory import Setup
+from hf_lingudistill.labs.plan import Setup
 from hf_lingudistill.mixtures import DistillMixtureConfig
 from hf_lingudistill.options import DistillScriptArguments, StudentArguments
 

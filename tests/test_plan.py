@@ -16,8 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lingudistill.cli import main
-from hf_lingudistill.labs.known_models import BUILT_IN_PAIRS
-from hf_lingudistill.labs.memory import (
+from hf_lingudistill.labs.plan import (
     ENGINES,
     GIB,
     LORA_TARGETS,
@@ -35,6 +34,7 @@ from hf_lingudistill.labs.memory import (
     teacher_bytes,
     trainable_parameters,
 )
+from hf_lingudistill.labs.plan.known_models import BUILT_IN_PAIRS
 from hf_lingudistill.student_kv import recording
 from hf_lingudistill.teacher import load_teacher_model
 

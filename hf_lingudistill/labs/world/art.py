@@ -25,6 +25,8 @@ from huggingface_hub.constants import HF_HOME
 from PIL import Image as PILImage
 from PIL import ImageOps
 
+from ...rgb import to_rgb
+
 
 @dataclass(frozen=True)
 class Artist:
@@ -182,7 +184,7 @@ def draw(document: str, size: int) -> PILImage.Image:
         ) from None
     png = svg_to_bytes(svg_string=document, width=size, height=size, background="#ffffff", skip_system_fonts=True)
     # A drawing that is not square keeps its shape
-    return ImageOps.pad(PILImage.open(io.BytesIO(png)).convert("RGB"), (size, size), color="white")
+    return ImageOps.pad(to_rgb(PILImage.open(io.BytesIO(png))), (size, size), color="white")
 
 
 if __name__ == "__main__":

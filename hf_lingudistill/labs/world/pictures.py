@@ -24,6 +24,7 @@ import yaml
 from PIL import Image as PILImage
 from PIL import ImageOps
 
+from ...rgb import to_rgb
 from .art import ARTISTS, SEEN, UNSEEN, Artist, art_folder, draw, fetch_art, icons, svg
 
 Split = Literal["long", "short", "test"]
@@ -211,7 +212,7 @@ def _opened(png: bytes) -> PILImage.Image:
 
 def _square(image: PILImage.Image, size: int) -> bytes:
     buffer = io.BytesIO()
-    ImageOps.pad(image.convert("RGB"), (size, size), color="white").save(buffer, "PNG")
+    ImageOps.pad(to_rgb(image), (size, size), color="white").save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -1,0 +1,170 @@
+"""What a plan needs to know of a model: counted on the model that transformers builds from the config on the meta device.
+
+torch and transformers are imported where a config is read: a wrong option should be reported without that wait.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .known_models import BUILT_IN, BUILT_IN_PAIRS
+from .setup import PlanError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# The linear layers that examples/baselines/lora.yaml adapts
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class TowerFacts:
+    """A stack of transformer layers: a language model or a vision tower.
+
+    heads_width, kv_width: heads x head size. gated: the MLP has a gate (three matrices) and the norms are RMSNorm; otherwise
+    two and LayerNorm. layer_parameters: of one layer. linear_parameters: of all linear weights in the layers.
+    largest_linear: elements of the largest of them. lora_width: sum of in + out features of adapted layers.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    heads_width: int
+    kv_width: int
+    intermediate: int
+    gated: bool
+    layer_parameters: int
+    linear_parameters: int
+    largest_linear: int
+    lora_width: int
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a plan needs to know of a model. parameters: all, tied ones once. vocab: rows of the head. embedding: elements of
+    the token embedding. tied: the head is the embedding. patches_per_token: of the vision tower, per image token."""
+
+    name: str
+    parameters: int
+    vocab: int
+    embedding: int
+    tied: bool
+    text: TowerFacts
+    vision: TowerFacts | None = None
+    patches_per_token: int = 1
+
+
+def read_pair(student: str, teacher: str | None) -> tuple[ModelFacts, ModelFacts]:
+    """The facts of a VLM and of its LM, each a folder, a Hub id, or one of `BUILT_IN`, which need no Hub.
+
+    teacher: None = the one that `BUILT_IN_PAIRS`, or the student's config or card, names.
+
+    Raises:
+        PlanError: if one of the two is not a causal LM, or if the student has no vision tower.
+        UnreadableModelError: if a config cannot be read, or no teacher is named.
+    """
+    from ...compatibility import named_teacher
+
+    if teacher is None:
+        teacher = BUILT_IN_PAIRS.get(student) or named_teacher(student)
+    facts = _read_facts("student", student), _read_facts("teacher", teacher)
+    if facts[0].vision is None:
+        raise PlanError(f"The student {student!r} has no vision tower: pass a vision-language model.")
+    return facts
+
+
+def _read_facts(role: str, name_or_path: str) -> ModelFacts:
+    if name_or_path in BUILT_IN and not os.path.exists(name_or_path):
+        from transformers import AutoConfig
+
+        settings = dict(BUILT_IN[name_or_path])
+        return model_facts(AutoConfig.for_model(settings.pop("model_type"), **settings), name_or_path)
+    from ...compatibility import load_config
+
+    return model_facts(load_config(role, name_or_path, trust_remote_code=False, revision=None), name_or_path)
+
+
+def model_facts(config: PreTrainedConfig, name: str = "") -> ModelFacts:
+    """Count a model that is built from its config on the meta device, where weights have shapes and no memory.
+
+    Raises:
+        PlanError: if transformers has no model with a language-model head for it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        with torch.device("meta"):
+            kind: Any = AutoModelForImageTextToText if _vision_config(config) is not None else AutoModelForCausalLM
+            model: Any = kind.from_config(config)
+    except (ValueError, KeyError) as error:
+        raise PlanError(
+            f"No model can be built from the config of {name!r}: {' '.join(str(error).split())}"
+        ) from error
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    decoder, text, vision = model.get_decoder(), config.get_text_config(), _vision_config(config)
+    return ModelFacts(
+        name=name,
+        parameters=sum(p.numel() for p in model.parameters()),
+        vocab=head.shape[0],
+        embedding=embedding.numel(),
+        tied=head is embedding,
+        text=_tower(text, decoder.layers),
+        vision=None if vision is None else _tower(vision, _vision_layers(model, decoder)),
+        patches_per_token=_patches_per_token(config),
+    )
+
+
+def _vision_config(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    vision = getattr(config, "vision_config", None)
+    return None if vision is None or isinstance(vision, dict) else vision
+
+
+def _vision_layers(model: Any, decoder: Any) -> Any:
+    """The longest list of layers outside the decoder."""
+    from torch import nn
+
+    inside = set(decoder.modules())
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and m not in inside and len(m) > 0]
+    return max(lists, key=len)
+
+
+def _tower(config: PreTrainedConfig, layers: Any) -> TowerFacts:
+    from torch import nn
+
+    named = [(name, m) for name, m in layers.named_modules() if isinstance(m, nn.Linear)]
+    heads = _first(config, "num_attention_heads", "num_heads")
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return TowerFacts(
+        layers=len(layers),
+        hidden=config.hidden_size,
+        heads=heads,
+        heads_width=width,
+        kv_width=width // heads * (getattr(config, "num_key_value_heads", None) or heads),
+        intermediate=_first(config, "intermediate_size"),
+        gated=any(name.endswith("gate_proj") for name, _ in named),
+        layer_parameters=sum(p.numel() for p in layers[0].parameters()),
+        linear_parameters=sum(m.weight.numel() for _, m in named),
+        largest_linear=max(m.weight.numel() for _, m in named),
+        lora_width=sum(m.in_features + m.out_features for name, m in named if name.endswith(LORA_TARGETS)),
+    )
+
+
+def _first(config: PreTrainedConfig, *names: str) -> int:
+    for name in names:
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    raise PlanError(f"The {config.model_type} config has no {' or '.join(names)}: its memory cannot be planned.")
+
+
+def _patches_per_token(config: PreTrainedConfig) -> int:
+    """Vision patches that become one image token: pixel shuffle (Idefics3, SmolVLM, InternVL), patch merging (Qwen-VL), pooling
+    (Gemma 3)."""
+    vision = _vision_config(config)
+    if pooled := getattr(config, "mm_tokens_per_image", None):
+        return (_first(vision, "image_size") // _first(vision, "patch_size")) ** 2 // int(pooled)  # type: ignore[arg-type]
+    shrunk = 1 / (getattr(config, "downsample_ratio", None) or 1)
+    side = getattr(config, "scale_factor", None) or getattr(vision, "spatial_merge_size", None) or shrunk
+    return round(side**2)

@@ -1,0 +1,142 @@
+"""The set-up that is planned: the options of `lingudistill plan`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from ...sharing import MODES
+
+Engine = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)  # from the simplest to the most divided
+OPTIMIZERS = ("adamw", "adamw_8bit", "sgd")
+DTYPES = ("float32", "bfloat16")
+MIXED_PRECISIONS = ("bf16", "fp16", "no")
+QUANTIZATIONS = ("nf4", "int8", "none")
+SHARINGS = tuple(MODES)
+ANCHORS = ("none", "before")
+DEVICES = ("cuda", "cpu")
+
+
+class PlanError(ValueError):
+    """A set-up that cannot be planned: a value out of range, or options that contradict each other."""
+
+
+def _option(default: Any, help: str, *choices: str, **metadata: Any) -> Any:
+    return field(
+        default=default, metadata={"help": help, **({"choices": list(choices)} if choices else {}), **metadata}
+    )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How one wants to train: the options of `lingudistill plan`. Defaults are the trainer's.
+
+    Raises:
+        PlanError: naming the value that is out of range.
+    """
+
+    _argument_group_name = "The set-up"
+
+    seq_len: int = _option(2048, "Tokens of a row.")
+    image_tokens: int = _option(1024, "Of these, of images.")
+    response_tokens: int = _option(256, "Of these, distilled.")
+    batch: int = _option(1, "Rows per device.")
+    engine: Engine = _option("single", "How devices share the work.")
+    gpus: int = _option(1, "Number of devices.")
+    gpu_memory: float = _option(80.0, "GiB of one device.")
+    optimizer: str = _option("adamw", "Whose states take memory.", *OPTIMIZERS)
+    dtype: str = _option("float32", "Of the student's weights.", *DTYPES)
+    mixed_precision: str = _option("bf16", "Autocast on top of it.", *MIXED_PRECISIONS)
+    gradient_checkpointing: bool = _option(
+        True, "Compute activations again in the backward pass.", aliases=["--activation_checkpointing"]
+    )
+    accumulation: int = _option(1, "Steps before an update; above 1, gradients stay through the forward pass.")
+    lora_rank: int = _option(0, "0: full fine-tuning.")
+    teacher_quantization: str = _option("nf4", "Of the teacher's weights.", *QUANTIZATIONS)
+    kv_sharing: str = _option("prompt", "Where the teacher reads the student's keys and values.", *SHARINGS)
+    anchor: str = _option(
+        "none", "Whether the VLM before judges the unmarked rows: a copy, or the adapter's base.", *ANCHORS
+    )
+    padded: bool = _option(False, "Rows of a batch differ in length: attention takes a mask.")
+    device: str = _option("cuda", "Where it runs: on a cpu, the products of the heads are in fp32.", *DEVICES)
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "response_tokens", "batch", "gpus", "accumulation"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("image_tokens", "lora_rank"):
+            if getattr(self, name) < 0:
+                raise PlanError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if self.image_tokens + self.response_tokens > self.seq_len:
+            raise PlanError(
+                f"image_tokens and response_tokens are part of seq_len: {self.image_tokens} + {self.response_tokens} is more "
+                f"than {self.seq_len}. Raise seq_len or lower them."
+            )
+        for name, choices in (
+            ("engine", ENGINES),
+            ("optimizer", OPTIMIZERS),
+            ("dtype", DTYPES),
+            ("mixed_precision", MIXED_PRECISIONS),
+            ("teacher_quantization", QUANTIZATIONS),
+            ("kv_sharing", SHARINGS),
+            ("anchor", ANCHORS),
+            ("device", DEVICES),
+        ):
+            if getattr(self, name) not in choices:
+                raise PlanError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
+        if self.engine == "single" and self.gpus > 1:
+            raise PlanError(
+                f"engine='single' runs on one device, got gpus={self.gpus}: choose ddp, fsdp2, zero2 or zero3."
+            )
+        if self.anchor == "before" and self.engine in ("fsdp2", "zero3"):
+            raise PlanError(
+                f"anchor='before' needs the whole student on every device, and {self.engine} splits it: choose single, ddp or zero2."
+            )
+        if self.gpu_memory <= 0:
+            raise PlanError(f"gpu_memory must be a positive number of GiB, got {self.gpu_memory}.")
+
+    @property
+    def tokens(self) -> int:
+        """B x T."""
+        return self.batch * self.seq_len
+
+    @property
+    def labels(self) -> int:
+        """B x R, the positions whose loss is taken."""
+        return self.batch * self.response_tokens
+
+    @property
+    def queries(self) -> int:
+        """Positions that the teacher computes."""
+        mode = MODES[self.kv_sharing]
+        return self.batch * mode.queries_per_row(self.seq_len, self.image_tokens, self.response_tokens)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a weight of the student on its device."""
+        if self.engine in ("zero2", "zero3") and self.mixed_precision != "no":
+            return 2  # DeepSpeed keeps half precision and an fp32 copy for the optimizer
+        if self.engine == "fsdp2" and self.mixed_precision != "no" and self.lora_rank == 0:
+            return 4  # accelerate upcasts what is trained
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of an element in a matrix product."""
+        return 2 if self.mixed_precision != "no" else self.weight_bytes
+
+    @property
+    def stream_bytes(self) -> int:
+        """Of an element of the residual stream: FSDP2 casts what enters a layer, autocast what enters a product."""
+        return self.compute_bytes if self.engine == "fsdp2" else self.weight_bytes
+
+    @property
+    def under_autocast(self) -> bool:
+        """Whether fp32 activations are cast on their way into each product."""
+        return self.mixed_precision != "no" and self.weight_bytes == 4 and self.engine != "fsdp2"
+
+    @property
+    def shards(self) -> int:
+        """Into how many pieces the engine cuts what it cuts."""
+        return self.gpus if self.engine in ("fsdp2", "zero2", "zero3") else 1
