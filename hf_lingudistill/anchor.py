@@ -1,4 +1,8 @@
-"""The student's second parent: the VLM as it was before training, which sees. It is asked about the rows that the LM does not teach."""
+"""The student's second parent: the VLM as it was before training, which sees.
+
+It is asked about the rows that the LM does not teach (`anchor`), or lends its eyes to the LM (`kv_source`): what the teacher reads then
+stands still while the student moves.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ._internals import Head, head_of, keep_image_dtype
+from .sharing import Sharing
+from .student_kv import SharedKV
 
 # PEFT's other ways to begin (PiSSA, OLoRA, CorDA, LoftQ, ...) take something out of the base weights and put it into the adapter
 _BASE_STAYS = (True, False, "gaussian", "orthogonal", "eva")
@@ -32,25 +38,32 @@ class Before:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # modes and adapters are switched around it
     @torch.no_grad()
-    def answers(
-        self, inputs: Mapping[str, Any], rows: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, Head]:
-        """What it says of the next token at some positions of a batch.
+    def look(
+        self, inputs: Mapping[str, Any], rows: torch.Tensor, positions: torch.Tensor, sharing: Sharing | None = None
+    ) -> tuple[torch.Tensor, Head, SharedKV]:
+        """One forward: what it says of the next token at some positions of a batch, and what a teacher reads of it.
 
         Args:
             inputs: of the student's backbone.
             rows, positions: (P,) indices into the batch.
+            sharing: the mode whose record is kept; None = nothing is recorded.
 
         Returns:
-            Hidden states (P, H) and the head; raw logits (P, V) where the head is not one matrix (see `Head`).
+            Hidden states (P, H), the head, and the record; raw logits (P, V) where the head is not one matrix (see `Head`).
         """
+        recording = nullcontext(SharedKV()) if sharing is None else sharing.recording(self.model)
         with self.as_before(), _evaluating(self.model):
-            states = self.model.base_model(**inputs).last_hidden_state[rows, positions]
+            with recording as shared:
+                states = self.model.base_model(**inputs).last_hidden_state[rows, positions]
             head = head_of(self.model)
-            return (states, head) if head.weight is not None else (self.model.get_output_embeddings()(states), head)
+            if head.weight is None:
+                states = self.model.get_output_embeddings()(states)
+            return states, head, shared
 
 
-def make_before(model: nn.Module, student: PreTrainedModel, dtype: torch.dtype, *, sharded: bool) -> Before:
+def make_before(
+    model: nn.Module, student: PreTrainedModel, dtype: torch.dtype, *, sharded: bool, asked_by: str = "anchor"
+) -> Before:
     """The VLM before: for a student with an adapter the same weights with the adapter off, else a frozen copy in memory.
 
     Call it before anything is trained or loaded from a checkpoint.
@@ -60,23 +73,25 @@ def make_before(model: nn.Module, student: PreTrainedModel, dtype: torch.dtype, 
         student: the plain VLM.
         dtype: of the copy's parameters; buffers keep theirs.
         sharded: whether an engine splits the student's weights over processes.
+        asked_by: the option that asks for it, for error messages.
 
     Raises:
         ValueError: if that cannot be the VLM before: a sharded student, a quantised one without an adapter, an adapter whose base
             weights change.
     """
+    without = {"anchor": "anchor='none'", "kv_source": "kv_source='student'"}[asked_by]
     if sharded:
         raise ValueError(
-            "anchor='before' needs the whole student on every process, and FSDP2 and ZeRO-3 split it: train under DDP or ZeRO-2, or "
-            "set anchor='none'."
+            f"{asked_by}='before' needs the whole student on every process, and FSDP2 and ZeRO-3 split it: train under DDP or ZeRO-2, or "
+            f"set {without}."
         )
     if model is not student:
-        _check_adapter(model)
+        _check_adapter(model, asked_by, without)
         return Before(student, lambda: _adapter_off(model), 0)
     if getattr(student, "hf_quantizer", None) is not None:
         raise ValueError(
-            "anchor='before' needs a copy of the student, and packed (quantised) weights are not copied: train an adapter, whose "
-            "base is the VLM before, or set anchor='none'."
+            f"{asked_by}='before' needs a copy of the student, and packed (quantised) weights are not copied: train an adapter, whose "
+            f"base is the VLM before, or set {without}."
         )
     # Each parameter is cast on its way, so that there is never a second copy in the student's dtype; tied ones stay tied
     memo: dict[int, Any] = {
@@ -87,21 +102,21 @@ def make_before(model: nn.Module, student: PreTrainedModel, dtype: torch.dtype, 
     return Before(frozen, nullcontext, sum(p.numel() * p.element_size() for p in frozen.parameters()))
 
 
-def _check_adapter(model: Any) -> None:
+def _check_adapter(model: Any, asked_by: str, without: str) -> None:
     """Raise ValueError where the weights under an adapter are not those of the VLM before."""
     for config in model.peft_config.values():
         begins = getattr(config, "init_lora_weights", True)
         if begins not in _BASE_STAYS:
             raise ValueError(
-                f"anchor='before' takes the student with its adapter off for the VLM before, and init_lora_weights={begins!r} changes "
-                "the weights under the adapter: use PEFT's default, or set anchor='none'."
+                f"{asked_by}='before' takes the student with its adapter off for the VLM before, and init_lora_weights={begins!r} changes "
+                f"the weights under the adapter: use PEFT's default, or set {without}."
             )
     own = (model.base_model.prefix, "modules_to_save", "trainable_tokens_")
     under = [name for name, p in model.named_parameters() if p.requires_grad and not any(part in name for part in own)]
     if under:
         raise ValueError(
-            f"anchor='before' takes the student with its adapter off for the VLM before, and {len(under)} parameters under the adapter "
-            f"are trained too ({under[0]}): train them through modules_to_save, or set anchor='none'."
+            f"{asked_by}='before' takes the student with its adapter off for the VLM before, and {len(under)} parameters under the adapter "
+            f"are trained too ({under[0]}): train them through modules_to_save, or set {without}."
         )
 
 

@@ -20,6 +20,7 @@ from .options import (
     ANCHOR_CHOICES,
     DISTILL_TOKENS_CHOICES,
     KV_SHARING_CHOICES,
+    KV_SOURCE_CHOICES,
     NEEDS_LABELS,
     OFFLOAD_CHOICES,
     ON_NAN_CHOICES,
@@ -30,11 +31,13 @@ from .options import (
     parameters,
     shown,
 )
+from .sharing import MODES
 
 __all__ = [
     "ANCHOR_CHOICES",
     "DISTILL_TOKENS_CHOICES",
     "KV_SHARING_CHOICES",
+    "KV_SOURCE_CHOICES",
     "OFFLOAD_CHOICES",
     "ON_NAN_CHOICES",
     "QUANTIZATION_CHOICES",
@@ -96,6 +99,7 @@ class DistillChecks(_Config):
             ("teacher_sharding", SHARDING_CHOICES),
             ("teacher_offload", OFFLOAD_CHOICES),
             ("kv_sharing", KV_SHARING_CHOICES),
+            ("kv_source", KV_SOURCE_CHOICES),
             ("distill_tokens", DISTILL_TOKENS_CHOICES),
             ("anchor", ANCHOR_CHOICES),
             ("on_nan", ON_NAN_CHOICES),
@@ -103,6 +107,11 @@ class DistillChecks(_Config):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {shown(value)}.")
+        if self.kv_source == "before" and not MODES[self.kv_sharing].reads_student:
+            raise ValueError(
+                f"kv_source='before' says whose keys and values the teacher reads, and with kv_sharing={self.kv_sharing!r} it reads none: "
+                "set another kv_sharing, or leave kv_source out."
+            )
         if self.teacher_offload == "cpu" and self.teacher_quantization == "int8":
             raise ValueError(
                 "teacher_offload='cpu' cannot free an int8 teacher, of which bitsandbytes holds a second reference on the "

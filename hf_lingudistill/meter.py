@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -31,21 +32,29 @@ _SUMS = (
 )
 
 
+# Nats per token by which a frozen teacher's log must rise above its best before a warning
+LED_ASTRAY = 1.0
+
+
 class Meter(Watcher):
     """Sums over the tokens of all batches since the last log, for training and evaluation.
 
     The sums of an optimizer step join those of the log when the step is `accepted`: a step that is skipped leaves no trace.
 
     accelerator: reduces the sums over processes. distill_tokens: the config's, for a warning about a poor teacher; None
-    where labels are the student's own samples.
+    where labels are the student's own samples. follows_student: whether what the teacher reads is trained, for a warning when it gets
+    worse.
     """
 
-    def __init__(self, accelerator: Accelerator, *, distill_tokens: str | None) -> None:
-        self.accelerator, self.distill_tokens = accelerator, distill_tokens
+    def __init__(
+        self, accelerator: Accelerator, *, distill_tokens: str | None, follows_student: bool = False
+    ) -> None:
+        self.accelerator, self.distill_tokens, self.follows_student = accelerator, distill_tokens, follows_student
         precision = torch.float32 if accelerator.device.type == "mps" else torch.float64
         self._train = torch.zeros(len(_SUMS), dtype=precision, device=accelerator.device)
         self._step, self._eval = torch.zeros_like(self._train), torch.zeros_like(self._train)
         self.worse_teacher_warned = False
+        self.best_teacher_ce: float | None = None
 
     def scored(
         self, inputs: dict[str, Any], plan: QueryPlan, teacher_head: Head, scores: Scores, training: bool
@@ -114,6 +123,8 @@ class Meter(Watcher):
                     ("confident_share", "distilled"),
                 )
             }
+            if training:
+                self._warn_if_teacher_is_led_astray(metrics["teacher_ce"])
             self._warn_if_teacher_is_worse(metrics["teacher_ce"], metrics["student_ce"])
         return metrics
 
@@ -135,12 +146,32 @@ class Meter(Watcher):
             student_ce,
         )
 
+    def _warn_if_teacher_is_led_astray(self, teacher_ce: float) -> None:
+        """A frozen teacher gets worse only by what it reads of the student: the student then learns its own drift back, faster and
+        faster. More than a nat above its best reading: labels of one mixture differ by less."""
+        best = self.best_teacher_ce = min(teacher_ce, self.best_teacher_ce or math.inf)
+        if not self.follows_student or self.worse_teacher_warned or teacher_ce <= best + LED_ASTRAY:
+            return
+        self.worse_teacher_warned = True
+        logger.warning(
+            "The teacher predicts the labels worse than it did (%.2f nats per token, at best %.2f): it is frozen, so what it reads of the "
+            "student has moved too far, and the student learns from it. Start again with kv_source='before', whose keys and values stand "
+            "still, or with a lower learning_rate.",
+            teacher_ce,
+            best,
+        )
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint between two logs keeps."""
-        return {"sums": self._train.tolist(), "worse_teacher_warned": self.worse_teacher_warned}
+        return {
+            "sums": self._train.tolist(),
+            "worse_teacher_warned": self.worse_teacher_warned,
+            "best_teacher_ce": self.best_teacher_ce,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """What `state` returned, in the run that resumes."""
         kept = torch.tensor(state["sums"], dtype=self._train.dtype)
         self._train[: len(kept)] = kept.to(self._train.device)  # a checkpoint of before the anchor has fewer
         self.worse_teacher_warned = state["worse_teacher_warned"]
+        self.best_teacher_ce = state.get("best_teacher_ce")

@@ -22,6 +22,7 @@ SHARDING_CHOICES = ("auto", "replicate", "shard")
 OFFLOAD_CHOICES = ("none", "cpu")
 DISTILL_TOKENS_CHOICES = ("all", "confident")
 ANCHOR_CHOICES = ("none", "before")
+KV_SOURCE_CHOICES = ("student", "before")
 ON_NAN_CHOICES = ("stop", "skip")
 
 
@@ -84,7 +85,12 @@ class DistillOptions:
     kv_sharing: str = _choice(
         "prompt",
         KV_SHARING_CHOICES,
-        f"What the teacher reads of the student: {', '.join(MODES)} (docs/method.md). `lingudistill diagnose` measures which fits a pair.",
+        "What the teacher reads of the student (docs/method.md). `lingudistill diagnose` measures which fits a pair.",
+    )
+    kv_source: str = _choice(
+        "student",
+        KV_SOURCE_CHOICES,
+        "Whose keys and values the teacher reads: the student's, which training moves, or the VLM's before training.",
     )
     beta: float = _option(0.0, "Generalised JSD in [0, 1]: 0 = KL(teacher || student), 1 = KL(student || teacher).")
     temperature: float = _option(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ._internals import FusedCausalLMOutput, head_of
+from ._internals import FusedCausalLMOutput, Head, head_of
 from .anchor import Before
 from .engines import SameModules, head_unsharded
 from .losses import Anchor, Scores, Weights, score
@@ -32,8 +32,9 @@ class DistillStep:
     """Everything that turns a batch into a loss.
 
     offload: the teacher waits in CPU memory between steps. sharded: it lies in pieces on all processes, so that every one runs it in
-    every step. same_modules: likewise for the student's vision tower (see `engines.py`). before: the VLM before, which judges the rows
-    that are not marked; None = cross-entropy alone does. sampled: labels are the student's own samples (see `plan_queries`).
+    every step. same_modules: likewise for the student's vision tower (see `engines.py`). judge: the VLM before, where it judges
+    the rows that are not marked; None = cross-entropy alone does. source: the VLM before, where the teacher reads its keys and values;
+    None = the student's. sampled: labels are the student's own samples (see `plan_queries`).
     """
 
     student: PreTrainedModel
@@ -43,7 +44,8 @@ class DistillStep:
     offload: bool = False
     sharded: bool = False
     same_modules: SameModules | None = None
-    before: Before | None = None
+    judge: Before | None = None
+    source: Before | None = None
     sampled: bool = False
     watchers: list[Watcher] = field(default_factory=list)
 
@@ -85,25 +87,24 @@ class DistillStep:
 
         inputs: the student's own, with labels (B, T), distill (B,) bool, and queries, the batch's plan or None.
         """
-        training, device = self.student.training, inputs["input_ids"].device
-        plan: QueryPlan = (inputs.get("queries") or self.plan(inputs)).to(device)
+        training = self.student.training
+        plan: QueryPlan = (inputs.get("queries") or self.plan(inputs)).to(inputs["input_ids"].device)
         plan.check(inputs["labels"], inputs["distill"])
 
-        anchor = self._anchor(inputs, plan)  # first, while the student's activations do not take memory yet
-        asked = plan.num_queries > 0
-        recording = self.sharing.recording(self.student) if asked else nullcontext(SharedKV())
-        with recording as shared, routed(self.student, asked=bool(inputs.get(ASK))) as router_logits:
-            backbone = self._backbone(inputs)
-        with on_device(self.teacher, device, offload=self.offload) as teacher_head:
-            teacher_hidden = self.sharing.teacher_pass(self.teacher.model, shared, plan)
-        for watcher in self.watchers:
-            watcher.answered(shared, plan, teacher_hidden)
-        shared.release()  # before the backward pass, and before the logits
+        anchor, shared = self._before(inputs, plan)  # first, while the student's activations do not take memory yet
+        if shared is not None:
+            teacher_hidden, teacher_head = self._teach(shared, plan)
+            backbone, router_logits = self._backbone(inputs)
+        else:
+            asked = plan.num_queries > 0
+            with self.sharing.recording(self.student) if asked else nullcontext(SharedKV()) as shared:
+                backbone, router_logits = self._backbone(inputs)
+            teacher_hidden, teacher_head = self._teach(shared, plan)
 
         rows, positions = plan.label_rows, plan.label_positions
         labels = inputs["labels"][rows, positions + 1]
         hidden = backbone.last_hidden_state.flatten(0, 1).index_select(0, rows * plan.length + positions)  # (M, H_s)
-        student_head, teacher_head = head_of(self.student).whole(), teacher_head.whole()
+        student_head = head_of(self.student).whole()
         if student_head.weight is None:  # an adapter on the head: whatever it does, it does itself
             hidden = self.student.get_output_embeddings()(hidden)
         scores = score(
@@ -120,18 +121,37 @@ class DistillStep:
             watcher.scored(inputs, plan, teacher_head, scores, training)
         return self._output(scores, labels, router_loss(self.student, router_logits, inputs.get("attention_mask")))
 
-    def _anchor(self, inputs: dict[str, Any], plan: QueryPlan) -> Anchor | None:
-        """What the VLM before says of the rows that are not marked; None where nobody asks, or where there are none."""
-        if self.before is None or not plan.has_unmarked_labels:
-            return None
-        hidden, head = self.before.answers(_own(inputs), plan.other_rows, plan.other_positions)
-        return Anchor(hidden, head, ~inputs["distill"].bool()[plan.other_rows])
+    def _before(self, inputs: dict[str, Any], plan: QueryPlan) -> tuple[Anchor | None, SharedKV | None]:
+        """What the VLM before says of the rows that are not marked, and what the teacher reads of it; None where nobody asks, or where
+        there is nothing to ask."""
+        judge = self.judge if plan.has_unmarked_labels else None
+        source = self.source if plan.num_queries > 0 else None
+        asked = judge or source
+        if asked is None:
+            return None, None
+        sharing = None if source is None else self.sharing
+        hidden, head, shared = asked.look(_own(inputs), plan.other_rows, plan.other_positions, sharing)
+        anchor = Anchor(hidden, head, ~inputs["distill"].bool()[plan.other_rows]) if judge is not None else None
+        return anchor, None if source is None else shared
 
-    def _backbone(self, inputs: dict[str, Any]) -> Any:
-        """The student without its head. -> its output, `last_hidden_state` (B, T, H_s) with gradient."""
+    def _teach(self, shared: SharedKV, plan: QueryPlan) -> tuple[torch.Tensor, Head]:
+        """The teacher's hidden states at the loss positions (N, H_t), and its head; the record is dropped, before the backward pass and
+        before the logits."""
+        with on_device(self.teacher, plan.label_rows.device, offload=self.offload) as head:
+            hidden = self.sharing.teacher_pass(self.teacher.model, shared, plan)
+        for watcher in self.watchers:
+            watcher.answered(shared, plan, hidden)
+        shared.release()
+        return hidden, head.whole()
+
+    def _backbone(self, inputs: dict[str, Any]) -> tuple[Any, list[torch.Tensor]]:
+        """The student without its head. -> its output, `last_hidden_state` (B, T, H_s) with gradient, and its router's logits."""
         own = _own(inputs)
-        with nullcontext() if self.same_modules is None else self.same_modules.for_batch(own):
-            return self.student.base_model(**own)
+        with (
+            nullcontext() if self.same_modules is None else self.same_modules.for_batch(own),
+            routed(self.student, asked=bool(inputs.get(ASK))) as router_logits,
+        ):
+            return self.student.base_model(**own), router_logits
 
     @staticmethod
     def _output(scores: Scores, labels: torch.Tensor, aux_loss: torch.Tensor | None) -> FusedCausalLMOutput:

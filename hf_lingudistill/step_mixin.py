@@ -10,7 +10,7 @@ from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
 from ._internals import keep_image_dtype
-from .anchor import make_before
+from .anchor import Before, make_before
 from .engines import sharding_of
 from .finite import FiniteWatch, StepPolicy
 from .first_batch import FirstBatch
@@ -79,7 +79,12 @@ class StepMixin(TeacherMixin):
         mode.check(student, self.teacher.model)
         offload = offload and not is_sharded  # a sharded teacher's pieces come to the device by themselves
         measured, quantised = args.measure_teacher_quantization, is_quantised(self.teacher.model)
-        self.meter = Meter(accelerator, distill_tokens=None if sampled else args.distill_tokens)
+        self.meter = Meter(
+            accelerator,
+            distill_tokens=None if sampled else args.distill_tokens,
+            # Of samples, the teacher's loss says as much about the student as about the teacher
+            follows_student=mode.reads_student and args.kv_source == "student" and not sampled,
+        )
         watch = FiniteWatch(accelerator, getattr(self.processing_class, "tokenizer", self.processing_class))
         self.policy = StepPolicy(watch, args.on_nan)
         packed = getattr(args, "packing", False) or getattr(args, "padding_free", False)
@@ -93,16 +98,7 @@ class StepMixin(TeacherMixin):
         )
         if measured and not quantised:
             self.first_batch.quantization_kl = 0.0
-        self.before = None
-        all_marked = self.has_distill_column is False or self.distill_share == 1.0
-        if args.anchor == "before" and not (sampled and all_marked):
-            sharded = sharding_of(accelerator) is not None
-            self.before = make_before(self.model, student, self._compute_dtype, sharded=sharded)
-            if all_marked:
-                logger.warning(
-                    "anchor='before' changes nothing: it judges rows that are marked false, and there are none."
-                )
-            logger.info("Anchor: the VLM before, %.1f MiB beside the student", self.before.footprint / 2**20)
+        self.before = self._make_before(student, sampled=sampled)
         return DistillStep(
             student,
             self.teacher,
@@ -110,10 +106,27 @@ class StepMixin(TeacherMixin):
             weights,
             offload=offload,
             sharded=is_sharded,
-            before=self.before,
+            judge=self.before if args.anchor == "before" else None,
+            source=self.before if args.kv_source == "before" else None,
             sampled=sampled,
             watchers=[self.meter, watch, self.first_batch],
         )
+
+    def _make_before(self, student: PreTrainedModel, *, sampled: bool) -> Before | None:
+        """The VLM before, where `anchor` or `kv_source` asks for it."""
+        args = self.args
+        all_marked = self.has_distill_column is False or self.distill_share == 1.0
+        asking = [name for name in ("kv_source", "anchor") if getattr(args, name) == "before"]
+        if sampled and all_marked and "anchor" in asking:  # on-policy it is the default, for whatever rows are not marked
+            asking.remove("anchor")
+        if not asking:
+            return None
+        sharded = sharding_of(self.accelerator) is not None
+        before = make_before(self.model, student, self._compute_dtype, sharded=sharded, asked_by=asking[0])
+        if all_marked and "anchor" in asking:
+            logger.warning("anchor='before' changes nothing: it judges rows that are marked false, and there are none.")
+        logger.info("The VLM before (%s): %.1f MiB beside the student", " and ".join(asking), before.footprint / 2**20)
+        return before
 
     @property
     def teacher_quantization_kl(self) -> float | None:

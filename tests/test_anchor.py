@@ -100,7 +100,7 @@ def test_loss_and_every_gradient_equal_two_models_in_plain_torch(make_trainer: M
         control = moved(make_trainer(anchor="before", anchor_weight=WEIGHT if change == "anchor" else 0.6))
         if change == "anchor":
             vlm = tiny.make_vlm(7)
-            control.step.before = make_before(vlm, vlm, torch.float32, sharded=False)
+            control.step.judge = make_before(vlm, vlm, torch.float32, sharded=False)
         its_loss, its_gradients = step(control, batch)
         assert its_loss != pytest.approx(loss, rel=1e-3) and difference(its_gradients, gradients) > 1e-2
 
@@ -199,7 +199,7 @@ def test_an_adapters_base_answers_as_a_copy_of_the_same_weights(
     theirs.model.load_state_dict(ours.model.state_dict())
     assert ours.before.footprint == 0 and ours.before.model is ours.step.student
     plain = tiny.make_vlm(0, tie_word_embeddings=tied)
-    theirs.step.before = Before(plain, nullcontext, 0)
+    theirs.step.judge = Before(plain, nullcontext, 0)
     batch, results = make_batch(ours), []
     for trainer in (ours, theirs):
         torch.manual_seed(5)
@@ -209,7 +209,7 @@ def test_an_adapters_base_answers_as_a_copy_of_the_same_weights(
     assert difference(gradients, other_gradients) < TOLERANCE
     assert kl > 0.01, "the adapter must matter"
     # Control: the adapter left on
-    ours.step.before = Before(ours.step.student, nullcontext, 0)
+    ours.step.judge = Before(ours.step.student, nullcontext, 0)
     step(ours, batch)
     assert log_of(ours)["anchor_kl"] < 0.9 * kl
 

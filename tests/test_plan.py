@@ -376,6 +376,12 @@ def test_the_vlm_before_is_a_copy_of_the_student_in_full_training_alone(small: t
         without, anchored = (make_plan(*small, Setup(anchor=anchor, **options)) for anchor in ("none", "before"))
         assert anchored.peak - without.peak == anchored.lines["VLM before"] == copies * 2 * small[0].parameters
         assert anchored.cost > without.cost + 0.1  # a forward pass more, adapter or not
+        read = make_plan(
+            *small, Setup(kv_source="before", **options)
+        )  # one copy and one forward, whatever asks for them
+        assert read.peak == anchored.peak and read.cost == anchored.cost
+        both = make_plan(*small, Setup(kv_source="before", anchor="before", **options))
+        assert both.peak == anchored.peak and both.cost == anchored.cost
     assert "VLM before" in str(make_plan(*small, Setup(anchor="before"))) and "VLM before" not in str(without)
     one = make_plan(*small, Setup(anchor="before")).needed / GIB
     assert smallest_plan(*small, Setup(anchor="before", gpu_memory=one - 0.1), (1, 2), ("single", "fsdp2")) is None

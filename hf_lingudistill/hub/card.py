@@ -277,6 +277,8 @@ _SHARING = {
 def _method(run_facts: Facts) -> str:
     settings = run_facts.get("settings") or {}
     reads = _SHARING.get(str(settings.get("kv_sharing")), "may read the student's keys and values")
+    if settings.get("kv_source") == "before":
+        reads += " (those of the VLM before training, which stand still)"
     others = "the others are trained with cross-entropy"
     if settings.get("distill_tokens") == "confident":
         others = "the others, and tokens whose label it finds less likely than the student does, are trained with cross-entropy"

@@ -45,6 +45,7 @@ _NOT_RECIPE = {
 }
 SETTINGS = (
     "kv_sharing",
+    "kv_source",
     "distill_tokens",
     "distill_margin",
     "ce_weight",
@@ -224,7 +225,7 @@ def gather_run_facts(
             "model_type": student.config.model_type,
             "parameters": sum(parameter.numel() for parameter in student.parameters()),
         },
-        "anchor": _anchor_fact(chosen, trainer),
+        "anchor": _before_fact(trainer),
         "teacher": {
             **_model_fact(trainer.teacher_name_or_path, chosen.get("teacher_model_revision")),
             "quantization": chosen.get("teacher_quantization"),
@@ -248,11 +249,9 @@ def gather_run_facts(
     }
 
 
-def _anchor_fact(chosen: Mapping[str, Any], trainer: Any) -> RunFacts | None:
+def _before_fact(trainer: Any) -> RunFacts | None:
     """The VLM before as a second parent: its bytes beside the student (0 where it is the adapter's base). None without one."""
-    if chosen.get("anchor", "none") == "none":
-        return None
-    return {"model": chosen["anchor"], "mib": round(trainer.before.footprint / 2**20, 2)}
+    return None if trainer.before is None else {"model": "before", "mib": round(trainer.before.footprint / 2**20, 2)}
 
 
 def _model_fact(reference: str, revision: str | None) -> RunFacts:

@@ -107,12 +107,17 @@ def choose(folder: Path, settings: Mapping[str, Any]) -> tuple[str | None, list[
     # Ties within 0.02 nats go to the cheaper arm
     default = min((arm for arm in able if loss[arm] <= best + 0.02), key=lambda arm: screen[arm]["seconds"])
 
-    def best_other(option: str) -> list[str]:
-        others = [arm for arm in able if specs[arm]["args"][option] != specs[default]["args"][option]]
+    def best_other(*options: str) -> list[str]:
+        """The best arm that differs from the default in one of the options."""
+
+        def chosen(arm: str) -> list[str]:
+            return [specs[arm]["args"].get(option, "student") for option in options]
+
+        others = [arm for arm in able if chosen(arm) != chosen(default)]
         return [min(others, key=lambda arm: loss[arm])] if others else []
 
     fixed = [arm for arm in settings["decisive"] if arm != "default"]
-    chosen = [*fixed, default, *best_other("distill_tokens"), *best_other("kv_sharing")]
+    chosen = [*fixed, default, *best_other("distill_tokens"), *best_other("kv_sharing", "kv_source")]
     return default, list(dict.fromkeys(chosen))
 
 

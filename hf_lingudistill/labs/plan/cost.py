@@ -25,7 +25,7 @@ def step_seconds(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> floa
 
     Multiply-adds or launches, whichever takes longer: a small student on a GPU waits for its launches, and the teacher adds some. No
     memory traffic, no unpacking of quantised weights, no communication and no reading of data is counted. Never measured on a GPU. With
-    an anchor, every step is taken to have an unmarked row.
+    the VLM before, every step is taken to ask it.
     """
     if setup.device == "cpu":
         return None
@@ -54,7 +54,7 @@ def _step_work(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> tuple[
     keys = setup.seq_len if MODES[setup.kv_sharing].reads_student else setup.seq_len / 2
     added = _forward_work(teacher.text, setup.queries, keys) + student.vocab * teacher.text.hidden * setup.labels
     more = launches + _LAUNCHES_OF_TEACHER * teacher.text.layers
-    if setup.anchor == "before":
+    if setup.asks_before:
         added, more = added + backbone, more + forward
     return sft, added, launches, more
 

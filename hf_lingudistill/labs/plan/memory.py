@@ -70,9 +70,9 @@ def teacher_bytes(teacher: ModelFacts, quantization: str, dtype_bytes: int, voca
     return rest + {"nf4": linear * 9 // 16, "int8": linear, "none": linear * dtype_bytes}[quantization]
 
 
-def anchor_bytes(student: ModelFacts, setup: Setup) -> int:
-    """The frozen copy of the student that judges unmarked rows; an adapter's base is there already."""
-    return student.parameters * setup.compute_bytes if setup.anchor == "before" and setup.lora_rank == 0 else 0
+def before_bytes(student: ModelFacts, setup: Setup) -> int:
+    """The frozen copy of the student that judges unmarked rows or is read; an adapter's base is there already."""
+    return student.parameters * setup.compute_bytes if setup.asks_before and setup.lora_rank == 0 else 0
 
 
 def kv_bytes(student: ModelFacts, setup: Setup) -> int:
@@ -103,7 +103,7 @@ def _standing(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Lines:
         "optimizer states": _optimizer_bytes(student, trainable, setup) // shards,
         "teacher": _teacher_on_device(teacher, student.vocab, setup),
         "engine buffers": _engine_bytes(student, trainable, setup),
-        "VLM before": anchor_bytes(student, setup),
+        "VLM before": before_bytes(student, setup),
     }
 
 

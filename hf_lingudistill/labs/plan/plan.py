@@ -9,7 +9,7 @@ from typing import Any
 from .cost import FLOPS, step_cost, step_seconds
 from .facts import ModelFacts
 from .memory import Lines, kv_bytes, moments_of, teacher_bytes
-from .setup import ENGINES, QUANTIZATIONS, Engine, PlanError, Setup
+from .setup import ENGINES, QUANTIZATIONS, SPLITTING, Engine, PlanError, Setup
 
 GIB = 2**30
 # Not in any tensor, and not measured by us: CUDA's context, cuBLAS and NCCL; and what an allocator loses between blocks
@@ -140,10 +140,10 @@ def smallest_plan(
     """
     for gpus in gpu_counts:
         for engine in engines:
-            if (engine == "single") != (gpus == 1) or (setup.anchor == "before" and engine in ("fsdp2", "zero3")):
+            if (engine == "single") != (gpus == 1) or (setup.asks_before and engine in SPLITTING):
                 continue
             here = replace(setup, engine=engine, gpus=gpus)
-            tried = (here, replace(here, teacher_quantization="none")) if engine in ("fsdp2", "zero3") else (here,)
+            tried = (here, replace(here, teacher_quantization="none")) if engine in SPLITTING else (here,)
             for candidate in tried:
                 plan = make_plan(student, teacher, candidate)
                 if plan.fits:

@@ -9,12 +9,14 @@ from ...sharing import MODES
 
 Engine = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)  # from the simplest to the most divided
+SPLITTING: tuple[Engine, ...] = ("fsdp2", "zero3")  # that split the student itself
 OPTIMIZERS = ("adamw", "adamw_8bit", "sgd")
 DTYPES = ("float32", "bfloat16")
 MIXED_PRECISIONS = ("bf16", "fp16", "no")
 QUANTIZATIONS = ("nf4", "int8", "none")
 SHARINGS = tuple(MODES)
 ANCHORS = ("none", "before")
+KV_SOURCES = ("student", "before")
 DEVICES = ("cuda", "cpu")
 
 
@@ -55,6 +57,9 @@ class Setup:
     lora_rank: int = _option(0, "0: full fine-tuning.")
     teacher_quantization: str = _option("nf4", "Of the teacher's weights.", *QUANTIZATIONS)
     kv_sharing: str = _option("prompt", "Where the teacher reads the student's keys and values.", *SHARINGS)
+    kv_source: str = _option(
+        "student", "Whose they are: the student's, or the VLM's before (a copy, or the adapter's base).", *KV_SOURCES
+    )
     anchor: str = _option(
         "none", "Whether the VLM before judges the unmarked rows: a copy, or the adapter's base.", *ANCHORS
     )
@@ -80,6 +85,7 @@ class Setup:
             ("mixed_precision", MIXED_PRECISIONS),
             ("teacher_quantization", QUANTIZATIONS),
             ("kv_sharing", SHARINGS),
+            ("kv_source", KV_SOURCES),
             ("anchor", ANCHORS),
             ("device", DEVICES),
         ):
@@ -89,12 +95,18 @@ class Setup:
             raise PlanError(
                 f"engine='single' runs on one device, got gpus={self.gpus}: choose ddp, fsdp2, zero2 or zero3."
             )
-        if self.anchor == "before" and self.engine in ("fsdp2", "zero3"):
+        if self.asks_before and self.engine in SPLITTING:
+            name = "anchor" if self.anchor == "before" else "kv_source"
             raise PlanError(
-                f"anchor='before' needs the whole student on every device, and {self.engine} splits it: choose single, ddp or zero2."
+                f"{name}='before' needs the whole student on every device, and {self.engine} splits it: choose single, ddp or zero2."
             )
         if self.gpu_memory <= 0:
             raise PlanError(f"gpu_memory must be a positive number of GiB, got {self.gpu_memory}.")
+
+    @property
+    def asks_before(self) -> bool:
+        """Whether the VLM before runs in a step."""
+        return "before" in (self.anchor, self.kv_source)
 
     @property
     def tokens(self) -> int:

@@ -1,0 +1,145 @@
+"""Whose keys and values the teacher reads: against two models in plain torch, and what stands still while the student moves."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_anchor import WEIGHT, log_of, lora, make_batch, moved, two_models
+from test_trainer import TOLERANCE, counted, difference, gradients_of, mixed_batch, reference, step
+
+from hf_lingudistill import LinguDistillConfig
+from hf_lingudistill.anchor import make_before
+from hf_lingudistill.meter import LED_ASTRAY, Meter
+
+MakeTrainer = Callable[..., Any]
+
+
+def twin(trainer: Any) -> Any:
+    """A plain copy of the trainer's student, with gradients of its own."""
+    other = copy.deepcopy(tiny.make_vlm(0)).train()
+    other.load_state_dict(trainer.model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("mode", ["full", "prompt", "vision"])
+def test_loss_and_gradients_are_those_of_a_teacher_that_reads_the_vlm_before(
+    make_trainer: MakeTrainer, mode: str
+) -> None:
+    trainer = moved(make_trainer(kv_source="before", kv_sharing=mode, distill_tokens="all"))
+    batch = mixed_batch(trainer)
+    other = twin(trainer)
+    loss, gradients = step(trainer, batch)
+    expected = reference(other, batch, student=tiny.make_vlm(0), kv_sharing=mode, distill_tokens="all")
+    expected.loss.backward()
+    assert loss == pytest.approx(expected.loss.item(), rel=1e-6)
+    assert difference(gradients, gradients_of(other)) < TOLERANCE
+    # Control: the student's own, as it is now
+    theirs = moved(make_trainer(kv_sharing=mode, distill_tokens="all"))
+    its_loss, its_gradients = step(theirs, batch)
+    assert its_loss != pytest.approx(loss, rel=1e-4) and difference(its_gradients, gradients) > 1e-3
+
+
+def test_inputs_are_those_of_the_vlm_before(make_trainer: MakeTrainer) -> None:
+    """Its tower's features, while the student's tower moves."""
+    readings = {}
+    for source in ("before", "student"):
+        trainer = make_trainer(kv_source=source, kv_sharing="inputs", distill_tokens="all")
+        batch = mixed_batch(trainer)
+        still = teacher_ce(trainer, batch)
+        readings[source] = (still, teacher_ce(moved(trainer), batch))
+    assert readings["before"][0] == pytest.approx(readings["before"][1], rel=1e-6)
+    assert readings["student"][0] != pytest.approx(readings["student"][1], rel=1e-3)
+    assert readings["before"][0] == pytest.approx(readings["student"][0], rel=1e-6)
+
+
+def teacher_ce(trainer: Any, batch: dict[str, Any]) -> float:
+    step(trainer, batch)
+    return log_of(trainer)["teacher_ce"]
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full training", "LoRA"])
+def test_the_teacher_stands_still_while_the_student_moves(make_trainer: MakeTrainer, adapter: bool) -> None:
+    readings = {}
+    for source in ("before", "student"):
+        extra = {"peft_config": lora(init_lora_weights=True)} if adapter else {}
+        trainer = make_trainer(kv_source=source, kv_sharing="vision", distill_tokens="all", **extra)
+        assert (trainer.before is not None) == (source == "before")
+        batch = mixed_batch(trainer)
+        still = teacher_ce(trainer, batch)
+        with torch.no_grad():
+            for name, parameter in trainer.model.named_parameters():
+                if parameter.requires_grad:
+                    noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                    parameter.add_(0.3 * parameter.std().clamp_min(0.05) * noise)
+        readings[source] = (still, teacher_ce(trainer, batch))
+    assert readings["before"][0] == pytest.approx(readings["before"][1], rel=1e-6)
+    assert readings["student"][0] != pytest.approx(readings["student"][1], rel=1e-4)
+    # They begin alike
+    assert readings["before"][0] == pytest.approx(readings["student"][0], rel=1e-5)
+
+
+def test_both_parents_take_one_forward_of_the_vlm_before(make_trainer: MakeTrainer) -> None:
+    trainer = moved(make_trainer(anchor="before", anchor_weight=WEIGHT, kv_source="before"))
+    batch = make_batch(trainer)
+    other = twin(trainer)
+    with counted(trainer.before.model.base_model) as calls:
+        loss, gradients = step(trainer, batch)
+    assert len(calls) == 1
+    expected, _ = two_models(other, tiny.make_vlm(0), batch, WEIGHT, student=tiny.make_vlm(0))
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    assert difference(gradients, gradients_of(other)) < TOLERANCE
+    # Nothing to distil and nothing to anchor: it is not asked
+    alone = make_trainer(kv_source="before")
+    batch["distill"] = torch.zeros_like(batch["distill"])
+    with counted(alone.before.model.base_model) as calls:
+        step(alone, batch)
+    assert not calls
+
+
+def test_what_cannot_be_is_refused_by_its_own_name() -> None:
+    with pytest.raises(ValueError, match="with kv_sharing='none' it reads none: set another kv_sharing"):
+        LinguDistillConfig(output_dir="out", kv_source="before", kv_sharing="none")
+    with pytest.raises(ValueError, match="kv_source must be one of student, before; got 'after'"):
+        LinguDistillConfig(output_dir="out", kv_source="after")
+    vlm = tiny.make_vlm(0)
+    with pytest.raises(ValueError, match=r"kv_source='before' needs the whole student .* set kv_source='student'"):
+        make_before(vlm, vlm, torch.float32, sharded=True, asked_by="kv_source")
+
+
+def test_a_teacher_that_is_led_astray_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    accelerator: Any = SimpleNamespace(device=torch.device("cpu"), reduce=lambda total, reduction: total)
+
+    def log(meter: Meter, teacher_ce: float) -> None:
+        sums = dict.fromkeys(("labels", "candidates", "distilled"), 10.0)
+        sums |= {"teacher_ce": 10 * teacher_ce, "student_ce": 10 * teacher_ce}
+        from hf_lingudistill.meter import _SUMS
+
+        meter._train += torch.tensor([sums.get(name, 0.0) for name in _SUMS])
+        meter.read(training=True)
+
+    def warned(readings: list[float], *, follows: bool, resumed: bool = False) -> bool:
+        caplog.clear()
+        meter = Meter(accelerator, distill_tokens="all", follows_student=follows)
+        for reading in readings:
+            if resumed:
+                state = meter.state()
+                meter = Meter(accelerator, distill_tokens="all", follows_student=follows)
+                meter.load(state)
+            log(meter, reading)
+        return any("kv_source='before'" in record.getMessage() for record in caplog.records)
+
+    with caplog.at_level(logging.WARNING):
+        astray = [3.2, 3.1, 3.1 + LED_ASTRAY + 0.1]
+        assert warned(astray, follows=True)
+        assert warned(astray, follows=True, resumed=True)
+        assert not warned(astray, follows=False)
+        assert not warned([3.2, 3.9, 3.1, 4.0], follows=True)
+        assert not warned([8.0, 3.0, 3.1], follows=True), "getting better is no fault"
