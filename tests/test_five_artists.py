@@ -263,7 +263,9 @@ def test_what_some_seeds_lack_is_averaged_over_the_others(tmp_path: Path) -> Non
 
 def test_the_rule_chooses_the_decisive_arms_and_waits_for_the_whole_screen(tmp_path: Path) -> None:
     recipe = reproduce.read_settings()
-    arms = [arm for run in recipe["runs"] if run[:4] == ["aligned", "P", "severe", 0] for arm in run[4]]
+    lists = recipe["runs"][: recipe["screen"]]
+    assert all(run[:4] == ["aligned", "P", "severe", 0] for run in lists)
+    arms = [arm for run in lists for arm in run[4]]
     scores = {arm: (0.5, 0.80, 10.0) for arm in arms}
     scores |= {
         "before": (3.0, 0.82, 0.0),
@@ -280,6 +282,9 @@ def test_the_rule_chooses_the_decisive_arms_and_waits_for_the_whole_screen(tmp_p
     assert chosen[:6] == ["before", "ce", "none", "caption", "interpolate_05", "vision"]
     assert len(chosen) == 7 or len(chosen) == 8
     assert recipe["arms"][chosen[6]]["args"]["distill_tokens"] == "confident"
+    # what is no part of the screen chooses nothing
+    write_results(tmp_path, {"prompt_anchor": (0.01, 0.90, 1.0)})
+    assert summary.choose(tmp_path / "results", recipe) == (default, chosen)
     # a tie within 0.02 nats goes to the cheaper arm
     write_results(tmp_path, {"prompt": (0.305, 0.80, 8.0)})
     assert summary.choose(tmp_path / "results", recipe)[0] == "prompt"

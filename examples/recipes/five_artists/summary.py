@@ -89,8 +89,8 @@ def paired(results: Results, tower: str, others: Sequence[str] = ("ce", "none", 
 
 def choose(folder: Path, settings: Mapping[str, Any]) -> tuple[str | None, list[str]]:
     """(the default, the arms that run over seeds) by the rule at the head of recipe.yaml; (None, []) before the screen is whole."""
-    screen = {key[4]: value for key, value in read(folder).items() if key[:4] == SCREEN}
-    wanted = {arm for run in settings["runs"] if tuple(run[:4]) == SCREEN for arm in run[4]}
+    wanted = {arm for run in settings["runs"][: settings["screen"]] for arm in run[4]}
+    screen = {key[4]: value for key, value in read(folder).items() if key[:4] == SCREEN and key[4] in wanted}
     if not wanted or wanted - set(screen):
         return None, []
     specs = settings["arms"]
