@@ -52,7 +52,7 @@ HERE = Path(__file__).resolve().parent
 MIB = 2**20
 FORWARD, TEACHER, LOSS = "the student's forward pass", "the teacher's pass", "the loss"
 # No function returns between the last two moments of the plan
-LAYERS, END = "the backward pass of the layers", "the end of the backward pass"
+LAYERS, END, UPDATE = "the backward pass of the layers", "the end of the backward pass", "the update"
 MEASURED = ("peak_mib", "moments_mib", "models_mib", "before_mib", "default_allocator_mib")
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
@@ -283,6 +283,13 @@ class Moments:
         return wrapped
 
     def watch(self, trainer: LinguDistillTrainer) -> None:
+        training_step = trainer.training_step
+
+        def begun(*args: Any, **kwargs: Any) -> Any:
+            self.end(UPDATE)  # of the step before, whose gradients are freed by now
+            return training_step(*args, **kwargs)
+
+        trainer.training_step = begun
         step = trainer.step
         step._backbone = self.ended_by(step._backbone, FORWARD)  # type: ignore[method-assign]
         mode = type(step.sharing)
@@ -315,7 +322,7 @@ def measure(folder: Path, shape: Shape) -> dict[str, Any]:
     moments = Moments(before)
     moments.watch(trainer)
     trainer.train()
-    moments.end("the update")
+    moments.end(UPDATE)
     peak = max(moments.peaks.values())
     return {"peak_mib": peak, "moments_mib": moments.peaks, "models_mib": models_mib, "before_mib": before}
 
