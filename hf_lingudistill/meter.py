@@ -46,9 +46,7 @@ class Meter(Watcher):
     worse.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, *, distill_tokens: str | None, follows_student: bool = False
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, *, distill_tokens: str | None, follows_student: bool = False) -> None:
         self.accelerator, self.distill_tokens, self.follows_student = accelerator, distill_tokens, follows_student
         precision = torch.float32 if accelerator.device.type == "mps" else torch.float64
         self._train = torch.zeros(len(_SUMS), dtype=precision, device=accelerator.device)

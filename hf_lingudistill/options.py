@@ -118,8 +118,8 @@ class DistillOptions:
     anchor: str = _choice(
         "none",
         ANCHOR_CHOICES,
-        "before: the VLM as it was before training judges the rows that are marked false, beside their labels (LoRA: its base; "
-        "full fine-tuning: a frozen copy). none: cross-entropy alone.",
+        "before: the VLM before training judges the rows that are marked false, beside their labels (docs/parents.md). none: "
+        "cross-entropy alone.",
     )
     anchor_weight: float = _option(
         0.5, "In [0, 1]. With anchor, the loss of unmarked rows is (1 - this) * CE + this * KL(VLM before || student)."
@@ -142,8 +142,8 @@ class DistillOptions:
     )
     self_check: bool = _option(
         True,
-        "Before training, refuse a pair whose teacher cannot use the student's keys, values and rotary embedding, by a few forwards "
-        "on a short text. Left out where an engine shards weights.",
+        "Before training, refuse a pair whose teacher cannot use the student's keys, values and rotary embedding. Left out where an "
+        "engine shards weights.",
     )
     overwrite_output_dir: bool = _option(False, "Allow an output_dir that holds another run.")
 

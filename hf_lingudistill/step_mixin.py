@@ -117,14 +117,18 @@ class StepMixin(TeacherMixin):
         args = self.args
         all_marked = self.has_distill_column is False or self.distill_share == 1.0
         asking = [name for name in ("kv_source", "anchor") if getattr(args, name) == "before"]
-        if sampled and all_marked and "anchor" in asking:  # on-policy it is the default, for whatever rows are not marked
+        if (
+            sampled and all_marked and "anchor" in asking
+        ):  # on-policy it is the default, for whatever rows are not marked
             asking.remove("anchor")
         if not asking:
             return None
         sharded = sharding_of(self.accelerator) is not None
         before = make_before(self.model, student, self._compute_dtype, sharded=sharded, asked_by=asking[0])
         if all_marked and "anchor" in asking:
-            logger.warning("anchor='before' changes nothing: it judges rows that are marked false, and there are none.")
+            logger.warning(
+                "anchor='before' changes nothing: it judges rows that are marked false, and there are none."
+            )
         logger.info("The VLM before (%s): %.1f MiB beside the student", " and ".join(asking), before.footprint / 2**20)
         return before
 

@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from hf_lingudistill.labs.known_models import BUILT_IN
+from hf_lingudistill.labs.plan.known_models import BUILT_IN
 from hf_lingudistill.scripts.arguments import parse
 from hf_lingudistill.scripts.distill import main as distill
 

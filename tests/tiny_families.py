@@ -30,7 +30,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from hf_lingudistill.labs.known_models import BUILT_IN
+from hf_lingudistill.labs.plan.known_models import BUILT_IN
 
 # name of the tokenizer's attribute -> token; the first is the image's placeholder in `input_ids`
 TOKENS = {

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hf_lingudistill.labs.memory import GIB, ModelFacts, Plan, Setup, make_plan, read_pair, smallest_plan
+from hf_lingudistill.labs.plan import GIB, ModelFacts, Plan, Setup, make_plan, read_pair, smallest_plan
 
 FOLDER = Path(__file__).resolve().parent
 FINEVISION = "hf://datasets/HuggingFaceM4/FineVision@3c380a731a3429c1d04693d6ec16d7e683def84c"
