@@ -47,6 +47,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 import hf_lingudistill.step
 from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
 from hf_lingudistill.labs.plan import LORA_TARGETS, Plan, Setup, make_plan, model_facts
+from hf_lingudistill.student_kv import SharedKV
 
 HERE = Path(__file__).resolve().parent
 MIB = 2**20
@@ -292,8 +293,7 @@ class Moments:
         trainer.training_step = begun
         step = trainer.step
         step._backbone = self.ended_by(step._backbone, FORWARD)  # type: ignore[method-assign]
-        mode = type(step.sharing)
-        mode.teacher_pass = self.ended_by(mode.teacher_pass, TEACHER)  # type: ignore[method-assign]
+        SharedKV.release = self.ended_by(SharedKV.release, TEACHER)  # type: ignore[method-assign]
         hf_lingudistill.step.score = self.ended_by(hf_lingudistill.step.score, LOSS)
         accelerator = trainer.accelerator
         accelerator.backward = self.ended_by(accelerator.backward, LAYERS)

@@ -118,21 +118,18 @@ class DistillOptions:
     anchor: str = _choice(
         "none",
         ANCHOR_CHOICES,
-        "before: the VLM before training judges the rows that are marked false, beside their labels (docs/parents.md). none: "
-        "cross-entropy alone.",
+        "before: the VLM before training judges rows marked false, beside their labels (docs/parents.md).",
     )
     anchor_weight: float = _option(
         0.5, "In [0, 1]. With anchor, the loss of unmarked rows is (1 - this) * CE + this * KL(VLM before || student)."
     )
     skip_bad_rows: bool = _option(
         False,
-        "Skip rows that cannot be trained on (unreadable image, empty answer, ...) and count them by reason, instead of stopping "
-        "at the first.",
+        "Skip rows that cannot be trained on (unreadable image, empty answer, ...) and count them; else stop at the first.",
     )
     answers_only: bool = _option(
         True,
-        "Of messages, train on the assistant's turns alone, where the chat template tells them from the others; false trains on all "
-        "turns.",
+        "Of messages, train on the assistant's turns alone, where the chat template tells them apart; false: on all turns.",
     )
     on_nan: str = _choice(
         "stop",
