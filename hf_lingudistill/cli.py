@@ -5,6 +5,7 @@
     lingudistill evaluate ...          how much language was lost, how much came back, at what cost to vision
     lingudistill diagnose ...          how far the VLM's language model has drifted, and which kv_sharing follows
     lingudistill score-mix ...         which sources of a mixture the teacher should speak on
+    lingudistill blend ...             weights between two VLMs: keep what is asked, with most language
     lingudistill plan ...              memory per device and cost of a step, from configs alone
     lingudistill publish OUT ...       model, card and report to the Hub, and a Space that shows it
     lingudistill convert-nanovlm ...   a nanoVLM checkpoint as a transformers VLM, and back
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_evaluate,
         _add_diagnose,
         _add_score_mix,
+        _add_blend,
         _add_plan,
         _add_publish,
         _add_convert_nanovlm,
@@ -385,6 +387,81 @@ def _score_mix(args: argparse.Namespace) -> int:
     print(f"Written: {', '.join(map(str, written))}", file=sys.stderr)
     print(json.dumps(report["sources"], indent=2) if args.json else as_text(report))
     return DONE
+
+
+def _add_blend(commands: Any) -> None:
+    parser = commands.add_parser(
+        "blend",
+        help="between two VLMs, the weights that keep what is asked and have most language",
+        description="Score weights between two VLMs of one build on a suite, whose items are drawn once; write the front, and save the model "
+        "that meets --keep with most language. A rerun goes on where the last one stopped. Exit code: 0 saved, 1 no weight does, 2 bad "
+        "input.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--student", "--before", dest="before", required=True, metavar="VLM", help="the VLM at weight 0"
+    )
+    parser.add_argument(
+        "--after", required=True, metavar="VLM", help="the VLM at weight 1: distilled, or any of the same build"
+    )
+    parser.add_argument(
+        "--teacher", "--original", dest="original", metavar="LM", help="the LM that both were built from"
+    )
+    parser.add_argument(
+        "--suite", default="quick", metavar="quick|demo|paper|PATH.yaml", help="what to score; default: quick"
+    )
+    parser.add_argument(
+        "--keep",
+        required=True,
+        metavar="CONDITION",
+        help="such as 'vision >= before - 0.01': a task or group of the report, >= or <=, and a number or before, after, original with or "
+        "without + or - a number; several joined by `and`",
+    )
+    parser.add_argument("--output_dir", required=True, help="where the front, the evaluation and model/ go")
+    parser.add_argument(
+        "--weights",
+        type=float,
+        nargs="+",
+        default=[0.2, 0.4, 0.6, 0.8],
+        metavar="W",
+        help="shares of the VLM after; default: 0.2 0.4 0.6 0.8 (0 and 1 are scored too)",
+    )
+    parser.add_argument(
+        "--shares",
+        nargs="+",
+        metavar="SHARES",
+        help="uniform: one weight for all; drift: more where a layer has moved further from the original; default: both, or uniform "
+        "without --original",
+    )
+    parser.add_argument("--most", metavar="SCORE", help="what most language is; default: KL to the original on text")
+    parser.add_argument("--batch_size", type=int, default=8)
+    _add_loading(parser)
+    parser.set_defaults(run=_blend)
+
+
+def _blend(args: argparse.Namespace) -> int:
+    if args.batch_size < 1:
+        return _bad_input(f"--batch_size must be at least 1, got {args.batch_size}.")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from .labs.blend import blend
+
+    try:
+        front = blend(
+            args.before,
+            args.after,
+            args.suite,
+            args.keep,
+            args.output_dir,
+            original=args.original,
+            weights=args.weights,
+            shares=args.shares,
+            most=args.most,
+            batch_size=args.batch_size,
+            **_loading(args),
+        )
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        return _failed(error)
+    return DONE if front["chosen"] else DOES_NOT_FIT
 
 
 def _add_plan(commands: Any) -> None:

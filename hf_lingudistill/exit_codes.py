@@ -3,7 +3,7 @@
 | code | meaning |
 |---|---|
 | 0 | done; `check` and `plan`: it fits |
-| 1 | `check` and `plan`: it does not fit. Elsewhere an error that nobody foresaw, with its traceback |
+| 1 | `check` and `plan`: it does not fit; `blend`: no weight keeps what is asked. Elsewhere an error that nobody foresaw, with its traceback |
 | 2 | bad input, said in one sentence; nothing was trained, nothing of the user's was changed |
 | 3 | not published. After a training: the model is saved, and the sentence names the command that goes on |
 | 4 | stopped at a loss, gradient or teacher that is not finite (`on_nan`) |
@@ -18,6 +18,6 @@ NOT_PUBLISHED = 3
 NOT_FINITE = 4
 
 SUMMARY = (
-    "Exit codes: 0 done, or it fits; 1 it does not fit (check, plan); 2 bad input, said in one sentence (LINGUDISTILL_DEBUG=1 "
+    "Exit codes: 0 done, or it fits; 1 it does not fit (check, plan, blend); 2 bad input, said in one sentence (LINGUDISTILL_DEBUG=1 "
     "shows the traceback); 3 trained and saved, but not published; 4 stopped at a step that is not finite."
 )

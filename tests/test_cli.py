@@ -158,7 +158,9 @@ def test_the_pair_is_named_by_flags_as_well(models: Path, capsys: pytest.Capture
         assert "Expected one VLM and one LM" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["check", "distill", "evaluate", "diagnose", "plan", "publish"])
+@pytest.mark.parametrize(
+    "command", ["check", "distill", "evaluate", "diagnose", "score-mix", "blend", "plan", "publish"]
+)
 def test_every_command_names_the_pair_in_the_same_way(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leave:
         main([command, "--help"])

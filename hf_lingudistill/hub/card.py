@@ -8,6 +8,7 @@ page only with their Markdown and HTML escaped. `edits.py` lets people change th
 from __future__ import annotations
 
 import re
+import shlex
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -92,7 +93,7 @@ def render_card(
         paper_url=PAPER,
         before=before,
         teacher=_linked(teacher, "its original language model"),
-        same_model=_same_model(student),
+        same_model=_same_model(student) + _blended(run_facts),
         headline=headline(tasks),
         space=f"{HUB}/spaces/{space}" if repo_or_none(space) else "",
         needs=usage.needs(),
@@ -141,6 +142,19 @@ def _same_model(student: Facts) -> str:
     return (
         f"It has the same architecture{count} and costs the same to run as before; it loads in plain transformers, without "
         "`hf_lingudistill`."
+    )
+
+
+def _blended(run_facts: Facts) -> str:
+    """That it is a blend, of what, and how it was chosen; empty for any other model."""
+    blend = run_facts.get("blend")
+    if not blend:
+        return ""
+    before, after = (_linked(blend.get(name) or {}, f"the VLM {name}") for name in ("before", "after"))
+    per = ", more in the layers that had moved further from the original" if blend.get("shares") == "drift" else ""
+    return (
+        f" Its weights are a blend: {markdown(blend.get('weight'))} of {after}, the rest of {before}{per}; chosen for the best "
+        f"{markdown(blend.get('most'))} of those with {markdown(blend.get('keep'))}, on the suite {markdown(blend.get('suite'))}."
     )
 
 
@@ -301,6 +315,11 @@ def _limits(run_facts: Facts, report: Facts, tasks: Sequence[Task]) -> list[str]
     limits.append("Not evaluated: safety, bias, factuality, and languages other than those of the benchmarks.")
     if tasks and not report.get("intervals"):  # a report over seeds says so itself
         limits.append("One training run: the intervals are over items, not over seeds.")
+    if run_facts.get("blend"):
+        limits.append(
+            "A blend: its weight was chosen on the suite that the card names, so that scores there are a little too good. What is said of "
+            "training is about the model that was blended in."
+        )
     if (report.get("config") or {}).get("demo"):
         limits.append("A demonstration that is made in minutes, not a model to use.")
     limits.append(
@@ -354,7 +373,22 @@ def _reproduce(run_facts: Facts, report: Facts, repo_id: str | None, command: st
     processes = (run_facts.get("hardware") or {}).get("processes") or 1
     launch = f"accelerate launch --num_processes {processes} -m hf_lingudistill.scripts.distill"
     run = "lingudistill distill" if processes == 1 else launch
+    commands.append(f"{run} --config recipe.yaml --output_dir OUT")
+    commands += _blend_command(run_facts)
     return {
-        "command": "\n".join([*commands, f"{run} --config recipe.yaml --output_dir OUT"]),
+        "command": "\n".join(commands),
         "command_note": " ".join(notes),
     }
+
+
+def _blend_command(run_facts: Facts) -> list[str]:
+    """What makes a blend of OUT; nothing where the blend is OUT itself, or no blend."""
+    blend = run_facts.get("blend") or {}
+    if blend.get("weight") in (None, 1.0):
+        return []
+    named = {"before": blend.get("before"), "original": run_facts.get("teacher")}
+    asked = {role: (fact or {}).get("id") or (fact or {}).get("name") for role, fact in named.items()}
+    asked |= {"after": "OUT", "suite": blend.get("suite"), "keep": blend.get("keep"), "output_dir": "BLEND"}
+    asked |= {"weights": blend.get("weight"), "shares": blend.get("shares")}
+    options = [f"--{name} {shlex.quote(plain(value))}" for name, value in asked.items() if value is not None]
+    return [" ".join(["lingudistill blend", *options])]

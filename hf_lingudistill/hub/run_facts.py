@@ -221,13 +221,13 @@ def gather_run_facts(
     return {
         "schema": SCHEMA,
         "student": {
-            **_model_fact(name, (args.model_init_kwargs or {}).get("revision")),
+            **model_fact(name, (args.model_init_kwargs or {}).get("revision")),
             "model_type": student.config.model_type,
             "parameters": sum(parameter.numel() for parameter in student.parameters()),
         },
         "anchor": _before_fact(trainer),
         "teacher": {
-            **_model_fact(trainer.teacher_name_or_path, chosen.get("teacher_model_revision")),
+            **model_fact(trainer.teacher_name_or_path, chosen.get("teacher_model_revision")),
             "quantization": chosen.get("teacher_quantization"),
             "arithmetic": trainer.teacher_arithmetic,
             "mib": round(trainer.teacher.footprint / 2**20, 2),
@@ -254,7 +254,8 @@ def _before_fact(trainer: Any) -> RunFacts | None:
     return None if trainer.before is None else {"model": "before", "mib": round(trainer.before.footprint / 2**20, 2)}
 
 
-def _model_fact(reference: str, revision: str | None) -> RunFacts:
+def model_fact(reference: str, revision: str | None = None) -> RunFacts:
+    """A model as run facts keep it: a Hub id with the commit that was loaded, or the last part of a folder."""
     known = hub_id(reference)
     return {
         "id": known,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,14 @@ class Scored:
             add_special_tokens=False,
         )
         return inputs.to(self.model.device)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A VLM that lies in no folder. fingerprint: changes with its weights; known before it is made. make: makes it, by its name."""
+
+    fingerprint: str
+    make: Callable[[str], Scored]
 
 
 def _parts(content: Any) -> Any:

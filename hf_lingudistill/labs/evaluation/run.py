@@ -26,7 +26,7 @@ from .checks import check_roles
 from .fidelity_run import ORIGINAL, FidelityRun
 from .join import DEPENDS, join
 from .language import require_harness
-from .models import Scored, describe, fingerprint, load_scored, read_config, read_template, takes_images
+from .models import Made, Scored, describe, fingerprint, load_scored, read_config, read_template, takes_images
 from .report import FILES, build_report, write_report
 from .scoring import read_items, score
 from .suite import HarnessTasks, Suite, load_suite
@@ -42,6 +42,7 @@ def evaluate_models(
     suite: Suite | str,
     output_dir: str | Path,
     *,
+    made: Mapping[str, Made] | None = None,
     reference: str | None = None,
     compare: Sequence[str] = (),
     batch_size: int = 8,
@@ -59,6 +60,7 @@ def evaluate_models(
             before it was tuned further (the paper's reference); every other name is compared with them. Columns keep this order.
         suite: a suite, the name of one in the package, or the path of a YAML file.
         output_dir: for the report, and `items/`, the item cache.
+        made: further VLMs by name, each made when its turn comes.
         reference: the model whose reaction to exchanged images says which tokens of an answer depend on the image: one of
             `models`, or the folder or Hub id of another VLM; default `before`, or the first VLM. A model that does not know
             the wording finds too many.
@@ -78,7 +80,8 @@ def evaluate_models(
     check(out, *FILES, by="evaluate")
     if not models:
         raise ValueError("No model to score: pass at least one, as {name: path}.")
-    if bad := [name for name in models if name == REFERENCE or not re.fullmatch(r"\w[\w.-]*", name)]:
+    made = made or {}
+    if bad := [name for name in (*models, *made) if name == REFERENCE or not re.fullmatch(r"\w[\w.-]*", name)]:
         raise ValueError(
             f"A model cannot be named {bad[0]!r}: expected letters, digits, '.', '-' and '_', and not {REFERENCE!r}."
         )
@@ -91,16 +94,20 @@ def evaluate_models(
     configs = {name: read_config(name, path, trust_remote_code=trust_remote_code) for name, path in to_score.items()}
     sees = {name: takes_images(config) for name, config in configs.items()}
     check_roles(models, sees, suite)
+    sees |= dict.fromkeys(made, True)
     if suite.grounded:
         reference = _reference(reference, sees)
-    if not (any(sees[name] for name in models) or _about_text(suite)):
+    if not (any(sees[name] for name in (*models, *made)) or _about_text(suite)):
         raise ValueError(f"Suite {suite.name!r} is about images only, which none of {', '.join(models)} takes.")
     if suite.lm_eval.tasks:
         require_harness()
     items = read_items(suite)
     prints = {name: fingerprint(path, configs[name]) for name, path in to_score.items()}
+    prints |= {name: model.fingerprint for name, model in made.items()}
 
     def load(name: str) -> Scored:
+        if name in made:
+            return made[name].make(name)
         return load_scored(
             name,
             to_score[name],
@@ -129,7 +136,8 @@ def evaluate_models(
     results: dict[str, Any] = {}
     facts: dict[str, Any] = {}
     seconds: dict[str, float] = {}
-    for name in to_score:
+    names = [*models, *made]
+    for name in dict.fromkeys((*to_score, *made)):
         started = time.perf_counter()
         set_seed(suite.seed)
         scored = load(name)
@@ -141,7 +149,7 @@ def evaluate_models(
                 suite, texts=(), vision=(), fidelity=(), ifeval=None, lm_eval=HarnessTasks(), lmms_eval=HarnessTasks()
             )
         if fidelity is not None and name == ORIGINAL:
-            fidelity.ask(scored, {other: prints[other] for other in models if other != ORIGINAL})
+            fidelity.ask(scored, {other: prints[other] for other in names if other != ORIGINAL})
         results[name] = score(
             scored,
             asked,
@@ -160,13 +168,13 @@ def evaluate_models(
 
     if fidelity is not None:
         results[DEPENDS] = fidelity.depends
-    tasks = join(suite, items, results, list(models), reference)
+    tasks = join(suite, items, results, names, reference)
     report = build_report(
         tasks,
         Bootstrap(resamples=suite.resamples, seed=suite.seed),
         compare=compare,
         suite={"name": suite.name, "seed": suite.seed, "sha256": digest(suite.__dict__)},
-        models={name: facts[name] for name in models},
+        models={name: facts[name] for name in names},
         seconds=seconds,
         config={
             "reference": facts[reference]["path"] if suite.grounded and reference in facts else None,
