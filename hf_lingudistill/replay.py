@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ._internals import attention_switched, decoder_of, register_attention
+from .mixers import mixers_of, mixers_replayed
 from .queries import QueryPlan
 from .student_kv import LayerMask, SharedKV
 
@@ -245,7 +246,7 @@ def _check_layer(layer_idx: int, recorded: torch.Tensor, own: torch.Tensor) -> N
 
 
 def _check_layers(decoder: PreTrainedModel, shared: SharedKV) -> None:
-    layers = len(shared.masks)
+    layers = len(shared.masks.keys() | set(shared.mixer_layers))
     if decoder.config.num_hidden_layers != layers:
         raise ValueError(
             f"Teacher has {decoder.config.num_hidden_layers} layers, the student's language model has {layers}: KV sharing pairs "
@@ -314,6 +315,7 @@ def replayed_pass(
         inference(teacher),
         attention_switched(decoder, lambda _: _REPLAY) as configs,
         _rotary_replayed(decoder, shared, plan),
+        mixers_replayed(decoder, shared.mixed if shared.keep_kv else None, shared.mixed_documents, plan),
     ):
         for config in configs:
             _REPLAYS[id(config)] = replay
@@ -343,7 +345,8 @@ def plain_pass(teacher: PreTrainedModel, plan: QueryPlan) -> torch.Tensor:
     decoder = decoder_of(teacher)
     (rows, width), queries = plan.slots.shape, plan.num_queries
     with inference(teacher):
-        if queries < 0.8 * rows * width and queries**2 <= 4 * rows * width**2:
+        stateful = bool(mixers_of(decoder))  # a state does not end where positions start anew
+        if not stateful and queries < 0.8 * rows * width and queries**2 <= 4 * rows * width**2:
             # One packed row, whose documents transformers tells apart by positions that start anew: no padding
             begins = plan.slots[:, :1].flatten()
             slots = torch.arange(queries, device=begins.device)

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ._internals import attention_switched, base_attention_function, decoder_of, register_attention
+from .mixers import Recorded, mixers_recorded
 
 _RECORD_PREFIX = "lingudistill_record_"
 
@@ -42,13 +43,17 @@ class SharedKV:
 
     keys, values: layer_idx -> (B, H_kv, T, D), detached, post-RoPE. rotary: layer type (None where the family has one) -> what
     the family's rotary module returns: (cos, sin), each (B or 1, T, D_rot), or one complex tensor. position_ids: (B or 1, T), or
-    (axes, B or 1, T). inputs_embeds: (B, T, H_s), detached. last_hidden_state: (B, T, H_s) with gradient.
+    (axes, B or 1, T). mixed, mixed_documents: what layers
+    without attention write, and what they are told of documents; mixer_layers: which these are: see `mixers.py`. inputs_embeds: (B, T, H_s), detached. last_hidden_state: (B, T, H_s) with gradient.
     """
 
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     masks: dict[int, LayerMask] = field(default_factory=dict)
     rotary: dict[str | None, Any] = field(default_factory=dict)
+    mixed: Recorded = field(default_factory=dict)
+    mixed_documents: dict[str, Any] = field(default_factory=dict)
+    mixer_layers: list[int] = field(default_factory=list)
     position_ids: torch.Tensor | None = None
     inputs_embeds: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
@@ -73,11 +78,13 @@ class SharedKV:
         self.values.clear()
         self.masks.clear()
         self.rotary.clear()
+        self.mixed.clear()
         self.position_ids = self.inputs_embeds = self._documents = None
 
     def nbytes(self) -> int:
-        """Bytes held by the recorded keys and values."""
-        return sum(t.numel() * t.element_size() for t in (*self.keys.values(), *self.values.values()))
+        """Bytes held by the recorded keys and values, and by what other mixers write."""
+        kept = (*self.keys.values(), *self.values.values(), *self.mixed.values())
+        return sum(t.numel() * t.element_size() for t in kept)
 
 
 def _as_attended(states: torch.Tensor) -> torch.Tensor:
@@ -166,7 +173,10 @@ def recording(student: PreTrainedModel, *, keep_kv: bool = True, keep_inputs: bo
     if keep_inputs:
         hooks.append(decoder.register_forward_pre_hook(on_decoder, with_kwargs=True))
     try:
-        with attention_switched(decoder, _record_name) as configs:
+        with (
+            attention_switched(decoder, _record_name) as configs,
+            mixers_recorded(decoder, shared.mixed if keep_kv else None, shared.mixed_documents) as shared.mixer_layers,
+        ):
             for config in configs:
                 _RECORDS[id(config)] = shared
             try:
@@ -178,9 +188,9 @@ def recording(student: PreTrainedModel, *, keep_kv: bool = True, keep_inputs: bo
         for hook in hooks:
             hook.remove()
     layers = decoder.config.num_hidden_layers
-    missing = [layer for layer in range(layers) if layer not in shared.masks]
+    missing = [layer for layer in range(layers) if layer not in shared.masks and layer not in shared.mixer_layers]
     if shared.last_hidden_state is not None and missing:
         raise ValueError(
             f"Layers {missing} of {type(student).__name__} produced no keys and values ({layers} layers expected): KV sharing "
-            "needs softmax self-attention in every layer. Run `lingudistill check` on the pair."
+            "needs softmax self-attention, or a mixer that it can follow, in every layer. Run `lingudistill check` on the pair."
         )

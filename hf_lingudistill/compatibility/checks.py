@@ -21,6 +21,20 @@ USE_SOFTMAX = "Use a VLM and LM with plain softmax self-attention in every layer
 SOFTMAX_ATTENTION = frozenset(
     {"full_attention", "sliding_attention", "chunked_attention", "reference_sliding_attention"}
 )
+# Mixers without softmax that `mixers.py` can follow, as their modeling files show them; and the settings that must agree for it
+_FOLLOWED = {
+    "linear_attention": r"self\.in_proj_qkv = (?s:.*)self\.in_proj_z = (?s:.*)self\.in_proj_b = (?s:.*)self\.in_proj_a = ",
+    "conv": r"class \w+ShortConv\(nn\.Module\):(?s:.*?)self\.in_proj = ",
+}
+_MIXER_SIZES = {
+    "linear_attention": (
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "linear_key_head_dim",
+        "linear_value_head_dim",
+    ),
+    "conv": ("hidden_size",),
+}
 # What no config shows: students of these types cannot be followed, whatever their language model is
 _UNREACHABLE = dict.fromkeys(
     ("blip-2", "instructblip", "instructblipvideo"),
@@ -108,6 +122,12 @@ def check_layers(s: Side, t: Side) -> list[Check]:
         *("head_dim", "dimension", [x.head_dim for x in s.layers], [x.head_dim for x in t.layers]),
         "the teacher's queries and the student's keys must have the same size",
     )
+    for kind in sorted({layer.kind for layer in s.layers} & _MIXER_SIZES.keys()):
+        for size in _MIXER_SIZES[kind]:
+            checks += _compare_layers(
+                *(size, "channel", [setting(s.text, size)], [setting(t.text, size)]),
+                f"what its {kind} layers write must be what the student's read",
+            )
     return checks
 
 
@@ -120,13 +140,26 @@ def _compare_layers(name: str, noun: str, ours: list[int | None], theirs: list[i
     where = "" if len(set(ours)) == len(set(theirs)) == 1 else f" in layer {first}"
     per = " a head" if name == "head_dim" else ""
     found = f"Teacher has {count(theirs[first], noun)}{per}{where}, the student's language model has {ours[first]}"
+    if noun == "channel":
+        found = f"Teacher has {name} {theirs[first]}, the student's language model {ours[first]}"
     reason = f"{found}: {why}."
     return [Check(name, "misfit", *shown, reason, USE_THE_ORIGINAL_LM)]
 
 
 def check_attention(s: Side, t: Side) -> list[Check]:
     checks = [*_attention_problems(s), *_attention_problems(t)]
-    return checks or [Check("attention", "fits", _kinds(s.layers), _kinds(t.layers))]
+    shown = _kinds(s.layers), _kinds(t.layers)
+    different = [i for i, pair in enumerate(zip(s.layers, t.layers, strict=False)) if len(_mixed(*pair)) > 1]
+    if different and not any(check.status == "misfit" for check in checks):
+        where = _indices(different)
+        reason = f"Student and teacher mix tokens in different ways ({where}): KV sharing pairs layers one to one."
+        checks.append(Check("attention", "misfit", *shown, reason, USE_THE_ORIGINAL_LM))
+    return checks or [Check("attention", "fits", *shown)]
+
+
+def _mixed(*layers: Layer) -> set[str]:
+    """The ways in which these layers mix tokens; "" is softmax attention."""
+    return {layer.kind if layer.kind in _MIXER_SIZES else "" for layer in layers}
 
 
 def _attention_problems(side: Side) -> list[Check]:
@@ -139,8 +172,18 @@ def _attention_problems(side: Side) -> list[Check]:
         ours, theirs = (shown, "") if side.role == "student" else ("", shown)
         checks.append(Check("attention", status, ours, theirs, reason, USE_SOFTMAX if status == "misfit" else ""))
 
+    source = modeling_source(text)
     for kind in sorted({layer.kind for layer in layers} - SOFTMAX_ATTENTION):
         where = [index for index, layer in enumerate(layers) if layer.kind == kind]
+        if kind in _FOLLOWED and re.search(_FOLLOWED[kind], source or ""):
+            if side.role == "student":
+                found(
+                    f"{kind} in {len(where)} of {len(layers)}",
+                    f"{subject} has {len(where)} of {all_layers} of kind {kind!r}: what tokens write to their state is shared, and "
+                    "the teacher runs them over whole rows, which `lingudistill plan` does not count.",
+                    "note",
+                )
+            continue
         found(
             f"{kind} in {len(where)} of {len(layers)}",
             f"{subject} has {len(where)} of {all_layers} of kind {kind!r} ({_indices(where)}): they do not keep the "
@@ -166,7 +209,7 @@ def _attention_problems(side: Side) -> list[Check]:
         found(
             "no attention heads", f"{subject} ({text.model_type}) names no attention heads: it has no keys or values."
         )
-    elif source := modeling_source(text):  # two traits that no config shows
+    elif source:  # two traits that no config shows
         if re.search(r"self\.\w*sinks?\w*\s*=\s*nn\.", source) and "s_aux=" not in source:
             found(
                 "attention sinks",
