@@ -15,6 +15,7 @@ from planning import plan_queries, teacher_pass
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from hf_lingudistill._internals import checkpoint_activations
+from hf_lingudistill.labs.diagnose.states import layer_outputs, recording_own, state_drift
 from hf_lingudistill.mixers import mixers_of
 from hf_lingudistill.queries import QueryPlan
 from hf_lingudistill.self_check import self_check
@@ -196,3 +197,15 @@ def test_nothing_is_left_behind_when_the_teacher_raises(pair: Pair) -> None:
     with pytest.raises(ValueError, match=r"Layer 0: the teacher's mixer writes \d+ channels, the student's \d+"):
         teacher_pass(pair.other, shared, pair.plan("vision"))
     assert (modules_of(pair.other), modules_of(pair.student)) == before
+
+
+def test_diagnose_leaves_out_what_a_layer_does_not_have(pair: Pair) -> None:
+    with layer_outputs(pair.student) as ours:
+        shared = pair.record()[0]
+    plan = pair.plan("vision")
+    with layer_outputs(pair.same) as theirs, recording_own(pair.same) as own:
+        teacher_pass(pair.same, shared, plan)
+    drift = state_drift(shared, ours, own, theirs, plan)
+    mixed = torch.tensor([layer in shared.mixer_layers for layer in range(len(drift))])
+    assert drift[mixed][:, :2].isnan().all() and drift[~mixed].isfinite().all()
+    assert float(drift[:, 2, 0].max()) < 1e-3  # the hidden states of every layer: the same model

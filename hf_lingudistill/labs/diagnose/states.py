@@ -72,7 +72,8 @@ def recording_own(teacher: PreTrainedModel) -> Iterator[SharedKV]:
 def state_drift(
     shared: SharedKV, student_hidden: LayerOutputs, own: SharedKV, teacher_hidden: LayerOutputs, plan: QueryPlan
 ) -> torch.Tensor:
-    """(L, 3, 2): per layer and state, relative distance and cosine, averaged over the P tokens that the teacher computed.
+    """(L, 3, 2): per layer and state, relative distance and cosine, averaged over the P tokens that the teacher computed. NaN for keys and
+    values of a layer that has none.
 
     Averaged per token, not over all numbers at once: in many LMs the first token's hidden state is far larger than the others', and
     would hide them.
@@ -85,16 +86,16 @@ def state_drift(
         return states[0].flatten(1)
 
     layers = []
-    for layer in range(len(shared.keys)):
-        pairs = [
-            (
-                shared.keys[layer].transpose(1, 2),
-                own.keys[layer].transpose(1, 2),
-            ),  # (B, H_kv, T, D) -> (B, T, H_kv, D)
-            (shared.values[layer].transpose(1, 2), own.values[layer].transpose(1, 2)),
-            (student_hidden[layer], teacher_hidden[layer]),
-        ]
-        layers.append(torch.stack([_compare(of_student(ours), of_teacher(theirs)) for ours, theirs in pairs]))
+    for layer in range(len(student_hidden)):
+        pairs = [(student_hidden[layer], teacher_hidden[layer])]
+        if layer in shared.keys:  # (B, H_kv, T, D) -> (B, T, H_kv, D)
+            kept = (shared.keys, own.keys), (shared.values, own.values)
+            pairs = [*((a[layer].transpose(1, 2), b[layer].transpose(1, 2)) for a, b in kept), *pairs]
+        found = [_compare(of_student(ours), of_teacher(theirs)) for ours, theirs in pairs]
+        missing = [torch.full_like(found[0], torch.nan)] * (
+            3 - len(found)
+        )  # a layer without softmax attention has none
+        layers.append(torch.stack([*missing, *found]))
     return torch.stack(layers).cpu()
 
 
