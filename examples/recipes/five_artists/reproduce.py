@@ -260,8 +260,8 @@ def seed_runs(place: Place) -> list[Run]:
     _, chosen = summary.choose(place.out / "results", place.settings)
     return [
         ("aligned", "P", kind, seed, chosen)
-        for seed in range(place.settings["seeds"])
         for kind in ("severe", "mild")
+        for seed in range(place.settings["seeds"])
         if chosen
     ]
 
