@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib import ticker  # noqa: E402
 
 DISTILLED, RIVAL, REFERENCE = "#1f6f8b", "#c8553d", "#6b6b6b"
 REPLAY = {"ce": 25, "ce_replay_10": 12.5, "ce_replay_30": 31.25, "ce_replay_50": 50}  # per cent of a step's 16 rows
@@ -21,7 +22,7 @@ def draw(summary: Mapping[str, Any], settings: Mapping[str, Any], out: Path) -> 
     drawn = []
     severe = summary["regimes"].get("P", {}).get("severe", {})
     if len(severe) > 3:
-        drawn.append(_plane(severe, settings, out / "arms.png"))
+        drawn.append(_arms(severe, settings, out / "arms.png"))
     if summary["modes"]:
         drawn.append(_modes(summary["modes"], out / "modes.png"))
     replay = summary["regimes"].get("M", {}).get("severe", {})
@@ -30,21 +31,42 @@ def draw(summary: Mapping[str, Any], settings: Mapping[str, Any], out: Path) -> 
     return drawn
 
 
-def _plane(arms: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> Path:
-    """Text against pictures: both KLs of every arm that was cured, the lower left corner is the original."""
-    figure, axes = plt.subplots(figsize=(7.2, 5.2))
+def _arms(arms: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> Path:
+    """Every arm in a line, the best on top: distance on text, distance where the picture matters, names."""
     cured = {name: arm for name, arm in arms.items() if name not in ("before", "original", "default")}
-    for name, arm in cured.items():
-        kind = settings["arms"][name]["kind"]
-        color = DISTILLED if kind == "distill" else REFERENCE if kind == "caption" else RIVAL
-        x, y = arm["text_kl"], arm["image_kl"]
-        axes.errorbar(
-            x["mean"], y["mean"], xerr=x["half"] or 0, yerr=y["half"] or 0, fmt="o", color=color, markersize=6, elinewidth=1
-        )  # fmt: skip
-        axes.annotate(name, (x["mean"], y["mean"]), xytext=(6, 4), textcoords="offset points", fontsize=8, color=color)
-    axes.set_xlabel("KL(original || model) on text, nats per token")
-    axes.set_ylabel("KL(original told the caption || model shown the picture)")
-    axes.set_title("Severe drift, image rows only: the original is at (0, 0)", fontsize=10)
+    names = sorted(cured, key=lambda name: -cured[name]["text_kl"]["mean"])
+    figure, panels = plt.subplots(1, 3, figsize=(9.6, 0.29 * len(names) + 1.3), sharey=True)
+    columns = (
+        ("text_kl", "KL on text", "log"),
+        ("image_kl_dependent", "KL where the picture matters", "log"),
+        ("naming_seen", "pictures named right", "linear"),
+    )
+    for axes, (metric, title, scale) in zip(panels, columns, strict=True):
+        axes.set_xscale(scale)
+        for place, name in enumerate(names):
+            kind = settings["arms"][name]["kind"]
+            color = DISTILLED if kind == "distill" else REFERENCE if kind == "caption" else RIVAL
+            value = cured[name][metric]
+            axes.errorbar(
+                value["mean"], place, xerr=value["half"] or 0, fmt="o", color=color, markersize=5.5, elinewidth=1.2
+            )
+        if scale == "log":
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        else:
+            axes.axvline(arms["before"][metric]["mean"], color=REFERENCE, linewidth=0.9, linestyle=":")
+            axes.annotate(
+                "before", (arms["before"][metric]["mean"], -0.7), xytext=(-4, 0), textcoords="offset points", ha="right", fontsize=7.5,
+                color=REFERENCE,
+            )  # fmt: skip
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(labelsize=8)
+    panels[0].set_ylim(-1, len(names) - 0.4)
+    panels[0].set_yticks(range(len(names)), names)
+    for axes in panels[:2]:
+        axes.set_xlabel("nats per token (log scale), less is better", fontsize=8)
+    panels[2].set_xlabel("share, more is better", fontsize=8)
     return _saved(figure, path)
 
 

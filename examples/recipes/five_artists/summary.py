@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -156,5 +157,7 @@ def write(made: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
         "towers": {tower: of_tower(results, tower) for tower in sorted({key[0] for key in results} - {"aligned"})},
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    # A line per figure, not four
+    text = re.sub(r"\{[^{}]*\}", lambda found: " ".join(found[0].split()), json.dumps(summary, indent=1))
+    (out / "summary.json").write_text(text + "\n", encoding="utf-8")
     return summary
