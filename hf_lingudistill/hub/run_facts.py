@@ -251,7 +251,8 @@ def gather_run_facts(
 
 def _before_fact(trainer: Any) -> RunFacts | None:
     """The VLM before as a second parent: its bytes beside the student (0 where it is the adapter's base). None without one."""
-    return None if trainer.before is None else {"model": "before", "mib": round(trainer.before.footprint / 2**20, 2)}
+    before = getattr(trainer, "before", None)  # any trainer with a teacher may carry the mixin
+    return None if before is None else {"model": "before", "mib": round(before.footprint / 2**20, 2)}
 
 
 def model_fact(reference: str, revision: str | None = None) -> RunFacts:

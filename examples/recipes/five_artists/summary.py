@@ -99,7 +99,9 @@ def choose(folder: Path, settings: Mapping[str, Any]) -> tuple[str | None, list[
     able = [
         arm
         for arm in screen
-        if specs[arm]["kind"] == "distill" and "lora" not in specs[arm] and screen[arm]["naming_seen"] >= floor
+        if specs[arm]["kind"] == "distill"
+        and not {"lora", "learning_rate"} & set(specs[arm])  # whose rivals have neither
+        and screen[arm]["naming_seen"] >= floor
     ]
     if not able:  # every one lost its names: the rule has no answer, and a person must look
         return None, []
