@@ -37,6 +37,7 @@ _WRITTEN = (
     "vocab.txt",
     "merges.txt",
     "adapter",
+    "completions/*.parquet",
 )
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")  # one process or DDP, older, FSDP2, DeepSpeed
 

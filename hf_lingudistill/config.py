@@ -246,10 +246,6 @@ class OnPolicyLinguDistillConfig(DistillChecks, OnPolicyOptions, LocalArguments,
                     f"{option.name} has no meaning on-policy, where answers are sampled and nothing is a label; got {shown(value)}. Leave "
                     "it out."
                 )
-        if self.distill_weight == 0.0:
-            raise ValueError(
-                "distill_weight must be above 0 on-policy: the language model would teach nothing; got 0."
-            )
         if not isinstance(self.max_completion_length, int) or self.max_completion_length < 1:
             raise ValueError(
                 f"max_completion_length must be a number of tokens of at least 1; got {shown(self.max_completion_length)}."

@@ -22,7 +22,12 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
+from hf_lingudistill import (
+    LinguDistillConfig,
+    LinguDistillTrainer,
+    OnPolicyLinguDistillConfig,
+    OnPolicyLinguDistillTrainer,
+)
 
 GLOBAL_BATCH = 8
 STEPS = 3
@@ -59,7 +64,15 @@ RESUMED: dict[str, Any] = {
     "learning_rate": 1e-3,
     "adam_epsilon": 1e-3,
 }
-# name -> settings of the config, and: rows (see `mixed`), tied, adapter, teacher (in memory or a folder), wrong, stream
+# Greedy: what is sampled hangs on weights and prompts alone, not on which process says it
+ON_POLICY: dict[str, Any] = {
+    "on_policy": True,
+    "generation_kwargs": {"do_sample": False},
+    "max_completion_length": 6,
+    "shuffle_dataset": False,
+    "log_completions": False,
+}
+# name -> settings of the config, and: rows (see `mixed`), tied, adapter, teacher (in memory or a folder), wrong, stream, on_policy
 SCENARIOS: dict[str, dict[str, Any]] = {
     "prompt": {},
     "full": {"kv_sharing": "full"},
@@ -88,10 +101,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "resumed lora": {**RESUMED, "adapter": True},
     "anchored": {"anchor": "before"},
     "anchored lora": {"anchor": "before", "adapter": True},
+    "on-policy": ON_POLICY,
+    "on-policy vision": {**ON_POLICY, "kv_sharing": "vision", "rows": "alternating", "beta": 0.5},
+    "on-policy lora": {**ON_POLICY, "adapter": True},
     "wrong normalisation": {"wrong": True},
 }
 # They need the whole student on every process
-REPLICATED = {"anchored", "anchored lora"}
+REPLICATED = {"anchored", "anchored lora", "on-policy", "on-policy vision", "on-policy lora"}
 # Each ends its launch, and is not among those that are compared
 FATAL: dict[str, dict[str, Any]] = {"killed": {}, "no placeholder": {}}
 
@@ -110,13 +126,13 @@ def shard_on_cpu(config: LinguDistillConfig) -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def make_trainer(folder: Path, name: str, *, accumulation: int, processes: int) -> LinguDistillTrainer:
+def make_trainer(folder: Path, name: str, *, accumulation: int, processes: int) -> Any:
     settings = {"rows": "split", "tied": True, **(SCENARIOS | FATAL)[name]}
-    rows, tied, adapter, teacher, wrong, stream = (
-        settings.pop(key, False) for key in ("rows", "tied", "adapter", "teacher", "wrong", "stream")
+    rows, tied, adapter, teacher, wrong, stream, on_policy = (
+        settings.pop(key, False) for key in ("rows", "tied", "adapter", "teacher", "wrong", "stream", "on_policy")
     )
     torch.manual_seed(0)
-    config = LinguDistillConfig(
+    config = (OnPolicyLinguDistillConfig if on_policy else LinguDistillConfig)(
         output_dir=str(folder / (name if name.startswith("resumed") else "out")),
         **{
             "report_to": "none",
@@ -150,7 +166,10 @@ def make_trainer(folder: Path, name: str, *, accumulation: int, processes: int) 
             if not path.exists():
                 lm.save_pretrained(path)
         lm = str(path)
-    return (WrongNormalisation if wrong else LinguDistillTrainer)(
+    if on_policy:
+        dataset = dataset.remove_columns("completion")
+    trainer_class = OnPolicyLinguDistillTrainer if on_policy else LinguDistillTrainer
+    return (WrongNormalisation if wrong else trainer_class)(
         model=tiny.make_vlm(0, tie_word_embeddings=tied),
         teacher_model=lm,
         teacher_tokenizer=tiny.make_tokenizer(extra=False),

@@ -99,8 +99,12 @@ def test_control_a_loss_over_local_labels_is_found_out(
 ) -> None:
     """Also that the scenarios differ: a comparison of one run with itself would pass anything."""
     assert difference(launched["wrong normalisation"], single("prompt")) > 100 * TOLERANCE
-    for name in ("full", "vision", "none", "every token", "quantised teacher"):
+    for name in ("full", "vision", "none", "every token", "quantised teacher", *on_policy_of(launched)):
         assert difference(launched[name], single("prompt")) > 100 * TOLERANCE, name
+
+
+def on_policy_of(launched: dict[str, Any]) -> list[str]:
+    return [name for name in launched if name.startswith("on-policy")]
 
 
 @pytest.mark.slow

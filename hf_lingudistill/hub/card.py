@@ -177,11 +177,13 @@ def _training_rows(run_facts: Facts) -> list[tuple[str, str]]:
     """(what, value) of what is known about the training, all of it escaped. The data is missed by name: readers look for it."""
     student, teacher, settings = (run_facts.get(name) or {} for name in ("student", "teacher", "settings"))
     training, hardware = run_facts.get("training") or {}, run_facts.get("hardware") or {}
+    sampling = run_facts.get("sampling") or {}
     rows = {
+        "answers": _answers(sampling),
         "distilled share": _shares(training),
         "`kv_sharing`": settings.get("kv_sharing"),
-        "`distill_tokens`": _tokens(settings),
-        "loss": _loss(settings),
+        "`distill_tokens`": None if sampling else _tokens(settings),
+        "loss": _loss_on_policy(settings, run_facts) if sampling else _loss(settings),
         "steps": _count(training.get("steps")),
         "batch": _batch(settings, hardware),
         "tokens seen": _count(training.get("tokens")),
@@ -194,7 +196,7 @@ def _training_rows(run_facts: Facts) -> list[tuple[str, str]]:
     if not known:
         return []
     who = [("student (VLM before)", _pinned(student)), ("teacher (frozen)", _teacher(teacher))]
-    data = _data_rows(run_facts.get("datasets") or []) or "not recorded"
+    data = _data_rows(run_facts.get("datasets") or [], sampled=bool(sampling)) or "not recorded"
     return [*((name, value) for name, value in who if value), ("data", data), *known]
 
 
@@ -229,6 +231,21 @@ def _loss(settings: Facts) -> str | None:
     )
 
 
+def _loss_on_policy(settings: Facts, run_facts: Facts) -> str:
+    shape = [f"{name} {settings[name]}" for name in ("beta", "temperature") if settings.get(name) is not None]
+    others = ", D(VLM before, student) on the others" if run_facts.get("anchor") else ""
+    return f"{settings.get('distill_weight', 1.0)} x D(teacher, student) on marked rows{others} ({', '.join(shape)})"
+
+
+def _answers(sampling: Facts) -> str | None:
+    if not sampling:
+        return None
+    options = [f"{name} {sampling[name]}" for name in ("top_p", "top_k", "min_p") if sampling.get(name) is not None]
+    how = f", {', '.join(options)}" if options else ""
+    engine = "vLLM" if sampling.get("use_vllm") else "transformers"
+    return f"the student's own, sampled with {engine} (at most {sampling.get('max_completion_length')} tokens{how})"
+
+
 def _batch(settings: Facts, hardware: Facts) -> str | None:
     rows, accumulation = settings.get("per_device_train_batch_size"), settings.get("gradient_accumulation_steps") or 1
     processes = hardware.get("processes") or 1
@@ -249,15 +266,15 @@ def _pinned(fact: Facts) -> str:
     return f"{text} at `{revision}`" if isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{40}", revision) else text
 
 
-def _data_rows(datasets: Sequence[Facts]) -> str:
-    parts = []
+def _data_rows(datasets: Sequence[Facts], *, sampled: bool = False) -> str:
+    parts, others = [], "judged by the VLM before" if sampled else "cross-entropy only"
     for fact in datasets:
         text = _pinned({**fact, "kind": "dataset"})
         if not fact.get("id"):
             text = markdown(fact.get("name") or "a source without a name")
         details = [str(fact[key]) for key in ("config", "split") if fact.get(key)]
         if fact.get("distill") is not None:
-            details.append("distilled" if fact["distill"] else "cross-entropy only")
+            details.append("distilled" if fact["distill"] else others)
         parts.append(text + (f" ({markdown(', '.join(details))})" if details else ""))
     return "; ".join(parts)
 
@@ -298,6 +315,13 @@ def _method(run_facts: Facts) -> str:
         others = "the others, and tokens whose label it finds less likely than the student does, are trained with cross-entropy"
     if settings.get("anchor") == "before":
         others += "; on rows that are not marked, the VLM before is a second teacher"
+    if run_facts.get("sampling"):
+        seen = " On rows that are not marked, the VLM before judges them." if run_facts.get("anchor") else ""
+        return (
+            f"The frozen language model has never seen an image: layer by layer it {reads}. The student answers prompts itself, and its "
+            f"own answers are judged, token by token, against that model's next-token distribution.{seen} The judges are dropped after "
+            "training."
+        )
     return (
         f"The frozen language model has never seen an image: layer by layer it {reads}. Rows that are marked for distillation "
         f"are trained towards its next-token distribution; {others}. It is dropped after training."

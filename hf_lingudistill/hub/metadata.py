@@ -13,6 +13,7 @@ from .escape import plain, repo_or_none
 from .results import Facts, Task, tasks_of
 
 TAGS = ("lingudistill", "trl", "sft", "distillation")
+TAGS_ON_POLICY = ("lingudistill", "trl", "on-policy", "distillation")
 
 # Datasets on the Hub that the tasks are made of, for the card's `model-index`. Each id was found in public code that loads it
 # (November 2026); none was asked of the Hub itself.
@@ -54,7 +55,11 @@ def card_data(
     teacher_id = repo_or_none(teacher.get("id"))
     datasets = [identity for fact in run_facts.get("datasets") or [] if (identity := repo_or_none(fact.get("id")))]
     code, licence_name, licence_link = licence_of(student, license)
-    all_tags = [*TAGS, *([f"teacher:{teacher_id}"] if teacher_id else []), *tags]
+    all_tags = [
+        *(TAGS_ON_POLICY if run_facts.get("sampling") else TAGS),
+        *([f"teacher:{teacher_id}"] if teacher_id else []),
+        *tags,
+    ]
     results = eval_results(tasks_of(report, main))
     extra: dict[str, Any] = {"base_model_relation": "adapter" if adapter else "finetune"} if base else {}
     return ModelCardData(

@@ -226,6 +226,7 @@ def gather_run_facts(
             "parameters": sum(parameter.numel() for parameter in student.parameters()),
         },
         "anchor": _before_fact(trainer),
+        "sampling": _sampling_fact(chosen),
         "teacher": {
             **model_fact(trainer.teacher_name_or_path, chosen.get("teacher_model_revision")),
             "quantization": chosen.get("teacher_quantization"),
@@ -255,6 +256,12 @@ def _before_fact(trainer: Any) -> RunFacts | None:
     return None if before is None else {"model": "before", "mib": round(before.footprint / 2**20, 2)}
 
 
+def _sampling_fact(chosen: Mapping[str, Any]) -> RunFacts | None:
+    """How the student sampled the answers that it was trained on; None where they were given."""
+    names = ("max_completion_length", "top_p", "top_k", "min_p", "repetition_penalty", "use_vllm")
+    return {name: chosen[name] for name in names} if names[0] in chosen else None
+
+
 def model_fact(reference: str, revision: str | None = None) -> RunFacts:
     """A model as run facts keep it: a Hub id with the commit that was loaded, or the last part of a folder."""
     known = hub_id(reference)
@@ -276,7 +283,8 @@ def loaded_commit(repo_id: str, revision: str | None = None) -> str | None:
 
 def _model_names(student: str, trainer: Any) -> RunFacts:
     names = {"model_name_or_path": student, "teacher_model_name_or_path": trainer.teacher_name_or_path}
-    return {key: public_name(name) for key, name in names.items() if name}
+    known: RunFacts = {key: public_name(name) for key, name in names.items() if name}
+    return known if _sampling_fact(vars(trainer.args)) is None else {**known, "on_policy": True}
 
 
 def _from_log(history: Iterable[Mapping[str, Any]]) -> RunFacts:

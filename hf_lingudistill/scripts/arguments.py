@@ -17,10 +17,11 @@ from ..options import DistillOptions, DistillScriptArguments, StudentArguments, 
 from ..sentences import did_you_mean
 
 if TYPE_CHECKING:
-    from ..config import LinguDistillConfig
+    from ..config import LinguDistillConfig, OnPolicyLinguDistillConfig
     from ..mixtures import DistillMixtureConfig
 
-    Parsed = tuple[DistillScriptArguments, LinguDistillConfig, StudentArguments, DistillMixtureConfig]
+    Config = LinguDistillConfig | OnPolicyLinguDistillConfig
+    Parsed = tuple[DistillScriptArguments, Config, StudentArguments, DistillMixtureConfig]
 
 USAGE = """lingudistill distill --student VLM [--teacher LM] --dataset_name DATA --output_dir OUT [options]
        lingudistill distill --config RECIPE.yaml [options]
@@ -60,8 +61,8 @@ def help_text() -> str:
         usage=USAGE,
         description="Distil a VLM's original language model back into it. Every option may stand in the YAML of --config; a flag wins "
         "over a line there.",
-        epilog="All options of TRL's SFTConfig, ModelConfig and ScriptArguments are taken as well, such as --learning_rate, --max_steps, "
-        f"--per_device_train_batch_size, --use_peft: --help_all lists them. {SUMMARY}",
+        epilog="All options of TRL's SFTConfig (--on_policy: DistillationConfig), ModelConfig and ScriptArguments are taken too "
+        f"(--max_steps, --use_peft, ...): --help_all lists them. {SUMMARY}",
         formatter_class=_Help,
         add_help=False,
     )
@@ -124,28 +125,35 @@ def parse(argv: Sequence[str]) -> Parsed:
     if {"-h", "--help"} & set(argv):
         print(help_text(), end="")
         raise SystemExit(0)
-    from ..config import LinguDistillConfig
-    from ..mixtures import DistillMixtureConfig
+    from ..config import LinguDistillConfig, OnPolicyLinguDistillConfig
 
-    groups = (DistillScriptArguments, LinguDistillConfig, StudentArguments, DistillMixtureConfig)
+    known, known_on_policy = (_names(_groups(config)) for config in (LinguDistillConfig, OnPolicyLinguDistillConfig))
+    # Those that decide which recipe is read, and as whose
+    first = _Parser((), add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--demo", nargs="?", const="true")
+    first.add_argument("--on_policy", nargs="?", const="true")
+    early, rest = first.parse_known_args(argv)
+    recipe = {} if early.config is None else read_recipe(early.config, known | known_on_policy)
+    # What else may be written is refused below, where all options are read
+    on_policy = _is_true(early.on_policy, recipe.get("on_policy"))
+    if _is_true(early.demo, recipe.get("demo")):
+        if on_policy:
+            raise ValueError("--demo trains on given answers: drop --on_policy, or name models and data of your own.")
+        from ..labs.demo import recipe as recipe_of_demo
+
+        recipe = {**read_recipe(recipe_of_demo(), known), **recipe}
+    if other := sorted(set(recipe) - {"env"} - (known_on_policy if on_policy else known)):
+        why = "on-policy, which has no such option" if on_policy else "on given answers: it belongs to on_policy: true"
+        raise ValueError(f"The recipe {early.config!r} has the key {other[0]!r} and trains {why}.")
+    groups = _groups(OnPolicyLinguDistillConfig if on_policy else LinguDistillConfig)
     parser = _Parser(groups, prog="lingudistill distill", usage=USAGE, allow_abbrev=False)  # type: ignore[arg-type]
     if "--help_all" in argv:
         parser.print_help()
         raise SystemExit(0)
-    known = {option.name for group in groups for option in dataclasses.fields(group) if option.init}
-    # The two that decide which recipe is read
-    first = _Parser((), add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.add_argument("--demo", nargs="?", const="true")
-    early, rest = first.parse_known_args(argv)
-    recipe = {} if early.config is None else read_recipe(early.config, known)
-    # What else may be written is refused below, where all options are read
-    if (recipe.get("demo") is True) if early.demo is None else early.demo.lower() in ("true", "yes", "t", "y", "1"):
-        from ..labs.demo import recipe as recipe_of_demo
-
-        recipe = {**read_recipe(recipe_of_demo(), known), **recipe}
-    if early.demo is not None:
-        rest += ["--demo", early.demo]
+    for name in ("demo", "on_policy"):
+        if getattr(early, name) is not None:
+            rest += [f"--{name}", getattr(early, name)]
     for name, value in _variables(recipe.pop("env", {}), early.config).items():
         os.environ[name] = value
     parser.set_defaults_with_config(**recipe)
@@ -161,6 +169,21 @@ def parse(argv: Sequence[str]) -> Parsed:
             )
         raise ValueError(f"{shown(what)} belongs to no option: expected --OPTION VALUE. `--help` lists them.")
     return parser.parse_args_into_dataclasses(args=rest, look_for_args_file=False)  # type: ignore[return-value]
+
+
+def _groups(config: type) -> tuple[type, ...]:
+    from ..mixtures import DistillMixtureConfig
+
+    return DistillScriptArguments, config, StudentArguments, DistillMixtureConfig
+
+
+def _names(groups: Sequence[type]) -> set[str]:
+    return {option.name for group in groups for option in dataclasses.fields(group) if option.init}
+
+
+def _is_true(flag: str | None, of_recipe: Any) -> bool:
+    """Whether a switch is on: by its flag, else by its line in the recipe."""
+    return of_recipe is True if flag is None else flag.lower() in ("true", "yes", "t", "y", "1")
 
 
 def _variables(given: Any, path: str | None) -> dict[str, str]:

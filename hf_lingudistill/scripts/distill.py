@@ -10,6 +10,8 @@ With `--demo` it runs the embedded demo: everything is made on the spot, no Hub 
 
     accelerate launch examples/distill.py --demo --output_dir outputs/demo
 
+With `--on_policy`, the student samples the answers that it learns from; the data are prompts (docs/on_policy.md).
+
 In order: options, then what can be checked without data and weights, data, models, training, saving, publishing. torch is imported
 after the options are known to be asked for: the help appears at once.
 """
@@ -33,11 +35,15 @@ from .arguments import parse
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-    from ..config import LinguDistillConfig
+    from ..config import LinguDistillConfig, OnPolicyLinguDistillConfig
     from ..hub.run_facts import RunFacts
     from ..mixtures import DistillMixtureConfig
+    from ..on_policy import OnPolicyLinguDistillTrainer
     from ..options import DistillScriptArguments, StudentArguments
     from ..trainer import LinguDistillTrainer
+
+    Config = LinguDistillConfig | OnPolicyLinguDistillConfig
+    Trainer = LinguDistillTrainer | OnPolicyLinguDistillTrainer
 
 
 class BadInput(ValueError):
@@ -45,7 +51,7 @@ class BadInput(ValueError):
 
 
 def load_data(
-    script_args: DistillScriptArguments, config: LinguDistillConfig, mixture: DistillMixtureConfig
+    script_args: DistillScriptArguments, config: Config, mixture: DistillMixtureConfig
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """-> (training rows, evaluation rows or None).
 
@@ -79,7 +85,7 @@ def distilled_share_of_tokens(trainer: LinguDistillTrainer, rows: int = 32) -> f
     return offered / max(total, 1)
 
 
-def startup_summary(trainer: LinguDistillTrainer, model_name: str) -> str:
+def startup_summary(trainer: Trainer, model_name: str) -> str:
     """What is about to run, in a few lines."""
     args = trainer.args
     student = trainer._plain_student()
@@ -96,22 +102,35 @@ def startup_summary(trainer: LinguDistillTrainer, model_name: str) -> str:
         if not trainer.compatibility.notes
         else f"fits; `{typed('check')}` shows {len(trainer.compatibility.notes)} note(s)"
     )
+    loss, share = _loss_and_share(trainer)
     lines = {
         "Student": f"{model_name} ({size / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained)",
         "Teacher": f"{trainer.teacher_name_or_path or 'in memory'} ({args.teacher_quantization}, "
         f"computed in {trainer.teacher_arithmetic}, {trainer.teacher.footprint / 2**20:.1f} MiB, {fit})",
         "Sharing": f"kv_sharing={args.kv_sharing}, distill_tokens={args.distill_tokens}",
-        "Loss": f"{args.ce_weight:g} x CE + {args.distill_weight:g} x divergence (beta={args.beta:g}, "
-        f"temperature={args.temperature:g}) at distilled tokens, CE elsewhere",
-        "Rows": f"{rows}; marked for distillation: {marked}; {distilled_share_of_tokens(trainer):.0%} of trained tokens "
-        "(first 32 rows) go to the teacher",
+        "Loss": loss,
+        "Rows": f"{rows}; marked for distillation: {marked}; {share}",
         "Device": f"{trainer.accelerator.device}, {trainer.accelerator.num_processes} process(es), "
         f"{'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'}",
     }
     return "\n".join(f"  {name:<8} {text}" for name, text in lines.items())
 
 
-def save(trainer: LinguDistillTrainer, *, merge_adapter: bool) -> None:
+def _loss_and_share(trainer: Trainer) -> tuple[str, str]:
+    """What is minimised, and which part of it is the teacher's."""
+    args = trainer.args
+    shape = f"(beta={args.beta:g}, temperature={args.temperature:g})"
+    if trainer.step.sampled:
+        others = "to the VLM before on the others" if trainer.before is not None else "there are no others"
+        answers = f"on answers of up to {args.max_completion_length} sampled tokens"  # type: ignore[union-attr]
+        loss = f"{args.distill_weight:g} x divergence {shape} to the teacher on marked rows, {others}, {answers}"
+        return loss, "the others go to the VLM before"
+    loss = f"{args.ce_weight:g} x CE + {args.distill_weight:g} x divergence {shape} at distilled tokens, CE elsewhere"
+    share = distilled_share_of_tokens(trainer)  # type: ignore[arg-type]
+    return loss, f"{share:.0%} of trained tokens (first 32 rows) go to the teacher"
+
+
+def save(trainer: Trainer, *, merge_adapter: bool) -> None:
     """Write the plain student (or the adapter) and its processor to `output_dir`."""
     from accelerate.utils import is_peft_model
 
@@ -132,10 +151,10 @@ def save(trainer: LinguDistillTrainer, *, merge_adapter: bool) -> None:
 
 def distill(
     script_args: DistillScriptArguments,
-    config: LinguDistillConfig,
+    config: Config,
     model_args: StudentArguments,
     mixture: DistillMixtureConfig,
-) -> LinguDistillTrainer:
+) -> Trainer:
     """Train and save. -> the trainer, for its state and metrics.
 
     Raises:
@@ -168,10 +187,10 @@ def distill(
 
 def prepare(
     script_args: DistillScriptArguments,
-    config: LinguDistillConfig,
+    config: Config,
     model_args: StudentArguments,
     mixture: DistillMixtureConfig,
-) -> LinguDistillTrainer:
+) -> Trainer:
     """Check, load the data, load the models. -> a trainer that can begin."""
     from trl import get_peft_config, get_quantization_config
 
@@ -195,9 +214,7 @@ def prepare(
         raise BadInput(text if source in text else f"The data ({source}) cannot be read: {text}") from error
     if hasattr(train_dataset, "__len__") and len(train_dataset) == 0:
         raise BadInput(f"The data ({source}) has no rows to train on.")
-    from ..trainer import LinguDistillTrainer
-
-    trainer = LinguDistillTrainer(
+    trainer: Trainer = _trainer_class(on_policy=script_args.on_policy)(
         model=str(model_args.model_name_or_path),
         args=config,
         train_dataset=train_dataset,
@@ -207,6 +224,16 @@ def prepare(
     )
     trainer.recipe, trainer.dataset_facts = recipe, sources_of(script_args, mixture)
     return trainer
+
+
+def _trainer_class(*, on_policy: bool) -> Any:
+    if on_policy:
+        from ..on_policy import OnPolicyLinguDistillTrainer
+
+        return OnPolicyLinguDistillTrainer
+    from ..trainer import LinguDistillTrainer
+
+    return LinguDistillTrainer
 
 
 def sources_of(script_args: DistillScriptArguments, mixture: DistillMixtureConfig) -> list[RunFacts]:
@@ -229,7 +256,7 @@ def sources_of(script_args: DistillScriptArguments, mixture: DistillMixtureConfi
     ]
 
 
-def end_summary(trainer: LinguDistillTrainer, seconds: float) -> str:
+def end_summary(trainer: Trainer, seconds: float) -> str:
     """What came out, where it is, and what to run next."""
     from ..hub.manifest import command_for
 
@@ -273,10 +300,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _demo(
     script_args: DistillScriptArguments,
-    config: LinguDistillConfig,
+    config: Config,
     model_args: StudentArguments,
     mixture: DistillMixtureConfig,
 ) -> None:
+    from ..config import LinguDistillConfig
     from ..hub.manifest import command_for
     from ..labs.demo import run_demo
 
@@ -284,6 +312,7 @@ def _demo(
         raise ValueError(
             "--demo makes its own models and data: drop it, or drop --student, --dataset_name and datasets."
         )
+    assert isinstance(config, LinguDistillConfig)  # `parse` gives no other with --demo
     if config.push_to_hub:
         raise ValueError(f"The demo is published after it has run: {command_for(str(config.output_dir), 'ORG/NAME')}")
     run_demo(config)

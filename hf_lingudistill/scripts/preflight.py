@@ -10,7 +10,7 @@ from ..checkpoints import check_output_dir, to_resume
 from ..compatibility import check_compatibility, named_teacher
 
 if TYPE_CHECKING:
-    from ..config import LinguDistillConfig
+    from ..config import LinguDistillConfig, OnPolicyLinguDistillConfig
     from ..mixtures import DistillMixtureConfig
     from ..options import DistillScriptArguments, StudentArguments
 
@@ -35,6 +35,7 @@ _NEEDS = (
     ("load_in_4bit", r"True", ("bitsandbytes",), "bitsandbytes"),
     ("load_in_8bit", r"True", ("bitsandbytes",), "bitsandbytes"),
     ("use_peft", r"True", ("peft",), "peft"),
+    ("use_vllm", r"True", ("vllm",), "vllm"),
     ("deepspeed", r"(?!None$).*", ("deepspeed",), "deepspeed"),
 )
 
@@ -68,7 +69,7 @@ def _is_installed(module: str) -> bool:
 
 def check_run(
     script_args: DistillScriptArguments,
-    config: LinguDistillConfig,
+    config: LinguDistillConfig | OnPolicyLinguDistillConfig,
     student: StudentArguments,
     mixture: DistillMixtureConfig,
 ) -> None:
