@@ -74,6 +74,7 @@ def two_models(
     batch: Batch,
     *,
     kv_sharing: str = "prompt",
+    kv_source: str = "student",
     beta: float = 1.0,
     temperature: float = 1.0,
     distill_weight: float = 1.0,
@@ -87,7 +88,7 @@ def two_models(
         of_before = before(**inputs).logits.double()
         hidden = oracle.oracle_hidden(
             teacher,
-            student or model,
+            before if kv_source == "before" else student or model,
             {k: v for k, v in batch.items() if k != "distill"},
             kv_sharing,
             unreadable_token_ids=(IMAGE_TOKEN,),
@@ -120,12 +121,13 @@ def two_models(
     [
         *((mode, {}) for mode in KV_SHARING_MODES),
         ("vision", {"beta": 0.0}),
+        ("full", {"kv_source": "before"}),
         ("prompt", {"beta": 0.3, "temperature": 1.7, "distill_weight": 0.6}),
     ],
     ids=str,
 )
 def test_loss_and_every_gradient_equal_two_models_in_plain_torch(
-    make: Make, kv_sharing: str, settings: dict[str, float]
+    make: Make, kv_sharing: str, settings: dict[str, Any]
 ) -> None:
     rows = prompts()
     rows[2]["distill"] = True  # an image that the LM is asked about
@@ -509,14 +511,15 @@ def test_a_blind_judge_of_images_is_warned_of(
 @pytest.mark.parametrize("on_nan", ["stop", "skip"])
 def test_a_step_that_is_not_finite_is_skipped_or_ends_the_run_naming_its_prompt(make: Make, on_nan: str) -> None:
     trainer = make(train_dataset=prompts(), on_nan=on_nan, max_steps=2)
-    answer, first = trainer.step.before.answers, [True]
+    says, first = trainer.step._before, [True]
 
     def broken(*args: Any) -> Any:
-        hidden, head = answer(*args)
-        return (hidden * float("nan") if first and first.pop() else hidden), head
+        said, shared = says(*args)
+        if said and first and first.pop():
+            said = dataclasses.replace(said, hidden=said.hidden * float("nan"))
+        return said, shared
 
-    trainer.step.before = dataclasses.replace(trainer.step.before)
-    object.__setattr__(trainer.step.before, "answers", broken)
+    trainer.step._before = broken
     if on_nan == "stop":
         with pytest.raises(NotFinite, match="the loss is not finite at row [02] [(]'user what shape is in the image?"):
             trainer.train()

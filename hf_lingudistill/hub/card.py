@@ -233,8 +233,13 @@ def _loss(settings: Facts) -> str | None:
 
 def _loss_on_policy(settings: Facts, run_facts: Facts) -> str:
     shape = [f"{name} {settings[name]}" for name in ("beta", "temperature") if settings.get(name) is not None]
-    others = ", D(VLM before, student) on the others" if run_facts.get("anchor") else ""
+    others = ", D(VLM before, student) on the others" if _has_two_judges(run_facts) else ""
     return f"{settings.get('distill_weight', 1.0)} x D(teacher, student) on marked rows{others} ({', '.join(shape)})"
+
+
+def _has_two_judges(run_facts: Facts) -> bool:
+    share = (run_facts.get("training") or {}).get("distilled_rows_share")
+    return bool(run_facts.get("anchor")) and share != 1.0
 
 
 def _answers(sampling: Facts) -> str | None:
@@ -316,7 +321,7 @@ def _method(run_facts: Facts) -> str:
     if settings.get("anchor") == "before":
         others += "; on rows that are not marked, the VLM before is a second teacher"
     if run_facts.get("sampling"):
-        seen = " On rows that are not marked, the VLM before judges them." if run_facts.get("anchor") else ""
+        seen = " On rows that are not marked, the VLM before judges them." if _has_two_judges(run_facts) else ""
         return (
             f"The frozen language model has never seen an image: layer by layer it {reads}. The student answers prompts itself, and its "
             f"own answers are judged, token by token, against that model's next-token distribution.{seen} The judges are dropped after "

@@ -121,7 +121,7 @@ def _loss_and_share(trainer: Trainer) -> tuple[str, str]:
     args = trainer.args
     shape = f"(beta={args.beta:g}, temperature={args.temperature:g})"
     if trainer.step.sampled:
-        others = "to the VLM before on the others" if trainer.before is not None else "there are no others"
+        others = "to the VLM before on the others" if trainer.step.judge is not None else "there are no others"
         answers = f"on answers of up to {args.max_completion_length} sampled tokens"  # type: ignore[union-attr]
         loss = f"{args.distill_weight:g} x divergence {shape} to the teacher on marked rows, {others}, {answers}"
         return loss, "the others go to the VLM before"
