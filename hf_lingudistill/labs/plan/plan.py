@@ -51,6 +51,11 @@ class Plan:
     def fits(self) -> bool:
         return self.needed <= self.setup.gpu_memory * GIB
 
+    @property
+    def sampling_kv(self) -> int:
+        """Bytes of K/V while the student samples the answers of an update, all at once. Not part of `needed`."""
+        return self.recorded_kv * self.setup.accumulation
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values (JSON); sizes in bytes."""
         return {
@@ -66,6 +71,7 @@ class Plan:
             "moments": self.moments,
             "teacher_by_quantization": self.teacher,
             "recorded_kv": self.recorded_kv,
+            **({"sampling_kv": self.sampling_kv} if self.setup.on_policy else {}),
             "step_cost_over_sft": self.cost,
             "step_seconds": self.seconds,
         }
@@ -92,6 +98,14 @@ class Plan:
                 ""
                 if self.seconds is None
                 else f", {self.seconds:.2f} s at {FLOPS / 1e12:.0f} TFLOP/s (40 % of an H100)"
+            ),
+            *(
+                [
+                    f"Sampling holds {self.sampling_kv / GIB:.2f} GiB of keys and values ({setup.batch * setup.accumulation} answers at once), "
+                    "which is not part of what is needed; nor are its seconds counted"
+                ]
+                if setup.on_policy
+                else []
             ),
             f"It {'fits' if self.fits else 'does not fit'}.",
         ]

@@ -63,6 +63,10 @@ class Setup:
     anchor: str = _option(
         "none", "Whether the VLM before judges the unmarked rows: a copy, or the adapter's base.", *ANCHORS
     )
+    on_policy: bool = _option(
+        False,
+        "The student samples the answers, and the VLM before judges too. The seconds of sampling are not counted.",
+    )
     padded: bool = _option(False, "Rows of a batch differ in length: attention takes a mask.")
     device: str = _option("cuda", "Where it runs: on a cpu, the products of the heads are in fp32.", *DEVICES)
 
@@ -96,6 +100,10 @@ class Setup:
                 f"engine='single' runs on one device, got gpus={self.gpus}: choose ddp, fsdp2, zero2 or zero3."
             )
         if self.asks_before and self.engine in SPLITTING:
+            if self.on_policy:
+                raise PlanError(
+                    f"On-policy, the student samples as a whole, and {self.engine} splits it: choose single, ddp or zero2."
+                )
             name = "anchor" if self.anchor == "before" else "kv_source"
             raise PlanError(
                 f"{name}='before' needs the whole student on every device, and {self.engine} splits it: choose single, ddp or zero2."
@@ -106,7 +114,7 @@ class Setup:
     @property
     def asks_before(self) -> bool:
         """Whether the VLM before runs in a step."""
-        return "before" in (self.anchor, self.kv_source)
+        return self.on_policy or "before" in (self.anchor, self.kv_source)
 
     @property
     def tokens(self) -> int:
