@@ -17,7 +17,7 @@ import pytest
 from trl import TrlParser
 
 from hf_lingudistill import cli
-from hf_lingudistill.config import LinguDistillConfig
+from hf_lingudistill.config import LinguDistillConfig, OnPolicyLinguDistillConfig
 from hf_lingudistill.labs.plan import Setup
 from hf_lingudistill.mixtures import DistillMixtureConfig
 from hf_lingudistill.options import DistillScriptArguments, StudentArguments
@@ -94,7 +94,8 @@ def flags() -> dict[str, set[str]]:
     (commands,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
     found = {name: set(parser._option_string_actions) for name, parser in commands.choices.items()}
     training = (DistillScriptArguments, LinguDistillConfig, StudentArguments, DistillMixtureConfig)
-    found["distill"] = flags_of(*training) | {"--help_all"}
+    on_policy = (DistillScriptArguments, OnPolicyLinguDistillConfig, StudentArguments, DistillMixtureConfig)
+    found["distill"] = flags_of(*training) | flags_of(*on_policy) | {"--help_all"}
     found["plan"] = flags_of(cli.PlanArguments, Setup)
     return found
 
