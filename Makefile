@@ -36,7 +36,7 @@ SPACE_STAMP := $(VENV)/.stamp-space
 DOCS_STAMP := $(VENV)/.stamp-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test-cpu test-oldest test-newest space screenshots reproduce test test-slow newcomer planted-faults test-gpu lint audit format results docs cards clean
+.PHONY: help install demo test-cpu test-oldest test-newest space screenshots reproduce test test-slow newcomer planted-faults test-gpu families lint audit format results docs cards clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -113,6 +113,10 @@ format: $(DEV_STAMP)  ## Fix what ruff can fix
 
 reproduce: $(DEV_STAMP)  ## Every cure with real weights on the five artists' world: a night on a CPU, resumable (ARGS=--offline: no Hub)
 	$(BIN)/python examples/recipes/five_artists/reproduce.py $(ARGS) all
+
+families: $(DEV_STAMP)  ## Try every VLM class that transformers knows, made tiny, and write the table in docs/families.md (minutes; resumable)
+	$(TEST_ENV) PYTHONPATH=. $(BIN)/python tests/all_families.py $(ARGS)
+	$(BIN)/python docs/fill_readme.py
 
 results: $(DEMO_STAMP)  ## Fill the figures of README and docs from the result files
 	$(BIN)/python docs/figures/draw_step.py

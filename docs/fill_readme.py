@@ -36,6 +36,7 @@ from hf_lingudistill.sharing import MODES
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "docs/results/demo/report.json"
+FAMILIES = ROOT / "docs/results/families.json"
 STEP_COST = ROOT / "benchmarks/results/step_cost.json"
 RECIPE = ROOT / "examples/recipes/five_artists"
 SUMMARY = RECIPE / "results/summary.json"
@@ -267,6 +268,42 @@ def five_artists_polished() -> str:
     return _whole("P", "severe", "polished")
 
 
+def _families() -> dict[str, Any]:
+    return _read(FAMILIES)
+
+
+def families_count() -> str:
+    rows = _families()["families"]
+    done = [row for row in rows if row["stage"] == "done"]
+    refused = [row for row in rows if row.get("fits") is False]
+    return (
+        f"Of the {len(rows)} types that `AutoModelForImageTextToText` knows (transformers {_families()['transformers']}), {len(done)} fit and went "
+        f"through every stage, {len(refused)} are refused with their reason, and {len(rows) - len(done) - len(refused)} could not be built, or fail: see the notes."
+    )
+
+
+def families_table() -> str:
+    """Every class, by what became of it."""
+    lines = [
+        "| type | language model / LM | fits | same weights | full length | step, reload | note |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = sorted(_families()["families"], key=lambda row: (row["stage"] != "done", row.get("fits") is not False))
+    for row in rows:
+        done = row["stage"] == "done"
+        fits = "yes" if done else "no" if row.get("fits") is False else "not built"
+        if row["stage"] in ("LM", "oracle", "step", "reload", "died"):
+            fits = f"fails ({row['stage']})"
+        errors = [f"{row[key]:.0e}" if key in row and done else "-" for key in ("same_error", "reference_error")]
+        note = "" if done else " ".join(row["note"].split())
+        note = textwrap.shorten(note.replace("|", "/").replace("<", "(").replace(">", ")"), 160, placeholder=" ...")
+        pair = f"{row['text']} / {row['lm']}" if "text" in row else "-"
+        lines.append(
+            f"| {row['type']} | {pair} | {fits} | {errors[0]} | {errors[1]} | {'yes' if done else '-'} | {note} |"
+        )
+    return "\n".join(lines)
+
+
 def _diagnosis(name: str) -> str:
     """What `lingudistill diagnose` printed from the perplexities on, as far as the reason of its recommendation."""
     text = as_text(_read(ROOT / f"docs/results/diagnose/{name}/drift.json"))
@@ -422,6 +459,8 @@ BLOCKS = {
     "modes": modes,
     "options": options,
     "plan_smallest": plan_smallest,
+    "families_count": families_count,
+    "families_table": families_table,
     "plan_lines": plan_lines,
     "plan_teachers": plan_teachers,
     "plan_peaks": plan_peaks,

@@ -50,7 +50,7 @@ SIZES: dict[str, Any] = dict.fromkeys(
     64,
 ) | {
     **dict.fromkeys(("intermediate_size", "ffn_dim", "mlp_dim", "encoder_ffn_dim", "decoder_ffn_dim"), 96),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "hidden_size_per_layer_input"), 32),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("depth", "vision_layers", "num_local_layers", "num_global_layers"), 1),
     **dict.fromkeys(
@@ -72,6 +72,7 @@ SIZES: dict[str, Any] = dict.fromkeys(
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB),
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "window_size"), 16),
     "codebook_dim": 64,
+    "hidden_size_per_layer_input": 0,  # which needs token ids beside embeddings
     "image_size": 32,
     "patch_size": 8,
     "num_kv_shared_layers": 0,
@@ -196,9 +197,8 @@ def lm_config(text: Any, other: bool) -> Any:
         settings["norm_topk_prob"] = True
     if "rope_parameters" in settings:
         settings["rope_parameters"] = _without_sections(settings["rope_parameters"])
-    if (
-        other and not settings.get("kv_lora_rank") and "conv_L_cache" not in settings
-    ):  # whose channels are the hidden size
+    bound = settings.get("kv_lora_rank") or "conv_L_cache" in settings  # what is shared is as wide as the model
+    if other and not bound and settings.get("num_key_value_heads", 4) < 4:
         settings |= {"hidden_size": 96, "intermediate_size": 128, "num_attention_heads": 6}
     return CONFIG_MAPPING[kind].from_dict(settings) if kind != text.model_type else type(text).from_dict(settings)
 
@@ -333,6 +333,7 @@ def _measure(student: Any, same: Any, other: Any, copied: bool) -> dict[str, flo
 
         found: dict[str, float] = {}
         seen = StudentKV(shared.keys, shared.values, hidden, shared.rotary)  # type: ignore[arg-type]  # by layer
+        causal = not any(_looks_ahead(layer) for layer in shared.masks.values())
         blind = None
         for mode in MODES:
             plan = plan_queries(ids, labels, kv_sharing=mode, shared_vocab_size=320, attention_mask=mask)
@@ -341,7 +342,9 @@ def _measure(student: Any, same: Any, other: Any, copied: bool) -> dict[str, flo
             if copied:
                 error = off(logits(same, teacher_pass(same, shared, plan)), wanted)
                 found["same_error"] = max(found.get("same_error", 0.0), error)
-            if getattr(other.config, "kv_lora_rank", None):  # whose cache keeps what keys and values are made of
+            if not causal or getattr(
+                other.config, "kv_lora_rank", None
+            ):  # whose cache keeps what keys and values are made of
                 continue
             own = plan.sharing.own(~image, labels != -100, mask.bool())
             queried = torch.zeros_like(image)
@@ -359,6 +362,16 @@ def _measure(student: Any, same: Any, other: Any, copied: bool) -> dict[str, flo
         spoiled = logits(same if copied else other, teacher_pass(same, shared, plan))
         found["control"] = off(spoiled, wanted)
     return found
+
+
+def _looks_ahead(layer: Any) -> bool:
+    """Whether some query of the student's layer sees a later token: the LM's own masks are then not the student's."""
+    import torch
+
+    mask = layer.mask
+    if mask is None:
+        return not layer.is_causal
+    return bool((mask if mask.dtype == torch.bool else mask > -1).triu(1).any())
 
 
 # What tokens write to the state of a mixer without softmax, by the names of its projections; and which channels they read with
