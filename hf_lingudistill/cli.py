@@ -100,7 +100,9 @@ def _add_pair(parser: argparse.ArgumentParser, *, required: bool = False) -> Non
         "--student", required=required, metavar="VLM", help="the vision-language model: folder or Hub id"
     )
     parser.add_argument(
-        "--teacher", metavar="LM", help="the LM that it was built from; default: the one that the config or card names"
+        "--teacher",
+        metavar="LM",
+        help="the LM that it was built from, or a VLM, for its text half; default: the one that the config or card names",
     )
 
 

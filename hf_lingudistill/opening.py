@@ -29,6 +29,7 @@ from .formats import (
     pairs_column,
 )
 from .options import DistillOptions
+from .sharing import sharing
 
 logger = logging.getLogger(__name__)
 
@@ -239,10 +240,10 @@ def check_distill_column(
 
 
 def _check_packing(args: LinguDistillConfig, has_distill_column: bool) -> None:
-    if (args.packing or args.padding_free) and args.kv_sharing == "none":
+    if (args.packing or args.padding_free) and not sharing(args.kv_sharing).keeps_documents_apart:
         raise ValueError(
-            "kv_sharing='none' cannot keep packed documents apart (the teacher reads compacted rows): use 'prompt' or "
-            "'full', or set packing=False and padding_free=False."
+            f"kv_sharing='{args.kv_sharing}' cannot keep packed documents apart (the teacher makes its own pass over the rows): use "
+            "'prompt' or 'full', or set packing=False and padding_free=False."
         )
     if args.packing and has_distill_column:
         raise ValueError(

@@ -52,8 +52,8 @@ class DistillOptions:
 
     teacher_model_name_or_path: str | None = _option(
         None,
-        "The LM that the student was built from: Hub id or folder. Left out, it is guessed from the student's config or card, and "
-        "the guess is printed.",
+        "The LM that the student was built from, or a VLM: Hub id or folder. Left out, it is guessed from the student's config or "
+        "card, and the guess is printed.",
         aliases=["--teacher"],
     )
     teacher_model_revision: str | None = _option(None, "Branch, tag or commit of the teacher on the Hub.")
@@ -85,7 +85,8 @@ class DistillOptions:
     kv_sharing: str = _choice(
         "prompt",
         KV_SHARING_CHOICES,
-        "What the teacher reads of the student (docs/method.md). `lingudistill diagnose` measures which fits a pair.",
+        f"What the teacher reads of the student: {', '.join(KV_SHARING_CHOICES)} (docs/method.md). `lingudistill diagnose` measures which "
+        "fits a pair.",
     )
     kv_source: str = _choice(
         "student",

@@ -344,9 +344,12 @@ def plain_pass(teacher: PreTrainedModel, plan: QueryPlan) -> torch.Tensor:
         return _no_hidden(teacher, plan)
     decoder = decoder_of(teacher)
     (rows, width), queries = plan.slots.shape, plan.num_queries
+    # The decoders of some VLMs (Qwen2-VL, Qwen2.5-VL) do not look for documents in such positions: they get padded rows
+    packs = teacher.config.get_text_config() is teacher.config
     with inference(teacher):
-        stateful = bool(mixers_of(decoder))  # a state does not end where positions start anew
-        if not stateful and queries < 0.8 * rows * width and queries**2 <= 4 * rows * width**2:
+        # Nor does a state end where positions start anew
+        packs = packs and not mixers_of(decoder)
+        if packs and queries < 0.8 * rows * width and queries**2 <= 4 * rows * width**2:
             # One packed row, whose documents transformers tells apart by positions that start anew: no padding
             begins = plan.slots[:, :1].flatten()
             slots = torch.arange(queries, device=begins.device)
@@ -359,6 +362,20 @@ def plain_pass(teacher: PreTrainedModel, plan: QueryPlan) -> torch.Tensor:
             real = real.index_fill_(0, plan.flat, 1).view(rows, width)
         hidden = decoder(input_ids=plan.token_ids[plan.slots], attention_mask=real, use_cache=False)[0]
         return hidden.flatten(0, 1).index_select(0, plan.flat[plan.loss])  # type: ignore[no-any-return]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def whole_pass(teacher: PreTrainedModel, shared: SharedKV, plan: QueryPlan) -> torch.Tensor:
+    """A VLM's own forward on the student's inputs, images included. -> (N, H_t), ordered like the plan's loss positions.
+
+    Rows that nobody asks about run too: which pixels belong to which row, each family says in its own way.
+    """
+    if not plan.num_queries:
+        return _no_hidden(teacher, plan)
+    assert shared.inputs is not None
+    with inference(teacher):
+        hidden: torch.Tensor = teacher.base_model(**shared.inputs)[0]
+        return hidden[plan.loss_rows, plan.loss_positions]
 
 
 def inference(teacher: PreTrainedModel) -> AbstractContextManager[Any]:

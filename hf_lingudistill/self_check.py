@@ -94,6 +94,29 @@ def self_check(student: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Te
     _check_head("student", student, theirs, student_logits)
 
 
+def head_check(role: str, model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Refuse a model whose logits are not what the loss makes of its hidden states: the fourth check alone.
+
+    Args:
+        role: `student` or `teacher`. model: on the device of `ids`. ids: (1, T) tokens that it knows.
+
+    Raises:
+        ValueError: with what was measured.
+    """
+    seen = SharedKV()
+
+    def keep(_: Any, __: Any, output: Any) -> None:
+        seen.last_hidden_state = output[0]
+
+    hook = model.base_model.register_forward_hook(keep)
+    try:
+        with torch.no_grad(), _undisturbed(model):
+            logits = _text_forward(model, ids)
+    finally:
+        hook.remove()
+    _check_head(role, model, seen, logits)
+
+
 def _plan(ids: torch.Tensor) -> QueryPlan:
     """Every third token is asked about: with all of them, whatever mixes neighbouring tokens would find its neighbours."""
     asked = torch.arange(ids.shape[1], device=ids.device) % 3 == 0
@@ -182,9 +205,9 @@ def _with_weights_of(student: PreTrainedModel, teacher: PreTrainedModel) -> PreT
     """A model of the teacher's class and config around the tensors of the student's decoder; or why there is none. No tensor is
     copied. Its head is empty."""
     config: Any = copy.deepcopy(teacher.config)
-    config.pad_token_id = None  # may lie beyond the student's vocabulary
+    config.pad_token_id = config.get_text_config().pad_token_id = None  # may lie beyond the student's vocabulary
     embeddings: Any = student.get_input_embeddings()
-    config.vocab_size = int(embeddings.weight.shape[0])
+    config.get_text_config().vocab_size = int(embeddings.weight.shape[0])
     with torch.device("meta"):
         shell: PreTrainedModel = type(teacher)(config)
     decoder, state = decoder_of(shell), decoder_of(student).state_dict()

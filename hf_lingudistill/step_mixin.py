@@ -64,7 +64,7 @@ class StepMixin(TeacherMixin):
         self.teacher_arithmetic = arithmetic_of(self.teacher.model, autocast=autocast)
         logger.info(
             "Teacher %s (%s, computed in %s): %.1f MiB",
-            self.teacher_name_or_path,
+            self.teacher_title,
             args.teacher_quantization,
             self.teacher_arithmetic,
             self.teacher.footprint / 2**20,

@@ -43,8 +43,9 @@ class SharedKV:
 
     keys, values: layer_idx -> (B, H_kv, T, D), detached, post-RoPE. rotary: layer type (None where the family has one) -> what
     the family's rotary module returns: (cos, sin), each (B or 1, T, D_rot), or one complex tensor. position_ids: (B or 1, T), or
-    (axes, B or 1, T). mixed, mixed_documents: what layers
-    without attention write, and what they are told of documents; mixer_layers: which these are: see `mixers.py`. inputs_embeds: (B, T, H_s), detached. last_hidden_state: (B, T, H_s) with gradient.
+    (axes, B or 1, T). mixed, mixed_documents: what layers without attention write, and what they are told of documents; mixer_layers:
+    which these are: see `mixers.py`. inputs_embeds: (B, T, H_s), detached. inputs: what the student's backbone was called with.
+    last_hidden_state: (B, T, H_s) with gradient.
     """
 
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class SharedKV:
     mixer_layers: list[int] = field(default_factory=list)
     position_ids: torch.Tensor | None = None
     inputs_embeds: torch.Tensor | None = None
+    inputs: dict[str, Any] | None = None
     last_hidden_state: torch.Tensor | None = None
     keep_kv: bool = True
     _documents: tuple[torch.Tensor, torch.Tensor | None] | None = None
@@ -79,7 +81,7 @@ class SharedKV:
         self.masks.clear()
         self.rotary.clear()
         self.mixed.clear()
-        self.position_ids = self.inputs_embeds = self._documents = None
+        self.position_ids = self.inputs_embeds = self.inputs = self._documents = None
 
     def nbytes(self) -> int:
         """Bytes held by the recorded keys and values, and by what other mixers write."""

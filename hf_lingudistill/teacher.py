@@ -8,17 +8,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ._internals import Head, head_of, loaded_by_every_process
-from .compatibility import CompatibilityReport
+from .compatibility import CompatibilityReport, is_vlm
 from .quantization import choose_kernels, quantization_config
 from .queries import Vocabulary
+from .text_half import without_tower
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen LM whose head covers the student's vocabulary.
+    """A frozen LM (or VLM) whose head covers the student's vocabulary.
 
     model: eval mode, no gradient. head: (V_student, H_t). vocabulary: what the student's tokens mean to it. footprint: bytes of
     weights and buffers that this process holds.
@@ -39,13 +47,15 @@ def load_teacher_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    sees: bool = False,
 ) -> PreTrainedModel:
     """Load the teacher from safetensors, quantised through bitsandbytes where asked for, frozen and in eval mode.
 
     Args:
-        name_or_path: Hub id or folder of a causal LM.
+        name_or_path: Hub id or folder of a causal LM, or of a VLM, whose text half is loaded then.
         dtype: the compute dtype, also of everything that is not quantised.
         init_kwargs: further keyword arguments for `from_pretrained`; they win over the ones set here.
+        sees: load all of a VLM.
 
     Raises:
         OSError: if there are no such weights, or no safetensors among them (pickles are not loaded).
@@ -63,7 +73,10 @@ def load_teacher_model(
     else:
         kwargs.setdefault("device_map", {"": device})
     with loaded_by_every_process():
-        model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        config = AutoConfig.from_pretrained(
+            name_or_path, revision=kwargs["revision"], trust_remote_code=kwargs["trust_remote_code"]
+        )
+        model: Any = _class_of(config, sees=sees).from_pretrained(name_or_path, **kwargs)
     if "quantization_config" not in kwargs and "device_map" not in kwargs:
         model = model.to(device)
     choose_kernels(model)
@@ -71,6 +84,16 @@ def load_teacher_model(
         if tensor.device.type == "cpu" and tensor.dtype == dtype:
             tensor.data = tensor.data.clone()  # not a view of the mapped file, all of which would count as memory
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _class_of(config: PreTrainedConfig, *, sees: bool) -> Any:
+    """What loads a teacher of this config."""
+    if not is_vlm(config):
+        return AutoModelForCausalLM
+    if sees:
+        return AutoModelForImageTextToText
+    vlm: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    return without_tower(vlm)
 
 
 def vocabulary_of(student: PreTrainedModel, compatibility: CompatibilityReport) -> Vocabulary:

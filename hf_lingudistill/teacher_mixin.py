@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from ._internals import keep_image_dtype
 from .compatibility import CompatibilityReport, check_compatibility, guess_teacher
 from .engines import is_teacher_sharded, shard_teacher, sharding_of
 from .first_batch import FirstBatch
+from .image_check import image_check
 from .quantization import choose_kernels
-from .self_check import self_check, text_ids
+from .self_check import head_check, self_check, text_ids
+from .sharing import sharing
 from .step import DistillStep
 from .teacher import Teacher, load_teacher_model, on_device, prepare_teacher, vocabulary_of
 
@@ -42,6 +45,7 @@ class TeacherMixin(_Trainer):
     first_batch: FirstBatch
     step: DistillStep
     _teacher_ref: str | PreTrainedModel
+    _teacher_processing: Any
     _compute_dtype: torch.dtype
 
     def choose_teacher(
@@ -74,10 +78,10 @@ class TeacherMixin(_Trainer):
             if teacher_ref is None:
                 raise ValueError(
                     "teacher_model_name_or_path is not set, and the student's config and card do not name its LM. Pass the LM "
-                    "that the VLM was built from."
+                    "that the VLM was built from or, where there was none, the VLM that it was tuned from."
                 )
             logger.warning("Teacher guessed from the student's config or card: %s", teacher_ref)
-        self._teacher_ref = teacher_ref
+        self._teacher_ref, self._teacher_processing = teacher_ref, teacher_tokenizer
         self.teacher_name_or_path = teacher_ref if isinstance(teacher_ref, str) else _reference(teacher_ref)
         processing_class = kwargs.get("processing_class")
         self.compatibility = check_compatibility(
@@ -88,11 +92,30 @@ class TeacherMixin(_Trainer):
             trust_remote_code=args.trust_remote_code,
             student_revision=as_dict(args.model_init_kwargs).get("revision") if isinstance(model, str) else None,
             teacher_revision=args.teacher_model_revision,
+            kv_sharing=args.kv_sharing,
         )
         self.compatibility.raise_for_misfit()
 
+    @property
+    def teacher_part(self) -> str | None:
+        """Of a teacher that is a VLM, what teaches: its "text half" or the "whole". None of an LM."""
+        if not self.compatibility.teacher_is_vlm:
+            return None
+        return "whole" if sharing(self.args.kv_sharing).sees else "text half"
+
+    @property
+    def teacher_title(self) -> str:
+        """The teacher as the log and the summary name it."""
+        part = {None: "", "text half": ", a VLM, its text half", "whole": ", a VLM, whole"}[self.teacher_part]
+        return (self.teacher_name_or_path or "in memory") + part
+
     def _is_teacher_sharded(self) -> bool:
         args, reference = self.args, self._teacher_ref
+        if sharing(args.kv_sharing).sees and sharding_of(self.accelerator) is not None:
+            raise ValueError(
+                f"kv_sharing={args.kv_sharing!r} runs the teacher with its vision tower on every process, which FSDP2 and ZeRO-3 are not "
+                "told how to split: train under DDP or ZeRO-2, or choose another kv_sharing."
+            )
         quantised = args.teacher_quantization != "none" if isinstance(reference, str) else is_quantised(reference)
         return is_teacher_sharded(args.teacher_sharding, quantised=quantised, sharding=sharding_of(self.accelerator))
 
@@ -113,8 +136,10 @@ class TeacherMixin(_Trainer):
             return teacher
 
     def _check_pair(self, student: PreTrainedModel) -> None:
-        """Refuse a pair whose shared keys and values would mean something else to the teacher: see `self_check.py`."""
-        if not (self.args.self_check and self.step.sharing.reads_student):
+        """Refuse a pair whose shared keys and values would mean something else to the teacher, or that would see different images:
+        see `self_check.py`, `image_check.py`."""
+        mode = self.step.sharing
+        if not (self.args.self_check and (mode.reads_student or mode.sees)):
             return
         if sharding_of(self.accelerator) is not None:
             logger.info("Self-check left out: student and teacher lie in pieces on all processes.")
@@ -123,11 +148,27 @@ class TeacherMixin(_Trainer):
         ids = text_ids(tokenizer, self.teacher.vocabulary).to(student.device)
         plain = self.model.disable_adapter() if is_peft_model(self.model) else nullcontext()
         with on_device(self.teacher, ids.device, offload=self.step.offload), plain, self.accelerator.autocast():
-            self_check(student, self.teacher.model, ids)
+            if not mode.sees:
+                self_check(student, self.teacher.model, ids)
+                return
+            head_check("teacher", self.teacher.model, ids)
+            head_check("student", student, ids)
+            self._check_images()
+
+    def _check_images(self) -> None:
+        ours, theirs, name = self.processing_class, self._teacher_processing, self.teacher_name_or_path
+        if not hasattr(ours, "image_processor"):
+            logger.info("Image check left out: the run has no processor, and so no images.")
+            return
+        if not hasattr(theirs, "image_processor") and name:
+            theirs = AutoProcessor.from_pretrained(
+                name, revision=self.args.teacher_model_revision, trust_remote_code=self.args.trust_remote_code
+            )
+        image_check(ours, theirs, self.teacher.model, self.accelerator.device)
 
     def _load_teacher(self, quantization: str, device: torch.device) -> PreTrainedModel:
         args = self.args
-        return load_teacher_model(
+        model = load_teacher_model(
             self.teacher_name_or_path,
             revision=args.teacher_model_revision,
             init_kwargs=as_dict(args.teacher_model_init_kwargs),
@@ -135,7 +176,10 @@ class TeacherMixin(_Trainer):
             dtype=self._compute_dtype,
             device=device,
             trust_remote_code=args.trust_remote_code,
+            sees=sharing(args.kv_sharing).sees,
         )
+        keep_image_dtype(model)
+        return model
 
     def _whole_teacher(self) -> Teacher:
         """The teacher without quantisation, beside the other one."""

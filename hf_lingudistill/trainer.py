@@ -34,9 +34,9 @@ class LinguDistillTrainer(DataMixin, StepMixin, PublishingMixin, ResumingMixin, 
     Args:
         model: the student VLM, or its Hub id or folder.
         args ([`LinguDistillConfig`]): the configuration.
-        teacher_model: the frozen LM, or its Hub id or folder; overrides `args.teacher_model_name_or_path`. A model object
-            is used as it is: it is not quantised again.
-        teacher_tokenizer: for the vocabulary check; loaded from the teacher's folder or id where left out.
+        teacher_model: the frozen LM, or its Hub id or folder; overrides `args.teacher_model_name_or_path`. Of a VLM, the text half
+            teaches (with `kv_sharing="images"`, all of it). A model object is used as it is: it is not quantised again.
+        teacher_tokenizer: its tokenizer or processor, for the checks; loaded from the teacher's folder or id where left out.
         **kwargs: everything else goes to `SFTTrainer`.
 
     Raises:

@@ -33,6 +33,7 @@ FULL_LENGTH = f"{FAMILIES}::test_another_teacher_equals_a_full_length_pass"
 DEFINITION = f"{LOSSES}::test_loss_and_gradients_match_the_definition"
 SETTINGS = f"{LOSSES}::test_bias_scale_softcap_and_temperature_are_read"
 ANCHOR = "tests/test_anchor.py"
+VLM_TEACHER = "tests/test_vlm_teacher.py"
 RESUMED = "tests/test_checkpoints.py::test_log_between_whose_entries_a_checkpoint_fell_is_that_of_the_whole_run"
 
 FAULTS = (
@@ -274,6 +275,38 @@ FAULTS = (
         "",
         "rows packed for a pass of its own see each other",
         (FULL_LENGTH, "tests/test_properties.py::test_without_sharing_the_teacher_reads_the_text_alone"),
+    ),
+    Fault(
+        "packed-without-looking",
+        "replay.py",
+        "packs = teacher.config.get_text_config() is teacher.config",
+        "packs = True",
+        "a decoder that does not look for packed documents reads rows as one",
+        (f"{VLM_TEACHER}::test_the_text_half_of_a_vlm_says_what_its_lm_says",),
+    ),
+    Fault(
+        "text-half-of-the-whole",
+        "teacher.py",
+        "    if sees:\n        return AutoModelForImageTextToText\n",
+        "    if True:\n        return AutoModelForImageTextToText\n",
+        "the text half of a VLM keeps its tower in memory",
+        (f"{VLM_TEACHER}::test_the_text_half_of_a_vlm_says_what_its_lm_says",),
+    ),
+    Fault(
+        "images-of-the-first-row",
+        "replay.py",
+        "return hidden[plan.loss_rows, plan.loss_positions]",
+        "return hidden[plan.loss_rows * 0, plan.loss_positions]",
+        "a teacher with eyes judges every row by the first",
+        (f"{VLM_TEACHER}::test_with_its_own_eyes_a_vlm_gives_its_plain_forward",),
+    ),
+    Fault(
+        "other-pixels-pass",
+        "image_check.py",
+        "if distance > (ALLOWED if mine.is_floating_point() else 0):",
+        "if distance > (ALLOWED if not mine.is_floating_point() else 10):",
+        "a teacher whose processor normalises otherwise is let through",
+        (f"{VLM_TEACHER}::test_a_teacher_whose_processor_prepares_other_images_is_refused",),
     ),
     # ---- losses.py
     Fault(

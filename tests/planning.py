@@ -14,7 +14,7 @@ from hf_lingudistill.student_kv import SharedKV
 from hf_lingudistill.teacher import Teacher
 from hf_lingudistill.teacher import prepare_teacher as prepare
 
-KV_SHARING_MODES = tuple(MODES)
+KV_SHARING_MODES = tuple(name for name, mode in MODES.items() if not mode.sees)  # those that take an LM
 
 
 def plan_queries(

@@ -110,7 +110,8 @@ def test_the_guessed_teacher_is_printed(models: Path, capsys: pytest.CaptureFixt
         (
             "vlm",
             None,
-            "The config and card of '{}/vlm' name no language model. Pass the LM that it was built from as --teacher.",
+            "The config and card of '{}/vlm' name no language model. Pass the LM that it was built from as --teacher, "
+            "or, where there was none, the VLM that it was tuned from.",
         ),
     ],
 )

@@ -335,11 +335,6 @@ _STUDENT_TOKENIZER, _TEACHER_TOKENIZER = word_tokenizer(VOCAB, extra=("<image>",
     ("teacher", "message"),
     [
         (
-            Gemma3Config(text_config=Gemma3TextConfig(**sizes(head_dim=8)), image_token_index=40),
-            "Teacher gemma3 (language model gemma3_text) is itself a vision-language model: the teacher is a "
-            "text-only LM.",
-        ),
-        (
             BertConfig(**IDS, architectures=["BertForMaskedLM"]),
             "Teacher bert was saved as BertForMaskedLM: it has no language-model head.",
         ),
@@ -350,7 +345,7 @@ _STUDENT_TOKENIZER, _TEACHER_TOKENIZER = word_tokenizer(VOCAB, extra=("<image>",
         (T5Config(), "Teacher t5 is an encoder-decoder: KV sharing needs decoder-only models."),
         (CLIPVisionConfig(), "Teacher clip_vision_model is not a model that AutoModelForCausalLM loads."),
     ],
-    ids=["vlm", "masked-lm", "classifier", "encoder-decoder", "vision-encoder"],
+    ids=["masked-lm", "classifier", "encoder-decoder", "vision-encoder"],
 )
 def test_a_teacher_that_is_no_text_only_lm_is_refused(
     teacher: PreTrainedConfig, message: str, tokenizers: Tokenizers

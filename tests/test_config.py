@@ -59,7 +59,7 @@ INVALID = [
     ({"teacher_sharding": "split"}, "teacher_sharding must be one of auto, replicate, shard; got 'split'."),
     ({"teacher_offload": "disk"}, "teacher_offload must be one of none, cpu; got 'disk'."),
     ({"teacher_quantization": "fp8"}, "teacher_quantization must be one of nf4, int8, none; got 'fp8'."),
-    ({"kv_sharing": "text"}, "kv_sharing must be one of full, prompt, vision, none, inputs; got 'text'."),
+    ({"kv_sharing": "text"}, "kv_sharing must be one of full, prompt, vision, none, inputs, images; got 'text'."),
     ({"distill_tokens": "some"}, "distill_tokens must be one of all, confident; got 'some'."),
     ({"beta": -0.1}, BETA_MESSAGE.format(-0.1)),
     ({"beta": 1.1}, BETA_MESSAGE.format(1.1)),
@@ -159,6 +159,7 @@ EVERY_OWN_FIELD = {
     "teacher_offload": "cpu",
     "measure_teacher_quantization": True,
     "kv_sharing": "vision",
+    "kv_source": "before",
     "beta": 0.3,
     "temperature": 2.0,
     "distill_weight": 0.5,
@@ -216,14 +217,16 @@ def test_yaml_reaches_every_field_and_flags_win_over_it(parse: Any, tmp_path: Pa
     config = parse("--config", str(recipe))
     assert own_values(config) == EVERY_OWN_FIELD
     assert config.learning_rate == 0.125
-    config = parse("--config", str(recipe), "--kv_sharing", "none", "--beta", "0.75")
-    assert own_values(config) == {**EVERY_OWN_FIELD, "kv_sharing": "none", "beta": 0.75}
+    config = parse("--config", str(recipe), "--kv_sharing", "full", "--beta", "0.75")
+    assert own_values(config) == {**EVERY_OWN_FIELD, "kv_sharing": "full", "beta": 0.75}
 
 
 def test_an_invalid_value_in_yaml_is_refused(parse: Any, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"kv_sharing": "text"}))
-    with pytest.raises(ValueError, match="kv_sharing must be one of full, prompt, vision, none, inputs; got 'text'"):
+    with pytest.raises(
+        ValueError, match="kv_sharing must be one of full, prompt, vision, none, inputs, images; got 'text'"
+    ):
         parse("--config", str(recipe))
 
 
@@ -238,7 +241,8 @@ def test_a_flag_outside_its_choices_is_refused_by_the_parser(parse: Any, capsys:
     with pytest.raises(SystemExit):
         parse("--kv_sharing", "text")
     assert (
-        "invalid choice: 'text' (choose from 'full', 'prompt', 'vision', 'none', 'inputs')" in capsys.readouterr().err
+        "invalid choice: 'text' (choose from 'full', 'prompt', 'vision', 'none', 'inputs', 'images')"
+        in capsys.readouterr().err
     )
 
 

@@ -25,6 +25,7 @@ from hf_lingudistill.config import (
     ANCHOR_CHOICES,
     DISTILL_TOKENS_CHOICES,
     KV_SHARING_CHOICES,
+    KV_SOURCE_CHOICES,
     OFFLOAD_CHOICES,
     ON_NAN_CHOICES,
     QUANTIZATION_CHOICES,
@@ -40,6 +41,7 @@ CHOICES = {
     "teacher_sharding": SHARDING_CHOICES,
     "teacher_offload": OFFLOAD_CHOICES,
     "kv_sharing": KV_SHARING_CHOICES,
+    "kv_source": KV_SOURCE_CHOICES,
     "distill_tokens": DISTILL_TOKENS_CHOICES,
     "anchor": ANCHOR_CHOICES,
     "on_nan": ON_NAN_CHOICES,
@@ -224,7 +226,10 @@ def exit_code(*arguments: str) -> Any:
     ("recipe", "sentence"),
     [
         ({"kv_shearing": "full"}, "unknown key 'kv_shearing', did you mean 'kv_sharing'?"),
-        ({"kv_sharing": ["full"]}, "kv_sharing must be one of full, prompt, vision, none, inputs; got ['full']."),
+        (
+            {"kv_sharing": ["full"]},
+            "kv_sharing must be one of full, prompt, vision, none, inputs, images; got ['full'].",
+        ),
         ({"beta": None}, "beta must be a number; got None."),
         ({"temperature": 10**400}, "temperature must be a number that a float can hold; got 1000000"),
         ({"skip_bad_rows": 2}, "skip_bad_rows must be true or false; got 2."),

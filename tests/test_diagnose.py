@@ -671,4 +671,4 @@ def test_bad_input_exits_with_2_and_one_line(
 
 def test_without_a_teacher_the_card_is_asked(unmoved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["diagnose", "--student", str(unmoved)]) == 2
-    assert "name no language model. Pass the LM that it was built from as --teacher." in capsys.readouterr().err
+    assert "name no language model. Pass the LM that it was built from as --teacher, or," in capsys.readouterr().err

@@ -362,6 +362,10 @@ def test_sharing_more_costs_less(small: tuple[ModelFacts, ModelFacts]) -> None:
             {"anchor": "before", "engine": "zero3"},
             "needs the whole student on every device, and zero3 splits it: choose",
         ),
+        (
+            {"kv_sharing": "images", "engine": "fsdp2", "gpus": 2},
+            "runs the teacher whole on every device, and fsdp2 splits it",
+        ),
         ({"gpu_memory": 0}, "gpu_memory must be a positive number of GiB, got 0."),
     ],
 )
@@ -385,6 +389,26 @@ def test_the_vlm_before_is_a_copy_of_the_student_in_full_training_alone(small: t
     assert "VLM before" in str(make_plan(*small, Setup(anchor="before"))) and "VLM before" not in str(without)
     one = make_plan(*small, Setup(anchor="before")).needed / GIB
     assert smallest_plan(*small, Setup(anchor="before", gpu_memory=one - 0.1), (1, 2), ("single", "fsdp2")) is None
+
+
+def test_a_vlm_as_teacher_weighs_its_text_half_or_all_of_it(saved_pair: tuple[Path, Path]) -> None:
+    vlm, lm = (str(folder) for folder in saved_pair)
+    shape = {
+        "seq_len": 64,
+        "image_tokens": 16,
+        "response_tokens": 8,
+        "teacher_quantization": "none",
+        "mixed_precision": "no",
+    }
+    student, teacher = read_pair(vlm, vlm)
+    half = load_teacher_model(vlm, quantization="none")
+    whole = load_teacher_model(vlm, quantization="none", sees=True)
+    by_half, by_whole = (make_plan(student, teacher, Setup(kv_sharing=mode, **shape)) for mode in ("prompt", "images"))
+    for plan, model in ((by_half, half), (by_whole, whole)):
+        assert plan.teacher["none"] == 4 * sum(p.numel() for p in model.parameters())
+    assert by_half.teacher["none"] < by_whole.teacher["none"] and by_half.cost < by_whole.cost
+    with pytest.raises(PlanError, match="kv_sharing='images' gives the teacher the images themselves"):
+        make_plan(student, read_pair(vlm, lm)[1], Setup(kv_sharing="images", **shape))
 
 
 def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,7 @@ from hf_lingudistill.sharing import MODES, sharing
 
 Source = Literal["student", "own", "features", "nothing"]
 
+LM_MODES = [name for name, mode in MODES.items() if not mode.sees]  # a VLM that sees for itself shares nothing to draw
 NUMBERS = {4: "Four", 5: "Five", 6: "Six"}
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(LinguDistillConfig)}
 
@@ -360,11 +361,11 @@ def draw_modes(canvas: Canvas, batch: Batch, top: float) -> float:
         "features": {"fill": TEACHER_FILL, "edgecolor": STUDENT, "linewidth": 1.6},
         "nothing": {"edgecolor": LINE},
     }
-    canvas.heading(MARGIN + INSET, top + 8, f"{NUMBERS[len(MODES)]} ways to share", "kv_sharing")
+    canvas.heading(MARGIN + INSET, top + 8, f"{NUMBERS[len(LM_MODES)]} ways to share", "kv_sharing")
     canvas.text(RIGHT + 18, top + 8, "Q: the teacher computes here", color=MUTED)
     y = top + 40
     draw_groups(canvas, y)
-    for mode in MODES:
+    for mode in LM_MODES:
         plan = batch.plan(mode)
         queries = queried(plan)
         canvas.text(MARGIN + INSET, y + 10, mode)

@@ -5,7 +5,8 @@
     report.raise_for_misfit()    # ValueError with every misfit and its fix
 
 KV sharing lets layer l of the teacher attend to the keys and values of layer l of the student, so both need softmax
-self-attention in every layer and K/V of the same shape. Everything else may differ, and is noted where it matters.
+self-attention in every layer and K/V of the same shape. Everything else may differ, and is noted where it matters. With
+`kv_sharing="images"` nothing is shared: the teacher is a VLM that must read the student's very inputs.
 
 `guess_teacher` finds the LM that a VLM's config or model card names.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..sharing import sharing
 from .checks import (
     check_architecture,
     check_attention,
@@ -21,14 +23,22 @@ from .checks import (
     check_quantization,
     check_roles,
     check_rope,
+    check_same_inputs,
     check_sizes,
     check_sliding_window,
     check_softcapping,
 )
-from .configs import Side, UnreadableModelError, load_config
+from .configs import Side, UnreadableModelError, is_vlm, load_config
 from .guess import guess_teacher, named_teacher
 from .table import TABLE_WIDTH, Check, CompatibilityReport
-from .vocabulary import check_chat_template, check_image_tokens, check_vocabulary, end_of_turn, placeholder_ids
+from .vocabulary import (
+    check_chat_template,
+    check_image_tokens,
+    check_vocabulary,
+    check_whole_vocabulary,
+    end_of_turn,
+    placeholder_ids,
+)
 
 if TYPE_CHECKING:
     from .configs import ModelReference
@@ -40,6 +50,7 @@ __all__ = [
     "UnreadableModelError",
     "check_compatibility",
     "guess_teacher",
+    "is_vlm",
     "load_config",
     "named_teacher",
 ]
@@ -54,17 +65,19 @@ def check_compatibility(
     trust_remote_code: bool = False,
     student_revision: str | None = None,
     teacher_revision: str | None = None,
+    kv_sharing: str | None = None,
 ) -> CompatibilityReport:
     """Check whether `teacher` can teach `student` with shared K/V.
 
     Args:
         student: the VLM, as folder, Hub id, config, or model (its config is used; no parameter is touched).
-        teacher: the text-only LM, likewise.
+        teacher: the LM, or a VLM whose text half is to teach, likewise.
         student_tokenizer: tokenizer or processor. By default loaded from where the config came from.
         teacher_tokenizer: likewise. Without tokenizers the vocabularies cannot be compared, which is a misfit.
         trust_remote_code: allow configs and tokenizers to run code from their repository.
         student_revision: branch, tag or commit on the Hub.
         teacher_revision: likewise.
+        kv_sharing: the mode that is to be used, where it is known: with `images`, other things must agree.
 
     Raises:
         UnreadableModelError: if a config cannot be read.
@@ -72,23 +85,31 @@ def check_compatibility(
     s = Side.load("student", student, student_tokenizer, trust_remote_code, student_revision)
     t = Side.load("teacher", teacher, teacher_tokenizer, trust_remote_code, teacher_revision)
 
-    roles = check_roles(s, t)
-    if not s.is_vlm:  # swapped, or no VLM at all: every other line would compare the wrong things
+    sees = kv_sharing is not None and sharing(kv_sharing).sees
+    roles = check_roles(s, t, sees=sees)
+    if not s.is_vlm or (sees and not t.is_vlm):  # swapped, or no VLM: every other line would compare the wrong things
         return CompatibilityReport(s.title, t.title, roles)
 
     s.load_tokenizer()
     t.load_tokenizer()
     vocabulary, shared_vocab_size = check_vocabulary(s, t)
     image_token_ids = placeholder_ids(s)
+    if sees:
+        of_models = check_same_inputs(s, t, image_token_ids, placeholder_ids(t))
+        vocabulary += check_whole_vocabulary(s, t, shared_vocab_size)
+    else:
+        of_models = [
+            *check_architecture(s, t),
+            *check_layers(s, t),
+            *check_attention(s, t),
+            *check_sliding_window(s, t),
+            *check_rope(s, t),
+            *check_softcapping(s, t),
+            *check_sizes(s, t),
+        ]
     checks = [
         *roles,
-        *check_architecture(s, t),
-        *check_layers(s, t),
-        *check_attention(s, t),
-        *check_sliding_window(s, t),
-        *check_rope(s, t),
-        *check_softcapping(s, t),
-        *check_sizes(s, t),
+        *of_models,
         *vocabulary,
         *check_image_tokens(s, image_token_ids),
         *check_chat_template(s, t),
@@ -103,4 +124,5 @@ def check_compatibility(
         teacher_vocab_size=t.vocab_size,
         image_token_ids=image_token_ids,
         aliases=end_of_turn(s, t, shared_vocab_size),
+        teacher_is_vlm=t.is_vlm,
     )

@@ -46,8 +46,9 @@ _UNREACHABLE = dict.fromkeys(
 }
 
 
-def check_roles(s: Side, t: Side) -> list[Check]:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+def check_roles(s: Side, t: Side, *, sees: bool = False) -> list[Check]:
+    """sees: the teacher is to get the images themselves."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     def misfit(reason: str, fix: str = USE_THE_ORIGINAL_LM) -> list[Check]:
         return [Check("roles", "misfit", s.model_type, t.model_type, reason, fix)]
@@ -63,8 +64,11 @@ def check_roles(s: Side, t: Side) -> list[Check]:
             f"Student {s.title} has no vision config: it is a text-only model.",
             "Pass the vision-language model as the student.",
         )
-    if t.is_vlm:
-        return misfit(f"Teacher {t.title} is itself a vision-language model: the teacher is a text-only LM.")
+    if sees and not t.is_vlm:
+        return misfit(
+            f"kv_sharing=images gives the teacher the images themselves, and {t.title} is a text-only LM.",
+            "Name a VLM as the teacher, such as the student before it was tuned, or choose another kv_sharing.",
+        )
     for side in (s, t):
         if side.config.is_encoder_decoder:
             return misfit(
@@ -72,8 +76,22 @@ def check_roles(s: Side, t: Side) -> list[Check]:
                 "Use a decoder-only VLM and its LM.",
             )
     own_code = "AutoModelForCausalLM" in (getattr(t.config, "auto_map", None) or {})
-    if reason := _UNREACHABLE.get(s.model_type):
-        return misfit(f"Student {s.title} {reason}.", "Use another VLM.")
+    for side in (s, t):
+        if reason := _UNREACHABLE.get(side.model_type):
+            return misfit(f"{side.role.capitalize()} {side.title} {reason}.", "Use another VLM.")
+    if t.is_vlm:
+        if type(t.config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return misfit(
+                f"Teacher {t.title} is not a VLM that AutoModelForImageTextToText loads from transformers itself."
+            )
+        if sees:
+            reason = "Teacher is a VLM, run whole on the images themselves."
+        else:
+            reason = (
+                "Teacher is a VLM: its text half teaches, loaded without the tower. With kv_sharing=images it is run whole, "
+                "on the images themselves."
+            )
+        return [Check("roles", "note", s.model_type, t.model_type, reason)]
     if type(t.config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
         if re.search(r"_text(_model)?$", t.model_type):
             return misfit(
@@ -85,6 +103,24 @@ def check_roles(s: Side, t: Side) -> list[Check]:
         if re.search(r"Classification$|ForQuestionAnswering$|ForMaskedLM$", architecture):
             return misfit(f"Teacher {t.title} was saved as {architecture}: it has no language-model head.")
     return [Check("roles", "fits", s.model_type, t.model_type)]
+
+
+def check_same_inputs(s: Side, t: Side, ours: tuple[int, ...], theirs: tuple[int, ...]) -> list[Check]:
+    """Whether the teacher can be run on the student's own inputs, as far as configs tell; `image_check.py` tries it. ours, theirs: ids
+    that stand for images."""
+    if s.model_type != t.model_type:
+        reason = f"kv_sharing=images runs the teacher on the student's own inputs, and {t.model_type} does not read those of {s.model_type}."
+        fix = "Use a teacher of the student's class, such as the VLM before it was tuned, or another kv_sharing."
+        return [Check("inputs", "misfit", s.model_type, t.model_type, reason, fix)]
+    shown = [", ".join(map(str, ids)) or "none" for ids in (ours, theirs)]
+    if ours != theirs:
+        reason = (
+            f"kv_sharing=images runs the teacher on the student's own inputs, and the two mark images by other tokens (student: "
+            f"{shown[0]}; teacher: {shown[1]})."
+        )
+        fix = "Use the VLM that the student was tuned from, or another kv_sharing."
+        return [Check("inputs", "misfit", shown[0], shown[1], reason, fix)]
+    return [Check("inputs", "fits", s.model_type, t.model_type)]
 
 
 def check_architecture(s: Side, t: Side) -> list[Check]:

@@ -65,7 +65,7 @@ class Side:
 
     @property
     def is_vlm(self) -> bool:
-        return _is_vlm(self.config)
+        return is_vlm(self.config)
 
     @property
     def model_type(self) -> str:
@@ -215,7 +215,8 @@ def is_vision_key(name: str) -> bool:
     return re.search(rf"{part}|^image_token_(id|index)$", name) is not None
 
 
-def _is_vlm(config: PreTrainedConfig) -> bool:
+def is_vlm(config: PreTrainedConfig) -> bool:
+    """Whether a config names a vision tower."""
     names = {*config.sub_configs, *(name for name, value in vars(config).items() if value is not None)}
     return any(map(is_vision_key, names))
 

@@ -46,7 +46,8 @@ def named_teacher(student: str, *, trust_remote_code: bool = False) -> str:
     if (teacher := guess_teacher(student)) is None:
         load_config("student", student, trust_remote_code=trust_remote_code, revision=None)
         raise UnreadableModelError(
-            f"The config and card of {student!r} name no language model. Pass the LM that it was built from as --teacher."
+            f"The config and card of {student!r} name no language model. Pass the LM that it was built from as --teacher, "
+            "or, where there was none, the VLM that it was tuned from."
         )
     return teacher
 

@@ -43,6 +43,7 @@ class CompatibilityReport:
         student_vocab_size, teacher_vocab_size: rows of the token embedding, as the config states them.
         image_token_ids: placeholders of images and videos in the student's input.
         aliases: (student id, teacher id) of tokens that mean the same under two names: what ends an assistant's turn.
+        teacher_is_vlm: the teacher is a VLM, whose text half teaches (all of it with kv_sharing='images').
     """
 
     student: str
@@ -53,6 +54,7 @@ class CompatibilityReport:
     teacher_vocab_size: int = 0
     image_token_ids: tuple[int, ...] = field(default=())
     aliases: tuple[tuple[int, int], ...] = field(default=())
+    teacher_is_vlm: bool = False
 
     @property
     def misfits(self) -> list[Check]:
@@ -89,6 +91,7 @@ class CompatibilityReport:
             "teacher_vocab_size": self.teacher_vocab_size,
             "image_token_ids": list(self.image_token_ids),
             "aliases": [list(pair) for pair in self.aliases],
+            "teacher_is_vlm": self.teacher_is_vlm,
             "checks": [asdict(check) for check in self.checks],
         }
 

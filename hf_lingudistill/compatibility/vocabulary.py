@@ -60,6 +60,23 @@ def check_vocabulary(s: Side, t: Side) -> tuple[list[Check], int]:
     return [Check("vocabulary", "note" if reasons else "fits", shown_ours, shown_theirs, " ".join(reasons))], shared
 
 
+def check_whole_vocabulary(s: Side, t: Side, shared: int) -> list[Check]:
+    """What a teacher must know that is run on the student's ids as they are: every token of the student's."""
+    if s.processing is None or t.processing is None:
+        return []
+    ours = _token_strings(s.tokenizer)
+    unknown = [index for index in range(shared, len(ours)) if ours[index] is not None]
+    if not unknown:
+        return []
+    first = unknown[0]
+    reason = (
+        f"kv_sharing=images runs the teacher on the student's own ids, and it does not know {count(len(unknown), 'token')} of the "
+        f"student's (id {first}: {ours[first]!r})."
+    )
+    fix = "Use the VLM that the student was tuned from, with its own tokenizer, or another kv_sharing."
+    return [Check("whole vocabulary", "misfit", f"{len(ours)} tokens", f"{shared} shared", reason, fix)]
+
+
 def _disagreement(different: list[int], ours: _Tokens, theirs: _Tokens) -> str:
     ids = "1 token id differs" if len(different) == 1 else f"{len(different)} token ids differ"
     first = different[0]

@@ -93,6 +93,7 @@ def render_card(
         paper_url=PAPER,
         before=before,
         teacher=_linked(teacher, "its original language model"),
+        teacher_is=_PARTS.get(str(teacher.get("part")), "the\nlanguage model that it was built from"),
         same_model=_same_model(student) + _blended(run_facts),
         headline=headline(tasks),
         space=f"{HUB}/spaces/{space}" if repo_or_none(space) else "",
@@ -203,7 +204,7 @@ def _training_rows(run_facts: Facts) -> list[tuple[str, str]]:
 def _teacher(teacher: Facts) -> str:
     mib, kl, quantization = (teacher.get(name) for name in ("mib", "quantization_kl", "quantization"))
     parts = [_pinned(teacher)] if _pinned(teacher) else []
-    about = []
+    about = [_PARTS[part]] if (part := str(teacher.get("part"))) in _PARTS else []
     if quantization is not None:
         about.append("weights not quantised" if quantization == "none" else f"weights in {markdown(quantization)}")
     about += [f"computed in {markdown(teacher['arithmetic'])}"] if teacher.get("arithmetic") else []
@@ -302,11 +303,15 @@ def _hardware_text(hardware: Facts) -> str | None:
     return ", ".join(parts)
 
 
+# Of a teacher that is a VLM, what taught
+_PARTS = {"text half": "the text half of a VLM", "whole": "a VLM that sees the images itself"}
+
 _SHARING = {
     "full": "reads the student's keys and values at every position",
     "prompt": "reads the student's keys and values at the prompt, text and image, and its own at the answer",
     "vision": "reads the student's keys and values at image tokens and its own at all text",
     "none": "reads its own keys and values only, with images left out",
+    "inputs": "reads its own keys and values only, with the student's image features as its inputs",
 }
 
 
@@ -320,16 +325,20 @@ def _method(run_facts: Facts) -> str:
         others = "the others, and tokens whose label it finds less likely than the student does, are trained with cross-entropy"
     if settings.get("anchor") == "before":
         others += "; on rows that are not marked, the VLM before is a second teacher"
+    who = f"The frozen language model has never seen an image: layer by layer it {reads}."
+    if (part := (run_facts.get("teacher") or {}).get("part")) == "whole":
+        who = "The frozen teacher is a VLM that reads the images itself; nothing of the student is shared with it."
+    elif part == "text half":
+        who = f"The frozen teacher is the text half of a VLM, without its tower: layer by layer it {reads}."
     if run_facts.get("sampling"):
         seen = " On rows that are not marked, the VLM before judges them." if _has_two_judges(run_facts) else ""
         return (
-            f"The frozen language model has never seen an image: layer by layer it {reads}. The student answers prompts itself, and its "
-            f"own answers are judged, token by token, against that model's next-token distribution.{seen} The judges are dropped after "
-            "training."
+            f"{who} The student answers prompts itself, and its own answers are judged, token by token, against that model's next-token "
+            f"distribution.{seen} The judges are dropped after training."
         )
     return (
-        f"The frozen language model has never seen an image: layer by layer it {reads}. Rows that are marked for distillation "
-        f"are trained towards its next-token distribution; {others}. It is dropped after training."
+        f"{who} Rows that are marked for distillation are trained towards its next-token distribution; {others}. It is dropped after "
+        "training."
     )
 
 

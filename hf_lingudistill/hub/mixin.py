@@ -41,6 +41,7 @@ class PublishingMixin(_Trainer):
         has_distill_column, distill_share: whether rows are marked for distillation, and which share of them is.
         teacher_quantization_kl: KL(full-precision teacher || quantised teacher) in nats per token.
         teacher_arithmetic: what the teacher's products are computed in.
+        teacher_part: of a teacher that is a VLM, "text half" or "whole"; None of an LM.
     """
 
     teacher_name_or_path: str
@@ -53,6 +54,7 @@ class PublishingMixin(_Trainer):
     distill_share: float | None = None
     teacher_quantization_kl: float | None = None
     teacher_arithmetic: str | None = None
+    teacher_part: Any = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """`Trainer.save_model`, with the run's facts (`lingudistill.json`) beside the model.

@@ -229,6 +229,7 @@ def gather_run_facts(
         "sampling": _sampling_fact(chosen),
         "teacher": {
             **model_fact(trainer.teacher_name_or_path, chosen.get("teacher_model_revision")),
+            "part": trainer.teacher_part,
             "quantization": chosen.get("teacher_quantization"),
             "arithmetic": trainer.teacher_arithmetic,
             "mib": round(trainer.teacher.footprint / 2**20, 2),

@@ -104,4 +104,5 @@ def check_run(
         trust_remote_code=config.trust_remote_code,
         student_revision=student.model_revision,
         teacher_revision=config.teacher_model_revision,
+        kv_sharing=config.kv_sharing,
     ).raise_for_misfit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Full, Prompt, Sharing, Unshared, Vision
+from .images import Images
 from .inputs import Inputs
 
 __all__ = ["MODES", "Sharing", "sharing"]
@@ -17,6 +18,12 @@ _ALL = (
         "nowhere; its image features are the teacher's own inputs",
         "the whole row",
         "as a baseline for `vision`, where hidden sizes are equal",
+    ),
+    Images(
+        "images",
+        "nowhere; it is a VLM, and sees the images",
+        "the whole row",
+        "the teacher is the VLM before",
     ),
 )
 MODES: dict[str, Sharing] = {mode.name: mode for mode in _ALL}

@@ -39,6 +39,8 @@ class Sharing:
     keeps_documents_apart: ClassVar[bool] = True
     # Whether student and teacher may differ in hidden size
     any_width: ClassVar[bool] = True
+    # Whether the teacher is a VLM, run whole on the images themselves
+    sees: ClassVar[bool] = False
 
     def own(self, readable: torch.Tensor, labelled: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Where the teacher's own keys and values replace the student's.

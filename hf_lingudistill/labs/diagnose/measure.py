@@ -26,7 +26,7 @@ from ..evaluation.models import Scored
 from .prompts import Prompt
 from .states import layer_outputs, recording_own, state_drift
 
-READ_IN = tuple(name for name, mode in MODES.items() if mode.any_width)
+READ_IN = tuple(name for name, mode in MODES.items() if mode.any_width and not mode.sees)
 READERS = ("student", *READ_IN)
 
 

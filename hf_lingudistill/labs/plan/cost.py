@@ -54,6 +54,10 @@ def _step_work(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> tuple[
     keys = setup.seq_len if MODES[setup.kv_sharing].reads_student else setup.seq_len / 2
     added = _forward_work(teacher.text, setup.queries, keys) + student.vocab * teacher.text.hidden * setup.labels
     more = launches + _LAUNCHES_OF_TEACHER * teacher.text.layers
+    if teacher.vision is not None:
+        patches = setup.image_tokens * teacher.patches_per_token
+        added += _forward_work(teacher.vision, setup.batch * patches, patches)
+        more += _LAUNCHES_OF_TOWER * teacher.vision.layers / 3
     if setup.asks_before:
         added, more = added + backbone, more + forward
     return sft, added, launches, more

@@ -44,7 +44,8 @@ class TowerFacts:
 @dataclass(frozen=True)
 class ModelFacts:
     """What a plan needs to know of a model. parameters: all, tied ones once. vocab: rows of the head. embedding: elements of
-    the token embedding. tied: the head is the embedding. patches_per_token: of the vision tower, per image token."""
+    the token embedding. tied: the head is the embedding. patches_per_token: of the vision tower, per image token. beside: parameters that
+    text does not run through: tower and projector."""
 
     name: str
     parameters: int
@@ -54,6 +55,7 @@ class ModelFacts:
     text: TowerFacts
     vision: TowerFacts | None = None
     patches_per_token: int = 1
+    beside: int = 0
 
 
 def read_pair(student: str, teacher: str | None) -> tuple[ModelFacts, ModelFacts]:
@@ -114,7 +116,14 @@ def model_facts(config: PreTrainedConfig, name: str = "") -> ModelFacts:
         text=_tower(text, decoder.layers),
         vision=None if vision is None else _tower(vision, _vision_layers(model, decoder)),
         patches_per_token=_patches_per_token(config),
+        beside=0 if vision is None else _beside(model),
     )
+
+
+def _beside(model: Any) -> int:
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    text = {id(p) for part in parts for p in part.parameters()}
+    return sum(int(p.numel()) for p in model.parameters() if id(p) not in text)
 
 
 def _vision_config(config: PreTrainedConfig) -> PreTrainedConfig | None:

@@ -64,7 +64,7 @@ def teacher_bytes(teacher: ModelFacts, quantization: str, dtype_bytes: int, voca
     vocab: rows of the student's head, to which the teacher's embeddings grow.
     """
     grown = max(0, vocab - teacher.vocab) * teacher.text.hidden * (1 if teacher.tied else 2)
-    linear = teacher.text.linear_parameters
+    linear = teacher.text.linear_parameters + (teacher.vision.linear_parameters if teacher.vision else 0)
     rest = (teacher.parameters + grown - linear) * dtype_bytes
     # nf4: half a byte and an fp32 scale per 64 weights. int8: a byte, and a scale a row, which is nothing beside it.
     return rest + {"nf4": linear * 9 // 16, "int8": linear, "none": linear * dtype_bytes}[quantization]
@@ -205,7 +205,7 @@ def moments_of(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Iterat
         activations=kept,
         recorded_KV=recorded,
         autocast_copies=casts,
-        teacher=_teacher_work(teacher.text, setup),
+        teacher=_teacher_work(teacher, setup),
     )
     yield moment(
         "the loss",
@@ -227,10 +227,20 @@ def moments_of(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Iterat
     )
 
 
-def _teacher_work(teacher: TowerFacts, setup: Setup) -> int:
-    """The teacher's pass: one layer at a time, without gradient; a layer's weights are unpacked one after the other."""
-    per_query = 3 * teacher.hidden + 2 * teacher.heads_width + 3 * teacher.intermediate
-    scores = 3 * teacher.heads * setup.queries * setup.seq_len if MODES[setup.kv_sharing].reads_student else 0
-    own = 2 * teacher.kv_width * setup.tokens if setup.kv_sharing in ("prompt", "vision", "inputs") else 0
-    unpacked = teacher.largest_linear if setup.teacher_quantization != "none" else 0
-    return (setup.queries * per_query + scores + own + unpacked) * setup.compute_bytes
+def _teacher_work(teacher: ModelFacts, setup: Setup) -> int:
+    """The teacher's pass: one layer at a time, without gradient; a layer's weights are unpacked one after the other. One with eyes of
+    its own looks before it reads."""
+    text = teacher.text
+    scores = 3 * text.heads * setup.queries * setup.seq_len if MODES[setup.kv_sharing].reads_student else 0
+    own = 2 * text.kv_width * setup.tokens if setup.kv_sharing in ("prompt", "vision", "inputs") else 0
+    elements = setup.queries * _layer_work(text) + scores + own
+    if teacher.vision is not None:
+        patches = setup.batch * setup.image_tokens * teacher.patches_per_token
+        elements = max(elements, patches * _layer_work(teacher.vision))
+    unpacked = text.largest_linear if setup.teacher_quantization != "none" else 0
+    return (elements + unpacked) * setup.compute_bytes
+
+
+def _layer_work(tower: TowerFacts) -> int:
+    """Elements per token while one layer runs without gradient."""
+    return 3 * tower.hidden + 2 * tower.heads_width + 3 * tower.intermediate

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ...sharing import MODES
 from .cost import FLOPS, step_cost, step_seconds
 from .facts import ModelFacts
 from .memory import Lines, kv_bytes, moments_of, teacher_bytes
@@ -112,15 +113,28 @@ class Plan:
         return "\n".join(text)
 
 
+def _as_loaded(teacher: ModelFacts, setup: Setup) -> ModelFacts:
+    """Of a VLM as teacher, its text half; all of it where it gets the images."""
+    if not MODES[setup.kv_sharing].sees:
+        return replace(teacher, parameters=teacher.parameters - teacher.beside, vision=None, beside=0)
+    if teacher.vision is None:
+        raise PlanError(
+            f"kv_sharing={setup.kv_sharing!r} gives the teacher the images themselves, and {teacher.name!r} is a text-only LM: pass a VLM."
+        )
+    return teacher
+
+
 def make_plan(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Plan:
     """The plan of one set-up.
 
     Raises:
-        PlanError: if student and teacher differ in layers or K/V heads, so that nothing could be shared.
+        PlanError: if student and teacher differ in layers or K/V heads, so that nothing could be shared; with `images`, if the teacher
+            is no VLM.
     """
+    teacher = _as_loaded(teacher, setup)
     ours = (student.text.layers, student.text.kv_width)
     theirs = (teacher.text.layers, teacher.text.kv_width)
-    if ours != theirs:
+    if ours != theirs and not MODES[setup.kv_sharing].sees:
         raise PlanError(
             f"The student's language model has {ours[0]} layers with K/V of width {ours[1]}, the teacher {theirs[0]} of "
             f"{theirs[1]}: pass the LM that the student was built from."
@@ -154,7 +168,7 @@ def smallest_plan(
     """
     for gpus in gpu_counts:
         for engine in engines:
-            if (engine == "single") != (gpus == 1) or (setup.asks_before and engine in SPLITTING):
+            if (engine == "single") != (gpus == 1) or (setup.needs_whole and engine in SPLITTING):
                 continue
             here = replace(setup, engine=engine, gpus=gpus)
             tried = (here, replace(here, teacher_quantization="none")) if engine in SPLITTING else (here,)

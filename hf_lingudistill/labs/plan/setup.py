@@ -99,6 +99,11 @@ class Setup:
             raise PlanError(
                 f"engine='single' runs on one device, got gpus={self.gpus}: choose ddp, fsdp2, zero2 or zero3."
             )
+        if MODES[self.kv_sharing].sees and self.engine in SPLITTING:
+            raise PlanError(
+                f"kv_sharing={self.kv_sharing!r} runs the teacher whole on every device, and {self.engine} splits it: choose single, ddp "
+                "or zero2."
+            )
         if self.asks_before and self.engine in SPLITTING:
             if self.on_policy:
                 raise PlanError(
@@ -115,6 +120,11 @@ class Setup:
     def asks_before(self) -> bool:
         """Whether the VLM before runs in a step."""
         return self.on_policy or "before" in (self.anchor, self.kv_source)
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether a model runs in a step that no engine splits: the VLM before, or a teacher with eyes."""
+        return self.asks_before or MODES[self.kv_sharing].sees
 
     @property
     def tokens(self) -> int:
