@@ -410,10 +410,7 @@ def plan_moments() -> str:
         errors = {
             name: row["planned_moments_mib"][moment] / row["moments_mib"][moment] - 1
             for name, row in memory.items()
-            if moment in row["moments_mib"]
         }
-        if not errors:
-            continue
         worst = max(errors, key=lambda name: abs(errors[name]))
         rows.append(f"| {moment} | {min(errors.values()):+.1%} to {max(errors.values()):+.1%} | {worst} |")
     return "\n".join(rows)

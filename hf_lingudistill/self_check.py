@@ -237,7 +237,9 @@ def _check_head(role: str, model: PreTrainedModel, shared: SharedKV, own: torch.
     if declared.weight is None or hidden is None:  # an adapter on the head, which the step calls as the model does
         return
     error = head_error(declared, hidden[0], own[0])
-    if error <= (allowed := _allowed(model)):
+    if error <= (allowed := _allowed(model)) or not math.isfinite(
+        error
+    ):  # weights that are not finite: the first step names them
         return
     plain = replace(declared, scale=1.0, softcap=None)
     if role == "student" and head_error(plain, hidden[0], own[0]) <= allowed:

@@ -70,7 +70,11 @@ class DistillStep:
 
         # Keep the original signature: `generate` validates its arguments against it
         @functools.wraps(type(student).forward)
-        def forward(_: PreTrainedModel, *args: Any, distill: Any = None, queries: Any = None, **kwargs: Any) -> Any:
+        def forward(
+            model: PreTrainedModel, *args: Any, distill: Any = None, queries: Any = None, **kwargs: Any
+        ) -> Any:
+            if model is not student:  # a deep copy takes this along, and is a model of its own
+                return type(model).forward(model, *args, **kwargs)
             if distill is None or not kwargs.get("fused_lm_head"):
                 return before(*args, **kwargs)
             kwargs |= {"distill": distill, "queries": queries, "use_cache": False}

@@ -143,3 +143,17 @@ def test_a_teacher_that_is_led_astray_is_noticed(caplog: pytest.LogCaptureFixtur
         assert not warned(astray, follows=False)
         assert not warned([3.2, 3.9, 3.1, 4.0], follows=True)
         assert not warned([8.0, 3.0, 3.1], follows=True), "getting better is no fault"
+
+
+def test_a_deep_copy_of_a_student_is_a_model_of_its_own(make_trainer: MakeTrainer) -> None:
+    """The step takes the place of its student's forward, and a copy takes that along."""
+    trainer = make_trainer()
+    batch = mixed_batch(trainer)
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "distill")}
+    twin_of_it = copy.deepcopy(trainer.step.student).eval()
+    with torch.no_grad():
+        before = twin_of_it(**inputs).logits
+        for parameter in trainer.step.student.parameters():
+            parameter.mul_(1.5)
+        assert torch.equal(twin_of_it(**inputs).logits, before)
+        assert not torch.equal(trainer.step.student.eval()(**inputs).logits, before), "control"

@@ -467,10 +467,7 @@ def test_measured_peaks_are_within_fifteen_percent(plan_check: Any) -> None:
         )
         assert plan.peak / 2**20 == pytest.approx(row["peak_mib"], rel=0.15), name
         planned = plan_check.planned_moments(plan)
-        assert set(row["moments_mib"]) - {plan_check.UPDATE} <= set(planned)
         for moment, size in planned.items():
-            if moment not in row["moments_mib"]:  # FORWARD_UNMEASURED
-                continue
             assert size / 2**20 == pytest.approx(row["moments_mib"][moment], rel=0.15), (name, moment)
     # Control: without the activations, some would be off
     without = [
