@@ -408,8 +408,7 @@ def plan_moments() -> str:
     rows = ["| moment | error, least to most | shape of the largest |", "|---|---|---|"]
     for moment in names:
         errors = {
-            name: row["planned_moments_mib"][moment] / row["moments_mib"][moment] - 1
-            for name, row in memory.items()
+            name: row["planned_moments_mib"][moment] / row["moments_mib"][moment] - 1 for name, row in memory.items()
         }
         worst = max(errors, key=lambda name: abs(errors[name]))
         rows.append(f"| {moment} | {min(errors.values()):+.1%} to {max(errors.values()):+.1%} | {worst} |")
