@@ -648,7 +648,7 @@ def test_drawn_pictures_are_read_as_one_tile(unmoved: Path, some_prompts: Prompt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--teacher", "{student}"], "lingudistill: Teacher "),
+        (["--teacher", "nowhere/at/all"], "lingudistill: The teacher 'nowhere/at/all' does not exist."),
         (
             ["--texts", "nowhere.txt"],
             "lingudistill: --texts 'nowhere.txt' does not exist: expected a .txt or .jsonl file.",

@@ -18,11 +18,13 @@ from hf_lingudistill.labs.evaluation.fidelity import Reference
 from hf_lingudistill.labs.evaluation.models import load_scored, user_turn
 from hf_lingudistill.labs.evaluation.reading import answer_inputs, logits
 from hf_lingudistill.queries import plan_queries
-from hf_lingudistill.sharing import MODES
+from hf_lingudistill.sharing import MODES as ALL_MODES
 from hf_lingudistill.student_kv import recording
 from hf_lingudistill.teacher import prepare_teacher, vocabulary_of
 
 BATCH = 8
+# An LM has no eyes of its own
+MODES = {name: mode for name, mode in ALL_MODES.items() if not mode.sees}
 
 
 @torch.no_grad()
