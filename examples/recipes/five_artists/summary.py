@@ -162,4 +162,7 @@ def write(made: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
     # A line per figure, not four
     text = re.sub(r"\{[^{}]*\}", lambda found: " ".join(found[0].split()), json.dumps(summary, indent=1))
     (out / "summary.json").write_text(text + "\n", encoding="utf-8")
+    # As measured, an arm of a seed per line: a mean over seeds cannot be taken apart again
+    lines = (json.dumps({"arm": "/".join(map(str, key)), **value}) for key, value in sorted(results.items()))
+    (out / "arms.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return summary
