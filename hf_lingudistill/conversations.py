@@ -15,7 +15,7 @@ from trl import apply_chat_template, prepare_multimodal_messages
 
 from .answers import Span, answer_spans, trained_tokens
 from .bad_rows import BadRow, Row
-from .formats import CONVERSATION_COLUMNS, as_trl_row, check_answer
+from .formats import CONVERSATION_COLUMNS, as_trl_row, check_answer, in_parts_alike
 
 logger = logging.getLogger(__name__)
 
@@ -195,14 +195,7 @@ class Conversations:
     def _for_template(self, turns: list[Row], images: list[Any] | None = None) -> list[Row]:
         if not isinstance(self.processor, ProcessorMixin):
             return turns
-        if any(isinstance(turn.get("content"), list) for turn in turns):
-            # TRL puts all images before the first user turn that is a text, though an earlier turn has their places
-            turns = [
-                {**turn, "content": [{"type": "text", "text": turn["content"]}]}
-                if isinstance(turn.get("content"), str)
-                else turn
-                for turn in turns
-            ]
+        turns = in_parts_alike(turns)
         return prepare_multimodal_messages(turns, images=images)
 
     def _options(self, row: Row) -> Row:

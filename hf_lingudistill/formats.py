@@ -123,14 +123,7 @@ def as_prompt_row(row: Row, name: str, image_token: str | None = None) -> Row:
         raise BadRow(
             "not a conversation", f"{name} asks nothing: its prompt is empty. Give it one, or pass --skip_bad_rows."
         )
-    if any(isinstance(turn.get("content"), list) for turn in turns):
-        # TRL puts all images before the first user turn that is a text, though an earlier turn has their places
-        turns = [
-            {**turn, "content": [{"type": "text", "text": turn["content"]}]}
-            if isinstance(turn.get("content"), str)
-            else turn
-            for turn in turns
-        ]
+    turns = in_parts_alike(turns)
     other = {
         key: value for key, value in new.items() if key not in ("messages", "prompt", "completion", "text", "images")
     }
@@ -341,6 +334,19 @@ def _differ(name: str, places: int, images: list[Any] | None) -> BadRow:
         f"{name} has {places} places for images ({PLACEHOLDER!r} in a text, or a part of type image) and "
         f"{len(images or [])} images: give each image one place.",
     )
+
+
+def in_parts_alike(turns: list[Row]) -> list[Row]:
+    """Turns whose contents are all in parts, if one of them is: TRL puts all images before the first user turn that is a text, though an
+    earlier turn has their places."""
+    if not any(isinstance(turn.get("content"), list) for turn in turns):
+        return turns
+    return [
+        {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+        if isinstance(turn.get("content"), str)
+        else turn
+        for turn in turns
+    ]
 
 
 def _parts(turn: Row) -> list[Row]:

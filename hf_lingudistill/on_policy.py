@@ -40,6 +40,17 @@ _NOT_OF_THE_STUDENT = {
 _OF_TOKENS = ("input_ids", "attention_mask", "labels", "distill", "token_type_ids", "mm_token_type_ids")
 
 
+def check_student(student: PreTrainedModel) -> None:
+    """Raise ValueError for a student whose sampled answers would be judged wrongly, and warn of a loss that is left out."""
+    if student.config.model_type == "paligemma":
+        raise ValueError(
+            "PaliGemma reads a prompt in both directions and an answer in one, and tells them apart by token types that sampled answers "
+            "do not have here: train on given answers (LinguDistillTrainer)."
+        )
+    if getattr(student.config.get_text_config(), "output_router_logits", False):
+        logger.warning("The router's load-balancing loss is left out on-policy: watch how evenly experts are used.")
+
+
 class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, DistillationTrainer):  # type: ignore[override]  # what others set is measured here
     """Distil a VLM's original LM back into it, on the VLM's own answers: prompts are enough.
 
@@ -123,6 +134,7 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
                 f"On-policy training runs on one process, under DDP and under ZeRO-2; {engine} splits the student, which has to sample as a "
                 "whole: choose ddp.yaml or zero2.yaml, or train on given answers (LinguDistillTrainer)."
             )
+        check_student(self._plain_student())
         self.data_collator: Any = PromptCollator(
             args.distill_column,
             getattr(self.processing_class, "image_token", None),

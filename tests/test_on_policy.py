@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import families
 import oracle
 import pytest
 import tiny
@@ -548,6 +549,24 @@ def test_a_step_that_is_not_finite_is_skipped_or_ends_the_run_naming_its_prompt(
 def test_settings_are_checked(settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
         OnPolicyLinguDistillConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_a_student_that_would_be_judged_wrongly_is_refused(
+    make: Make, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = make(train_dataset=prompts()).step.student  # control: taken, without a word about routers
+    assert "load-balancing" not in caplog.text
+    monkeypatch.setattr(student.config.get_text_config(), "output_router_logits", True, raising=False)
+    on_policy.check_student(student)
+    assert "load-balancing loss is left out" in caplog.text
+    with pytest.raises(ValueError, match="PaliGemma reads a prompt in both directions"):
+        on_policy.check_student(families._paligemma())
+    # The trainer asks
+    monkeypatch.setattr(
+        on_policy, "check_student", lambda student: pytest.fail(f"asked about {type(student).__name__}")
+    )
+    with pytest.raises(pytest.fail.Exception, match="asked about SmolVLM"):
+        make(train_dataset=prompts())
 
 
 def test_what_cannot_be_had_is_refused_in_a_sentence(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
