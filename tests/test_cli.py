@@ -13,8 +13,10 @@ import pytest
 from tokenizers_for_tests import PARTS_TEMPLATE, TEXT_TEMPLATE, word_tokenizer
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
+from hf_lingudistill import cli
 from hf_lingudistill._version import __version__
 from hf_lingudistill.cli import main
+from hf_lingudistill.cli.command import Command
 
 VOCAB = 48
 SIZES = {
@@ -191,6 +193,15 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "check" in out
     assert "distill" in out
+
+
+def test_every_command_is_a_module_of_its_name() -> None:
+    folder = Path(cli.__file__).parent
+    modules = {path.stem for path in folder.glob("*.py") if "\nCOMMAND = " in path.read_text(encoding="utf-8")}
+    assert {command.name.replace("-", "_") for command in cli.COMMANDS} == modules
+    assert {
+        command.run.__module__.rpartition(".")[2] for command in cli.COMMANDS if isinstance(command, Command)
+    } < modules
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def flags() -> dict[str, set[str]]:
     training = (DistillScriptArguments, LinguDistillConfig, StudentArguments, DistillMixtureConfig)
     on_policy = (DistillScriptArguments, OnPolicyLinguDistillConfig, StudentArguments, DistillMixtureConfig)
     found["distill"] = flags_of(*training) | flags_of(*on_policy) | {"--help_all"}
-    found["plan"] = flags_of(cli.PlanArguments, Setup)
+    found["plan"] = flags_of(cli.plan.PlanArguments, Setup)
     return found
 
 

@@ -1,0 +1,26 @@
+"""How a command ends that did not do what was asked: one sentence on stderr, and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ..exit_codes import BAD_INPUT, NOT_PUBLISHED
+from ..sentences import one_sentence
+
+
+def bad_input(message: str) -> int:
+    print(f"lingudistill: {message}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def failed(error: Exception) -> int:
+    """One sentence for whatever was raised, or its traceback. Call it where the exception is handled."""
+    if os.environ.get("LINGUDISTILL_DEBUG") == "1":
+        raise error
+    return bad_input(one_sentence(error) + " (LINGUDISTILL_DEBUG=1 shows the traceback)")
+
+
+def not_published(error: Exception) -> int:
+    print(f"lingudistill: not published. {error}", file=sys.stderr)
+    return NOT_PUBLISHED
