@@ -31,6 +31,7 @@ NAMES = {
     "data": {
         name: f"mixtures.{name}" for name in ("DistillMixtureConfig", "DistillSource", "load_mixture", "load_source")
     },
+    "manifest": {"model_manifest": "hub.model.model_manifest"},
     "record": {
         "read_record": "hub.run_facts.read_run_facts",
         "training_record": "hub.run_facts.gather_run_facts",

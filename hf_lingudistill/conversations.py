@@ -15,7 +15,8 @@ from trl import apply_chat_template, prepare_multimodal_messages
 
 from .answers import Span, answer_spans, trained_tokens
 from .bad_rows import BadRow, Row
-from .formats import CONVERSATION_COLUMNS, as_trl_row, check_answer, in_parts_alike
+from .formats import CONVERSATION_COLUMNS, as_trl_row, check_answer
+from .turns import in_parts_alike
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from trl import SFTTrainer
 
 from .bad_rows import ROW_COLUMN, AnyDataset, BadRow, Row
 from .batch import DistillCollator
+from .columns import columns_of
 from .config import LinguDistillConfig
 from .conversations import Conversations
 from .formats import CONVERSATION_COLUMNS
 from .opening import (
-    columns_of,
     drop_bad_rows,
     each,
     open_datasets,

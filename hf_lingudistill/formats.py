@@ -6,42 +6,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from .bad_rows import BadRow, Row
-from .config import shown
 from .images import IMAGE_COLUMNS, decode_image
+from .turns import in_parts_alike, parts_of, read_turns, texts_of
 
 PLACEHOLDER = "<image>"
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
 PAIRS_COLUMN = "texts"  # of FineVision and The Cauldron: a question and its answer in each turn
 ACCEPTED = "'messages', 'prompt' and 'completion', or 'text'"
-_TEXT_PARTS = ("text", "input_text", "output_text")
-_IMAGE_PARTS = ("image", "image_url", "input_image", "image_pil")
-PAYLOADS = ("image", "image_url", "url", "path", "base64", "data", "bytes", "image_pil")
-
-
-def has_images(columns: Sequence[str]) -> bool:
-    """Whether these columns make a vision dataset for TRL."""
-    return any(column in columns for column in IMAGE_COLUMNS)
 
 
 def as_trl_row(row: Row, name: str, image_token: str | None = None, *, chat: bool = True) -> Row:
@@ -66,7 +41,7 @@ def as_trl_row(row: Row, name: str, image_token: str | None = None, *, chat: boo
     other = {k: v for k, v in row.items() if k not in (*CONVERSATION_COLUMNS, *IMAGE_COLUMNS, column)}
     images = column_images(row, name, of_conversation=column is not None)
     if column is not None:
-        turns = _turns(row[column], f"{name}, {column!r}")
+        turns = read_turns(row[column], f"{name}, {column!r}")
         turns, images = _placed(turns, images, name, image_token)
         new = {**{k: v for k, v in other.items() if k not in ("prompt", "completion", "text")}, "messages": turns}
     elif other.get("prompt") is not None and other.get("completion") is not None:
@@ -118,8 +93,8 @@ def as_prompt_row(row: Row, name: str, image_token: str | None = None) -> Row:
     turns = list(new["messages"] if "messages" in new else new["prompt"])
     shown = len(new.get("images") or [])
     while turns and turns[-1]["role"] == "assistant":
-        shown -= sum(part["type"] == "image" for part in _parts(turns.pop()))
-    if not any(text.strip() for turn in turns for text in _texts(turn)) and not shown:
+        shown -= sum(part["type"] == "image" for part in parts_of(turns.pop()))
+    if not any(text.strip() for turn in turns for text in texts_of(turn)) and not shown:
         raise BadRow(
             "not a conversation", f"{name} asks nothing: its prompt is empty. Give it one, or pass --skip_bad_rows."
         )
@@ -192,113 +167,17 @@ def _mentions_image(row: Row) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Turns
-# --------------------------------------------------------------------------------------------------------------------
-def _turns(value: Any, where: str) -> list[Row]:
-    """A conversation as a list of {"role", "content", ...} without empty fields; an image's place is {"type": "image"}, with the image
-    in it under "image" if the part held one."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise BadRow(
-                "not a conversation", f"{where}: expected a list of turns, found the text {shown(value)}."
-            ) from None
-    if isinstance(value, Mapping) and value and all(isinstance(v, list | tuple | np.ndarray) for v in value.values()):
-        # how datasets hands out a sequence of structs
-        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
-    if not isinstance(value, list | tuple):
-        raise BadRow(
-            "not a conversation", f"{where}: expected a list of turns, found {type(value).__name__} {shown(value)}."
-        )
-    turns = [part for turn in value for part in _both(turn)]
-    return [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(turns)]
-
-
-def _both(turn: Any) -> list[Any]:
-    """A turn; two where it holds a question and its answer under `user` and `assistant`."""
-    if isinstance(turn, Mapping) and {"user", "assistant"} <= turn.keys() and not {"role", "from"} & turn.keys():
-        return [{"role": role, "content": turn[role]} for role in ("user", "assistant")]
-    return [turn]
-
-
-def _turn(turn: Any, where: str) -> Row:
-    if not isinstance(turn, Mapping):
-        raise BadRow(
-            "not a conversation",
-            f"{where}: expected {{'role', 'content'}} (or 'from' and 'value'), found {shown(turn)}.",
-        )
-    turn = {k: v for k, v in turn.items() if v is not None}
-    role = turn.pop("role", None) or turn.pop("from", None)
-    turn.pop("from", None)
-    content = turn.pop("content", turn.pop("value", None))
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        raise BadRow(
-            "not a conversation",
-            f"{where}: expected a 'role' (or 'from') among {', '.join(ROLES)}; found {shown(role)}"
-            + ("" if role is not None else f" and the fields {sorted(turn)}")
-            + ".",
-        )
-    role = ROLES[role.lower()]
-    if calls := turn.get("tool_calls"):
-        turn["tool_calls"] = _without_nulls(calls)
-    if content is None:
-        if role != "assistant" or not turn.get("tool_calls"):
-            raise BadRow("not a conversation", f"{where}: the content of the {role}'s turn is missing (null).")
-        return {"role": role, **turn}
-    return {"role": role, "content": _content(content, where), **turn}
-
-
-def _without_nulls(value: Any) -> Any:
-    """A value without the null fields that a common schema of all rows adds to it."""
-    if isinstance(value, Mapping):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
-def _content(content: Any, where: str) -> Any:
-    if isinstance(content, str):
-        return content
-    if isinstance(content, Mapping):
-        content = [content]
-    if not isinstance(content, list | tuple):
-        raise BadRow("not a conversation", f"{where}: expected a text or a list of parts, found {shown(content)}.")
-    return [part for value in content for part in _part(value, where)]
-
-
-def _part(part: Any, where: str) -> list[Row]:
-    """One part of a turn's content in TRL's form; none where it is empty."""
-    if isinstance(part, str):
-        return [{"type": "text", "text": part}]
-    if not isinstance(part, Mapping):
-        raise BadRow("not a conversation", f"{where}: expected a text or an image, found {shown(part)}.")
-    part = {k: v for k, v in part.items() if v is not None}
-    kind = part.get("type") or next((key for key in ("text", *PAYLOADS) if key in part), None)
-    if kind in _TEXT_PARTS:
-        text = part.get("text", "")
-        if not isinstance(text, str):
-            raise BadRow("not a conversation", f"{where}: expected a text, found {shown(text)}.")
-        return [{**part, "type": "text", "text": text}] if text else []
-    if kind in _IMAGE_PARTS or kind in PAYLOADS:
-        image = next((part[key] for key in PAYLOADS if key in part), None)
-        return [{"type": "image"} if image is None else {"type": "image", "image": image}]
-    if kind is None:
-        return []
-    raise BadRow("not a conversation", f"{where}: expected a part of type text or image, found {shown(kind)}.")
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Images and their places
 # --------------------------------------------------------------------------------------------------------------------
 def _placed(
     turns: list[Row], images: list[Any] | None, name: str, image_token: str | None
 ) -> tuple[list[Row], list[Any] | None]:
     """Turns whose images are places only, and the images in the order of their places."""
-    places = [part for turn in turns for part in _parts(turn) if part["type"] == "image"]
+    places = [part for turn in turns for part in parts_of(turn) if part["type"] == "image"]
     if not places and images:
-        mark = any(PLACEHOLDER in text for turn in turns for text in _texts(turn))
+        mark = any(PLACEHOLDER in text for turn in turns for text in texts_of(turn))
         turns = [_split_turn(turn) for turn in turns] if mark else _before_first_question(turns, images, name)
-        places = [part for turn in turns for part in _parts(turn) if part["type"] == "image"]
+        places = [part for turn in turns for part in parts_of(turn) if part["type"] == "image"]
     own = [part["image"] for part in places if "image" in part]
     if own and len(own) == len(places) and images:  # the cookbooks' rows name each image twice
         if not _same_images(own, images):
@@ -309,7 +188,7 @@ def _placed(
         images = []
     if len(places) - len(own) != len(images or []):
         raise _differ(name, len(places) - len(own), images)
-    if typed := sum(text.count(image_token) for turn in turns for text in _texts(turn)) if image_token else 0:
+    if typed := sum(text.count(image_token) for turn in turns for text in texts_of(turn)) if image_token else 0:
         # The processor would read its own placeholder, typed in a text, as one more image
         raise BadRow(
             "images and placeholders differ",
@@ -321,7 +200,7 @@ def _placed(
         images = [part["image"] if "image" in part else next(rest) for part in places]
         turns = [
             {**turn, "content": [{"type": "image"} if part["type"] == "image" else part for part in parts]}
-            if (parts := _parts(turn))
+            if (parts := parts_of(turn))
             else turn
             for turn in turns
         ]
@@ -336,34 +215,11 @@ def _differ(name: str, places: int, images: list[Any] | None) -> BadRow:
     )
 
 
-def in_parts_alike(turns: list[Row]) -> list[Row]:
-    """Turns whose contents are all in parts, if one of them is: TRL puts all images before the first user turn that is a text, though an
-    earlier turn has their places."""
-    if not any(isinstance(turn.get("content"), list) for turn in turns):
-        return turns
-    return [
-        {**turn, "content": [{"type": "text", "text": turn["content"]}]}
-        if isinstance(turn.get("content"), str)
-        else turn
-        for turn in turns
-    ]
-
-
-def _parts(turn: Row) -> list[Row]:
-    content = turn.get("content")
-    return content if isinstance(content, list) else []
-
-
-def _texts(turn: Row) -> list[str]:
-    content = turn.get("content")
-    return [content] if isinstance(content, str) else [part["text"] for part in _parts(turn) if "text" in part]
-
-
 def _before_first_question(turns: list[Row], images: list[Any], name: str) -> list[Row]:
     """Where no place is named, TRL shows the images before the first question."""
     for index, turn in enumerate(turns):
         if turn["role"] == "user":
-            parts = _parts(turn) or [{"type": "text", "text": turn["content"]}]
+            parts = parts_of(turn) or [{"type": "text", "text": turn["content"]}]
             shown_first = [*({"type": "image"} for _ in images), *parts]
             return [*turns[:index], {**turn, "content": shown_first}, *turns[index + 1 :]]
     raise _differ(name, 0, images)
@@ -371,10 +227,10 @@ def _before_first_question(turns: list[Row], images: list[Any], name: str) -> li
 
 def _split_turn(turn: Row) -> Row:
     """A turn with a place for each `<image>` in its text; the blanks and line breaks that set it apart go with it."""
-    if not any(PLACEHOLDER in text for text in _texts(turn)):
+    if not any(PLACEHOLDER in text for text in texts_of(turn)):
         return turn
     parts: list[Row] = []
-    for part in _parts(turn) or [{"type": "text", "text": turn["content"]}]:
+    for part in parts_of(turn) or [{"type": "text", "text": turn["content"]}]:
         pieces = part["text"].split(PLACEHOLDER)
         for number, piece in enumerate(pieces):
             if number:
@@ -407,27 +263,20 @@ def _prompt_completion(
                 raise _differ(name, named, images)
             return row, images
         # A text that names no image is a question about it: the chat template knows where the image goes
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _turns(prompt, f"{name}, 'prompt'")
+    asked = (
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else read_turns(prompt, f"{name}, 'prompt'")
+    )
     answer = (
         [{"role": "assistant", "content": completion}]
         if isinstance(completion, str)
-        else _turns(completion, f"{name}, 'completion'")
+        else read_turns(completion, f"{name}, 'completion'")
     )
     if not asked:
         raise BadRow("not a conversation", f"{name} has an empty prompt.")
     asked, images = _placed(asked, images, name, image_token)
-    if any(part["type"] == "image" for turn in answer for part in _parts(turn)):
+    if any(part["type"] == "image" for turn in answer for part in parts_of(turn)):
         raise BadRow(
             "images and placeholders differ", f"{name} has an image in its completion: images belong in the prompt."
         )
     answer, _ = _placed(answer, None, name, image_token)
     return {**row, "prompt": asked, "completion": answer}, images
-
-
-def embeds_images(value: Any) -> bool:
-    """Whether the turns of a conversation hold images, not only places for them."""
-    try:
-        turns = _turns(value, "")
-    except BadRow:
-        return False
-    return any("image" in part for turn in turns for part in _parts(turn))

@@ -13,10 +13,10 @@ from trl import DatasetMixtureConfig
 
 from ._internals import DatasetConfig
 from .bad_rows import AnyDataset, BadRow, Row
+from .columns import embeds_images_anywhere, has_images, resolved, undecoded, with_messages
 from .config import shown
-from .formats import as_trl_row, column_images, has_images
+from .formats import as_trl_row, column_images
 from .images import IMAGE_COLUMNS
-from .opening import embeds_images_anywhere, renamed, resolved, undecoded
 from .sources import load_source
 
 logger = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def _with_common_features(parts: list[AnyDataset], distill_column: str) -> list[
     Conversations that differ (a text here and parts there) are kept as JSON; a column that nobody trains on and whose types differ
     (an id as number and as text) is left out.
     """
-    parts = [renamed(resolved(part)) for part in parts]
+    parts = [with_messages(resolved(part)) for part in parts]
     embedding = [embeds_images_anywhere(part, _ROWS) for part in parts]
     seeing = any(embedding) or any(has_images(part.column_names) for part in parts)
     parts = [undecoded(part) for part in parts]  # before they are mapped, which would encode every image anew

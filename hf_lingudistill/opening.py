@@ -7,33 +7,31 @@ turns of a conversation. What is found is written into the columns that TRL goes
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
-import torch
-from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, IterableDatasetDict, List, Value
-from datasets.table import InMemoryTable, concat_tables
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from .bad_rows import ROW_COLUMN, AnyDataset, BadRow, Row, flag_of, row_name, without_bad_rows
-from .config import LinguDistillConfig
-from .formats import (
-    CONVERSATION_COLUMNS,
-    PAYLOADS,
-    as_trl_row,
-    check_answer,
-    embeds_images,
+from .bad_rows import AnyDataset, BadRow, Row, flag_of, row_name, without_bad_rows
+from .columns import (
+    columns_of,
+    embeds_images_anywhere,
     has_images,
-    pairs_column,
+    prepare_dataset,
+    undecoded_rows,
+    with_images,
+    with_messages,
 )
+from .config import LinguDistillConfig
+from .formats import CONVERSATION_COLUMNS, as_trl_row, check_answer
 from .options import DistillOptions
 from .sharing import sharing
 
 logger = logging.getLogger(__name__)
 
-LOOKED_AT = 64  # rows of a stream that does not tell its columns
 CHECKED_FIRST = 8  # rows whose shape is checked before anything is loaded
 
 
@@ -200,13 +198,6 @@ def as_dataset(
         ) from error
 
 
-def columns_of(dataset: AnyDataset) -> list[str]:
-    """The columns of a dataset; of a stream that does not tell them, those of its first rows."""
-    if dataset.column_names is not None:
-        return list(dataset.column_names)
-    return list(dict.fromkeys(column for row in islice(iter(dataset), LOOKED_AT) for column in row))
-
-
 def check_distill_column(
     dataset: AnyDataset, column: str, *, skip_bad: bool = False, columns: list[str] | None = None
 ) -> tuple[bool, float | None]:
@@ -268,7 +259,7 @@ def _refuse_flag(column: str) -> Callable[[Row], Row]:
 def _check_first_rows(dataset: AnyDataset, where: str, args: LinguDistillConfig) -> None:
     """Refuse a format that nothing can be made of before models are loaded; single bad rows are left to the collator."""
     refusals = []
-    for number, row in enumerate(islice(_undecoded_rows(dataset), CHECKED_FIRST)):
+    for number, row in enumerate(islice(undecoded_rows(dataset), CHECKED_FIRST)):
         if "input_ids" in row:
             return
         if args.dataset_text_field in row:
@@ -293,7 +284,7 @@ def _with_like_columns(
 
     The first is the training set, by whose columns TRL collates all of them.
     """
-    datasets = [renamed(dataset) for dataset in datasets]
+    datasets = [with_messages(dataset) for dataset in datasets]
     columns = [columns_of(dataset) for dataset in datasets]
     seeing = [
         has_images(names) or embeds_images_anywhere(dataset, names)
@@ -306,122 +297,7 @@ def _with_like_columns(
             "The evaluation set has images and the training set has none: packing and padding_free are for texts alone. Set them to "
             "False, or leave the images out."
         )
-    return [_with_images(dataset, names) for dataset, names in zip(datasets, columns, strict=True)]
-
-
-def renamed(dataset: AnyDataset) -> AnyDataset:
-    columns = columns_of(dataset)
-    if "messages" in columns:
-        return dataset
-    other = next((column for column in CONVERSATION_COLUMNS if column in columns), None) or pairs_column(columns)
-    if other is None:
-        return dataset
-    if dataset.column_names is not None:
-        return dataset.rename_column(other, "messages")
-    return dataset.map(
-        lambda row: {("messages" if key == other else key): value for key, value in row.items()},
-        remove_columns=[other],
-    )
-
-
-def resolved(dataset: AnyDataset) -> AnyDataset:
-    """The same dataset with known features: a stream that does not tell them is looked into."""
-    return dataset._resolve_features() if dataset.features is None else dataset
-
-
-def embeds_images_anywhere(dataset: AnyDataset, columns: Sequence[str]) -> bool:
-    """Whether turns in any of the columns hold images of their own. Arrow's schema tells; where it holds anything, the first rows
-    do."""
-    conversations = [column for column in (*CONVERSATION_COLUMNS, "prompt", "completion") if column in columns]
-    if any(_names_an_image((dataset.features or {}).get(column)) for column in conversations):
-        return True
-    rows = list(islice(_undecoded_rows(dataset), LOOKED_AT)) if conversations else []
-    return any(embeds_images(row.get(column)) for row in rows for column in conversations)
-
-
-def _names_an_image(feature: Any) -> bool:
-    if isinstance(feature, dict):
-        return any(name in PAYLOADS or _names_an_image(value) for name, value in feature.items())
-    return isinstance(feature, Image) or (isinstance(feature, List) and _names_an_image(feature.feature))
-
-
-def _undecoded_rows(dataset: AnyDataset) -> Iterator[Row]:
-    dataset = undecoded(dataset)
-    return iter(dataset.with_format(None) if isinstance(dataset, Dataset) else dataset)
-
-
-def _with_images(dataset: AnyDataset, columns: list[str]) -> AnyDataset:
-    """The same dataset with an image column; rows without images have an empty list there."""
-    if isinstance(dataset, IterableDataset):
-        if dataset.column_names is not None and has_images(columns):
-            return dataset
-        return dataset.map(lambda row: {} if has_images(row) else {"images": []})
-    if has_images(columns):
-        return dataset
-    feature = List(Image(decode=False))
-    rows = dataset.data.num_rows  # of the table behind the dataset, which may be a view of it
-    offsets = pa.array([0] * (rows + 1), pa.int32())
-    empty = pa.ListArray.from_arrays(offsets, pa.array([], Image().pa_type))
-    table = concat_tables([dataset.data, InMemoryTable.from_arrays([empty], names=["images"])], axis=1)
-    return _of_table(table, dataset, {**dataset.features, "images": feature})
-
-
-def _of_table(table: Any, dataset: Dataset, features: Mapping[str, Any]) -> Dataset:
-    info = dataset.info.copy()
-    info.features = Features(dict(features))
-    new = Dataset(table, info=info, split=dataset.split, indices_table=dataset._indices)
-    form = dict(dataset.format)
-    if form.get("columns") is not None:
-        form["columns"] = [name for name in features if name in form["columns"] or name not in dataset.column_names]
-    return new.with_format(**form)
-
-
-def prepare_dataset(dataset: AnyDataset) -> AnyDataset:
-    """Number the rows and leave image decoding to the collator, so that a bad image can be named instead of raised.
-
-    A dataset without an image column is returned as it is.
-    """
-    columns = columns_of(dataset)
-    if not has_images(columns):
-        return dataset
-    dataset = undecoded(dataset)
-    if ROW_COLUMN in columns:
-        return dataset
-    if isinstance(dataset, IterableDataset):
-        return dataset.map(lambda _row, index: {ROW_COLUMN: _number(index)}, with_indices=True)
-    if dataset._indices is not None:  # numbering a shuffled view would copy every image; its rows are named by content
-        return dataset
-    return dataset.add_column(ROW_COLUMN, list(range(len(dataset))), feature=Value("int64"))
-
-
-def _number(index: int) -> int:
-    """A stream's row number; -1 where several dataloader workers each count their own part of it."""
-    worker = torch.utils.data.get_worker_info()
-    return index if worker is None or worker.num_workers == 1 else -1
-
-
-def undecoded(dataset: AnyDataset) -> AnyDataset:
-    """The same dataset with its images left as `{"bytes", "path"}`, those in the turns of a conversation too."""
-    features = {name: _undecoded_feature(feature) for name, feature in (dataset.features or {}).items()}
-    if features == (dataset.features or {}):
-        return dataset
-    if isinstance(dataset, IterableDataset):
-        for column, feature in features.items():
-            if feature != dataset.features[column]:
-                dataset = dataset.cast_column(column, feature)
-        return dataset
-    # Not `cast_column`: for a list of images it writes the whole dataset to disk a second time.
-    return _of_table(dataset.data, dataset, features)
-
-
-def _undecoded_feature(feature: Any) -> Any:
-    if isinstance(feature, Image):
-        return Image(decode=False)
-    if isinstance(feature, dict):
-        return {name: _undecoded_feature(value) for name, value in feature.items()}
-    if isinstance(feature, List):
-        return List(_undecoded_feature(feature.feature), length=feature.length)
-    return feature
+    return [with_images(dataset, names) for dataset, names in zip(datasets, columns, strict=True)]
 
 
 # --------------------------------------------------------------------------------------------------------------------

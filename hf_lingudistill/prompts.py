@@ -14,20 +14,17 @@ from typing import Any
 from datasets import Dataset
 
 from .bad_rows import ROW_COLUMN, AnyDataset, BadRow, Row, flag_of, row_name, without_bad_rows
+from .columns import columns_of, embeds_images_anywhere, has_images, prepare_dataset, undecoded
 from .config import OnPolicyLinguDistillConfig
-from .formats import as_prompt_row, has_images
+from .formats import as_prompt_row
 from .images import decode_image
 from .opening import (
     CHECKED_FIRST,
     OpenedData,
     as_dataset,
     check_distill_column,
-    columns_of,
     each,
-    embeds_images_anywhere,
-    prepare_dataset,
     said_if_dropped,
-    undecoded,
 )
 
 logger = logging.getLogger(__name__)

@@ -15,10 +15,11 @@ from datasets import Dataset, DatasetDict, Image, IterableDataset, List, Value, 
 
 from ._internals import DatasetConfig
 from .bad_rows import AnyDataset, Row
+from .columns import embeds_images_anywhere, undecoded
 from .config import shown
-from .formats import CONVERSATION_COLUMNS, PAYLOADS
+from .formats import CONVERSATION_COLUMNS
 from .images import IMAGE_COLUMNS
-from .opening import embeds_images_anywhere, undecoded
+from .turns import PAYLOADS
 
 LOADERS = {
     ".json": "json",

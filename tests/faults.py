@@ -640,7 +640,7 @@ FAULTS = (
         "the variable does not reach what it forces",
         ("tests/test_machine.py::test_bf16_is_forced_either_way",),
     ),
-    # ---- rgb.py, images.py, batch.py, conversations.py, formats.py, mixtures.py
+    # ---- rgb.py, images.py, batch.py, conversations.py, turns.py, formats.py, mixtures.py
     Fault(
         "exif-ignored",
         "rgb.py",
@@ -707,7 +707,7 @@ FAULTS = (
     ),
     Fault(
         "roles-mixed",
-        "formats.py",
+        "turns.py",
         '"gpt": "assistant",',
         '"gpt": "user",',
         "ShareGPT's answers are taken for questions",

@@ -32,8 +32,9 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_lingudistill.cli import main as cli
 from hf_lingudistill.hub import publish as publishing
-from hf_lingudistill.hub.manifest import Manifest, PublishError, command_for, model_manifest
+from hf_lingudistill.hub.manifest import Manifest, PublishError, command_for
 from hf_lingudistill.hub.mixin import PublishingMixin
+from hf_lingudistill.hub.model import model_manifest
 from hf_lingudistill.hub.publish import publish
 from hf_lingudistill.hub.run_facts import SCHEMA
 from hf_lingudistill.hub.space import space_manifest

@@ -35,7 +35,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from ..hub.manifest import PublishError, command_for, model_manifest
+    from ..hub.manifest import PublishError, command_for
+    from ..hub.model import model_manifest
     from ..hub.publish import publish, whole_name
     from ..hub.space import space_manifest
 

@@ -17,15 +17,15 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from .edits import sealed
-from .escape import fenced, markdown, plain, repo_or_none
+from .escape import HUB, fenced, linked, markdown, plain, repo_or_none
 from .metadata import card_data, licence_of
 from .results import Facts, Task, is_finite, overlaid, run_facts_of_demo, run_facts_of_models, tasks_of
 from .score_tables import headline, language_table, reading, vision_reading, vision_table
+from .training_table import TEACHER_PARTS, has_two_judges, training_rows
 from .usage import Usage
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 PAPER = "https://arxiv.org/abs/2604.00829"
-HUB = "https://huggingface.co"
 
 # Plots that lie beside a report, in the order in which a card shows them: {file name without its suffix: caption}.
 PLOTS = {
@@ -85,15 +85,15 @@ def render_card(
         main=main,
         adapter=usage.adapter,
     )
-    before = _linked(student, "the VLM before")
+    before = linked(student, "the VLM before")
     card: ModelCard = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         title=markdown(title, 96),
         paper_url=PAPER,
         before=before,
-        teacher=_linked(teacher, "its original language model"),
-        teacher_is=_PARTS.get(str(teacher.get("part")), "the\nlanguage model that it was built from"),
+        teacher=linked(teacher, "its original language model"),
+        teacher_is=TEACHER_PARTS.get(str(teacher.get("part")), "the\nlanguage model that it was built from"),
         same_model=_same_model(student) + _blended(run_facts),
         headline=headline(tasks),
         space=f"{HUB}/spaces/{space}" if repo_or_none(space) else "",
@@ -106,7 +106,7 @@ def render_card(
         prompts=_prompts(report.get("prompts") or []),
         vision_table=vision_table(tasks),
         vision_reading=vision_reading(tasks),
-        training=_training_rows(run_facts),
+        training=training_rows(run_facts),
         method=_method(run_facts),
         limits=_limits(run_facts, report, tasks),
         licence=_licence_text(student, teacher, license),
@@ -122,17 +122,6 @@ def usage_of(repo_id: str | None, *, adapter: bool = False, base: str | None = N
     source = repo_or_none(repo_id)
     place = {"source": source} if source else {"source": ".", "made_by": "the folder of this card"}
     return Usage(**{**place, "adapter": adapter, "base": repo_or_none(base), **known})
-
-
-def _linked(fact: Facts, fallback: str) -> str:
-    """A model or dataset as a link to the Hub where it has an id, else its escaped name."""
-    if identity := repo_or_none(fact.get("id")):  # a Hub id counts more than any description
-        prefix = "datasets/" if fact.get("kind") == "dataset" else ""
-        return f"[{markdown(identity)}]({HUB}/{prefix}{identity})"
-    if prose := fact.get("prose"):
-        return markdown(prose)
-    name = fact.get("name")
-    return f"the unpublished model {markdown(name)}" if name else fallback
 
 
 def _same_model(student: Facts) -> str:
@@ -151,7 +140,7 @@ def _blended(run_facts: Facts) -> str:
     blend = run_facts.get("blend")
     if not blend:
         return ""
-    before, after = (_linked(blend.get(name) or {}, f"the VLM {name}") for name in ("before", "after"))
+    before, after = (linked(blend.get(name) or {}, f"the VLM {name}") for name in ("before", "after"))
     per = ", more in the layers that had moved further from the original" if blend.get("shares") == "drift" else ""
     return (
         f" Its weights are a blend: {markdown(blend.get('weight'))} of {after}, the rest of {before}{per}; chosen for the best "
@@ -173,138 +162,6 @@ def _prompts(prompts: Sequence[Facts]) -> str:
                 lines += textwrap.wrap(answer, 92, subsequent_indent=" " * 15) or [answer]
     return fenced("\n".join(lines)) if lines else ""
 
-
-def _training_rows(run_facts: Facts) -> list[tuple[str, str]]:
-    """(what, value) of what is known about the training, all of it escaped. The data is missed by name: readers look for it."""
-    student, teacher, settings = (run_facts.get(name) or {} for name in ("student", "teacher", "settings"))
-    training, hardware = run_facts.get("training") or {}, run_facts.get("hardware") or {}
-    sampling = run_facts.get("sampling") or {}
-    rows = {
-        "answers": _answers(sampling),
-        "distilled share": _shares(training),
-        "`kv_sharing`": settings.get("kv_sharing"),
-        "`distill_tokens`": None if sampling else _tokens(settings),
-        "loss": _loss_on_policy(settings, run_facts) if sampling else _loss(settings),
-        "steps": _count(training.get("steps")),
-        "batch": _batch(settings, hardware),
-        "tokens seen": _count(training.get("tokens")),
-        "learning rate": settings.get("learning_rate"),
-        "hardware": _hardware_text(hardware),
-        "seconds": _count(training.get("seconds")),
-        "seed": settings.get("seed"),
-    }
-    known = [(name, markdown(value)) for name, value in rows.items() if value not in (None, "")]
-    if not known:
-        return []
-    who = [("student (VLM before)", _pinned(student)), ("teacher (frozen)", _teacher(teacher))]
-    data = _data_rows(run_facts.get("datasets") or [], sampled=bool(sampling)) or "not recorded"
-    return [*((name, value) for name, value in who if value), ("data", data), *known]
-
-
-def _teacher(teacher: Facts) -> str:
-    mib, kl, quantization = (teacher.get(name) for name in ("mib", "quantization_kl", "quantization"))
-    parts = [_pinned(teacher)] if _pinned(teacher) else []
-    about = [_PARTS[part]] if (part := str(teacher.get("part"))) in _PARTS else []
-    if quantization is not None:
-        about.append("weights not quantised" if quantization == "none" else f"weights in {markdown(quantization)}")
-    about += [f"computed in {markdown(teacher['arithmetic'])}"] if teacher.get("arithmetic") else []
-    about += [f"{mib:,.1f} MiB"] if is_finite(mib) else []
-    about += [f"KL to full precision {kl:.4f} nats per token"] if is_finite(kl) else []
-    return "; ".join([*parts, *([", ".join(about)] if about else [])])
-
-
-def _tokens(settings: Facts) -> str | None:
-    gate, margin = settings.get("distill_tokens"), settings.get("distill_margin")
-    return None if gate is None else f"{gate}, margin {margin} nats" if margin else str(gate)
-
-
-def _loss(settings: Facts) -> str | None:
-    ce, kd = settings.get("ce_weight"), settings.get("distill_weight")
-    if ce is None or kd is None:
-        return None
-    shape = [f"{name} {settings[name]}" for name in ("beta", "temperature") if settings.get(name) is not None]
-    weight: Any = settings.get("anchor_weight")
-    elsewhere = "CE elsewhere"
-    if settings.get("anchor") == "before" and is_finite(weight):
-        elsewhere = f"{1 - weight:g} x CE + {weight:g} x KL(VLM before || student) on unmarked rows, {elsewhere}"
-    return f"{ce} x CE + {kd} x divergence at distilled tokens, {elsewhere}" + (
-        f" ({', '.join(shape)})" if shape else ""
-    )
-
-
-def _loss_on_policy(settings: Facts, run_facts: Facts) -> str:
-    shape = [f"{name} {settings[name]}" for name in ("beta", "temperature") if settings.get(name) is not None]
-    others = ", D(VLM before, student) on the others" if _has_two_judges(run_facts) else ""
-    return f"{settings.get('distill_weight', 1.0)} x D(teacher, student) on marked rows{others} ({', '.join(shape)})"
-
-
-def _has_two_judges(run_facts: Facts) -> bool:
-    share = (run_facts.get("training") or {}).get("distilled_rows_share")
-    return bool(run_facts.get("anchor")) and share != 1.0
-
-
-def _answers(sampling: Facts) -> str | None:
-    if not sampling:
-        return None
-    options = [f"{name} {sampling[name]}" for name in ("top_p", "top_k", "min_p") if sampling.get(name) is not None]
-    how = f", {', '.join(options)}" if options else ""
-    engine = "vLLM" if sampling.get("use_vllm") else "transformers"
-    return f"the student's own, sampled with {engine} (at most {sampling.get('max_completion_length')} tokens{how})"
-
-
-def _batch(settings: Facts, hardware: Facts) -> str | None:
-    rows, accumulation = settings.get("per_device_train_batch_size"), settings.get("gradient_accumulation_steps") or 1
-    processes = hardware.get("processes") or 1
-    if rows is None:
-        return None
-    several = [f"{accumulation} accumulation steps"] if accumulation != 1 else []
-    several += [f"{processes} processes"] if processes != 1 else []
-    return " x ".join([f"{rows} rows per device" if several else f"{rows} rows", *several])
-
-
-def _count(value: Any) -> str | None:
-    return f"{value:,.0f}" if is_finite(value) else None
-
-
-def _pinned(fact: Facts) -> str:
-    revision = fact.get("revision")
-    text = _linked(fact, "")
-    return f"{text} at `{revision}`" if isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{40}", revision) else text
-
-
-def _data_rows(datasets: Sequence[Facts], *, sampled: bool = False) -> str:
-    parts, others = [], "judged by the VLM before" if sampled else "cross-entropy only"
-    for fact in datasets:
-        text = _pinned({**fact, "kind": "dataset"})
-        if not fact.get("id"):
-            text = markdown(fact.get("name") or "a source without a name")
-        details = [str(fact[key]) for key in ("config", "split") if fact.get(key)]
-        if fact.get("distill") is not None:
-            details.append("distilled" if fact["distill"] else others)
-        parts.append(text + (f" ({markdown(', '.join(details))})" if details else ""))
-    return "; ".join(parts)
-
-
-def _shares(training: Facts) -> str | None:
-    rows, tokens = training.get("distilled_rows_share"), training.get("distilled_tokens_share")
-    parts = [f"{rows:.0%} of the rows"] if is_finite(rows) else []
-    parts += [f"{tokens:.0%} of the answer tokens"] if is_finite(tokens) else []
-    return ", ".join(parts) or None
-
-
-def _hardware_text(hardware: Facts) -> str | None:
-    if not hardware.get("device"):
-        return None
-    device = "CPU" if hardware["device"] == "cpu" else str(hardware["device"])
-    processes, threads = hardware.get("processes") or 1, hardware.get("threads")
-    parts = [f"{processes} x {device}" if processes > 1 else device]
-    parts += [f"{threads} thread{'s' * (threads != 1)}"] if threads else []
-    parts += [str(hardware["precision"])] if hardware.get("precision") else []
-    return ", ".join(parts)
-
-
-# Of a teacher that is a VLM, what taught
-_PARTS = {"text half": "the text half of a VLM", "whole": "a VLM that sees the images itself"}
 
 _SHARING = {
     "full": "reads the student's keys and values at every position",
@@ -331,7 +188,7 @@ def _method(run_facts: Facts) -> str:
     elif part == "text half":
         who = f"The frozen teacher is the text half of a VLM, without its tower: layer by layer it {reads}."
     if run_facts.get("sampling"):
-        seen = " On rows that are not marked, the VLM before judges them." if _has_two_judges(run_facts) else ""
+        seen = " On rows that are not marked, the VLM before judges them." if has_two_judges(run_facts) else ""
         return (
             f"{who} The student answers prompts itself, and its own answers are judged, token by token, against that model's next-token "
             f"distribution.{seen} The judges are dropped after training."

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+
+HUB = "https://huggingface.co"
 
 
 def plain(text: Any, limit: int = 200) -> str:
@@ -36,3 +39,21 @@ def repo_or_none(name: Any) -> str | None:
     except HFValidationError:
         return None
     return name if isinstance(name, str) else None
+
+
+def linked(fact: Mapping[str, Any], fallback: str) -> str:
+    """A model or dataset as a link to the Hub where it has an id, else its escaped name."""
+    if identity := repo_or_none(fact.get("id")):  # a Hub id counts more than any description
+        prefix = "datasets/" if fact.get("kind") == "dataset" else ""
+        return f"[{markdown(identity)}]({HUB}/{prefix}{identity})"
+    if prose := fact.get("prose"):
+        return markdown(prose)
+    name = fact.get("name")
+    return f"the unpublished model {markdown(name)}" if name else fallback
+
+
+def pinned(fact: Mapping[str, Any]) -> str:
+    """`linked`, with the commit where it is known."""
+    revision = fact.get("revision")
+    text = linked(fact, "")
+    return f"{text} at `{revision}`" if isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{40}", revision) else text

@@ -1,45 +1,25 @@
-"""The files that make a model's repository on the Hub, or the Space that shows it: listed, checked, and nothing sent.
+"""What is to be sent to the Hub: files listed and checked, and nothing sent. `model.py` lists a model's, `space.py` a Space's.
 
-A manifest is made without the network, so that it can be read first (`lingudistill publish --dry_run`). Nothing in the
-model's folder is changed: what has to be rendered or cleaned is content of its own.
+A manifest is made without the network, so that it can be read first (`lingudistill publish --dry_run`). Nothing in the model's folder
+is changed: what has to be rendered or cleaned is content of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
-from safetensors import SafetensorError, safe_open
 
 from ..sentences import typed
-from .card import PLOTS, render_card, usage_of
-from .edits import UnreadableCard, is_ours, merged, sealed
-from .metadata import eval_result_file, licence_of
-from .results import main_model, tasks_of
-from .run_facts import FILE_NAME as RUN_FACTS
-from .run_facts import RunFacts, is_local, read_run_facts
 
-# Files of a model's folder that transformers reads. All else there stays at home: optimizer states, `training_args.bin` (which
-# holds the token), checkpoints, caches, logs.
-_MODEL_FILES = re.compile(
-    r"config\.json|generation_config\.json|model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json"
-    r"|adapter_config\.json|adapter_model\.safetensors"
-    r"|processor_config\.json|preprocessor_config\.json|image_processor_config\.json|video_preprocessor_config\.json"
-    r"|tokenizer\.json|tokenizer_config\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|vocab\.json"
-    r"|merges\.txt|chat_template\.jinja|chat_template\.json|additional_chat_templates/[\w.-]+\.jinja"
-)
 # Weights of an earlier push, which transformers would read beside (or before) the new ones.
 WEIGHTS = re.compile(
     r"(adapter_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|pytorch_model.*\.bin.*|adapter_config\.json"
@@ -107,102 +87,6 @@ class Manifest:
         return (source if isinstance(source, bytes) else source.read_bytes()).decode()
 
 
-def model_manifest(
-    output_dir: str | Path,
-    repo_id: str,
-    *,
-    private: bool = False,
-    report: str | Path | None = None,
-    run_facts: RunFacts | None = None,
-    base_model: str | None = None,
-    teacher: str | None = None,
-    license: str | None = None,
-    tags: Sequence[str] = (),
-    revision: str | None = None,
-    tag: str | None = None,
-    message: str | None = None,
-    command: str | None = None,
-    space: str | None = None,
-) -> Manifest:
-    """List what makes a model's repository: weights, processor, card, report, plots, run facts and recipe.
-
-    Args:
-        output_dir: a saved model; of an embedded demo, its OUT (the model is OUT/after).
-        report: `report.json` of an evaluation, or its folder; left out, looked for in `output_dir`.
-        run_facts: left out, `lingudistill.json` of `output_dir`.
-        base_model, teacher: Hub ids of the VLM before and of the original LM, where the run facts know folders only.
-        license: code of a licence; left out, the base model's.
-        command: what goes on after a failure; left out, `command_for` these arguments.
-        space: Hub id of the Space that shows the model, for a link.
-
-    Raises:
-        PublishError: if the folder holds no complete model in safetensors, or a listed file holds a token or a local path.
-    """
-    check_repo_id(repo_id, base_model, teacher)
-    if license and licence_of({}, license)[0] is None:
-        raise PublishError(f"license must be a licence's code on the Hub, such as apache-2.0; got {license!r}.")
-    root = Path(output_dir).expanduser()
-    folder = root / "after" if not _is_model(root) and _is_model(root / "after") else root
-    if not _is_model(folder):
-        raise PublishError(
-            f"{root} holds no saved model (config.json with model.safetensors, or an adapter): pass the folder that training "
-            "or `trainer.save_model()` wrote."
-        )
-    try:
-        known = read_run_facts(folder) if run_facts is None else run_facts
-    except ValueError as error:
-        raise PublishError(str(error)) from None
-    facts = _with_ids(known, student=base_model, teacher=teacher)
-    base, adapter = (facts.get("student") or {}).get("id"), _is_adapter(folder)
-    found = _report_path(folder, root, report)
-    results = _read_report(found) if found else {}
-    main = _model_in_report(results, folder)
-    plots = _plots(found.parent) if found else []
-    pictures = _prompt_pictures(results, found.parent) if found else []
-    card = render_card(
-        facts,
-        results,
-        repo_id=repo_id,
-        license=license,
-        tags=tags,
-        plots={PLOTS[item.path.split(".")[0]]: item.path for item in plots if item.path.endswith(".png")},
-        main=main,
-        usage=usage_of(
-            repo_id,
-            adapter=adapter,
-            base=base,
-            chat=_has_chat_template(folder),
-            weights="" if adapter else _weights(folder),
-        ),
-        space=space,
-    )
-    text, readme_note = _with_local_edits(str(card), folder)
-    items = [
-        *(_clean(folder, path, base) for path in _model_files(folder)),
-        *plots,
-        *pictures,
-        Item("README.md", text.encode()),
-        *(_run_facts_items(facts) if known else []),
-        *(_report_items(results, main) if results else []),
-    ]
-    for item in items:
-        refuse_secrets(item, folder)
-    notes = {
-        f"no {RUN_FACTS} in {folder.name}: the card says nothing about training": known or "language" in results,
-        "no report.json: the card says 'not evaluated' (run `lingudistill evaluate`, then pass --report)": results,
-    }
-    return Manifest(
-        repo_id=repo_id,
-        items=tuple(sorted(items, key=lambda item: item.path)),
-        command=command or command_for(output_dir, repo_id, private=private, revision=revision),
-        private=private,
-        revision=revision,
-        tag=tag,
-        message=message or "Publish with hf_lingudistill",
-        notes=(*(note for note, fine in notes.items() if not fine), *readme_note),
-    )
-
-
 def command_for(output_dir: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
     """What publishes a saved model, at first or after a failure."""
     options = [*(["--private"] if private else []), *(["--revision", revision] if revision else [])]
@@ -219,209 +103,8 @@ def check_repo_id(*names: str | None) -> None:
             raise PublishError(f"Expected a Hub id such as ORG/NAME: {one_line(error)}") from None
 
 
-def _with_ids(run_facts: RunFacts, **ids: str | None) -> RunFacts:
-    """The run facts with these Hub ids (by part: `student`, `teacher`) in place of their own."""
-    given = {part: {**(run_facts.get(part) or {}), "id": identity} for part, identity in ids.items() if identity}
-    return {**run_facts, **given}
-
-
-def _is_model(folder: Path) -> bool:
-    weights = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-    configured = (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
-    return configured and any((folder / name).exists() for name in weights)
-
-
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-
-
-def _model_files(folder: Path) -> list[str]:
-    """Paths below the folder that are part of the model, checked: whole, safetensors, and inside the folder."""
-    candidates = [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]
-    names = {path.relative_to(folder).as_posix(): path for path in candidates if path.is_file()}
-    names = {name: path for name, path in names.items() if _MODEL_FILES.fullmatch(name)}
-    index = folder / "model.safetensors.index.json"
-    if "model.safetensors" in names:
-        names = {name: path for name, path in names.items() if not re.match(r"model[-.].*(of|index)", name)}
-    elif index.is_file():
-        shards = set((_read_json(index).get("weight_map") or {}).values())
-        if missing := sorted(str(shard) for shard in shards if shard not in names):
-            raise PublishError(f"{index.name} names {missing[0]!r}, which is not in {folder}: save the model again.")
-        names = {n: p for n, p in names.items() if n in shards or not re.fullmatch(r"model-.*\.safetensors", n)}
-    root = folder.resolve()
-    for name, path in names.items():
-        if not path.resolve().is_relative_to(root):
-            raise PublishError(f"{path} is a link out of the folder: replace it by the file itself.")
-        if name.endswith(".safetensors"):
-            _check_weights(path)
-    return sorted(names)
-
-
-def _has_chat_template(folder: Path) -> bool:
-    configs = [folder / name for name in ("tokenizer_config.json", "processor_config.json", "chat_template.json")]
-    told = any(_read_json(path).get("chat_template") for path in configs if path.is_file())
-    return told or (folder / "chat_template.jinja").is_file()
-
-
-def _weights(folder: Path) -> str:
-    """Such as "float32, 542 MB": the dtype that most bytes have, from the headers of the model's safetensors files."""
-    sizes: Counter[str] = Counter()
-    for name in _model_files(folder):
-        if name.endswith(".safetensors"):
-            with safe_open(folder / name, framework="numpy") as weights:
-                for key in weights.keys():  # noqa: SIM118  # a file, not a mapping
-                    part = weights.get_slice(key)
-                    bits = int((re.search(r"\d+", part.get_dtype()) or ["8"])[0])  # F32, BF16, I8, F8_E4M3; BOOL
-                    sizes[part.get_dtype()] += math.prod(part.get_shape()) * bits // 8
-    total = sum(sizes.values())
-    dtype = max(sizes, key=lambda name: sizes[name])
-    named = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(dtype, dtype)
-    return f"{named}, {total / 1e9:.1f} GB" if total >= 1e9 else f"{named}, {max(total / 1e6, 0.1):.3g} MB"
-
-
-def _with_local_edits(card: str, folder: Path) -> tuple[str, tuple[str, ...]]:
-    """The rendered card with what was edited in the folder's own, and notes on that. Another's README stays at home."""
-    readme = folder / "README.md"
-    if not readme.is_file():
-        return card, ()
-    there = readme.read_text(encoding="utf-8")
-    if not is_ours(there):
-        return card, ("the README.md in the folder was not rendered by hf_lingudistill: it is not sent",)
-    try:
-        text, kept = merged(card, there)
-    except UnreadableCard as error:
-        raise PublishError(f"{readme} cannot be read: {error}. Mend it, or delete the file.") from None
-    # Sealed anew: on the Hub, what was edited here is what we rendered
-    return sealed(text), ((f"kept as edited in README.md: {', '.join(kept)}",) if kept else ())
-
-
-def _check_weights(path: Path) -> None:
-    try:
-        with safe_open(path, framework="numpy") as weights:
-            if not list(weights.keys()):
-                raise PublishError(f"{path} holds no weights: save the model again.")
-    except SafetensorError as error:
-        raise PublishError(
-            f"{path} is not a whole safetensors file ({one_line(error)}): save the model again."
-        ) from None
-
-
-def _clean(folder: Path, name: str, base_model: str | None) -> Item:
-    """A file of the model; a config that says from which local folder it was loaded is sent without that."""
-    path = folder / name
-    if path.suffix != ".json" or path.stat().st_size > 2**20:
-        return Item(name, path)
-    content = _read_json(path)
-    changed = False
-    for key in ("_name_or_path", "name_or_path", "base_model_name_or_path"):
-        if isinstance(content.get(key), str) and content[key] and is_local(content[key]):
-            changed = True
-            if key == "base_model_name_or_path":
-                if base_model is None:
-                    raise PublishError(
-                        "The adapter was trained on a local folder, and nobody else could load it: train with --merge_adapter, or "
-                        "publish the base and pass --before ORG/BASE."
-                    )
-                content[key] = base_model
-            else:
-                del content[key]
-    return Item(name, json_bytes(content)) if changed else Item(name, path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PublishError(f"{path} must be JSON: {one_line(error)}.") from None
-    if not isinstance(content, dict):
-        raise PublishError(f"{path} must be a JSON object, found {type(content).__name__}.")
-    return content
-
-
-def _report_path(folder: Path, root: Path, given: str | Path | None) -> Path | None:
-    if given is not None:
-        path = Path(given).expanduser()
-        path = path / "report.json" if path.is_dir() else path
-        if not path.is_file():
-            raise PublishError(f"There is no report at {path}: pass the folder that `lingudistill evaluate` wrote.")
-        return path
-    beside = [folder, root, *([folder.parent] if folder.name == "after" else [])]
-    return next((place / "report.json" for place in beside if (place / "report.json").is_file()), None)
-
-
-def _read_report(path: Path) -> dict[str, Any]:
-    report = _read_json(path)
-    if not {"tasks", "language"} & report.keys():
-        raise PublishError(
-            f"{path} must be a report of `lingudistill evaluate` or of the demo: pass another with --report."
-        )
-    return report
-
-
-def _model_in_report(report: Mapping[str, Any], folder: Path) -> str | None:
-    """The report's name for the model in this folder; `main_model` where no path tells."""
-    for name, fact in (report.get("models") or {}).items():
-        path = fact.get("path") if isinstance(fact, Mapping) else None
-        if isinstance(path, str) and Path(path).expanduser().resolve() == folder.resolve():
-            return str(name)
-    return main_model(report) if report else None
-
-
-def _public_report(value: Any) -> Any:
-    """A report without folders of this machine: of each, the last part."""
-    if isinstance(value, Mapping):
-        return {key: _public_report(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_public_report(item) for item in value]
-    if isinstance(value, str) and re.match(r"(~|/|[A-Za-z]:[\\/])\S*[\\/]\S", value):
-        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
-    return value
-
-
-def _plots(folder: Path) -> list[Item]:
-    names = [f"{stem}.{suffix}" for stem in PLOTS for suffix in ("png", "svg")]
-    return [
-        Item(name, folder / name) for name in names if (folder / name).is_file() and not (folder / name).is_symlink()
-    ]
-
-
-def _run_facts_items(run_facts: RunFacts) -> list[Item]:
-    recipe = [Item("recipe.yaml", _recipe(run_facts["recipe"]))] if run_facts.get("recipe") else []
-    return [Item(RUN_FACTS, json_bytes(run_facts)), *recipe]
-
-
-def _report_items(report: Mapping[str, Any], main: str | None) -> list[Item]:
-    entries = eval_result_file(tasks_of(report, main))
-    found = [Item(".eval_results/lingudistill.yaml", entries.encode())] if entries else []
-    public = _public_report(report)
-    if "tasks" in report and main:
-        public["main"] = main  # which of its models lies here
-    return [Item("report.json", json_bytes(public)), *found]
-
-
-def _prompt_pictures(report: Mapping[str, Any], folder: Path) -> list[Item]:
-    """The pictures beside a report that its prompts are about."""
-    named = [entry.get("image") for entry in report.get("prompts") or [] if isinstance(entry, Mapping)]
-    files = {
-        name: folder / name
-        for name in named
-        if isinstance(name, str) and re.fullmatch(r"[\w./ -]+\.(png|jpe?g)", name)
-    }
-    inside = {
-        name: path
-        for name, path in files.items()
-        if path.is_file() and path.resolve().is_relative_to(folder.resolve())
-    }
-    return [Item(Path(name).as_posix(), path) for name, path in inside.items()]
-
-
 def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _recipe(recipe: Mapping[str, Any]) -> bytes:
-    head = "# Settings of the run that made this model: lingudistill distill --config recipe.yaml --output_dir OUT\n"
-    return (head + yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)).encode()
 
 
 def refuse_secrets(item: Item, folder: Path) -> None:

@@ -13,7 +13,8 @@ from huggingface_hub import HfApi
 
 from .card import render_card, usage_of
 from .edits import UnreadableCard, merged
-from .manifest import PublishError, check_repo_id, command_for, model_manifest
+from .manifest import PublishError, check_repo_id, command_for
+from .model import model_manifest
 from .publish import Published, publish, whole_name
 from .run_facts import RunFacts, dataset_fact, gather_run_facts, read_run_facts, write_run_facts
 

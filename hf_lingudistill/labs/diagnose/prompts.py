@@ -19,7 +19,8 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 from trl import prepare_multimodal_messages
 
-from ...batch import BadRow, decode_image, prepare_dataset
+from ...batch import BadRow, decode_image
+from ...columns import prepare_dataset
 from ...formats import as_trl_row
 from ...mixtures import DistillSource
 from ...sources import load_source

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import yaml
 
+from ...columns import prepare_dataset
 from ...compatibility import UnreadableModelError
 from ...folders import check
 from ...machine import machine
 from ...mixtures import DistillMixtureConfig, DistillSource
-from ...opening import prepare_dataset
 from ...sources import load_source
 from ..diagnose.prompts import Prompt, prompt_of
 from ..evaluation.cache import ItemCache, digest
