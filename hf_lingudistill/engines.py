@@ -193,7 +193,11 @@ def vision_on(image: Mapping[str, Any], student: PreTrainedModel) -> Iterator[No
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         embeddings = kwargs["inputs_embeds"]
         inputs = {k: v.to(embeddings.device) if isinstance(v, torch.Tensor) else v for k, v in image.items()}
-        features = [f for f in tree_leaves(embed(**inputs)) if isinstance(f, torch.Tensor)]
+        output = embed(**inputs)
+        # Before transformers 5.21 SmolVLM sets the projector's output on the object alone, where no tree looks
+        features = [
+            f for f in tree_leaves([output, getattr(output, "pooler_output", None)]) if isinstance(f, torch.Tensor)
+        ]
         zero = sum(f.float().sum() * 0.0 for f in features if f.is_floating_point())
         return args, {**kwargs, "inputs_embeds": embeddings + torch.as_tensor(zero).to(embeddings.dtype)}
 

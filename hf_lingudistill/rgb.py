@@ -18,7 +18,7 @@ _AS_ARRAY: dict[str, Any] = (
 
 
 def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """RGB, upright. Transparency is composited as transformers' processors do it (on white), not by a rule of our own.
+    """RGB, upright. Transparency is composited on white, as transformers' processors do from 5.21 on; before, they turn it black.
 
     16-bit and 32-bit greys are scaled to 8 bits, where PIL's own conversion would clip nearly all of them to white.
     """
@@ -32,4 +32,7 @@ def to_rgb(image: PILImage.Image) -> PILImage.Image:
         image = image.convert("F").point(lambda p: (p - low) * 255.0 / span).convert("L")
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, (255, 255, 255, 255)), image)
     return PILImage.fromarray(np.asarray(convert_to_rgb(image, **_AS_ARRAY)))

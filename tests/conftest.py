@@ -12,6 +12,7 @@ import os
 import random
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # A deadline measures the machine's other load, and a random search fails on the change that happens to be under test.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("default")
+
+
+# Their processor came with transformers 5.23; `test_an_older_transformers_is_named` is about what happens without it
+if find_spec("transformers.models.granite_docling") is None:
+    collect_ignore = ["test_nanovlm.py", "test_nanovlm_inputs.py", "test_recipe_nanovlm.py"]
 
 
 @pytest.fixture(autouse=True)

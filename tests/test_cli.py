@@ -222,6 +222,20 @@ def test_distill_gets_its_arguments_untouched(arguments: list[str], monkeypatch:
     assert received == [arguments]
 
 
+def test_an_older_transformers_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Before 5.23 there is no processor that a converted nanoVLM loads with."""
+    for name in [name for name in sys.modules if name.startswith("hf_lingudistill.labs.nanovlm")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers.models.granite_docling.processing_granite_docling", None)
+    monkeypatch.setattr("transformers.__version__", "5.17.0")
+    assert main(["convert-nanovlm", "SRC", str(tmp_path / "new")]) == 2
+    error = capsys.readouterr().err
+    assert "came with 5.23; transformers 5.17.0 is installed. Run: pip install 'transformers>=5.23'" in error
+    assert not (tmp_path / "new").exists()
+
+
 def loaded_after(*arguments: str) -> tuple[int, set[str]]:
     """Exit code and loaded modules of a fresh interpreter that runs the command."""
     code = (

@@ -92,10 +92,10 @@ QUIET = ("--report_to", "none", "--bf16", "false", "--teacher_quantization", "no
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Datasets by name: `whole` (8 rows), `four`, `empty`, `long` (rows that no short max_length holds), and broken ones."""
     folder = tmp_path_factory.mktemp("data")
-    rows = tiny.make_dataset(8)
-    for name, part in (("whole", rows), ("four", rows.select(range(4))), ("empty", rows.select([]))):
+    rows, texts = tiny.make_dataset(8), tiny.make_dataset(4, images=False)
+    # datasets 5.0 cannot save an empty table that has images
+    for name, part in (("whole", rows), ("four", rows.select(range(4))), ("empty", texts.select([]))):
         part.save_to_disk(folder / name)
-    texts = tiny.make_dataset(4, images=False)
     texts.save_to_disk(folder / "texts")
     texts.map(lambda row: {"messages": [{"speaker": "user", "says": "hello"}]}).save_to_disk(folder / "roleless")
     (folder / "parquet").mkdir()

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     Glm4vMoeConfig,
     Glm4vMoeForConditionalGeneration,
@@ -88,7 +90,7 @@ def test_the_routers_loss_is_that_of_its_gates(build: Callable[[], PreTrainedMod
     model = build().eval()
     for parameter in model.parameters():
         parameter.data.normal_(0.0, 0.5)
-    if build is internvl:
+    if build is internvl and Version(transformers.__version__) >= Version("5.24"):
         with pytest.raises(TypeError, match="router_logits"):  # control: the fault is there
             model.base_model(input_ids=IDS, attention_mask=MASK)
     prepare_router(model)

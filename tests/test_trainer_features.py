@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from datasets import Dataset, IterableDataset
+from packaging.version import Version
 from peft import PrefixTuningConfig, PromptTuningConfig
 from planning import KV_SHARING_MODES
 from transformers import TrainerCallback, TrainerControl
@@ -90,6 +92,10 @@ def test_conversations_are_trained_where_the_config_says(
         (tmp_path / "template.jinja").write_text(TRAINING_TEMPLATE, encoding="utf-8")
         settings |= {"assistant_only_loss": True, "chat_template_path": str(tmp_path / "template.jinja")}
     dataset = Dataset.from_list(rows if kind in ("prompt-completion", "whole sequence") else as_messages(rows))
+    if kind == "assistant only" and images and Version(transformers.__version__) < Version("5.18"):
+        with pytest.raises(ValueError, match="requires transformers>=5.18"):
+            make_trainer(train_dataset=dataset, **settings)
+        return
     trainer = make_trainer(train_dataset=dataset, **settings)
     batch = first_batch(trainer)
     assert batch["distill"].tolist() == [row["distill"] for row in rows]

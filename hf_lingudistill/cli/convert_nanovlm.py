@@ -24,8 +24,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     if args.reverse and args.tokenizer:
         return bad_input("--tokenizer has no use with --reverse: nanoVLM's checkpoints hold none.")
-    from ..labs.nanovlm import NanoVLMError, from_nanovlm, to_nanovlm
-
+    try:
+        from ..labs.nanovlm import NanoVLMError, from_nanovlm, to_nanovlm
+    except ModuleNotFoundError as error:
+        return failed(error)
     try:
         if args.reverse:
             done = to_nanovlm(args.source, args.destination, revision=args.revision)

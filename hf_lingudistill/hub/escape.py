@@ -32,10 +32,17 @@ def fenced(text: str, language: str = "text") -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
+def check_repo_id(name: Any) -> None:
+    """Raise HFValidationError unless it is a valid `ORG/NAME` (or a legacy `NAME`)."""
+    validate_repo_id(name)
+    if isinstance(name, str) and "\n" in name:  # which huggingface_hub before 1.33 lets pass at the end
+        raise HFValidationError(f"a repository's name has no line break: {name!r}.")
+
+
 def repo_or_none(name: Any) -> str | None:
     """The name, if it is a valid `ORG/NAME` (or a legacy `NAME`)."""
     try:
-        validate_repo_id(name)
+        check_repo_id(name)
     except HFValidationError:
         return None
     return name if isinstance(name, str) else None

@@ -15,10 +15,10 @@ from typing import Any
 
 from huggingface_hub import get_token
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from ..sentences import typed
+from . import escape
 
 # Weights of an earlier push, which transformers would read beside (or before) the new ones.
 WEIGHTS = re.compile(
@@ -98,7 +98,7 @@ def check_repo_id(*names: str | None) -> None:
     for name in names:
         try:
             if name is not None:
-                validate_repo_id(name)
+                escape.check_repo_id(name)
         except HFValidationError as error:
             raise PublishError(f"Expected a Hub id such as ORG/NAME: {one_line(error)}") from None
 

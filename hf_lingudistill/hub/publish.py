@@ -73,7 +73,7 @@ def publish(manifest: Manifest, *, token: str | None = None) -> Published:
     if manifest.revision:
         branch = manifest.revision
         step("make the branch", lambda: api.create_branch(**kind, branch=branch, exist_ok=True))
-    before = step("list the repository", lambda: _listing(api, kind, manifest.revision), attempts=1)
+    before = step("list the repository", lambda: _listing(api, kind, manifest.revision))
 
     def commit() -> tuple[Any, tuple[Item, ...], tuple[str, ...]]:
         # Anew for each attempt: an operation keeps what it knew of the Hub, and an answer that was lost may have been a yes
@@ -94,7 +94,7 @@ def publish(manifest: Manifest, *, token: str | None = None) -> Published:
         return done, items, kept
 
     done, items, kept = step("send the files", commit)
-    after = step("compare what arrived", lambda: _listing(api, kind, done.oid), attempts=1)
+    after = step("compare what arrived", lambda: _listing(api, kind, done.oid))
     _compare(items, after, manifest)
     name = manifest.tag or f"lingudistill-{done.oid[:8]}"
     if manifest.repo_type == "model":
@@ -182,8 +182,8 @@ class _Steps:
     command: str
     secret: str | None
 
-    def __call__(self, name: str, action: Callable[[], T], *, attempts: int = _ATTEMPTS) -> T:
-        for attempt in range(1, attempts + 1):
+    def __call__(self, name: str, action: Callable[[], T]) -> T:
+        for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return action()
             except PublishError:
@@ -192,7 +192,7 @@ class _Steps:
                 raise PublishError(f"Interrupted at: {name}. To go on: {self.command}") from None
             except Exception as error:
                 wait = _seconds_to_wait(error, attempt)
-                if wait is None or attempt == attempts:
+                if wait is None or attempt == _ATTEMPTS:
                     # Without the chain: a traceback shows no request, and so no header
                     raise PublishError(self._sentence(name, error)) from None
                 time.sleep(wait)

@@ -85,16 +85,9 @@ def public_name(reference: str) -> str:
 
 def hub_id(reference: str | None) -> str | None:
     """The reference, if it is a Hub id and no folder."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from .escape import repo_or_none  # not above: the command line starts without huggingface_hub
 
-    if not reference or is_local(reference):
-        return None
-    try:
-        validate_repo_id(reference)
-    except HFValidationError:
-        return None
-    return reference
+    return None if not reference or is_local(reference) else repo_or_none(reference)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from trl import SFTTrainer
 from world_rows import TRAINING_TEMPLATE
 
 from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
+from hf_lingudistill._internals import keep_image_dtype
 from hf_lingudistill.config import LocalSFTConfig
 from hf_lingudistill.labs.world.questions import as_dataset
 from hf_lingudistill.machine import machine
@@ -21,7 +22,9 @@ from hf_lingudistill.machine import machine
 
 def load(path: Path) -> tuple[Any, Any]:
     """(model in fp32, processor) of a VLM's folder."""
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32), AutoProcessor.from_pretrained(path)
+    model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    keep_image_dtype(model)
+    return model, AutoProcessor.from_pretrained(path)
 
 
 def adapters(rank: int) -> Any:

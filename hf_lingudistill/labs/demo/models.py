@@ -37,6 +37,7 @@ from transformers import (
 )
 from trl import SFTTrainer
 
+from ..._internals import keep_image_dtype
 from ...config import LocalSFTConfig
 from .text import package_file
 
@@ -231,6 +232,7 @@ def teach_to_see(
         "seed": seed,
         "dataloader_pin_memory": False,
     }
+    keep_image_dtype(vlm)
     trainer = SFTTrainer(
         model=vlm,
         args=LocalSFTConfig(**{**arguments, **sft_arguments}),
