@@ -190,8 +190,10 @@ def main() -> None:
         "rounds": args.rounds,
         "cases": done,
     }
+    from hf_lingudistill.labs.json_text import as_json
+
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (args.out / "gpu.json").write_text(as_json(result) + "\n", encoding="utf-8")
     (args.out / "gpu.md").write_text(table(result), encoding="utf-8")
     print(table(result))
 

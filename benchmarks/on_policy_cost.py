@@ -16,23 +16,20 @@ Ratios are of wall time within a round. Load is written beside them: repeat it w
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-import datasets
 import step_cost
 import torch
-import transformers
+from harness import be_quiet, machine_facts
 
 from hf_lingudistill import OnPolicyLinguDistillConfig, OnPolicyLinguDistillTrainer
+from hf_lingudistill.labs.json_text import as_json
 from hf_lingudistill.machine import machine
 
 
@@ -92,10 +89,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    be_quiet()
     step_cost.RESPONSE_TOKENS = args.answer
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
@@ -127,24 +121,15 @@ def main() -> None:
                 "answer_tokens": {"given": given.labels, "on_policy": sampled.tokens},
                 "layers": args.layers,
             },
-            "machine": {
-                "device": torch.cuda.get_device_name() if machine().accelerated else f"CPU, {machine().threads} cores",
-                "dtype": "bf16" if args.bf16 else "fp32",
-                "threads": torch.get_num_threads(),
-                "load_before": round(load_before, 2),
-                "load_after": round(os.getloadavg()[0], 2),
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "machine": machine_facts(bf16=args.bf16, load=(load_before, os.getloadavg()[0])),
             "rounds": args.rounds,
             "seconds": {name: statistics.median(values) for name, values in seconds.items()},
             "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
         }
-    print(json.dumps(result, indent=2))
+    print(as_json(result))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        args.json.write_text(as_json(result) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import DistributedType, PartialState
+from harness import be_quiet
 from peft import LoraConfig
 from PIL import Image
 from step_cost import EXTRA, TEMPLATE, make_tokenizer
@@ -46,6 +46,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 
 import hf_lingudistill.step
 from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
+from hf_lingudistill.labs.json_text import as_json
 from hf_lingudistill.labs.plan import LORA_TARGETS, Plan, Setup, make_plan, model_facts
 from hf_lingudistill.student_kv import SharedKV
 
@@ -409,7 +410,7 @@ def write(path: Path, rows: dict[str, Any]) -> None:
         "cost": check_cost(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    path.write_text(as_json(result) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -422,10 +423,7 @@ def main() -> None:
     parser.add_argument("--_measure", choices=SHAPES, help=argparse.SUPPRESS)
     parser.add_argument("--_folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    be_quiet()
     if args._measure:
         print("\n" + json.dumps(measure(args._folder, SHAPES[args._measure])))
         return

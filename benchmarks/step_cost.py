@@ -22,20 +22,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-import transformers
+from harness import be_quiet, machine_facts
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -51,6 +49,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
 from hf_lingudistill._internals import CHECKPOINTING, checkpoint_activations
+from hf_lingudistill.labs.json_text import as_json
 from hf_lingudistill.machine import machine
 from hf_lingudistill.sharing import MODES as MODES_BY_NAME
 from hf_lingudistill.sharing import Sharing
@@ -276,10 +275,7 @@ def main() -> None:
     parser.add_argument("--_peak", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    be_quiet()
     if args._peak:
         peak_of(args._peak, args._folder, args)
         return
@@ -337,15 +333,7 @@ def main() -> None:
             "teacher_quantization": args.teacher_quantization,
             "kv_mb": 2 * 30 * 3 * 64 * 4 * length * args.batch_size / 2**20,
         },
-        "machine": {
-            "device": torch.cuda.get_device_name() if machine().accelerated else f"CPU, {machine().threads} cores",
-            "dtype": "bf16" if args.bf16 else "fp32",
-            "threads": torch.get_num_threads(),
-            "load_before": round(load_before, 2),
-            "load_after": round(load_after, 2),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "machine": machine_facts(bf16=args.bf16, load=(load_before, load_after)),
         "rounds": args.rounds,
         "arms": arms,
     }
@@ -358,7 +346,7 @@ def main() -> None:
         )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        args.json.write_text(as_json(result) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ The model is random: memory depends on shapes alone. Without a GPU, offloading h
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lingudistill._internals import decoder_of
 from hf_lingudistill.engines import shard_teacher, sharding_of
+from hf_lingudistill.labs.json_text import as_json
 from hf_lingudistill.machine import machine
 from hf_lingudistill.teacher import load_teacher_model, on_device, prepare_teacher
 
@@ -106,7 +106,7 @@ def main() -> None:
             print("  ".join(f"{k} {v:.1f} MiB" if isinstance(v, float) else f"{v:<22}" for k, v in result.items()))
         if args.json:
             run = {"processes": accelerator.num_processes, "device": accelerator.device.type, "layers": args.layers}
-            args.json.write_text(json.dumps({**run, "arms": results}, indent=2) + "\n")
+            args.json.write_text(as_json({**run, "arms": results}) + "\n", encoding="utf-8")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .json_text import as_json
 from .statistics import Bootstrap, Items
 
 Report = dict[str, Any]
@@ -110,7 +110,7 @@ def write_report(report: Report, output_dir: Path) -> Path:
     """Write `report.json` and `report.png` to a folder. -> the path of the JSON."""
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / "report.json"
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(as_json(report) + "\n", encoding="utf-8")
     plot(report, output_dir / "report.png")
     return path
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ..json_text import as_json
 
 Report = Mapping[str, Any]
 MODEL = "model"
@@ -60,7 +61,7 @@ def _verdict(front: Report) -> str:
 
 def write_front(front: Report, folder: Path) -> None:
     """Write `blend.json`, `blend.md` and, where matplotlib is installed, the plot into a folder that is being made."""
-    (folder / "blend.json").write_text(json.dumps(front, indent=2) + "\n", encoding="utf-8")
+    (folder / "blend.json").write_text(as_json(front) + "\n", encoding="utf-8")
     (folder / "blend.md").write_text(_markdown(front), encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is not None:
         _plot(front, folder / "front.png")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...folders import replacing
+from ..json_text import as_json
 from .measure import READERS
 from .prompts import CONDITIONS
 from .recommend import shown, tell
@@ -144,7 +144,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
         NotOurs: if a file of such a name is there that this function did not write.
     """
     with replacing(folder, *FILES, by="diagnose") as made:
-        (made / "drift.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (made / "drift.json").write_text(as_json(report) + "\n", encoding="utf-8")
         (made / "drift.txt").write_text(as_text(report) + "\n", encoding="utf-8")
         try:
             from .plot import plot_drift

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from ...folders import replacing
 from ...hub.results import number
+from ..json_text import as_json
 from ..statistics import Bootstrap, Items, loss_is_real
 
 Report = dict[str, Any]
@@ -230,7 +230,7 @@ def write_report(report: Report, output_dir: Path, *, training_log: str | Path |
     """
     plotted = importlib.util.find_spec("matplotlib") is not None
     with replacing(output_dir, *FILES, by="evaluate") as made:
-        (made / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (made / "report.json").write_text(as_json(report) + "\n", encoding="utf-8")
         (made / "report.md").write_text(markdown(report), encoding="utf-8")
         if plotted:
             from .plots import plot_all

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ...folders import replacing
+from ..json_text import as_json
 
 Report = Mapping[str, Any]
 FILES = ["mix.json", "rows.jsonl", "datasets.yaml", "mix.png", "mix.svg"]
@@ -83,7 +84,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     """
     with replacing(folder, *FILES, by="score-mix") as made:
         summary = {name: value for name, value in report.items() if name != "rows"}
-        (made / "mix.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (made / "mix.json").write_text(as_json(summary) + "\n", encoding="utf-8")
         with (made / "rows.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in report["rows"])
         entries = [{**source["entry"], "distill": source["distill"]} for source in report["sources"]]
