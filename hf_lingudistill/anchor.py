@@ -62,7 +62,13 @@ class Before:
 
 
 def make_before(
-    model: nn.Module, student: PreTrainedModel, dtype: torch.dtype, *, sharded: bool, asked_by: str = "anchor"
+    model: nn.Module,
+    student: PreTrainedModel,
+    dtype: torch.dtype,
+    *,
+    sharded: bool,
+    asked_by: str = "anchor",
+    kept: bool = True,
 ) -> Before:
     """The VLM before: for a student with an adapter the same weights with the adapter off, else a frozen copy in memory.
 
@@ -74,6 +80,7 @@ def make_before(
         dtype: of the copy's parameters; buffers keep theirs.
         sharded: whether an engine splits the student's weights over processes.
         asked_by: the option that asks for it, for error messages.
+        kept: whether it is asked during training; else it is the student itself, until that is trained.
 
     Raises:
         ValueError: if that cannot be the VLM before: a sharded student, a quantised one without an adapter, an adapter whose base
@@ -88,6 +95,8 @@ def make_before(
     if model is not student:
         _check_adapter(model, asked_by, without)
         return Before(student, lambda: _adapter_off(model), 0)
+    if not kept:
+        return Before(student, nullcontext, 0)
     if getattr(student, "hf_quantizer", None) is not None:
         raise ValueError(
             f"{asked_by}='before' needs a copy of the student, and packed (quantised) weights are not copied: train an adapter, whose "

@@ -55,7 +55,8 @@ class DistillCollator:
     student reads tokens of type 0 in both directions (PaliGemma): everything from the first label on is then of type 1, which
     TRL's collator leaves at 0, so that no answer is seen before it is predicted. answers_only: label the assistant's turns of
     `messages` alone, where the chat template tells them from the others. plan: what the teacher is asked about, planned here
-    because counting costs nothing on a CPU; the batch carries it as `queries`.
+    because counting costs nothing on a CPU; the batch carries it as `queries`. answers: what was computed of a batch before training,
+    from the batch and the images of each row; it carries that as `cached`.
     """
 
     inner: Callable[[list[Row]], dict[str, Any]]
@@ -68,6 +69,7 @@ class DistillCollator:
     conversations: Conversations | None = field(default=None, init=False, repr=False)
     _of_texts: Callable[[list[Row]], dict[str, Any]] | None = field(default=None, init=False, repr=False)
     plan: Callable[[dict[str, Any]], Any] | None = None
+    answers: Callable[[dict[str, Any], list[list[Any]]], Any] | None = None
     _image_ids: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -117,6 +119,8 @@ class DistillCollator:
             batch[ROW_COLUMN] = torch.tensor(numbers)
         if self.plan is not None:
             batch["queries"] = self.plan(batch)
+        if self.answers is not None:
+            batch["cached"] = self.answers(batch, [_images_of(row) for row in plain])
         return batch
 
     def _collate(self, rows: list[Row], names: list[str]) -> dict[str, Any]:
@@ -198,6 +202,12 @@ class DistillCollator:
             key: value[:, :limit] if isinstance(value, torch.Tensor) and value.shape[:2] == ids.shape else value
             for key, value in batch.items()
         }
+
+
+def _images_of(row: Row) -> list[Any]:
+    """The images of a row that was read."""
+    found = next((row[column] for column in IMAGE_COLUMNS if column in row), None)
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def _decoded(row: Row, name: str) -> Row:

@@ -165,6 +165,8 @@ class DistillChecks(_Config):
                 raise ValueError(f"{name} must be a number that a float can hold; got {shown(value)}.") from None
         for name in (
             "measure_teacher_quantization",
+            "anchor_cache",
+            "teacher_cache",
             "skip_bad_rows",
             "answers_only",
             "self_check",
@@ -172,13 +174,16 @@ class DistillChecks(_Config):
         ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false; got {shown(getattr(self, name))}.")
-        for name in ("teacher_model_name_or_path", "teacher_model_revision", "output_dir"):
+        for name in ("teacher_model_name_or_path", "teacher_model_revision", "output_dir", "cache_dir"):
             value = getattr(self, name)
             if value is None:
                 continue
             if not (isinstance(value, str | os.PathLike) and str(value).strip()):
                 raise ValueError(f"{name} must be a name or path, or left out; got {shown(value)}.")
             setattr(self, name, str(value))
+        k = self.anchor_cache_k
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise ValueError(f"anchor_cache_k must be a number of tokens of at least 1; got {shown(k)}.")
         if not (isinstance(self.distill_column, str) and self.distill_column):
             raise ValueError(f"distill_column must name a dataset column; got {shown(self.distill_column)}.")
         kwargs = self.teacher_model_init_kwargs
@@ -216,6 +221,37 @@ class LinguDistillConfig(DistillChecks, DistillOptions, LocalSFTConfig):
         if (loss := getattr(self, "loss_type", "nll")) not in ("nll", "chunked_nll"):
             raise ValueError(
                 f"loss_type must be 'nll' for distillation; got {loss!r}. Use trl.SFTTrainer for other losses."
+            )
+        self._check_caches()
+
+    def _check_caches(self) -> None:
+        if self.anchor_cache and self.anchor != "before":
+            raise ValueError(
+                f"anchor_cache=True keeps what the VLM before says, and anchor={self.anchor!r} does not ask it: set anchor='before', or "
+                "leave anchor_cache out."
+            )
+        if self.anchor_cache and self.kv_source == "before" and not self.teacher_cache:
+            raise ValueError(
+                "anchor_cache=True frees nothing where kv_source='before' asks the VLM before in every step: set teacher_cache=True as "
+                "well, or leave anchor_cache out."
+            )
+        mode = MODES[self.kv_sharing]
+        if self.teacher_cache and mode.reads_student and mode.text_reads_student and self.kv_source == "student":
+            raise ValueError(
+                f"teacher_cache=True keeps what does not change, and with kv_sharing={self.kv_sharing!r} the teacher reads the student's "
+                "keys and values on every row, which training moves: set kv_source='before', set kv_sharing to none, images, vision or "
+                "inputs (the last two: on text rows), or leave teacher_cache out."
+            )
+        if self.teacher_cache and self.measure_teacher_quantization:
+            raise ValueError(
+                "measure_teacher_quantization asks two teachers about a batch of training, and with teacher_cache=True none is asked: "
+                "measure in a short run without the cache."
+            )
+        joined = [name for name in ("packing", "padding_free") if getattr(self, name, False)]
+        if joined and (self.anchor_cache or self.teacher_cache):
+            raise ValueError(
+                f"{joined[0]}=True joins rows, and anchor_cache and teacher_cache find answers by row: set {joined[0]}=False, or leave the "
+                "caches out."
             )
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from ._internals import Head, gathered
+from .top_k import TopK, divergence_from
+from .top_k import top_k as most_likely
 
 # Logits per chunk and model. Larger chunks read both heads less often; these are fractions of the device's memory.
 CPU_CHUNK = 2**25  # 128 MiB in fp32
@@ -63,6 +65,14 @@ class Anchor:
 
 
 @dataclass(frozen=True)
+class KeptAnchor:
+    """The same as it was computed before training. kept: of the M - N positions; where one is not `asked`, anything finite."""
+
+    kept: TopK
+    asked: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Scores:
     """What the two models say at the labelled positions. `total` has a gradient, nothing else has.
 
@@ -95,7 +105,7 @@ def score(
     teacher_head: Head,
     weights: Weights,
     marked: torch.Tensor | None = None,
-    anchor: Anchor | None = None,
+    anchor: Anchor | KeptAnchor | None = None,
 ) -> Scores:
     """Score M labelled positions, the first N of them against the teacher.
 
@@ -104,7 +114,7 @@ def score(
         labels: (M,) token ids.
         teacher_hidden: (N, H_t), N <= M. Both heads have the same V.
         marked: (N,) bool; where false, a position keeps cross-entropy whatever the teacher says. None = all true.
-        anchor: the VLM before, for the other positions.
+        anchor: the VLM before, for the other positions. Where it was kept, A is KL(VLM before || student) at temperature 1.
     """
     count = teacher_hidden.shape[0]
     if marked is None:
@@ -132,6 +142,16 @@ def label_nll(hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.T
         for rows in _chunks(labels.numel(), head.vocab_size, hidden.device)
     ]
     return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
+
+
+@torch.no_grad()
+def top_k(hidden: torch.Tensor, head: Head, k: int) -> TopK:
+    """What a model says at hidden states (N, H), or raw logits as in `score`, kept as its k most likely tokens; in chunks."""
+    parts = [
+        most_likely(torch.log_softmax(_finish(_raw_logits(hidden[rows], head), head), dim=-1), k)
+        for rows in _chunks(hidden.shape[0], head.vocab_size or hidden.shape[1], hidden.device)
+    ]
+    return TopK(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "log_p", "log_rest")))
 
 
 @torch.no_grad()
@@ -245,7 +265,7 @@ class _Score(torch.autograd.Function):
         teacher_head: Head,
         weights: Weights,
         marked: torch.Tensor,
-        anchor: Anchor | None,
+        anchor: Anchor | KeptAnchor | None,
     ) -> tuple[torch.Tensor, ...]:
         M, N, device = hidden.shape[0], teacher_hidden.shape[0], hidden.device
         loss, cross_entropy, entropy = (torch.zeros(M, device=device) for _ in range(3))
@@ -288,12 +308,15 @@ class _Score(torch.autograd.Function):
                 n_anchor = 0 if anchor is None else part.stop - max(part.start, N)
                 if anchor is not None and n_anchor > 0:
                     rest = slice(part.stop - N - n_anchor, part.stop - N)
-                    before = _finish(_raw_logits(anchor.hidden[rest], anchor.head), anchor.head)
-                    log_b, asked_b = torch.log_softmax(before, dim=-1), anchor.asked[rest]
-                    ours = logits[-n_anchor:], log_s[-n_anchor:], p_s[-n_anchor:]
-                    theirs = _softened(before, log_b, log_b.exp(), T_b)
-                    del before
-                    kl, pull = _divergence(*_softened(*ours, T_b), *theirs, weights.anchor_beta)
+                    asked_b, ours = anchor.asked[rest], (logits[-n_anchor:], log_s[-n_anchor:], p_s[-n_anchor:])
+                    if isinstance(anchor, KeptAnchor):
+                        kl, pull = divergence_from(anchor.kept[rest], *ours[1:])
+                    else:
+                        before = _finish(_raw_logits(anchor.hidden[rest], anchor.head), anchor.head)
+                        log_b = torch.log_softmax(before, dim=-1)
+                        theirs = _softened(before, log_b, log_b.exp(), T_b)
+                        del before
+                        kl, pull = _divergence(*_softened(*ours, T_b), *theirs, weights.anchor_beta)
                     anchor_kl[rest], anchored[rest] = torch.where(asked_b, kl, 0.0), asked_b
                     ce_weight[-n_anchor:] = torch.where(asked_b, 1.0 - weights.anchor, weights.unjudged)
                 # Not `kd * value` alone: what is not finite must not spoil a token that is not distilled

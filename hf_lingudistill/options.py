@@ -124,6 +124,20 @@ class DistillOptions:
     anchor_weight: float = _option(
         0.5, "In [0, 1]. With anchor, the loss of unmarked rows is (1 - this) * CE + this * KL(VLM before || student)."
     )
+    anchor_cache: bool = _option(
+        False,
+        "Ask the VLM before once, before training, and keep its most likely tokens at each label: full fine-tuning holds no second model "
+        "(docs/caches.md).",
+    )
+    anchor_cache_k: int = _option(64, "How many of them; the others count as one. What they hold together is logged.")
+    teacher_cache: bool = _option(
+        False,
+        "Ask the teacher once, before training, about rows where it reads nothing that training moves, and keep its hidden states; if that "
+        "is all rows, it leaves the memory.",
+    )
+    cache_dir: str | None = _option(
+        None, "Where both are kept, and found again by other runs. Left out: output_dir/caches."
+    )
     skip_bad_rows: bool = _option(
         False,
         "Skip rows that cannot be trained on (unreadable image, empty answer, ...) and count them; else stop at the first.",
@@ -146,8 +160,18 @@ class DistillOptions:
     overwrite_output_dir: bool = _option(False, "Allow an output_dir that holds another run.")
 
 
-# Options of `DistillOptions` that speak of labels: on-policy, where nothing is a label, they stay at their defaults
-NEEDS_LABELS = ("ce_weight", "distill_tokens", "distill_margin", "anchor_weight", "answers_only")
+# Options of `DistillOptions` that speak of labels, or of answers that are given: on-policy, where nothing is a label, they stay at their defaults
+NEEDS_LABELS = (
+    "ce_weight",
+    "distill_tokens",
+    "distill_margin",
+    "anchor_weight",
+    "answers_only",
+    "anchor_cache",
+    "anchor_cache_k",
+    "teacher_cache",
+    "cache_dir",
+)
 
 
 @dataclass
@@ -179,6 +203,10 @@ class OnPolicyOptions(DistillOptions):
     distill_margin: float = _option(0.0, "No meaning on-policy.")
     anchor_weight: float = _option(1.0, "No meaning on-policy.")
     answers_only: bool = _option(True, "No meaning on-policy.")
+    anchor_cache: bool = _option(False, "No meaning on-policy.")
+    anchor_cache_k: int = _option(64, "No meaning on-policy.")
+    teacher_cache: bool = _option(False, "No meaning on-policy.")
+    cache_dir: str | None = _option(None, "No meaning on-policy.")
 
 
 @dataclass

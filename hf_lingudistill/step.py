@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ._internals import FusedCausalLMOutput, Head, head_of
 from .anchor import Before
+from .cached import CachedAnswers
 from .engines import SameModules, head_unsharded
 from .losses import Anchor, Scores, Weights, score
 from .queries import QueryPlan, plan_queries
@@ -25,6 +26,8 @@ from .sharing import Sharing
 from .student_kv import SharedKV
 from .teacher import Teacher, on_device
 from .watcher import Watcher
+
+_OF_THE_STEP = ("labels", "distill", "queries", "cached", ASK)
 
 
 @dataclass
@@ -71,13 +74,18 @@ class DistillStep:
         # Keep the original signature: `generate` validates its arguments against it
         @functools.wraps(type(student).forward)
         def forward(
-            model: PreTrainedModel, *args: Any, distill: Any = None, queries: Any = None, **kwargs: Any
+            model: PreTrainedModel,
+            *args: Any,
+            distill: Any = None,
+            queries: Any = None,
+            cached: Any = None,
+            **kwargs: Any,
         ) -> Any:
             if model is not student:  # a deep copy takes this along, and is a model of its own
                 return type(model).forward(model, *args, **kwargs)
             if distill is None or not kwargs.get("fused_lm_head"):
                 return before(*args, **kwargs)
-            kwargs |= {"distill": distill, "queries": queries, "use_cache": False}
+            kwargs |= {"distill": distill, "queries": queries, "cached": cached, "use_cache": False}
             del kwargs["fused_lm_head"]
             with head_unsharded(student):
                 return self(kwargs)
@@ -89,21 +97,25 @@ class DistillStep:
     def __call__(self, inputs: dict[str, Any]) -> FusedCausalLMOutput:
         """One batch, from the student's inputs to the summed loss of its labelled tokens.
 
-        inputs: the student's own, with labels (B, T), distill (B,) bool, and queries, the batch's plan or None.
+        inputs: the student's own, with labels (B, T), distill (B,) bool, queries, the batch's plan or None, and cached, what was computed
+        of it before training, or None.
         """
-        training = self.student.training
-        plan: QueryPlan = (inputs.get("queries") or self.plan(inputs)).to(inputs["input_ids"].device)
+        training, device = self.student.training, inputs["input_ids"].device
+        plan: QueryPlan = (inputs.get("queries") or self.plan(inputs)).to(device)
         plan.check(inputs["labels"], inputs["distill"])
+        cached: CachedAnswers = (inputs.get("cached") or CachedAnswers()).to(device)
+        queries = cached.live or plan
 
-        anchor, shared = self._before(inputs, plan)  # first, while the student's activations do not take memory yet
+        anchor, shared = self._before(inputs, plan, queries)  # first, while the student's activations take no memory
         if shared is not None:
-            teacher_hidden, teacher_head = self._teach(shared, plan)
+            answered, teacher_head = self._teach(shared, queries)
             backbone, router_logits = self._backbone(inputs)
         else:
-            asked = plan.num_queries > 0
+            asked = queries.num_queries > 0
             with self.sharing.recording(self.student) if asked else nullcontext(SharedKV()) as shared:
                 backbone, router_logits = self._backbone(inputs)
-            teacher_hidden, teacher_head = self._teach(shared, plan)
+            answered, teacher_head = self._teach(shared, queries)
+        teacher_hidden = cached.with_live(answered)
 
         rows, positions = plan.label_rows, plan.label_positions
         labels = inputs["labels"][rows, positions + 1]
@@ -119,22 +131,24 @@ class DistillStep:
             teacher_head,
             self.weights,
             marked=inputs["distill"][plan.loss_rows],
-            anchor=anchor,
+            anchor=cached.as_anchor() or anchor,
         )
         for watcher in self.watchers:
             watcher.scored(inputs, plan, teacher_head, scores, training)
         return self._output(scores, labels, router_loss(self.student, router_logits, inputs.get("attention_mask")))
 
-    def _before(self, inputs: dict[str, Any], plan: QueryPlan) -> tuple[Anchor | None, SharedKV | None]:
+    def _before(
+        self, inputs: dict[str, Any], plan: QueryPlan, queries: QueryPlan
+    ) -> tuple[Anchor | None, SharedKV | None]:
         """What the VLM before says of the rows that are not marked, and what the teacher reads of it; None where nobody asks, or where
         there is nothing to ask."""
         judge = self.judge if plan.has_unmarked_labels else None
-        source = self.source if plan.num_queries > 0 else None
+        source = self.source if queries.num_queries > 0 else None
         asked = judge or source
         if asked is None:
             return None, None
         sharing = None if source is None else self.sharing
-        hidden, head, shared = asked.look(_own(inputs), plan.other_rows, plan.other_positions, sharing)
+        hidden, head, shared = asked.look(own_inputs(inputs), plan.other_rows, plan.other_positions, sharing)
         anchor = Anchor(hidden, head, ~inputs["distill"].bool()[plan.other_rows]) if judge is not None else None
         return anchor, None if source is None else shared
 
@@ -150,7 +164,7 @@ class DistillStep:
 
     def _backbone(self, inputs: dict[str, Any]) -> tuple[Any, list[torch.Tensor]]:
         """The student without its head. -> its output, `last_hidden_state` (B, T, H_s) with gradient, and its router's logits."""
-        own = _own(inputs)
+        own = own_inputs(inputs)
         with (
             nullcontext() if self.same_modules is None else self.same_modules.for_batch(own),
             routed(self.student, asked=bool(inputs.get(ASK))) as router_logits,
@@ -171,6 +185,6 @@ class DistillStep:
         )
 
 
-def _own(inputs: dict[str, Any]) -> dict[str, Any]:
+def own_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     """The student's own inputs, without what belongs to the step."""
-    return {name: value for name, value in inputs.items() if name not in ("labels", "distill", "queries", ASK)}
+    return {name: value for name, value in inputs.items() if name not in _OF_THE_STEP}

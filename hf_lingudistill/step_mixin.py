@@ -93,7 +93,7 @@ class StepMixin(TeacherMixin):
             self.teacher,
             whole_teacher=self._whole_teacher if measured and quantised else None,
             # An extra pass of a sharded teacher would have to be made by all processes at once; packed rows cannot be compacted
-            compare_sharing=not (is_sharded or packed or sampled),
+            compare_sharing=not (is_sharded or packed or sampled or args.teacher_cache),
             offload=offload,
         )
         if measured and not quantised:
@@ -106,8 +106,8 @@ class StepMixin(TeacherMixin):
             weights,
             offload=offload,
             sharded=is_sharded,
-            judge=self.before if args.anchor == "before" else None,
-            source=self.before if args.kv_source == "before" else None,
+            judge=self.before if args.anchor == "before" and not args.anchor_cache else None,
+            source=self.before if args.kv_source == "before" and not args.teacher_cache else None,
             sampled=sampled,
             watchers=[self.meter, watch, self.first_batch],
         )
@@ -121,14 +121,16 @@ class StepMixin(TeacherMixin):
             sampled and all_marked and "anchor" in asking
         ):  # on-policy it is the default, for whatever rows are not marked
             asking.remove("anchor")
-        if not asking:
-            return None
-        sharded = sharding_of(self.accelerator) is not None
-        before = make_before(self.model, student, self._compute_dtype, sharded=sharded, asked_by=asking[0])
         if all_marked and "anchor" in asking:
             logger.warning(
                 "anchor='before' changes nothing: it judges rows that are marked false, and there are none."
             )
+        # What is computed before training asks the student itself (`cache_mixin.py`)
+        asking = [name for name in asking if not (args.anchor_cache if name == "anchor" else args.teacher_cache)]
+        if not asking:
+            return None
+        sharded = sharding_of(self.accelerator) is not None
+        before = make_before(self.model, student, self._compute_dtype, sharded=sharded, asked_by=asking[0])
         logger.info("The VLM before (%s): %.1f MiB beside the student", " and ".join(asking), before.footprint / 2**20)
         return before
 

@@ -171,6 +171,23 @@ def on_device(teacher: Teacher, device: torch.device, *, offload: bool) -> Itera
         torch.nn.Module.to(teacher.model, "cpu")
 
 
+def head_alone(teacher: Teacher, device: torch.device, *, offload: bool) -> Teacher:
+    """The teacher without its weights, but for the head: of the model, nothing is left but its class and config. For one that need
+    not answer any more; whoever else holds the model still has it."""
+    model = teacher.model
+    with torch.device("meta"):
+        shell: Any = type(model)(model.config)
+    with on_device(teacher, device, offload=offload) as head:
+        head = replace(head, weight=head.matrix.detach())
+    kept = [t for t in (head.weight, head.bias) if t is not None]
+    return replace(
+        teacher,
+        model=shell.to(model.dtype).eval(),
+        head=head,
+        footprint=sum(t.numel() * t.element_size() for t in kept),
+    )
+
+
 def compute_dtype_of(student: PreTrainedModel, *, bf16: bool, fp16: bool) -> torch.dtype:
     """The dtype that the student computes in: the autocast dtype where there is one, else that of its weights."""
     if bf16:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from .bad_rows import ROW_COLUMN
+from .cache_mixin import CacheMixin
 from .config import LinguDistillConfig
 from .data_mixin import DataMixin
 from .engines import SameModules, blank_image, sharding_of
@@ -26,7 +27,7 @@ from .step_mixin import StepMixin
 from .teacher_mixin import as_dict
 
 
-class LinguDistillTrainer(DataMixin, StepMixin, PublishingMixin, ResumingMixin, SFTTrainer):  # type: ignore[override]  # what others set is measured here
+class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, ResumingMixin, SFTTrainer):  # type: ignore[override]  # what others set is measured here
     """Distil a VLM's original LM back into it.
 
     Everything that [`~trl.SFTTrainer`] accepts is accepted here; two arguments are added.
@@ -108,6 +109,7 @@ class LinguDistillTrainer(DataMixin, StepMixin, PublishingMixin, ResumingMixin, 
             self.step.same_modules = SameModules(student, image, self.accelerator)
         self.data_collator.plan = None if self._splits_batches() else self.step.plan
         self.step.install()
+        self.prepare_caches()
         self._resuming()
         self.pace = Pace()
         self.add_callback(self.pace)

@@ -37,6 +37,7 @@ _NOT_RECIPE = {
     "disable_tqdm",
     "resume_from_checkpoint",
     "overwrite_output_dir",
+    "cache_dir",
     "use_cpu",
     "accelerator_config",
     "dataloader_pin_memory",
@@ -54,6 +55,8 @@ SETTINGS = (
     "temperature",
     "anchor",
     "anchor_weight",
+    "anchor_cache",
+    "teacher_cache",
     "teacher_quantization",
     "learning_rate",
     "per_device_train_batch_size",
@@ -227,6 +230,7 @@ def gather_run_facts(
             "arithmetic": trainer.teacher_arithmetic,
             "mib": round(trainer.teacher.footprint / 2**20, 2),
             "quantization_kl": trainer.teacher_quantization_kl,
+            **_cache_fact(trainer, "teacher_cached"),
         },
         "datasets": list(datasets),
         "settings": {name: chosen[name] for name in SETTINGS if name in chosen},
@@ -247,7 +251,16 @@ def gather_run_facts(
 def _before_fact(trainer: Any) -> RunFacts | None:
     """The VLM before as a second parent: its bytes beside the student (0 where it is the adapter's base). None without one."""
     before = getattr(trainer, "before", None)  # any trainer with a teacher may carry the mixin
-    return None if before is None else {"model": "before", "mib": round(before.footprint / 2**20, 2)}
+    cache = _cache_fact(trainer, "anchor_cached")
+    if before is None and not cache:
+        return None
+    return {"model": "before", "mib": 0.0 if before is None else round(before.footprint / 2**20, 2), **cache}
+
+
+def _cache_fact(trainer: Any, name: str) -> RunFacts:
+    """What was kept of a model's answers before training; empty where it was asked live."""
+    cache = getattr(trainer, name, None)
+    return {} if cache is None else {"cache": trainer.cache_facts(cache)}
 
 
 def _sampling_fact(chosen: Mapping[str, Any]) -> RunFacts | None:

@@ -22,7 +22,7 @@ def training_rows(run_facts: Facts) -> list[tuple[str, str]]:
         "distilled share": _shares(training),
         "`kv_sharing`": settings.get("kv_sharing"),
         "`distill_tokens`": None if sampling else _tokens(settings),
-        "loss": _loss_on_policy(settings, run_facts) if sampling else _loss(settings),
+        "loss": _loss_on_policy(settings, run_facts) if sampling else _loss(settings, run_facts.get("anchor") or {}),
         "steps": _count(training.get("steps")),
         "batch": _batch(settings, hardware),
         "tokens seen": _count(training.get("tokens")),
@@ -47,6 +47,7 @@ def _teacher(teacher: Facts) -> str:
         about.append("weights not quantised" if quantization == "none" else f"weights in {markdown(quantization)}")
     about += [f"computed in {markdown(teacher['arithmetic'])}"] if teacher.get("arithmetic") else []
     about += [f"{mib:,.1f} MiB"] if is_finite(mib) else []
+    about += ["asked before training, its hidden states kept"] if teacher.get("cache") else []
     about += [f"KL to full precision {kl:.4f} nats per token"] if is_finite(kl) else []
     return "; ".join([*parts, *([", ".join(about)] if about else [])])
 
@@ -56,7 +57,7 @@ def _tokens(settings: Facts) -> str | None:
     return None if gate is None else f"{gate}, margin {margin} nats" if margin else str(gate)
 
 
-def _loss(settings: Facts) -> str | None:
+def _loss(settings: Facts, anchor: Facts) -> str | None:
     ce, kd = settings.get("ce_weight"), settings.get("distill_weight")
     if ce is None or kd is None:
         return None
@@ -64,10 +65,20 @@ def _loss(settings: Facts) -> str | None:
     weight: Any = settings.get("anchor_weight")
     elsewhere = "CE elsewhere"
     if settings.get("anchor") == "before" and is_finite(weight):
-        elsewhere = f"{1 - weight:g} x CE + {weight:g} x KL(VLM before || student) on unmarked rows, {elsewhere}"
+        elsewhere = f"{1 - weight:g} x CE + {weight:g} x KL(VLM before || student{_kept(anchor)}) on unmarked rows, {elsewhere}"
     return f"{ce} x CE + {kd} x divergence at distilled tokens, {elsewhere}" + (
         f" ({', '.join(shape)})" if shape else ""
     )
+
+
+def _kept(anchor: Facts) -> str:
+    """Of an anchor that was computed before training, what it consists of."""
+    cache = anchor.get("cache") or {}
+    k: Any = cache.get("k")
+    lost: Any = cache.get("lost")
+    if k is None:
+        return ""
+    return f", of its {k} most likely tokens" + (f" with {1 - lost:.2%} of its probability" if is_finite(lost) else "")
 
 
 def _loss_on_policy(settings: Facts, run_facts: Facts) -> str:

@@ -36,6 +36,8 @@ class Sharing:
     records_inputs: ClassVar[bool] = False
     # Whether the teacher's pass depends on the student at all, and whether documents packed into one row stay apart
     reads_student: ClassVar[bool] = True
+    # Whether it does on a row without an image
+    text_reads_student: ClassVar[bool] = True
     keeps_documents_apart: ClassVar[bool] = True
     # Whether student and teacher may differ in hidden size
     any_width: ClassVar[bool] = True
@@ -97,6 +99,8 @@ class Prompt(Sharing):
 
 class Vision(Sharing):
     """Only what the teacher cannot read itself is the student's."""
+
+    text_reads_student = False
 
     def own(self, readable: torch.Tensor, labelled: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         return readable

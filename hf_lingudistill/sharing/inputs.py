@@ -28,6 +28,7 @@ class Inputs(Sharing):
 
     records_kv = False
     records_inputs = True
+    text_reads_student = False
     any_width = False
 
     def own(self, readable: torch.Tensor, labelled: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
