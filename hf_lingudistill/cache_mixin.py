@@ -188,7 +188,7 @@ class CacheMixin(_Trainer):
         known = [cache.complete(title) for cache in self._caches]
         if all(known):
             spread = wanted[:: max(1, len(wanted) // LOOKED_AT)]
-            if self._go_through(dataset.select(spread), None, desc=None)[1] == 0:
+            if self._go_through(dataset.select(spread), before, desc=None)[1] == 0:
                 return sum(counts.get("live", 0) for counts in known if counts)
         mine = dataset.select(wanted[accelerator.process_index :: accelerator.num_processes])
         live, _ = self._go_through(mine, before, desc=f"Asking once, {name} set")
@@ -208,8 +208,8 @@ class CacheMixin(_Trainer):
         return live
 
     def _go_through(self, dataset: Dataset, before: Before | None, *, desc: str | None) -> tuple[int, int]:
-        """Go through rows, and ask about those that are not in where `desc` names the work. -> (number of rows that need the live
-        teacher, of rows that were not in)."""
+        """Go through rows, and ask about those that are not in where `desc` names the work; about one batch at least where it shall
+        be measured what quantisation costs the teacher. -> (number of rows that need the live teacher, of rows that were not in)."""
         args, live, missing = self.args, 0, 0
         loader: Any = DataLoader(
             dataset,
@@ -232,7 +232,10 @@ class CacheMixin(_Trainer):
             )
             live += int((distilled & ~still).sum())
             missing += sum(int(rows.sum()) for rows in wants)
-            if desc is not None and any(rows.any() for rows in wants):
+            measuring = self.teacher_cached is not None and not self.first_batch.quantization_measured
+            if measuring:
+                wants = wants[0] & (desc is not None), distilled & still
+            if (desc is not None or measuring) and any(rows.any() for rows in wants):
                 self._ask(self._prepare_inputs(batch), plan, keys, *wants, before)
         return live, missing
 
@@ -280,7 +283,9 @@ class CacheMixin(_Trainer):
             if shared is None:
                 shared = self._read(own)
             with on_device(self.teacher, device, offload=self.step.offload):
-                states = mode.teacher_pass(self.teacher.model, shared, queries).to("cpu")
+                states = mode.teacher_pass(self.teacher.model, shared, queries)
+                self.first_batch.answered(shared, queries, states)
+            states = states.to("cpu")
             for b, part in _by_row(queries.loss_rows.to("cpu")):
                 self.teacher_cached.add(keys[b], {"states": states[part]}, {"tokens": float(part.numel())})
 

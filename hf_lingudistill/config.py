@@ -182,7 +182,7 @@ class DistillChecks(_Config):
                 raise ValueError(f"{name} must be a name or path, or left out; got {shown(value)}.")
             setattr(self, name, str(value))
         k = self.anchor_cache_k
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k < 2**31:
             raise ValueError(f"anchor_cache_k must be a number of tokens of at least 1; got {shown(k)}.")
         if not (isinstance(self.distill_column, str) and self.distill_column):
             raise ValueError(f"distill_column must name a dataset column; got {shown(self.distill_column)}.")
@@ -241,11 +241,6 @@ class LinguDistillConfig(DistillChecks, DistillOptions, LocalSFTConfig):
                 f"teacher_cache=True keeps what does not change, and with kv_sharing={self.kv_sharing!r} the teacher reads the student's "
                 "keys and values on every row, which training moves: set kv_source='before', set kv_sharing to none, images, vision or "
                 "inputs (the last two: on text rows), or leave teacher_cache out."
-            )
-        if self.teacher_cache and self.measure_teacher_quantization:
-            raise ValueError(
-                "measure_teacher_quantization asks two teachers about a batch of training, and with teacher_cache=True none is asked: "
-                "measure in a short run without the cache."
             )
         joined = [name for name in ("packing", "padding_free") if getattr(self, name, False)]
         if joined and (self.anchor_cache or self.teacher_cache):

@@ -172,6 +172,10 @@ EVERY_OWN_FIELD = {
     "self_check": False,
     "anchor": "before",
     "anchor_weight": 0.25,
+    "anchor_cache": True,
+    "anchor_cache_k": 8,
+    "teacher_cache": True,
+    "cache_dir": "kept",
     "on_nan": "skip",
     "overwrite_output_dir": True,
 }

@@ -47,8 +47,11 @@ CHOICES = {
     "on_nan": ON_NAN_CHOICES,
 }
 FLAGS = ("answers_only", "measure_teacher_quantization", "skip_bad_rows", "self_check", "overwrite_output_dir")
+FLAGS += ("anchor_cache", "teacher_cache")
 NUMBERS = ("beta", "temperature", "distill_weight", "ce_weight", "distill_margin", "anchor_weight")
-NAMES = ("teacher_model_name_or_path", "teacher_model_revision")
+NAMES = ("teacher_model_name_or_path", "teacher_model_revision", "cache_dir")
+# What an option needs beside it
+WITH = {"anchor_cache": {"anchor": "before"}, "teacher_cache": {"kv_sharing": "none"}}
 
 
 ARRAYS = [np.array([0.5, 1.0]), np.array(["nf4", "prompt"]), torch.tensor(0.5)]  # `==` and `in` ask them for one truth
@@ -78,6 +81,8 @@ def is_valid(name: str, value: Any) -> bool:
             return False
     if name == "distill_column":
         return isinstance(value, str) and value != ""
+    if name == "anchor_cache_k":
+        return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
     if not is_number(value):
         return False
     ranges = {"beta": (0, 1), "anchor_weight": (0, 1), "distill_margin": (-math.inf, math.inf)}
@@ -113,7 +118,7 @@ def verdict(**values: Any) -> LinguDistillConfig | str:
 
 def judge(name: str, value: Any) -> bool:
     """Whether the value is valid. Fails where the config says otherwise, or says it in other words."""
-    valid, found = is_valid(name, value), verdict(**{name: value})
+    valid, found = is_valid(name, value), verdict(**WITH.get(name, {}), **{name: value})
     if valid:
         assert isinstance(found, LinguDistillConfig), f"{value!r} is valid, but: {found}"
         if name == "teacher_model_init_kwargs" and isinstance(value, str):
@@ -163,7 +168,9 @@ def test_a_recipe_with_any_value_ends_in_the_same_verdict(
 ) -> None:
     """Through YAML, where a text that reads as a number is one. Nothing but a ValueError, or argparse's own exit, comes out."""
     try:
-        text = yaml.safe_dump({name: value, "output_dir": "out", "report_to": "none"}, allow_unicode=True)
+        text = yaml.safe_dump(
+            {**WITH.get(name, {}), name: value, "output_dir": "out", "report_to": "none"}, allow_unicode=True
+        )
     except (yaml.YAMLError, ValueError):  # an object of Python's, or an integer of more digits than Python prints
         return
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
