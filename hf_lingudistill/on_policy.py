@@ -87,11 +87,6 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
     processing_class: Any
 
     _tag_names = ["trl", "on-policy", "lingudistill", "distillation"]
-    _name = "LinguDistill"
-    _paper = {
-        "title": "LinguDistill",
-        "id": "2604.00829",
-    }
 
     def __init__(
         self,

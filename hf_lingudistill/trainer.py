@@ -60,11 +60,6 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
     _signature_columns: Any
 
     _tag_names = ["trl", "sft", "lingudistill", "distillation"]
-    _name = "LinguDistill"
-    _paper = {
-        "title": "LinguDistill",
-        "id": "2604.00829",
-    }
 
     def __init__(
         self,

@@ -36,15 +36,6 @@ def make_batch(trainer: Any) -> Batch:
     return batch
 
 
-def moved(trainer: Any) -> Any:
-    """The trainer, its student another one than before."""
-    generator = torch.Generator().manual_seed(3)
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
-    return trainer
-
-
 def anchored_places(batch: Batch) -> list[tuple[int, int]]:
     labels = batch["labels"]
     return [
@@ -79,7 +70,7 @@ def lora(**kwargs: Any) -> LoraConfig:
 # The loss
 # --------------------------------------------------------------------------------------------------------------------
 def test_loss_and_every_gradient_equal_two_models_in_plain_torch(make_trainer: MakeTrainer) -> None:
-    trainer = moved(make_trainer(anchor="before", anchor_weight=WEIGHT))
+    trainer = tiny.moved(make_trainer(anchor="before", anchor_weight=WEIGHT))
     batch = make_batch(trainer)
     marked = [b for b in range(4) if batch["distill"][b]]
     assert any(reference(trainer.model, batch).gate) and len(anchored_places(batch)) > 5
@@ -97,7 +88,7 @@ def test_loss_and_every_gradient_equal_two_models_in_plain_torch(make_trainer: M
     assert metrics["anchored_tokens"] == len(anchored_places(batch))
     # Control: another model as anchor, and another weight
     for change in ("anchor", "weight"):
-        control = moved(make_trainer(anchor="before", anchor_weight=WEIGHT if change == "anchor" else 0.6))
+        control = tiny.moved(make_trainer(anchor="before", anchor_weight=WEIGHT if change == "anchor" else 0.6))
         if change == "anchor":
             vlm = tiny.make_vlm(7)
             control.step.judge = make_before(vlm, vlm, torch.float32, sharded=False)
@@ -118,7 +109,7 @@ def test_an_unchanged_student_is_at_zero_and_pulled_nowhere(make_trainer: MakeTr
     assert abs(loss) < 1e-6 and abs(log_of(trainer)["anchor_kl"]) < 1e-6
     assert max(float(g.abs().max()) for g in gradients.values() if g is not None) < 1e-5
     # Control: a changed one
-    changed, its_gradients = step(moved(trainer), batch)
+    changed, its_gradients = step(tiny.moved(trainer), batch)
     assert changed > 0.01 and max(float(g.abs().max()) for g in its_gradients.values() if g is not None) > 1e-2
 
 
@@ -193,7 +184,7 @@ def test_an_adapters_base_answers_as_a_copy_of_the_same_weights(
             anchor="before",
             anchor_weight=WEIGHT,
         )
-        return moved(trainer)
+        return tiny.moved(trainer)
 
     ours, theirs = make(), make()
     theirs.model.load_state_dict(ours.model.state_dict())

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ import tiny
 import torch
 import yaml
 from datasets import Dataset
+from scripts import script
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from hf_lingudistill import LinguDistillConfig
@@ -24,15 +23,7 @@ from hf_lingudistill.mixtures import DistillMixtureConfig
 FOLDER = Path(__file__).parents[1] / "examples" / "baselines"
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-interpolate = script("interpolate").interpolate
+interpolate = script("examples/baselines/interpolate.py").interpolate
 Pair = tuple[Path, Path]
 
 
@@ -147,7 +138,7 @@ def test_the_command_writes_a_vlm_with_its_processor(
     out = tmp_path / "out"
     arguments = ["--vlm", str(saved_pair[0]), "--lm", str(saved_pair[1]), "--alpha", "0.3", "--output_dir", str(out)]
     monkeypatch.setattr(sys, "argv", ["interpolate.py", *arguments])
-    script("interpolate").main()
+    script("examples/baselines/interpolate.py").main()
     assert capsys.readouterr().out == f"Saved to {out}: 0.3 of the VLM, 0.7 of the LM.\n"
     assert load_scored("m", str(out)).sees
     # and may be interpolated again, as after distillation
@@ -220,7 +211,7 @@ def mixture(saved_pair: Pair, tmp_path: Path) -> Callable[..., Path]:
 def test_a_trained_baseline_writes_a_vlm_of_the_same_shape_with_other_weights(
     name: str, saved_pair: Pair, mixture: Callable[..., Path], tmp_path: Path
 ) -> None:
-    script("text_replay").main(["--config", str(mixture(name))])
+    script("examples/baselines/text_replay.py").main(["--config", str(mixture(name))])
     vlm, trained = states(saved_pair[0], tmp_path / "out")
     assert {key: weight.shape for key, weight in trained.items()} == {key: weight.shape for key, weight in vlm.items()}
     moved = {key for key in vlm if not torch.equal(vlm[key], trained[key])}

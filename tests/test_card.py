@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -17,6 +16,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from scripts import script
 
 from hf_lingudistill.hub.card import render_card, usage_of
 from hf_lingudistill.hub.escape import fenced, markdown, plain
@@ -492,16 +492,8 @@ def test_a_recipe_holds_what_was_chosen_and_no_token(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # The committed cards
 # --------------------------------------------------------------------------------------------------------------------
-def renderer() -> Any:
-    spec = importlib.util.spec_from_file_location("render_cards", ROOT / "model_cards/render.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_committed_cards_are_what_the_results_say() -> None:
-    cards = renderer()
+    cards = script("model_cards/render.py")
     assert "demo.md" in cards.render()
     assert cards.stale(cards.render()) == [], "run `make cards`"
 
@@ -514,7 +506,7 @@ def test_links_in_the_committed_cards_lead_somewhere() -> None:
 
 def test_a_changed_result_makes_a_card_stale_and_a_new_recipe_gets_one(tmp_path: Path) -> None:
     """Control of the test above, on a copy; the recipe's report has the other schema."""
-    cards = renderer()
+    cards = script("model_cards/render.py")
     shutil.copytree(ROOT / "docs/results/demo", tmp_path / "docs/results/demo")
     (tmp_path / "cards").mkdir()
     (tmp_path / "cards/gone.md").write_text("left over" + cards.NOTE)
@@ -536,7 +528,7 @@ def test_a_changed_result_makes_a_card_stale_and_a_new_recipe_gets_one(tmp_path:
 
 def test_a_recipe_over_seeds_gets_a_card(tmp_path: Path) -> None:
     """Means and t intervals of its default arm; what it says of items and of one run elsewhere is not said here."""
-    cards = renderer()
+    cards = script("model_cards/render.py")
     folder = tmp_path / "examples/recipes/five_artists"
     (folder / "results").mkdir(parents=True)
     shutil.copy(ROOT / "examples/recipes/five_artists/recipe.yaml", folder)

@@ -572,17 +572,7 @@ def test_the_command_prints_text_or_json_and_writes_files(
 ) -> None:
     texts = tmp_path / "own.txt"
     texts.write_text("the sea is deep, wide and full of salt. " * 4)
-    command = [
-        "diagnose",
-        "--student",
-        str(drifted),
-        "--teacher",
-        str(original),
-        "--texts",
-        str(texts),
-        "--device",
-        "cpu",
-    ]
+    command = f"diagnose --student {drifted} --teacher {original} --texts {texts} --device cpu".split()
     assert main([*command, "--images", "drawn", "--output_dir", str(tmp_path / "out")]) == 0
     text, _ = capsys.readouterr()
     assert "Prompts: own.txt, behind drawn pictures (1 x text, no image, 1 x text behind an image)" in text
@@ -610,17 +600,7 @@ def test_without_matplotlib_all_but_the_plot_is_written(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     texts = tmp_path / "own.jsonl"
     texts.write_text('{"prompt": "What is the sea?", "completion": "It is deep, wide and full of salt."}')
-    command = [
-        "diagnose",
-        "--student",
-        str(drifted),
-        "--teacher",
-        str(original),
-        "--texts",
-        str(texts),
-        "--device",
-        "cpu",
-    ]
+    command = f"diagnose --student {drifted} --teacher {original} --texts {texts} --device cpu".split()
     assert main([*command, "--dtype", "bfloat16", "--output_dir", str(tmp_path / "out")]) == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if not p.name.startswith(".")) == [
         "drift.json",

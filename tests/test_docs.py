@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import re
 import shlex
@@ -14,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import script
 from trl import TrlParser
 
 from hf_lingudistill import cli
@@ -34,11 +34,7 @@ PAGES = [
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
     """docs/fill_readme.py, which is no module of a package."""
-    spec = importlib.util.spec_from_file_location("fill_readme", ROOT / "docs/fill_readme.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("docs/fill_readme.py")
 
 
 def test_generated_blocks_are_current(tool: ModuleType) -> None:

@@ -60,15 +60,6 @@ def step(trainer: Any, inputs: dict[str, Any]) -> tuple[float, Any]:
     return loss.item(), gradients_of(trainer.model)
 
 
-def moved(trainer: Any) -> Any:
-    """The trainer, its student another one than before."""
-    generator = torch.Generator().manual_seed(3)
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
-    return trainer
-
-
 def two_models(
     model: Any,
     before: Any,
@@ -132,7 +123,7 @@ def test_loss_and_every_gradient_equal_two_models_in_plain_torch(
 ) -> None:
     rows = prompts()
     rows[2]["distill"] = True  # an image that the LM is asked about
-    trainer = moved(make(train_dataset=rows, kv_sharing=kv_sharing, **settings))
+    trainer = tiny.moved(make(train_dataset=rows, kv_sharing=kv_sharing, **settings))
     inputs = sampled(trainer, rows)
     inputs["completion_ids"][1, 3] = UNSHARED
     batch = trainer._batch(inputs)

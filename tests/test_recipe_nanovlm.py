@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,7 @@ import pytest
 import yaml
 from datasets import load_from_disk
 from safetensors.torch import load_file
+from scripts import script
 from tiny import make_lm, make_tokenizer
 
 from hf_lingudistill.scripts.distill import main as distill
@@ -23,11 +23,7 @@ RECIPE = yaml.safe_load((RECIPES / "nanovlm_460m.yaml").read_text())
 
 @pytest.fixture(scope="module")
 def prepare() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recipe_nanovlm", RECIPES / "nanovlm_460m.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("examples/recipes/nanovlm_460m.py")
 
 
 def write_finevision(folder: Path, rows: int = 4) -> Path:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import datasets
@@ -18,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from scripts import script
 
 from hf_lingudistill.labs.plan.known_models import BUILT_IN
 from hf_lingudistill.scripts.arguments import parse
@@ -26,16 +24,7 @@ from hf_lingudistill.scripts.distill import main as distill
 RECIPES = Path(__file__).resolve().parents[1] / "examples/recipes"
 
 
-def module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found
-    spec.loader.exec_module(found)
-    return found
-
-
-writer = module("write_recipes")
+writer = script("examples/recipes/write_recipes.py")
 PAIRS = {pair.slug: pair for pair in writer.PAIRS}
 ALL = [(slug, variant) for slug in PAIRS for variant in writer.VARIANTS]
 # One of each family here, in turns full and LoRA; all of them in the slow target
@@ -98,7 +87,7 @@ def test_two_steps(
     student = tiny_families.save_student(known, tmp_path / "student", monkeypatch)
     if pair.before:
         original = tiny_families.save_student(known, tmp_path / "original", monkeypatch)
-        module("text_half").text_half(str(original), tmp_path / "teacher")
+        script("examples/recipes/text_half.py").text_half(str(original), tmp_path / "teacher")
     else:
         tiny_families.make_teacher(pair.teacher).save_pretrained(tmp_path / "teacher")
         tiny_families.make_tokenizer(None).save_pretrained(tmp_path / "teacher")
@@ -135,7 +124,7 @@ def test_two_steps(
 def test_the_text_half_speaks_as_the_whole_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    half = module("text_half").text_half
+    half = script("examples/recipes/text_half.py").text_half
     source = tiny_families.save_student("google/gemma-3-4b-it", tmp_path / "vlm", monkeypatch)
     half(str(source), tmp_path / "half")
     whole = tiny_families.make_student("google/gemma-3-4b-it")

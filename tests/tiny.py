@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -169,3 +170,12 @@ def make_dataset(count: int = 8, **kwargs: object):
     if "images" in rows[0]:
         features["images"] = List(Image())
     return Dataset.from_list(rows, features=Features(features))
+
+
+def moved(trainer: Any) -> Any:
+    """The trainer, its student another one than before."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return trainer

@@ -45,6 +45,10 @@ class PublishingMixin(_Trainer):
         teacher_part: of a teacher that is a VLM, "text half" or "whole"; None of an LM.
     """
 
+    # TRL's, for cards and trackers
+    _name = "LinguDistill"
+    _paper = {"title": "LinguDistill", "id": "2604.00829"}
+
     teacher_name_or_path: str
     teacher: Any
     model: Any  # narrower than transformers' declarations, which admit None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import os
-import shutil
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ from ..._version import __version__
 from ...config import LinguDistillConfig
 from ...folders import claim, replacing
 from ...hub.run_facts import SETTINGS
+from ...sentences import typed
 from ...trainer import LinguDistillTrainer
 from ..demo_report import Report, fidelity_entry, prompts_text, table, verdict, vision_entry, write_report
 from ..evaluation.fidelity import Question, Reference, fidelity, original_answers, text_measures
@@ -92,7 +91,7 @@ def run_demo(
         report = _Run(config, folder, story, size or Size(), pictures, say).all(load)
     say(f"\nReport:  {out}/report.json and report.png")
     say(f"Models:  {out}/original, {out}/before, {out}/after (plain transformers)")
-    say(f"Next:    {_command()} check {out}/before {out}/original")
+    say(f"Next:    {typed('check', f'{out}/before', f'{out}/original')}")
     return report
 
 
@@ -284,13 +283,3 @@ def _quiet() -> Iterator[None]:
 
 def _print(line: str) -> None:
     print(line, flush=True)  # into a pipe, too
-
-
-def _command() -> str:
-    """How to call `lingudistill` from this shell: the environment of `make demo` is not activated."""
-    if shutil.which("lingudistill"):
-        return "lingudistill"
-    script = Path(sys.executable).with_name("lingudistill")
-    if not script.is_file():
-        return f"{sys.executable} -m hf_lingudistill.cli"
-    return os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)

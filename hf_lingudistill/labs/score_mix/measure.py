@@ -5,7 +5,7 @@ n tokens of an answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,45 +18,28 @@ from ..evaluation.models import Scored
 from ..evaluation.reading import answer_states, answering_head, logits
 
 Record = Mapping[str, Any]
+Read = Callable[[Sequence[Prompt]], list[Record]]
 
 
-def read_as_student(
-    student: Scored,
-    prompts: Sequence[Prompt],
-    cache: ItemCache,
-    *,
-    max_answer_tokens: int,
-    batch_size: int,
-    bar: str | None,
-) -> dict[str, Record]:
-    """{key: {"tokens": of the whole answer, "with", "without": n nats each}}; rows without an image have no "without"."""
+def student_reader(student: Scored, max_answer_tokens: int) -> Read:
+    """Reads rows, all with images or all without, as {"tokens": of the whole answer, "with", "without": n nats each}; rows without an
+    image have no "without"."""
 
     def read(batch: Sequence[Prompt]) -> list[Record]:
         whole = [student.ids(prompt.answer) for prompt in batch]
         ids = [row[:max_answer_tokens] for row in whole]
         shown = _nats(student, [prompt.messages for prompt in batch], [prompt.images for prompt in batch], ids)
-        found: list[dict[str, Any]] = [
-            {"tokens": len(row), "with": nats} for row, nats in zip(whole, shown, strict=True)
-        ]
+        found = [{"tokens": len(row), "with": nats} for row, nats in zip(whole, shown, strict=True)]
         if batch[0].images:
             blind = _nats(student, [without_images(prompt.messages) for prompt in batch], [()] * len(batch), ids)
-            for record, nats in zip(found, blind, strict=True):
-                record["without"] = nats
-        return found  # type: ignore[return-value]
+            found = [{**record, "without": nats} for record, nats in zip(found, blind, strict=True)]
+        return list(found)
 
-    return _read(prompts, cache, read, batch_size, bar)
+    return read
 
 
-def read_as_teacher(
-    teacher: Scored,
-    prompts: Sequence[Prompt],
-    cache: ItemCache,
-    *,
-    max_answer_tokens: int,
-    batch_size: int,
-    bar: str | None,
-) -> dict[str, Record]:
-    """{key: {"tokens": read, "entropy", "nats": sums over them}}: the teacher reads the text alone, by its own chat template."""
+def teacher_reader(teacher: Scored, max_answer_tokens: int) -> Read:
+    """Reads rows as {"tokens": read, "entropy", "nats": sums over them}: the teacher reads the text alone, by its own chat template."""
     head = answering_head(teacher)
 
     @torch.inference_mode()
@@ -73,19 +56,13 @@ def read_as_teacher(
             )
         return found
 
-    return _read(prompts, cache, read, batch_size, bar)
+    return read
 
 
-def _nats(
-    student: Scored, turns: Sequence[Any], images: Sequence[Any], ids: Sequence[Sequence[int]]
-) -> list[list[float]]:
-    rows = answer_scores(student, [student.render(list(t)) for t in turns], images, ids)
-    return [[-log_prob for log_prob, _ in row] for row in rows]
-
-
-def _read(
-    prompts: Sequence[Prompt], cache: ItemCache, read: Any, batch_size: int, bar: str | None
+def read_all(
+    prompts: Sequence[Prompt], read: Read, cache: ItemCache, *, batch_size: int, bar: str | None
 ) -> dict[str, Record]:
+    """{key: record} of every row; those that the cache holds are not read again. bar: what a progress bar says; None for none."""
     todo = [prompt for prompt in prompts if prompt.key not in cache]
     shown = progress_bar(
         total=len(prompts), initial=len(prompts) - len(todo), desc=bar, unit="row", disable=bar is None
@@ -95,6 +72,13 @@ def _read(
         shown.update(len(batch))
     shown.close()
     return {prompt.key: cache.records[prompt.key] for prompt in prompts}
+
+
+def _nats(
+    student: Scored, turns: Sequence[Any], images: Sequence[Any], ids: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    rows = answer_scores(student, [student.render(list(t)) for t in turns], images, ids)
+    return [[-log_prob for log_prob, _ in row] for row in rows]
 
 
 def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:

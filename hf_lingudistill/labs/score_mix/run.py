@@ -21,7 +21,7 @@ from ..diagnose.prompts import Prompt, prompt_of
 from ..evaluation.cache import ItemCache, digest
 from ..evaluation.models import Scored, chat_template_of, describe, load_scored, read_config, takes_images
 from ..statistics import Bootstrap, Items
-from .measure import as_texts, read_as_student, read_as_teacher
+from .measure import Read, Record, as_texts, read_all, student_reader, teacher_reader
 from .report import FILES
 
 Report = dict[str, Any]
@@ -154,12 +154,12 @@ def score_mix(
             )
     prompts = [prompt for source in sources for prompt in source.prompts]
     options |= {"dtype": dtype, "device": device}
-    settings = {"max_answer_tokens": max_answer_tokens, "batch_size": batch_size}
 
-    def read(role: str, path: str, by: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def read(role: str, path: str, reader: Callable[[Scored, int], Read]) -> tuple[dict[str, Record], dict[str, Any]]:
         scored = load_scored(role, path, **options)
         cache = ItemCache(out / "items" / f"{role}.jsonl", _header(scored, prompts, max_answer_tokens))
-        found = by(scored, prompts, cache, bar=f"{role}: answers" if progress else None, **settings)
+        bar = f"{role}: answers" if progress else None
+        found = read_all(prompts, reader(scored, max_answer_tokens), cache, batch_size=batch_size, bar=bar)
         facts = describe(scored)
         del scored
         gc.collect()
@@ -167,8 +167,8 @@ def score_mix(
             torch.accelerator.empty_cache()
         return found, facts
 
-    seen, student_facts = read("student", student, read_as_student)
-    told, teacher_facts = read("teacher", teacher, read_as_teacher)
+    seen, student_facts = read("student", student, student_reader)
+    told, teacher_facts = read("teacher", teacher, teacher_reader)
     bootstrap = Bootstrap(seed=seed)
     return {
         "schema": SCHEMA,

@@ -63,12 +63,6 @@ HELD_OUT_INSTRUCTIONS = (
 )
 
 
-def article_free(caption: str) -> str:
-    """`a hot dog` -> `hot dog`."""
-    first, _, rest = caption.partition(" ")
-    return rest if first in ("a", "an", "the") and rest else caption
-
-
 def sentence(caption: str) -> str:
     return caption[:1].upper() + caption[1:]
 
