@@ -106,7 +106,7 @@ def test_the_demo_leaves_three_models_and_a_report(done: Any) -> None:
 
 
 def test_the_report_measures_the_damage_and_shows_every_prompt(done: Any) -> None:
-    _, report, _, _ = done
+    out, report, _, _ = done
     language = report["language"]
     assert language["original"] == 0.0 and language["before"] > 0.05  # it was damaged
     assert language["recovered"] == pytest.approx(1 - language["after"] / language["before"])
@@ -115,7 +115,8 @@ def test_the_report_measures_the_damage_and_shows_every_prompt(done: Any) -> Non
     assert report["pictures"]["n_texts"] == 2 and report["vision"]["n"] == 3
     assert [entry["prompt"] for entry in report["prompts"]] == [asked["prompt"] for asked in STORY.prompts]
     assert all(isinstance(entry[arm], str) for entry in report["prompts"] for arm in ("original", "before", "after"))
-    assert report["prompts"][1]["image"] == "a blue shape" and "image" not in report["prompts"][0]
+    assert report["prompts"][1]["shows"] == "a blue shape" and "image" not in report["prompts"][0]
+    assert Image.open(out / report["prompts"][1]["image"]).size == (64, 64)
     stages_done = {"original", "aligned", "before", "answers", "after", "measuring", "total"}
     assert set(report["seconds"]) == set(report["cpu_seconds"]) == stages_done
     assert report["seconds"]["total"] >= sum(s for name, s in report["seconds"].items() if name != "total") - 1

@@ -212,6 +212,7 @@ def _from_demo(raw: Mapping[str, Any], prompts: list[tuple[Path | None, str]]) -
         "Seed": settings.get("seed"),
         "Sharing": settings.get("kv_sharing"),
         "Teacher": settings.get("teacher_quantization"),
+        "Drawings": raw.get("drawings"),
         **_machine(raw),
     }
     tasks = [task for task in tasks if task.scores]

@@ -97,7 +97,7 @@ def prompts_text(prompts: Sequence[Mapping[str, str]], width: int = 100) -> str:
     """Every prompt with its answers under each other, wrapped, as plain text."""
     blocks = []
     for entry in prompts:
-        lines = [f"> {entry['prompt']}" + (f"   [a picture of {entry['image']}]" if entry.get("image") else "")]
+        lines = [f"> {entry['prompt']}" + (f"   [a picture of {entry['shows']}]" if entry.get("shows") else "")]
         for arm, label in LABELS.items():
             if entry.get(arm) is not None:
                 text = " ".join(entry[arm].split()) or "(nothing)"

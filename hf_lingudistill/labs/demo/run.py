@@ -36,7 +36,7 @@ from .stages import aligned_vlm, ask, keep_eyes, long_rows, original_lm, readabl
 from .story import Story, pictures_of, read_story, views
 
 # What a demo writes to its OUT
-PRODUCTS = ("original", "before", "after", "report.json", "report.png")
+PRODUCTS = ("original", "before", "after", "drawings", "report.json", "report.png")
 SHORT_SHARE = 4  # of the rows of the cure, one in four is a short question
 
 
@@ -66,7 +66,7 @@ def run_demo(
     load: Callable[[], tuple[Any, Any]] = original_lm,
     say: Callable[[str], None] | None = None,
 ) -> Report:
-    """Run the demo and write OUT/original, OUT/before, OUT/after, OUT/report.json and OUT/report.png.
+    """Run the demo and write OUT/original, OUT/before, OUT/after, OUT/drawings, OUT/report.json and OUT/report.png.
 
     All of them appear at the end, or none; what an earlier demo wrote to OUT is replaced, and nothing else is.
 
@@ -147,6 +147,7 @@ class _Run:
             with self._timed("measuring", "6/6  Measuring"):
                 report = self._measure(original)
                 report["prompts"] = self._prompts(original)
+                report["drawings"] = "OpenMoji, CC BY-SA 4.0"
         for kind, found in (("seconds", self.seconds), ("cpu_seconds", self.cpu_seconds)):
             report[kind] = {name: round(value, 1) for name, value in found.items()}
         report["config"] = {name: getattr(config, name) for name in (*SETTINGS, "max_steps")}
@@ -237,8 +238,14 @@ class _Run:
         for index, asked in enumerate(self.story.prompts):
             thing = asked.get("thing")
             one = next((one for one in self.pictures if one.name == thing), None)
-            pictures.append(one and views([one], 1, seed=self.config.seed + 4 + index)[0])
-            entries.append({"prompt": asked["prompt"]} | ({"image": one.caption} if one else {}))
+            entry = {"prompt": asked["prompt"]}
+            if one is not None:
+                one = views([one], 1, seed=self.config.seed + 4 + index)[0]
+                entry |= {"image": f"drawings/{one.name}.png", "shows": one.caption}  # the Space asks about the file again
+                (self.out / "drawings").mkdir(exist_ok=True)
+                (self.out / entry["image"]).write_bytes(one.png())
+            pictures.append(one)
+            entries.append(entry)
         for arm in ("original", "before", "after"):
             scored = original if arm == "original" else load_scored(arm, str(self.out / arm), dtype=torch.float32)
             for sees in (False, True):
