@@ -88,7 +88,7 @@ def arms(place: Place, run: Run) -> None:
         started = time.time()
         path, record = trained(place, run, name, sets)
         spent = time.time() - started
-        found = measures.of(path, ifeval=ifeval)
+        found = measures.of(path, ifeval=ifeval if name in place.settings["ifeval"]["arms"] else None)
         found |= {
             "seconds": round(spent, 1),
             "measure_seconds": round(time.time() - started - spent, 1),
