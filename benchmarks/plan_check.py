@@ -109,6 +109,7 @@ class Shape:
             lora_rank=self.lora_rank,
             teacher_quantization=self.quantization,
             kv_sharing=self.kv_sharing,
+            kv_source="student",
             padded=self.padded,
             engine=self.engine,
             gpus=self.processes,
@@ -236,6 +237,7 @@ def make_trainer(folder: Path, shape: Shape, steps: int) -> LinguDistillTrainer:
         teacher_model_name_or_path=str(folder / "lm"),
         teacher_quantization=shape.quantization,
         kv_sharing=shape.kv_sharing,
+        kv_source="student",
         distill_tokens="all",
     )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -388,6 +390,7 @@ def check_cost() -> dict[str, Any]:
             gradient_checkpointing=shape["gradient_checkpointing"],
             teacher_quantization=shape["teacher_quantization"],
             kv_sharing=arm,
+            kv_source="student",
             device="cpu",
         )
         row = result["arms"][arm]

@@ -10,6 +10,7 @@ VLM collator, a whole optimizer step each (forward, backward, AdamW), interleave
     sft          trl.SFTTrainer; off Triton its head scores every position. `ratio_trl` is to it.
     sft_compact  the same loss with our head, over the labelled positions alone: no row is marked. `ratio` is to it.
     full, prompt, vision, none, inputs   LinguDistillTrainer in each sharing mode
+    vision_before  the default: `vision`, of the keys and values of the VLM before (a forward more)
     full_length  the teacher run over the full length with all its logits, as TRL's GKD trainer does
     prompt_long  a text row of 1,024 tokens, every one of them distilled; its ratios are to `sft_long` and `sft_compact_long`
 
@@ -55,7 +56,7 @@ from hf_lingudistill.sharing import MODES as MODES_BY_NAME
 from hf_lingudistill.sharing import Sharing
 
 MODES = ("full", "prompt", "vision", "none", "inputs")
-ARMS = ("sft", "sft_compact", *MODES, "full_length", "sft_long", "sft_compact_long", "prompt_long")
+ARMS = ("sft", "sft_compact", *MODES, "vision_before", "full_length", "sft_long", "sft_compact_long", "prompt_long")
 IMAGE_SIZE, PATCH = 448, 16  # 28 x 28 = 784 image tokens
 RESPONSE_TOKENS, LENGTH = 64, 1024
 EXTRA = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
@@ -187,13 +188,14 @@ class Stepper:
         self.batch = next(iter(trainer.get_train_dataloader()))
         self.labels = int((self.batch["labels"][:, 1:] != -100).sum())
 
-    def step(self, sharing: Sharing | None) -> None:
-        """One optimizer step. sharing: how the teacher runs; None for plain cross-entropy."""
+    def step(self, sharing: Sharing | None, *, before: bool = False) -> None:
+        """One optimizer step. sharing: how the teacher runs; None for plain cross-entropy. before: it reads the VLM before."""
         trainer = self.trainer
         batch = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.batch.items() if k != "queries"}
         if isinstance(trainer, LinguDistillTrainer):
             batch["distill"] = torch.full_like(batch["distill"], sharing is not None)
             trainer.step.sharing = sharing or MODES_BY_NAME["prompt"]
+            trainer.step.source = trainer.before if before else None
             batch["queries"] = trainer.step.plan(batch)  # the collator's work
         trainer.training_step(trainer.model, batch, num_items_in_batch=torch.tensor(self.labels))
         trainer.optimizer.step()
@@ -202,7 +204,8 @@ class Stepper:
             torch.cuda.synchronize()
 
 
-def make_stepper(arm: str, folder: Path, args: argparse.Namespace) -> Stepper:
+def make_stepper(arm: str, folder: Path, args: argparse.Namespace, *, before: bool) -> Stepper:
+    """before: an arm reads the VLM before, which is then held beside the student."""
     common: dict[str, Any] = dict(
         output_dir=str(folder / "out"),
         per_device_train_batch_size=args.batch_size,
@@ -221,6 +224,7 @@ def make_stepper(arm: str, folder: Path, args: argparse.Namespace) -> Stepper:
         teacher_model_name_or_path=str(folder / "lm"),
         teacher_quantization=args.teacher_quantization,
         kv_sharing=arm if arm in MODES else "prompt",
+        kv_source="before" if before else "student",
         distill_tokens="all",
     )
     trainer = LinguDistillTrainer(model=str(folder / "vlm"), args=config, train_dataset=dataset)
@@ -231,20 +235,20 @@ def make_stepper(arm: str, folder: Path, args: argparse.Namespace) -> Stepper:
 def mode_of(arm: str) -> Sharing | None:
     if arm.startswith("sft"):
         return None
-    return FULL_LENGTH if arm == "full_length" else MODES_BY_NAME[arm.removesuffix("_long")]
+    return FULL_LENGTH if arm == "full_length" else MODES_BY_NAME[arm.removesuffix("_long").removesuffix("_before")]
 
 
 def run_arm(stepper: Stepper, arm: str) -> tuple[float, float]:
     """Seconds of one step: (what the ratios are of, wall)."""
     wall, cpu = time.perf_counter(), time.process_time()
-    stepper.step(mode_of(arm))
+    stepper.step(mode_of(arm), before=arm.endswith("_before"))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return wall if machine().gpus > 0 else cpu, wall
 
 
 def peak_of(arm: str, folder: Path, args: argparse.Namespace) -> None:
     """Run two steps of one arm in this process and print its peak memory in MiB."""
-    stepper = make_stepper(arm, folder, args)
+    stepper = make_stepper(arm, folder, args, before=arm.endswith("_before"))
     for _ in range(2):
         run_arm(stepper, arm)
     if machine().accelerated:
@@ -285,8 +289,10 @@ def main() -> None:
         make_models(folder, args.vocabulary)
         # All distilling arms of a shape share one trainer, and with it student, optimizer and teacher
         kind = {arm: (arm.startswith("sft") and "compact" not in arm, arm.endswith("_long")) for arm in args.arms}
+        by_kind = {key: [arm for arm in args.arms if kind[arm] == key] for key in set(kind.values())}
         steppers = {
-            key: make_stepper(next(a for a in kind if kind[a] == key), folder, args) for key in set(kind.values())
+            key: make_stepper(arms[0], folder, args, before=any(arm.endswith("_before") for arm in arms))
+            for key, arms in by_kind.items()
         }
         length = next(iter(steppers.values())).batch["input_ids"].shape[1]
         seconds: dict[str, list[float]] = {arm: [] for arm in args.arms}

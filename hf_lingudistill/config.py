@@ -91,9 +91,13 @@ else:
 class DistillChecks(_Config):
     """What every distilling config checks. Mixed in first, before the options and a config of TRL's."""
 
+    kv_source_left_out = False
+
     def __post_init__(self) -> None:
         self._check_types()
         super().__post_init__()
+        if self.kv_source is None and self.kv_sharing in KV_SHARING_CHOICES:
+            self.kv_source_left_out, self.kv_source = True, MODES[self.kv_sharing].source
         for name, choices in (
             ("teacher_quantization", QUANTIZATION_CHOICES),
             ("teacher_sharding", SHARDING_CHOICES),

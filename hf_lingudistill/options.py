@@ -36,7 +36,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def _choice(default: str, choices: tuple[str, ...], help: str) -> Any:
+def _choice(default: str | None, choices: tuple[str, ...], help: str) -> Any:
     return field(default=default, metadata={"help": help, "choices": list(choices)})
 
 
@@ -83,15 +83,16 @@ class DistillOptions:
         "leaves it on the device.",
     )
     kv_sharing: str = _choice(
-        "prompt",
+        "vision",
         KV_SHARING_CHOICES,
         f"What the teacher reads of the student: {', '.join(KV_SHARING_CHOICES)} (docs/method.md). `lingudistill diagnose` measures which "
         "fits a pair.",
     )
-    kv_source: str = _choice(
-        "student",
+    kv_source: str | None = _choice(
+        None,
         KV_SOURCE_CHOICES,
-        "Whose keys and values the teacher reads: the student's, which training moves, or the VLM's before training.",
+        "Whose keys and values the teacher reads: the student's, which training moves, or those of the VLM before. Left out: before with "
+        "vision, unless an engine splits the student; else student.",
     )
     beta: float = _option(0.0, "Generalised JSD in [0, 1]: 0 = KL(teacher || student), 1 = KL(student || teacher).")
     temperature: float = _option(
@@ -108,7 +109,7 @@ class DistillOptions:
         "distilled.",
     )
     distill_tokens: str = _choice(
-        "confident",
+        "all",
         DISTILL_TOKENS_CHOICES,
         "all distils every response token of a marked row; confident only those whose label the teacher gives at least the "
         "student's probability, the others get CE.",

@@ -78,6 +78,7 @@ class StepMixin(TeacherMixin):
         self.teacher: Teacher = self._make_teacher(student, shard=is_sharded, offload=offload)
         mode.check(student, self.teacher.model)
         offload = offload and not is_sharded  # a sharded teacher's pieces come to the device by themselves
+        self.before = self._make_before(student, sampled=sampled)
         measured, quantised = args.measure_teacher_quantization, is_quantised(self.teacher.model)
         self.meter = Meter(
             accelerator,
@@ -98,7 +99,6 @@ class StepMixin(TeacherMixin):
         )
         if measured and not quantised:
             self.first_batch.quantization_kl = 0.0
-        self.before = self._make_before(student, sampled=sampled)
         return DistillStep(
             student,
             self.teacher,
@@ -130,7 +130,14 @@ class StepMixin(TeacherMixin):
         if not asking:
             return None
         sharded = sharding_of(self.accelerator) is not None
-        before = make_before(self.model, student, self._compute_dtype, sharded=sharded, asked_by=asking[0])
+        try:
+            before = make_before(self.model, student, self._compute_dtype, sharded=sharded, asked_by=asking[0])
+        except ValueError as error:
+            if asking != ["kv_source"] or not args.kv_source_left_out:
+                raise
+            logger.warning("The teacher reads the student's own keys and values, which training moves: %s", error)
+            args.kv_source = "student"
+            return None
         logger.info("The VLM before (%s): %.1f MiB beside the student", " and ".join(asking), before.footprint / 2**20)
         return before
 

@@ -135,10 +135,11 @@ def make_trainer(tmp_path: Path, _cheap_collections: None) -> Callable[..., Any]
         }
         config_class: Any = LocalSFTConfig
         if ours:
-            settings["teacher_quantization"] = "none"
+            # A teacher that reads text and image of a student that moves, and is gated: more can go wrong than with the defaults
+            settings |= {"teacher_quantization": "none", "kv_sharing": "prompt", "distill_tokens": "confident"}
             config_class = LinguDistillConfig
         if ours and not issubclass(trainer_class, LinguDistillTrainer):
-            settings |= {"max_completion_length": 8, "log_completions": False}
+            settings |= {"max_completion_length": 8, "log_completions": False, "distill_tokens": "all"}
             config_class = OnPolicyLinguDistillConfig
         return trainer_class(args=config_class(**{**settings, **arguments}), **given)
 

@@ -41,7 +41,7 @@ def test_loss_and_gradients_are_those_of_a_teacher_that_reads_the_vlm_before(
     assert loss == pytest.approx(expected.loss.item(), rel=1e-6)
     assert difference(gradients, gradients_of(other)) < TOLERANCE
     # Control: the student's own, as it is now
-    theirs = moved(make_trainer(kv_sharing=mode, distill_tokens="all"))
+    theirs = moved(make_trainer(kv_source="student", kv_sharing=mode, distill_tokens="all"))
     its_loss, its_gradients = step(theirs, batch)
     assert its_loss != pytest.approx(loss, rel=1e-4) and difference(its_gradients, gradients) > 1e-3
 
@@ -112,6 +112,29 @@ def test_what_cannot_be_is_refused_by_its_own_name() -> None:
     vlm = tiny.make_vlm(0)
     with pytest.raises(ValueError, match=r"kv_source='before' needs the whole student .* set kv_source='student'"):
         make_before(vlm, vlm, torch.float32, sharded=True, asked_by="kv_source")
+
+
+@pytest.mark.parametrize(
+    ("mode", "source"), [("vision", "before"), ("full", "student"), ("prompt", "student"), ("none", "student")]
+)
+def test_left_out_it_is_what_was_measured_to_be_better(make_trainer: MakeTrainer, mode: str, source: str) -> None:
+    trainer = make_trainer(kv_sharing=mode)
+    assert trainer.args.kv_source == source
+    assert (trainer.before is not None) == (source == "before") == (trainer.step.source is not None)
+
+
+def test_left_out_it_gives_way_to_an_engine_that_splits_the_student(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        "hf_lingudistill.step_mixin.make_before",
+        lambda *given, **options: make_before(*given, **options | {"sharded": True}),
+    )
+    trainer = make_trainer(kv_sharing="vision")
+    assert trainer.args.kv_source == "student" and trainer.step.source is None and trainer.meter.follows_student
+    assert "The teacher reads the student's own keys and values, which training moves" in caplog.text
+    with pytest.raises(ValueError, match="needs the whole student"):  # control: not where it was asked for
+        make_trainer(kv_sharing="vision", kv_source="before")
 
 
 def test_a_teacher_that_is_led_astray_is_noticed(caplog: pytest.LogCaptureFixture) -> None:

@@ -294,7 +294,7 @@ def test_the_cost_of_a_step_tends_to_the_share_of_the_response(small: tuple[Mode
     light = [
         replace(facts, text=replace(facts.text, heads_width=0)) for facts in (student, teacher)
     ]  # no attention products
-    setup = Setup(seq_len=4096, response_tokens=64, gradient_checkpointing=False, device="cpu")
+    setup = Setup(seq_len=4096, response_tokens=64, gradient_checkpointing=False, kv_sharing="prompt", device="cpu")
     assert step_cost(light[0], light[1], setup) == pytest.approx(1 + 64 / (3 * 4096), rel=1e-9)
     # With checkpointing a step has four passes, with LoRA two
     assert step_cost(light[0], light[1], replace(setup, gradient_checkpointing=True)) == pytest.approx(
@@ -302,8 +302,14 @@ def test_the_cost_of_a_step_tends_to_the_share_of_the_response(small: tuple[Mode
     )
     assert step_cost(light[0], light[1], replace(setup, lora_rank=8)) == pytest.approx(1 + 64 / (2 * 4096), rel=1e-9)
     # `vision` computes all text
-    text = replace(setup, kv_sharing="vision", image_tokens=1024)
+    text = replace(setup, kv_sharing="vision", kv_source="student", image_tokens=1024)
     assert step_cost(light[0], light[1], text) == pytest.approx(1 + 3072 / (3 * 4096), rel=1e-9)
+    # and of the VLM before a forward pass more, unless an engine splits the student
+    assert step_cost(light[0], light[1], replace(text, kv_source=None)) == pytest.approx(
+        1 + (4096 + 3072) / (3 * 4096), rel=1e-9
+    )
+    split = replace(text, kv_source=None, engine="fsdp2", gpus=2)
+    assert step_cost(light[0], light[1], split) == step_cost(light[0], light[1], replace(split, kv_source="student"))
 
 
 def test_a_small_student_on_a_gpu_waits_for_its_launches(small: tuple[ModelFacts, ModelFacts]) -> None:
@@ -313,10 +319,12 @@ def test_a_small_student_on_a_gpu_waits_for_its_launches(small: tuple[ModelFacts
     short = (
         replace(student, vision=None),
         teacher,
-        Setup(seq_len=64, image_tokens=0, response_tokens=16, gradient_checkpointing=False),
+        Setup(seq_len=64, image_tokens=0, response_tokens=16, gradient_checkpointing=False, kv_sharing="prompt"),
     )
     assert step_cost(*short) == pytest.approx(1 + 40 * teacher.text.layers / (120 * layers), rel=1e-9)
-    long = Setup(seq_len=8192, image_tokens=0, response_tokens=16, batch=512, gradient_checkpointing=False)
+    long = Setup(
+        seq_len=8192, image_tokens=0, response_tokens=16, batch=512, gradient_checkpointing=False, kv_sharing="prompt"
+    )
     assert step_cost(student, teacher, long) == pytest.approx(
         step_cost(student, teacher, replace(long, device="cpu")), rel=1e-3
     )
@@ -327,7 +335,7 @@ def test_the_seconds_of_a_step_are_its_operations_over_the_speed(
     pairs: dict[str, tuple[ModelFacts, ModelFacts]],
 ) -> None:
     pair = pairs["Qwen/Qwen2.5-VL-7B-Instruct"]
-    setup = Setup(seq_len=4096, image_tokens=0, response_tokens=64)
+    setup = Setup(seq_len=4096, image_tokens=0, response_tokens=64, kv_sharing="prompt")
     seconds = step_seconds(*pair, setup)
     assert seconds is not None
     # Forward, again for checkpointing, and twice that backward, through 6.5 G weights of the layers, at 4e14 operations a second
@@ -340,7 +348,7 @@ def test_the_seconds_of_a_step_are_its_operations_over_the_speed(
 
 def test_sharing_more_costs_less(small: tuple[ModelFacts, ModelFacts]) -> None:
     full, prompt, none, vision = (
-        step_cost(*small, Setup(kv_sharing=mode)) for mode in ("full", "prompt", "none", "vision")
+        step_cost(*small, Setup(kv_sharing=mode, kv_source="student")) for mode in ("full", "prompt", "none", "vision")
     )
     assert 1 < full == prompt < none < vision
 
@@ -377,6 +385,7 @@ def test_a_set_up_that_cannot_be_is_refused(options: dict[str, Any], message: st
 
 def test_the_vlm_before_is_a_copy_of_the_student_in_full_training_alone(small: tuple[ModelFacts, ModelFacts]) -> None:
     for options, copies in (({}, 1), ({"lora_rank": 8}, 0), ({"engine": "ddp", "gpus": 2}, 1)):
+        options = {"kv_sharing": "prompt", **options}
         without, anchored = (make_plan(*small, Setup(anchor=anchor, **options)) for anchor in ("none", "before"))
         assert anchored.peak - without.peak == anchored.lines["VLM before"] == copies * 2 * small[0].parameters
         assert anchored.cost > without.cost + 0.1  # a forward pass more, adapter or not
@@ -414,7 +423,7 @@ def test_a_vlm_as_teacher_weighs_its_text_half_or_all_of_it(saved_pair: tuple[Pa
 def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--student", SMALL, "--gpu_memory", "24"]) == 0
     out = capsys.readouterr().out
-    assert "Teacher: HuggingFaceTB/SmolLM2-135M-Instruct (nf4), kv_sharing=prompt" in out
+    assert "Teacher: HuggingFaceTB/SmolLM2-135M-Instruct (nf4), kv_sharing=vision" in out
     assert out.endswith("It fits.\n")
     for line in ("weights", "optimizer states", "gradients", "activations", "teacher"):
         assert f"  {line} " in out

@@ -1,6 +1,6 @@
 """Draw the README's figure of one training step: `python docs/figures/draw_step.py` (seconds, CPU).
 
-A small batch goes through the library's own `plan_queries` and `confident_tokens` with the defaults of `LinguDistillConfig`; cells,
+A small batch goes through the library's own `plan_queries` and `confident_tokens`, with the defaults of `LinguDistillConfig` but for `SHOWN`; cells,
 arrows and losses are coloured from what these return. Only the words of the batch and the probabilities of its labels are
 invented. The output holds no date: the same versions draw the same bytes.
 """
@@ -36,6 +36,8 @@ Source = Literal["student", "own", "features", "nothing"]
 LM_MODES = [name for name, mode in MODES.items() if not mode.sees]  # a VLM that sees for itself shares nothing to draw
 NUMBERS = {4: "Four", 5: "Five", 6: "Six"}
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(LinguDistillConfig)}
+# The step that is drawn: a mode that shares text too, and the gate, show more of what there is than the defaults do
+SHOWN = DEFAULTS | {"kv_sharing": "prompt", "distill_tokens": "confident"}
 
 # --------------------------------------------------------------------------------------------------------------------
 # The batch
@@ -130,12 +132,12 @@ def losses(batch: Batch, plan: QueryPlan) -> Losses:
     """Where cross-entropy and KL fall, with the trainer's own gate and weights."""
     student, teacher = (torch.tensor(p).log() for p in (STUDENT_PROBABILITY, TEACHER_PROBABILITY))
     passed = torch.ones_like(student, dtype=torch.bool)
-    if DEFAULTS["distill_tokens"] == "confident":
-        passed = confident_tokens(teacher, student, DEFAULTS["distill_margin"])
+    if SHOWN["distill_tokens"] == "confident":
+        passed = confident_tokens(teacher, student, SHOWN["distill_margin"])
     at = plan.loss_rows[passed], plan.loss_positions[passed]
     ce = (batch.labels[:, 1:] != -100).float()
     kl = torch.zeros_like(ce)
-    ce[at], kl[at] = DEFAULTS["ce_weight"], DEFAULTS["distill_weight"]
+    ce[at], kl[at] = SHOWN["ce_weight"], SHOWN["distill_weight"]
     return Losses(ce=ce, kl=kl, candidates=plan.loss_positions.tolist())
 
 
@@ -266,7 +268,7 @@ def draw_models(canvas: Canvas, plan: QueryPlan, top: float) -> float:
     width = WIDTH - MARGIN - teacher_box
     canvas.box(teacher_box, top, width, bottom - top, 6, facecolor=TEACHER_PALE, edgecolor=TEACHER_FILL)
     canvas.heading(teacher_box + INSET, top + 16, "Teacher", "its original LM", TEACHER)
-    quantization = DEFAULTS["teacher_quantization"]
+    quantization = SHOWN["teacher_quantization"]
     canvas.text(teacher_box + INSET, top + 33, f"frozen, {quantization.upper()}, has no eyes")
 
     draw_groups(canvas, y_tokens)
@@ -318,12 +320,12 @@ def draw_losses(canvas: Canvas, found: Losses, top: float) -> float:
         canvas.bar(x + 1, base - height * teacher, 8, height * teacher, TEACHER_FILL)
         canvas.line((x - 12, base), (x + 12, base), color=MUTED, width=0.6)
     y += height + 8
-    weight = DEFAULTS["ce_weight"]
+    weight = SHOWN["ce_weight"]
     beside = "" if weight == 1 else f" (\u00d7{weight:g} beside KL)"
     canvas.text(remark, y + 10, "cross-entropy: every response token" + beside, ha="right")
     draw_cross_entropy(canvas, found, 0, y)
     y += ROW
-    confident = DEFAULTS["distill_tokens"] == "confident"
+    confident = SHOWN["distill_tokens"] == "confident"
     where = "where the teacher is at least as sure" if confident else "every token the teacher is asked about"
     canvas.text(remark, y + 10, f"KL: {where}", ha="right")
     for position in found.candidates:
@@ -336,7 +338,8 @@ def draw_losses(canvas: Canvas, found: Losses, top: float) -> float:
     canvas.tip(end, y + 10, -1, 0, TEACHER)
     canvas.text(x + 10, top + 22, "dropped after training:")
     canvas.text(x + 10, top + 38, "same VLM, same cost")
-    canvas.text(x + 10, y + 10, f"distill_tokens={DEFAULTS['distill_tokens']}", color=MUTED)
+    canvas.text(x + 10, y - ROW + 10, f"drawn: kv_sharing={SHOWN['kv_sharing']},", color=MUTED)
+    canvas.text(x + 10, y + 10, f"distill_tokens={SHOWN['distill_tokens']}", color=MUTED)
     return y + CELL_HEIGHT
 
 
@@ -391,7 +394,7 @@ def draw_modes(canvas: Canvas, batch: Batch, top: float) -> float:
 
 def draw() -> Figure:
     batch = make_batch()
-    plan = batch.plan(DEFAULTS["kv_sharing"])
+    plan = batch.plan(SHOWN["kv_sharing"])
     found = losses(batch, plan)
     canvas = Canvas()
     y = draw_models(canvas, plan, MARGIN)

@@ -288,8 +288,8 @@ def yaml_of(pair: Pair, variant: str) -> str:
         ]
     lines += [
         "",
-        "kv_sharing: prompt",
-        "distill_tokens: confident",
+        "kv_sharing: vision",
+        "distill_tokens: all",
         "num_train_epochs: 1",
         f"learning_rate: {'1.0e-5' if variant == 'full' else '1.0e-4'}",
         "lr_scheduler_type: cosine",

@@ -38,6 +38,8 @@ class Sharing:
     reads_student: ClassVar[bool] = True
     # Whether it does on a row without an image
     text_reads_student: ClassVar[bool] = True
+    # Whose it reads where `kv_source` is left out, as measured: with `vision` alone the VLM before is the better one (docs/parents.md)
+    source: ClassVar[str] = "student"
     keeps_documents_apart: ClassVar[bool] = True
     # Whether student and teacher may differ in hidden size
     any_width: ClassVar[bool] = True
@@ -101,6 +103,7 @@ class Vision(Sharing):
     """Only what the teacher cannot read itself is the student's."""
 
     text_reads_student = False
+    source = "before"
 
     def own(self, readable: torch.Tensor, labelled: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         return readable

@@ -241,7 +241,10 @@ class _Run:
             entry = {"prompt": asked["prompt"]}
             if one is not None:
                 one = views([one], 1, seed=self.config.seed + 4 + index)[0]
-                entry |= {"image": f"drawings/{one.name}.png", "shows": one.caption}  # the Space asks about the file again
+                entry |= {
+                    "image": f"drawings/{one.name}.png",
+                    "shows": one.caption,
+                }  # the Space asks about the file again
                 (self.out / "drawings").mkdir(exist_ok=True)
                 (self.out / entry["image"]).write_bytes(one.png())
             pictures.append(one)

@@ -56,9 +56,11 @@ class Setup:
     accumulation: int = _option(1, "Steps before an update; above 1, gradients stay through the forward pass.")
     lora_rank: int = _option(0, "0: full fine-tuning.")
     teacher_quantization: str = _option("nf4", "Of the teacher's weights.", *QUANTIZATIONS)
-    kv_sharing: str = _option("prompt", "Where the teacher reads the student's keys and values.", *SHARINGS)
-    kv_source: str = _option(
-        "student", "Whose they are: the student's, or the VLM's before (a copy, or the adapter's base).", *KV_SOURCES
+    kv_sharing: str = _option("vision", "Where the teacher reads the student's keys and values.", *SHARINGS)
+    kv_source: str | None = _option(
+        None,
+        "Whose they are: the student's, or the VLM's before (a copy, or the adapter's base). Left out: as the trainer chooses.",
+        *KV_SOURCES,
     )
     anchor: str = _option(
         "none", "Whether the VLM before judges the unmarked rows: a copy, or the adapter's base.", *ANCHORS
@@ -93,7 +95,7 @@ class Setup:
             ("anchor", ANCHORS),
             ("device", DEVICES),
         ):
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in choices and (name, getattr(self, name)) != ("kv_source", None):
                 raise PlanError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
         if self.engine == "single" and self.gpus > 1:
             raise PlanError(
@@ -104,7 +106,7 @@ class Setup:
                 f"kv_sharing={self.kv_sharing!r} runs the teacher whole on every device, and {self.engine} splits it: choose single, ddp "
                 "or zero2."
             )
-        if self.asks_before and self.engine in SPLITTING:
+        if self.needs_whole and self.engine in SPLITTING:
             if self.on_policy:
                 raise PlanError(
                     f"On-policy, the student samples as a whole, and {self.engine} splits it: choose single, ddp or zero2."
@@ -119,12 +121,16 @@ class Setup:
     @property
     def asks_before(self) -> bool:
         """Whether the VLM before runs in a step."""
-        return self.on_policy or "before" in (self.anchor, self.kv_source)
+        source = self.kv_source
+        if source is None:
+            source = "student" if self.engine in SPLITTING else MODES[self.kv_sharing].source
+        return self.on_policy or "before" in (self.anchor, source)
 
     @property
     def needs_whole(self) -> bool:
-        """Whether a model runs in a step that no engine splits: the VLM before, or a teacher with eyes."""
-        return self.asks_before or MODES[self.kv_sharing].sees
+        """Whether it was asked for a model that no engine splits: the VLM before, or a teacher with eyes."""
+        asked = self.on_policy or "before" in (self.anchor, self.kv_source)
+        return asked or MODES[self.kv_sharing].sees
 
     @property
     def tokens(self) -> int:
