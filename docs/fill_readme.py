@@ -139,7 +139,10 @@ def step_cost() -> str:
     result = _read(STEP_COST)
     arms, shape, machine = result["arms"], result["shape"], result["machine"]
     base = arms["sft"].get("peak_mb")
-    lines = ["| arm | step | over compact SFT (min - max) | over TRL's SFT | peak memory over TRL's SFT |", "|---|---|---|---|---|"]
+    lines = [
+        "| arm | step | over compact SFT (min - max) | over TRL's SFT | peak memory over TRL's SFT |",
+        "|---|---|---|---|---|",
+    ]
     for arm, row in arms.items():
         memory = f"{row['peak_mb'] - base:+.0f} MiB" if base and "peak_mb" in row else "not measured"
         lines.append(

@@ -96,8 +96,11 @@ class DistillChecks(_Config):
     def __post_init__(self) -> None:
         self._check_types()
         super().__post_init__()
-        if self.kv_source is None and self.kv_sharing in KV_SHARING_CHOICES:
-            self.kv_source_left_out, self.kv_source = True, MODES[self.kv_sharing].source
+        if self.kv_source is None and isinstance(self.kv_sharing, str) and self.kv_sharing in MODES:
+            # `anchor_cache` is there to hold no second model: then nothing else asks for one unsaid
+            saves = self.anchor_cache and not self.teacher_cache
+            self.kv_source_left_out = True
+            self.kv_source = "student" if saves else MODES[self.kv_sharing].source
         for name, choices in (
             ("teacher_quantization", QUANTIZATION_CHOICES),
             ("teacher_sharding", SHARDING_CHOICES),

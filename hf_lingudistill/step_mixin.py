@@ -99,6 +99,7 @@ class StepMixin(TeacherMixin):
         )
         if measured and not quantised:
             self.first_batch.quantization_kl = 0.0
+        judged = args.anchor == "before" and not args.anchor_cache and not (sampled and self._all_marked)
         return DistillStep(
             student,
             self.teacher,
@@ -106,22 +107,23 @@ class StepMixin(TeacherMixin):
             weights,
             offload=offload,
             sharded=is_sharded,
-            judge=self.before if args.anchor == "before" and not args.anchor_cache else None,
+            judge=self.before if judged else None,
             source=self.before if args.kv_source == "before" and not args.teacher_cache else None,
             sampled=sampled,
             watchers=[self.meter, watch, self.first_batch],
         )
 
+    @property
+    def _all_marked(self) -> bool:
+        return self.has_distill_column is False or self.distill_share == 1.0
+
     def _make_before(self, student: PreTrainedModel, *, sampled: bool) -> Before | None:
         """The VLM before, where `anchor` or `kv_source` asks for it."""
         args = self.args
-        all_marked = self.has_distill_column is False or self.distill_share == 1.0
         asking = [name for name in ("kv_source", "anchor") if getattr(args, name) == "before"]
-        if (
-            sampled and all_marked and "anchor" in asking
-        ):  # on-policy it is the default, for whatever rows are not marked
-            asking.remove("anchor")
-        if all_marked and "anchor" in asking:
+        if sampled and self._all_marked and "anchor" in asking:
+            asking.remove("anchor")  # there it is the default, for whatever rows are not marked
+        if self._all_marked and "anchor" in asking:
             logger.warning(
                 "anchor='before' changes nothing: it judges rows that are marked false, and there are none."
             )

@@ -15,8 +15,9 @@ import tiny
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
-from test_anchor import log_of, lora, moved
+from test_anchor import log_of, lora
 from test_trainer import counted, difference, step
+from tiny import moved
 
 from hf_lingudistill import LinguDistillConfig, OnPolicyLinguDistillConfig, cache_mixin, losses, row_cache
 from hf_lingudistill._internals import Head
@@ -554,7 +555,7 @@ def test_two_rows_of_one_half_key_are_two_rows(tmp_path: Path) -> None:
             "frees nothing where kv_source='before' asks the VLM before in every step: set teacher_cache=True as well",
         ),
         (
-            {"teacher_cache": True},
+            {"teacher_cache": True, "kv_sharing": "prompt"},
             "with kv_sharing='prompt' the teacher reads the student's keys and values on every row",
         ),
         ({"teacher_cache": True, "kv_sharing": "full"}, "with kv_sharing='full' the teacher reads the student's keys"),

@@ -34,6 +34,7 @@ from hf_lingudistill.config import (
 )
 from hf_lingudistill.mixtures import DistillMixtureConfig, DistillSource, load_mixture
 from hf_lingudistill.scripts.distill import main, parse
+from hf_lingudistill.sharing import MODES
 
 OWN = [f.name for f in dataclasses.fields(LinguDistillConfig) if f.name not in LocalSFTConfig.__dataclass_fields__]
 CHOICES = {
@@ -68,6 +69,8 @@ def is_number(value: Any) -> bool:
 
 def is_valid(name: str, value: Any) -> bool:
     """The documentation of each field, in code."""
+    if name == "kv_source" and value is None:
+        return True
     if name in CHOICES:
         return isinstance(value, str) and value in CHOICES[name]
     if name in FLAGS:
@@ -123,6 +126,8 @@ def judge(name: str, value: Any) -> bool:
         assert isinstance(found, LinguDistillConfig), f"{value!r} is valid, but: {found}"
         if name == "teacher_model_init_kwargs" and isinstance(value, str):
             value = json.loads(value)
+        if name == "kv_source" and value is None:
+            value = MODES[found.kv_sharing].source
         kept = getattr(found, name)
         assert kept == (str(value) if isinstance(value, Path) else float(value) if name in NUMBERS else value)
         # what a logger and a record write, and what a recipe gives back
@@ -138,7 +143,7 @@ def judge(name: str, value: Any) -> bool:
 def test_every_value_of_every_field_is_kept_or_refused_by_name(name: str) -> None:
     seen = {True: 0, False: 0}
 
-    @given(anything)
+    @given(anything | st.sampled_from(CHOICES[name]) if name in CHOICES else anything)
     @settings(max_examples=150)
     def check(value: Any) -> None:
         seen[judge(name, value)] += 1

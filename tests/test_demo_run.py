@@ -116,7 +116,7 @@ def test_the_report_measures_the_damage_and_shows_every_prompt(done: Any) -> Non
     assert [entry["prompt"] for entry in report["prompts"]] == [asked["prompt"] for asked in STORY.prompts]
     assert all(isinstance(entry[arm], str) for entry in report["prompts"] for arm in ("original", "before", "after"))
     assert report["prompts"][1]["shows"] == "a blue shape" and "image" not in report["prompts"][0]
-    assert Image.open(out / report["prompts"][1]["image"]).size == (32, 32)
+    assert Image.open(out / report["prompts"][1]["image"]).size == (96, 96)
     stages_done = {"original", "aligned", "before", "answers", "after", "measuring", "total"}
     assert set(report["seconds"]) == set(report["cpu_seconds"]) == stages_done
     assert report["seconds"]["total"] >= sum(s for name, s in report["seconds"].items() if name != "total") - 1

@@ -117,7 +117,7 @@ def test_a_student_with_the_original_weights_has_not_drifted(
     # Control: without its image the teacher is another reader of answers behind one.
     behind = report["perplexity"]["behind"]
     assert abs(math.log(behind["none"]["value"] / behind["full"]["value"])) > 0.01
-    assert report["recommendation"]["mode"] == "prompt"
+    assert report["recommendation"]["mode"] == default_mode()
     text = flat(report)
     assert "No drift: the largest distance of any matrix group is 0.0e+00, the rounding of bf16 or less." in text
     assert "There is nothing to restore, and no mode to choose." in text
@@ -406,7 +406,7 @@ def test_the_documentation_states_the_rule_that_is_applied() -> None:
 def test_the_notes_say_what_the_teacher_is_good_for() -> None:
     known, sees = decide(text=made_up(3.0), about=made_up(1.0)).notes
     assert known.endswith("student 20.1. The teacher knows better: this is what distillation can bring back.")
-    assert "keep distill_tokens=confident and ce_weight above 0" in sees
+    assert "set distill_tokens=confident and keep ce_weight above 0" in sees
     assert decide(text=made_up(1.0)).notes[0].endswith("such text has nothing to bring back.")
     assert (
         decide(text=made_up(2.0))
@@ -590,7 +590,7 @@ def test_the_command_prints_text_or_json_and_writes_files(
     assert main([*command, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["prompts"] == {"source": "own.txt", "count": {"text": 1}}
-    assert report["recommendation"]["mode"] in ("prompt", "none")
+    assert report["recommendation"]["mode"] in (default_mode(), "none")
 
 
 def test_without_matplotlib_all_but_the_plot_is_written(

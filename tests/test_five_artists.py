@@ -46,7 +46,7 @@ TINY: dict[str, Any] = {
         "test_texts": {"n": 6, "max_new_tokens": 6},
     },
     "measure": {"test_texts": 6, "test_images": 6, "passages": 1, "naming": 8, "yes_no": 4, "exchanged": 4},
-    "ifeval": {"prompts": 3, "max_new_tokens": 4, "from_seed": 1},
+    "ifeval": {"prompts": 3, "max_new_tokens": 4, "from_seed": 1, "arms": ["before", "ce", "vision"]},
     "modes": {"test_images": 6},
     "regimes": {"P": {"short": 2, "long": 2, "text": 0}, "M": {"short": 1, "long": 1, "text": 2}},
 }  # fmt: skip

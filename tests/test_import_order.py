@@ -125,7 +125,7 @@ def test_the_use_of_an_internal_is_caught() -> None:
 
 
 def test_losses_know_tensors_only() -> None:
-    allowed = {"torch", f"{PACKAGE}._internals"}
+    allowed = {"torch", f"{PACKAGE}._internals", f"{PACKAGE}.top_k"}  # of what a cache keeps
     assert foreign_packages(f"{PACKAGE}.losses", SOURCES[f"{PACKAGE}.losses"]) <= allowed
     # Control: a configuration is no tensor, though its module comes before.
     assert not foreign_packages(f"{PACKAGE}.losses", "from .config import LinguDistillConfig") <= allowed

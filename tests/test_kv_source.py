@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_anchor import WEIGHT, log_of, lora, make_batch, moved, two_models
+from test_anchor import WEIGHT, log_of, lora, make_batch, two_models
 from test_trainer import TOLERANCE, counted, difference, gradients_of, mixed_batch, reference, step
+from tiny import moved
 
 from hf_lingudistill import LinguDistillConfig
 from hf_lingudistill.anchor import make_before
@@ -118,7 +119,7 @@ def test_what_cannot_be_is_refused_by_its_own_name() -> None:
     ("mode", "source"), [("vision", "before"), ("full", "student"), ("prompt", "student"), ("none", "student")]
 )
 def test_left_out_it_is_what_was_measured_to_be_better(make_trainer: MakeTrainer, mode: str, source: str) -> None:
-    trainer = make_trainer(kv_sharing=mode)
+    trainer = make_trainer(kv_sharing=mode, kv_source=None)
     assert trainer.args.kv_source == source
     assert (trainer.before is not None) == (source == "before") == (trainer.step.source is not None)
 
@@ -130,7 +131,7 @@ def test_left_out_it_gives_way_to_an_engine_that_splits_the_student(
         "hf_lingudistill.step_mixin.make_before",
         lambda *given, **options: make_before(*given, **options | {"sharded": True}),
     )
-    trainer = make_trainer(kv_sharing="vision")
+    trainer = make_trainer(kv_sharing="vision", kv_source=None)
     assert trainer.args.kv_source == "student" and trainer.step.source is None and trainer.meter.follows_student
     assert "The teacher reads the student's own keys and values, which training moves" in caplog.text
     with pytest.raises(ValueError, match="needs the whole student"):  # control: not where it was asked for

@@ -86,7 +86,10 @@ def test_report_is_json_with_a_picture_beside_it(report, tmp_path):
 def test_prompts_show_the_models_that_answered_in_lines_of_a_terminals_width():
     long = "a sentence that goes on " * 20
     text = prompts_text(
-        [{"prompt": "color?", "image": "a kite", "before": "red", "after": long}, {"prompt": "why?", "after": " "}]
+        [
+            {"prompt": "color?", "image": "kite.png", "shows": "a kite", "before": "red", "after": long},
+            {"prompt": "why?", "after": " "},
+        ]
     )
     assert "[a picture of a kite]" in text and "original" not in text and "red" in text
     assert max(map(len, text.splitlines())) <= 100 and " ".join(text.split()).count("goes on") == 20

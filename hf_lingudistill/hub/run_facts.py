@@ -250,7 +250,7 @@ def gather_run_facts(
 
 def _before_fact(trainer: Any) -> RunFacts | None:
     """The VLM before as a second parent: its bytes beside the student (0 where it is the adapter's base). None without one."""
-    before = getattr(trainer, "before", None)  # any trainer with a teacher may carry the mixin
+    before = getattr(getattr(trainer, "step", None), "judge", None)  # any trainer with a teacher may carry the mixin
     cache = _cache_fact(trainer, "anchor_cached")
     if before is None and not cache:
         return None

@@ -156,7 +156,7 @@ def _against_student(items: Mapping[str, Items], mode: str, condition: str, boot
     if condition == "text":
         return f"{read}. The student is the better one already: such text has nothing to bring back."
     return (
-        f"{read}. The teacher is the worse judge here: keep distill_tokens=confident and ce_weight above 0, so that it cannot erase "
+        f"{read}. The teacher is the worse judge here: set distill_tokens=confident and keep ce_weight above 0, so that it cannot erase "
         "what the student sees."
     )
 
