@@ -1,0 +1,10 @@
+"""The faults of `planted_faults.py`: one line of the core each, and the tests that must find it. One module per part of a step."""
+
+from __future__ import annotations
+
+from . import data, keys_and_values, losses, plan, saving, step, teacher
+from .fault import Fault
+
+__all__ = ["FAULTS", "Fault"]
+
+FAULTS = tuple(fault for part in (plan, keys_and_values, losses, step, teacher, data, saving) for fault in part.FAULTS)
