@@ -228,7 +228,7 @@ def make_stepper(arm: str, folder: Path, args: argparse.Namespace, *, before: bo
         distill_tokens="all",
     )
     trainer = LinguDistillTrainer(model=str(folder / "vlm"), args=config, train_dataset=dataset)
-    trainer.first_batch.batches_to_compare = 0  # once in a run, not once a step
+    trainer.first_batch.batches_to_compare = 0  # once in a run, not once per step
     return Stepper(trainer)
 
 

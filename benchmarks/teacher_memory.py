@@ -3,7 +3,7 @@
     accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml benchmarks/teacher_memory.py \\
         --json benchmarks/results/teacher_memory.json
 
-Per arm, in MiB a process: `held`, the weights and buffers on the device between steps, and `at work`, the most that the
+Per arm, in MiB per process: `held`, the weights and buffers on the device between steps, and `at work`, the most that the
 device holds while the teacher answers (on a GPU the allocator's peak; on a CPU, where nothing counts allocations, left out).
 The model is random: memory depends on shapes alone. Without a GPU, offloading has nowhere to move to.
 """

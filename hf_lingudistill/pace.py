@@ -1,4 +1,4 @@
-"""The steps of a training, watched: none at all is an error, and in a log a line a minute says how far it is."""
+"""The steps of a training, watched: none at all is an error, and in a log one line per minute says how far it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress where nobody watches: in a log, one line a minute in place of a bar that is drawn anew."""
+"""Progress where nobody watches: in a log, one line per minute in place of a bar that is drawn anew."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Lines:
 
 
 def progress_bar(*args: Any, **kwargs: Any) -> tqdm[Any]:
-    """A tqdm bar; in a log, a line a minute, and none for what takes less."""
+    """A tqdm bar; in a log, a line per minute, and none for what takes less."""
     from tqdm.auto import tqdm
 
     if watched():

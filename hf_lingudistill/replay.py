@@ -31,8 +31,8 @@ _REPLAYS: dict[int, _Replay] = {}  # by the id of the config that an attention m
 class _Replay:
     """What the teacher's attention function needs during one pass.
 
-    own: (R or Q index) see `QueryPlan.own`; own_rows, own_positions: (own,) where those keys and values belong. masks: additive
-    mask rows, by the student's mask.
+    shared: the record of the student's forward. plan: of the same batch. own_rows, own_positions: where the teacher's own keys and
+    values belong, as (asked row, position), each of the length of `QueryPlan.own`. masks: additive mask rows, by the student's mask.
     """
 
     shared: SharedKV
@@ -89,7 +89,7 @@ class _Replay:
         return states if rows.numel() == self.plan.batch else states.index_select(0, rows)
 
     def mask(self, layer_idx: int, dtype: torch.dtype, groups: int) -> torch.Tensor:
-        """(R, 1 or heads, groups x W, T) mask rows of the queries, 0 where visible; built once, not once a layer."""
+        """(R, 1 or heads, groups x W, T) mask rows of the queries, 0 where visible; built once, not once per layer."""
         layer = self.shared.masks[layer_idx]
         key = (id(layer.mask), layer.sliding_window, groups)
         if key not in self.masks:
@@ -140,8 +140,9 @@ def mask_rows(layer: LayerMask, rows: torch.Tensor, positions: torch.Tensor, len
 
 
 def folds(query: torch.Tensor, key: torch.Tensor) -> int:
-    """How many query heads share a key head, where they are better folded into the queries than the keys repeated for them; else
-    1. With a mask, CUDA has no fused kernel for grouped queries. query: (1, H, Q, D), key: (1, H_kv, Q, D)."""
+    """How many query heads share a key head, if they become further queries of it; 1 if the keys are repeated for them. (With a mask,
+    CUDA has no fused kernel for grouped queries.) The first repeats mask rows, the second keys and values: whichever is less.
+    query: (1, H, Q, D), key: (1, H_kv, Q, D)."""
     groups = query.shape[1] // key.shape[1]
     return groups if query.shape[2] <= 2 * key.shape[1] * key.shape[3] else 1
 

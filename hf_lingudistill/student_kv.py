@@ -64,7 +64,7 @@ class SharedKV:
 
     def documents(self, position_ids: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
         """Where the documents of one packed row begin and the last one ends, (documents + 1,), as flash attention reads it from
-        positions that start anew; None where they do not. Looked at once a forward: it is the same in every layer."""
+        positions that start anew; None where they do not. Looked at once per forward: it is the same in every layer."""
         if position_ids is None or batch_size != 1 or position_ids.ndim != 2 or position_ids.shape[-1] == 1:
             return None
         if self._documents is None or self._documents[0] is not position_ids:

@@ -349,7 +349,7 @@ def decide(drifted: bool = True, default: str = "prompt", **conditions: Any) -> 
         ({"about": made_up(vision=2.2, full=2.3)}, "prompt", "about"),
         ({"about": made_up(vision=1.9, spread=1.0)}, "prompt", "about"),  # inside the interval: a tie
         ({"about": made_up(vision=2.0 - 1e-6)}, "prompt", "about"),  # rounding, though every prompt agrees
-        ({"about": made_up(none=1.0)}, "prompt", "about"),  # a blind teacher is no candidate
+        ({"about": made_up(none=1.0)}, "prompt", "about"),  # a blind teacher is left out
         ({"behind": made_up(vision=1.8), "about": made_up()}, "prompt", "about"),  # answers about an image come first
         ({"text": made_up(none=1.0), "behind": made_up(vision=1.8)}, "vision", "behind"),
         ({"text": made_up(none=1.8)}, "none", "text"),

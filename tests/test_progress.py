@@ -1,4 +1,4 @@
-"""Progress in a log: lines, one a minute, and nothing of what takes less."""
+"""Progress in a log: one line per minute, and nothing of what takes less."""
 
 from __future__ import annotations
 

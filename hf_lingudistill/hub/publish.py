@@ -1,6 +1,6 @@
 """Send what a manifest lists to the Hub, and nothing else.
 
-It is idempotent: what is already there is not sent again, hence a publication that failed goes on with the same command.
+It is idempotent: what is already there is not sent again, so a publication that failed goes on with the same command.
 
 Transfers, their retries and the diff against what is there are huggingface_hub's (`create_commit`). Ours is what it leaves out in
 2.4: it sends `whoami`, `create_repo`, `repo_info`, `validate-yaml`, the commit and the tag once, so that a single 500 or a cut line

@@ -33,11 +33,15 @@ FAULTS = (
     Fault(
         "recompute-recorded",
         "student_kv.py",
-        "        with attention_switched(decoder, _record_name) as configs:\n            for config in configs:\n"
-        "                _RECORDS[id(config)] = shared\n            try:\n                yield shared\n            finally:\n"
+        "        with (\n            attention_switched(decoder, _record_name) as configs,\n"
+        "            mixers_recorded(decoder, shared.mixed if keep_kv else None, shared.mixed_documents) as shared.mixer_layers,\n        ):\n"
+        "            for config in configs:\n                _RECORDS[id(config)] = shared\n"
+        "            try:\n                yield shared\n            finally:\n"
         "                for config in configs:\n                    _RECORDS.pop(id(config), None)\n",
-        "        _RECORDS[0] = attention_switched(decoder, _record_name)  # type: ignore[assignment]\n"
-        "        for config in _RECORDS[0].__enter__():\n            _RECORDS[id(config)] = shared\n        yield shared\n",
+        "        _RECORDS[0] = attention_switched(decoder, _record_name)\n"
+        "        with mixers_recorded(decoder, shared.mixed if keep_kv else None, shared.mixed_documents) as shared.mixer_layers:\n"
+        "            for config in _RECORDS[0].__enter__():\n                _RECORDS[id(config)] = shared\n"
+        "            yield shared\n",
         "the recomputation of gradient checkpointing is recorded",
         (f"{FAMILIES}::test_activation_checkpointing_records_the_forward_and_not_the_backward",),
     ),

@@ -63,8 +63,8 @@ FAULTS = (
     Fault(
         "anchor-ignores-marks",
         "step.py",
-        'return Anchor(hidden, head, ~inputs["distill"].bool()[plan.other_rows])',
-        'return Anchor(hidden, head, inputs["distill"].bool()[plan.other_rows] | True)',
+        'Anchor(hidden, head, ~inputs["distill"].bool()[plan.other_rows])',
+        'Anchor(hidden, head, inputs["distill"].bool()[plan.other_rows] | True)',
         "a token of a marked row that the LM does not know is anchored too",
         (ANCHOR,),
     ),

@@ -9,8 +9,8 @@ FAULTS = (
     Fault(
         "label-off-by-one",
         "queries.py",
-        "loss[:, :-1] = readable[:, :-1] & vocabulary.scorable(labels[:, 1:])",
-        "loss[:, 1:] = readable[:, 1:] & vocabulary.scorable(labels[:, 1:])",
+        "loss[:, :-1] = readable[:, :-1] & (",
+        "loss[:, 1:] = readable[:, 1:] & (",
         "a token is scored at its own position",
         (READING,),
     ),

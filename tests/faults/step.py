@@ -17,7 +17,7 @@ FAULTS = (
     Fault(
         "released-too-late",
         "step.py",
-        "        shared.release()  # before the backward pass, and before the logits\n",
+        "        shared.release()\n",
         "",
         "keys and values live as long as the logits",
         (f"{TRAINER}::test_recorded_keys_and_values_are_freed_before_the_divergence",),

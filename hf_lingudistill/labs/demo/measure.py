@@ -50,7 +50,7 @@ def text_perplexity(
 ) -> dict[str, Any]:
     """Next-token loss on running text, no image and no chat template.
 
-    Every token but a text's first is scored, up to `max_tokens` tokens a text. Returns
+    Every token but a text's first is scored, up to `max_tokens` tokens per text. Returns
 
     - `perplexity`: exp of `nll_per_token`;
     - `nll_per_token`: mean over all tokens, nats;

@@ -30,11 +30,11 @@ def default_mode() -> str:
 def rule(default: str) -> str:
     """The rule in words."""
     return (
-        f"The teacher's loss on the answers decides, by mode: on those of at least {LONG} tokens where there are {FEWEST} of them, and on "
-        f"answers about an image, or else behind one, or else without. {default}, the trainer's default, unless another mode's loss is "
-        f"lower by more than the 95 % interval of the paired difference. A difference below {SAME:g} nats per token, or on fewer than "
-        f"{FEWEST} prompts, is a tie. With images, none is no candidate because its teacher does not see them; without images, modes "
-        "other than none and the default are none."
+        f"The mode whose teacher has the lowest loss on the answers: on those of at least {LONG} tokens where there are {FEWEST} of them, and "
+        f"on answers about an image, or else behind one, or else without. It stays {default}, the trainer's default, unless another mode's "
+        f"loss is lower by more than the 95 % interval of the paired difference. A difference below {SAME:g} nats per token, or on fewer "
+        f"than {FEWEST} prompts, is a tie. With images, none is left out, because its teacher does not see them; without images, only none "
+        "and the default are compared."
     )
 
 

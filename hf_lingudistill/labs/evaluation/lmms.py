@@ -60,7 +60,7 @@ class ImagePath(lmms):  # type: ignore[misc]
 
     Answers are greedy, with one beam, whatever sampling a task asks for: an identical rerun gives identical numbers.
 
-    cache_folder: for item caches, one a task; without it nothing is kept.
+    cache_folder: for item caches, one per task; without it nothing is kept.
 
     Raises:
         ModuleNotFoundError: if lmms-eval is not installed.

@@ -108,7 +108,7 @@ def difference(entry: Mapping[str, Any], of: str, minus: str) -> Mapping[str, An
 # Markdown
 # --------------------------------------------------------------------------------------------------------------------
 def markdown(report: Report) -> str:
-    """The report as Markdown: one table a group, one line a task, one column a model."""
+    """The report as Markdown: one table per group, one line per task, one column per model."""
     models = list(report["models"])
     lines = [
         f"# Evaluation: suite `{report['suite']['name']}`",
@@ -152,7 +152,7 @@ def markdown(report: Report) -> str:
 
 
 def _said(tasks: Sequence[Report]) -> list[str]:
-    """How fidelity and IFEval were measured, one line a task of the suite."""
+    """How fidelity and IFEval were measured, one line per task of the suite."""
     found: dict[str, str] = {}
     for task in tasks:
         notes = task.get("notes", {})

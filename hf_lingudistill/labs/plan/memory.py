@@ -1,6 +1,6 @@
 """Bytes of a step on one device: the moments that can be its peak, each the sum of named lines.
 
-Symbols: B rows a device, T = `seq_len`, R = `response_tokens`, L layers, H hidden size, A heads x head size, K key/value
+Symbols: B rows per device, T = `seq_len`, R = `response_tokens`, L layers, H hidden size, A heads x head size, K key/value
 heads x head size, I intermediate size, V vocabulary. Sizes in bytes unless said otherwise.
 """
 

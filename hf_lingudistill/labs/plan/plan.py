@@ -85,7 +85,7 @@ class Plan:
             f"Student: {self.student.name} ({self.student.parameters / 1e6:,.0f}M parameters)",
             f"Teacher: {self.teacher_name} ({setup.teacher_quantization}), kv_sharing={setup.kv_sharing}",
             f"{method}, {precision}, {setup.optimizer}; {setup.engine} on {setup.gpus} x {setup.gpu_memory:g} GiB; "
-            f"{setup.batch} x {setup.seq_len} tokens a device ({setup.image_tokens} image, {setup.response_tokens} response)",
+            f"{setup.batch} x {setup.seq_len} tokens per device ({setup.image_tokens} image, {setup.response_tokens} response)",
             "",
             f"Per device, at the peak, which is {self.moment}:",
             *(f"  {name:<20}{size / GIB:9.2f} GiB" for name, size in self.lines.items() if size),
