@@ -88,7 +88,7 @@ def shard_teacher(teacher: Teacher, accelerator: Accelerator, *, offload: bool) 
 
 
 def _fully_shard(model: PreTrainedModel, accelerator: Accelerator, *, offload: bool) -> None:
-    """FSDP2 over the backbone, which is what the teacher's pass calls: it must be the root. One unit a decoder layer."""
+    """FSDP2 over the backbone, which is what the teacher's pass calls: it must be the root. One unit per decoder layer."""
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     plugin = accelerator.state.fsdp_plugin

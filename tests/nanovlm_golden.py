@@ -239,8 +239,12 @@ def main(checkout: str) -> None:
     from models.vision_language_model import VisionLanguageModel  # type: ignore[import-not-found]
     from tiny import make_tokenizer
 
+    from hf_lingudistill.labs.json_text import as_json
+
     FOLDER.mkdir(exist_ok=True)
     make_tokenizer(extra=False).save_pretrained(TOKENIZER)
+    written = TOKENIZER / "tokenizer.json"
+    written.write_text(as_json(json.loads(written.read_text(encoding="utf-8"))) + "\n", encoding="utf-8")
     found: dict[str, torch.Tensor] = {}
     for case in CASES:
         raw = config_of(*case)
