@@ -22,6 +22,7 @@ from hf_lingudistill import LinguDistillConfig, losses
 from hf_lingudistill._internals import Head
 from hf_lingudistill.anchor import Before, make_before
 from hf_lingudistill.losses import Anchor, Weights, score
+from hf_lingudistill.scripts.distill import startup_summary
 
 MakeTrainer = Callable[..., Any]
 WEIGHT = 0.3
@@ -329,3 +330,11 @@ def test_what_is_not_the_vlm_before_is_refused() -> None:
 def test_settings_are_checked(settings: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
         LinguDistillConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_the_summary_before_training_says_what_is_minimised(make_trainer: Any) -> None:
+    said = startup_summary(make_trainer(anchor="before", anchor_weight=0.25, kv_source="before"), "tiny")
+    assert "0.75 x CE + 0.25 x KL(VLM before || student) on unmarked rows, CE elsewhere" in said
+    assert "kv_source=before" in said
+    without = startup_summary(make_trainer(), "tiny")  # control
+    assert "VLM before" not in without and "kv_source=student" in without

@@ -107,7 +107,7 @@ def startup_summary(trainer: Trainer, model_name: str) -> str:
         "Student": f"{model_name} ({size / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained)",
         "Teacher": f"{trainer.teacher_title} ({args.teacher_quantization}, "
         f"computed in {trainer.teacher_arithmetic}, {trainer.teacher.footprint / 2**20:.1f} MiB, {fit})",
-        "Sharing": f"kv_sharing={args.kv_sharing}, distill_tokens={args.distill_tokens}",
+        "Sharing": f"kv_sharing={args.kv_sharing}, kv_source={args.kv_source}, distill_tokens={args.distill_tokens}",
         "Loss": loss,
         "Rows": f"{rows}; marked for distillation: {marked}; {share}",
         "Device": f"{trainer.accelerator.device}, {trainer.accelerator.num_processes} process(es), "
@@ -125,7 +125,10 @@ def _loss_and_share(trainer: Trainer) -> tuple[str, str]:
         answers = f"on answers of up to {args.max_completion_length} sampled tokens"  # type: ignore[union-attr]
         loss = f"{args.distill_weight:g} x divergence {shape} to the teacher on marked rows, {others}, {answers}"
         return loss, "the others go to the VLM before"
-    loss = f"{args.ce_weight:g} x CE + {args.distill_weight:g} x divergence {shape} at distilled tokens, CE elsewhere"
+    elsewhere, weight = "CE elsewhere", args.anchor_weight
+    if args.anchor == "before":
+        elsewhere = f"{1 - weight:g} x CE + {weight:g} x KL(VLM before || student) on unmarked rows, {elsewhere}"
+    loss = f"{args.ce_weight:g} x CE + {args.distill_weight:g} x divergence {shape} at distilled tokens, {elsewhere}"
     share = distilled_share_of_tokens(trainer)  # type: ignore[arg-type]
     return loss, f"{share:.0%} of trained tokens (first 32 rows) go to the teacher"
 
