@@ -16,7 +16,7 @@ import pytest
 from scripts import script
 from trl import TrlParser
 
-from hf_lingudistill import cli
+from hf_lingudistill import cli, exit_codes
 from hf_lingudistill.config import LinguDistillConfig, OnPolicyLinguDistillConfig
 from hf_lingudistill.labs.plan import Setup
 from hf_lingudistill.mixtures import DistillMixtureConfig
@@ -73,6 +73,13 @@ def missing(text: str, page: Path) -> list[str]:
 def test_what_a_page_links_to_exists(page: Path) -> None:
     assert not missing(page.read_text(encoding="utf-8"), page)
     assert missing("[x](no/such.md)", page) == ["no/such.md"]  # control
+
+
+def test_the_exit_codes_are_told_as_they_are() -> None:
+    assert exit_codes.__doc__ is not None
+    table = [line for line in exit_codes.__doc__.splitlines() if line.startswith("|")]
+    page = (ROOT / "docs/install.md").read_text(encoding="utf-8").splitlines()
+    assert len(table) == 7 and set(table) <= set(page)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ A VLM's text path is the full VLM called without an image, with its own tokenize
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import re
@@ -238,3 +239,10 @@ def read_template(path: str, *, trust_remote_code: bool = False) -> str:
     if not isinstance(found, str):
         raise UnreadableModelError(f"{path!r} has no chat template in which the original could be asked.")
     return found
+
+
+def release_memory() -> None:
+    """After the last name of a model is gone: give back what it held, before the next one is loaded."""
+    gc.collect()
+    if machine().accelerated:
+        torch.accelerator.empty_cache()

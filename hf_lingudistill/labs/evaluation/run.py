@@ -5,7 +5,6 @@ One model is in memory at a time. Whatever it gives on an item is on disk before
 
 from __future__ import annotations
 
-import gc
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,17 @@ from .checks import check_roles
 from .fidelity_run import ORIGINAL, FidelityRun
 from .join import DEPENDS, join
 from .language import require_harness
-from .models import Made, Scored, describe, fingerprint, load_scored, read_config, read_template, takes_images
+from .models import (
+    Made,
+    Scored,
+    describe,
+    fingerprint,
+    load_scored,
+    read_config,
+    read_template,
+    release_memory,
+    takes_images,
+)
 from .report import FILES, build_report, write_report
 from .scoring import read_items, score
 from .suite import HarnessTasks, Suite, load_suite
@@ -162,9 +171,7 @@ def evaluate_models(
         )
         seconds[name] = round(time.perf_counter() - started, 1)
         del scored
-        gc.collect()
-        if machine().accelerated:
-            torch.accelerator.empty_cache()
+        release_memory()
 
     if fidelity is not None:
         results[DEPENDS] = fidelity.depends

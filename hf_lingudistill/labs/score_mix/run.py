@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,19 @@ import yaml
 from ...columns import prepare_dataset
 from ...compatibility import UnreadableModelError
 from ...folders import check
-from ...machine import machine
 from ...mixtures import DistillMixtureConfig, DistillSource
 from ...sources import load_source
 from ..diagnose.prompts import Prompt, prompt_of
 from ..evaluation.cache import ItemCache, digest
-from ..evaluation.models import Scored, chat_template_of, describe, load_scored, read_config, takes_images
+from ..evaluation.models import (
+    Scored,
+    chat_template_of,
+    describe,
+    load_scored,
+    read_config,
+    release_memory,
+    takes_images,
+)
 from ..statistics import Bootstrap, Items
 from .measure import Read, Record, as_texts, read_all, student_reader, teacher_reader
 from .report import FILES
@@ -162,9 +168,7 @@ def score_mix(
         found = read_all(prompts, reader(scored, max_answer_tokens), cache, batch_size=batch_size, bar=bar)
         facts = describe(scored)
         del scored
-        gc.collect()
-        if machine().accelerated:
-            torch.accelerator.empty_cache()
+        release_memory()
         return found, facts
 
     seen, student_facts = read("student", student, student_reader)
