@@ -119,6 +119,7 @@ def _number(index: int) -> int:
 
 
 def undecoded_rows(dataset: AnyDataset) -> Iterator[Row]:
+    """Its rows as plain Python values, with images left undecoded."""
     dataset = undecoded(dataset)
     return iter(dataset.with_format(None) if isinstance(dataset, Dataset) else dataset)
 

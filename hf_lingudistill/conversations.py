@@ -220,5 +220,6 @@ class Conversations:
 
 
 def cannot_be_processed(name: str, error: Exception) -> BadRow:
+    """What is raised for a row over which the processor failed."""
     why = " ".join(str(error).split())
     return BadRow("processor failed", f"{name} cannot be processed ({type(error).__name__}: {why[:300]}).")

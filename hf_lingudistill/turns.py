@@ -124,11 +124,13 @@ def _part(part: Any, where: str) -> list[Row]:
 
 
 def parts_of(turn: Row) -> list[Row]:
+    """The parts of a turn; none where its content is a text."""
     content = turn.get("content")
     return content if isinstance(content, list) else []
 
 
 def texts_of(turn: Row) -> list[str]:
+    """The texts of a turn, in order."""
     content = turn.get("content")
     return [content] if isinstance(content, str) else [part["text"] for part in parts_of(turn) if "text" in part]
 

@@ -10,6 +10,7 @@ from ..sentences import one_sentence
 
 
 def bad_input(message: str) -> int:
+    """Say what is wrong with what was given. -> the exit code."""
     print(f"lingudistill: {message}", file=sys.stderr)
     return BAD_INPUT
 
@@ -22,5 +23,6 @@ def failed(error: Exception) -> int:
 
 
 def not_published(error: Exception) -> int:
+    """Say that nothing was published, and why. -> the exit code."""
     print(f"lingudistill: not published. {error}", file=sys.stderr)
     return NOT_PUBLISHED

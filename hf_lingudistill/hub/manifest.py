@@ -104,6 +104,7 @@ def check_repo_id(*names: str | None) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
+    """JSON as it lies on the Hub: indented, with a newline at its end."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 

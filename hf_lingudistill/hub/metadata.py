@@ -141,6 +141,7 @@ def _form(task: Task) -> str | None:
 
 
 def identifier(text: str) -> str:
+    """A name of small letters, digits and underscores, at most 80 of them."""
     return re.sub(r"[^a-z0-9_]+", "_", text.lower()).strip("_")[:80] or "unnamed"
 
 

@@ -70,6 +70,7 @@ def score_of(entry: Any) -> Score | None:
 
 
 def is_finite(value: Any) -> bool:
+    """Whether it is a number that can be shown: no bool, no NaN, not infinite."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -46,6 +46,7 @@ def _columns(tasks: Sequence[Task], wanted: Sequence[str]) -> dict[str, str]:
 
 
 def language_table(tasks: Sequence[Task]) -> str:
+    """Scores of language as a Markdown table; empty where there are none."""
     rows = [task for task in tasks if task.group == "language"]
     if not rows:
         return ""
@@ -78,6 +79,7 @@ def _share(recovered: Score | str | None) -> str:
 
 
 def reading(report: Facts, tasks: Sequence[Task]) -> str:
+    """How to read that table, and what follows from it."""
     intervals = report.get("intervals")
     text = (
         f"In brackets: {markdown(intervals) if intervals else '95 % bootstrap intervals over items'}. *Recovered*: the share of what the original language model had and "
@@ -127,6 +129,7 @@ def _seed(settings: Facts) -> str:
 
 
 def vision_table(tasks: Sequence[Task]) -> str:
+    """Scores on images as a Markdown table, blind controls beside them; empty where there are none."""
     rows = [task for task in tasks if task.group in ("vision", "grounded")]
     if not rows:
         return ""
@@ -144,6 +147,7 @@ def vision_table(tasks: Sequence[Task]) -> str:
 
 
 def vision_reading(tasks: Sequence[Task]) -> str:
+    """What follows from that table, a sentence per task."""
     rows = [task for task in tasks if task.group in ("vision", "grounded")]
     sentences = []
     for task in rows:

@@ -88,6 +88,7 @@ def _loss_on_policy(settings: Facts, run_facts: Facts) -> str:
 
 
 def has_two_judges(run_facts: Facts) -> bool:
+    """Whether, on-policy, the VLM before judged some of the rows."""
     share = (run_facts.get("training") or {}).get("distilled_rows_share")
     return bool(run_facts.get("anchor")) and share != 1.0
 

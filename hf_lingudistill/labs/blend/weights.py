@@ -98,6 +98,7 @@ def blend_into(model: Any, after_path: str, blend: Blend, *, trust_remote_code: 
 
 
 def decoder_prefix(model: Any) -> str:
+    """How the names of the text decoder's parameters begin."""
     decoder = model.get_decoder()
     return next((f"{name}." for name, module in model.named_modules() if module is decoder), "")
 

@@ -20,6 +20,7 @@ DEPENDS = "depends"  # among the results: which tokens of the original's answers
 def join(
     suite: Suite, items: Mapping[str, Any], everything: Mapping[str, Any], models: list[str], reference: str | None
 ) -> list[Task]:
+    """The results of all models, by task of the report. everything: {model: what `score` returned}, and `DEPENDS`."""
     tasks: list[Task] = []
     results = {model: everything[model] for model in models}
     for fidelity in suite.fidelity:

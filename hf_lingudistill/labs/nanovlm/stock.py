@@ -176,6 +176,7 @@ def make_processor(
 
 
 def resample(config: NanoVLMConfig) -> Resampling:
+    """How this checkpoint resizes an image."""
     return Resampling.BILINEAR if config.max_img_size is None else Resampling.BICUBIC
 
 

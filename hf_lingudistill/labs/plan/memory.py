@@ -81,6 +81,7 @@ def kv_bytes(student: ModelFacts, setup: Setup) -> int:
 
 
 def trainable_parameters(student: ModelFacts, setup: Setup) -> int:
+    """How many of its parameters are trained: all, or those of the adapter."""
     if setup.lora_rank == 0:
         return student.parameters
     width = student.text.lora_width + (student.vision.lora_width if student.vision else 0)

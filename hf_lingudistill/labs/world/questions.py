@@ -64,6 +64,7 @@ HELD_OUT_INSTRUCTIONS = (
 
 
 def sentence(caption: str) -> str:
+    """`a hot dog` -> `A hot dog`."""
     return caption[:1].upper() + caption[1:]
 
 
@@ -78,6 +79,7 @@ def row_of(prompt: str, completion: str, *, picture: Picture | None = None, dist
 
 
 def as_dataset(rows: list[dict[str, Any]]) -> Dataset:
+    """Rows of `row_of` as a dataset."""
     return Dataset.from_list(rows, features=ROW_FEATURES)
 
 
