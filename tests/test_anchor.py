@@ -336,5 +336,5 @@ def test_the_summary_before_training_says_what_is_minimised(make_trainer: Any) -
     said = startup_summary(make_trainer(anchor="before", anchor_weight=0.25, kv_source="before"), "tiny")
     assert "0.75 x CE + 0.25 x KL(VLM before || student) on unmarked rows, CE elsewhere" in said
     assert "kv_source=before" in said
-    without = startup_summary(make_trainer(), "tiny")  # control
+    without = startup_summary(make_trainer(kv_source="student"), "tiny")  # control
     assert "VLM before" not in without and "kv_source=student" in without
