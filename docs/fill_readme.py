@@ -275,35 +275,83 @@ def _families() -> dict[str, Any]:
     return _read(FAMILIES)
 
 
+def _by_fate() -> dict[str, list[dict[str, Any]]]:
+    """Rows that went through every stage with the LM as the teacher, with the text half of the VLM before alone, that are refused, and the
+    others."""
+    found: dict[str, list[dict[str, Any]]] = {"lm": [], "itself": [], "refused": [], "fails": []}
+    for row in _families()["families"]:
+        done = "itself" if row.get("lm") == "itself" or "lm_note" in row else "lm"
+        found[done if row["stage"] == "done" else "refused" if row.get("fits") is False else "fails"].append(row)
+    return found
+
+
 def families_count() -> str:
-    rows = _families()["families"]
-    done = [row for row in rows if row["stage"] == "done"]
-    refused = [row for row in rows if row.get("fits") is False]
+    fate = _by_fate()
+    seen = sum(row.get("images") == "yes" for row in fate["refused"])
+    fails = f", and {len(fate['fails'])} could not be built, or fail: see the notes" if fate["fails"] else ""
     return (
-        f"Of the {len(rows)} types that `AutoModelForImageTextToText` knows (transformers {_families()['transformers']}), {len(done)} fit and went "
-        f"through every stage, {len(refused)} are refused with their reason, and {len(rows) - len(done) - len(refused)} could not be built, or fail: see the notes."
+        f"Of the {sum(map(len, fate.values()))} types that `AutoModelForImageTextToText` knows (transformers {_families()['transformers']}), "
+        f"{len(fate['lm'])} fit their LM and {len(fate['itself'])} more the text half of the VLM before; these went through every stage. "
+        f"{len(fate['refused'])} are refused with their reason{fails}. Of the refused, {seen} can be held to the VLM before, run whole "
+        "(`kv_sharing=images`)."
+    )
+
+
+_KNOWN = {
+    "smolvlm": "SmolVLM",
+    "llava": "LLaVA",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_5": "Qwen3.5",
+    "internvl": "InternVL",
+    "gemma3": "Gemma 3",
+    "glm4v": "GLM-4.1V",
+    "llama4": "Llama 4",
+    "mllama": "Mllama",
+    "blip-2": "BLIP-2",
+}
+
+
+def families_known() -> str:
+    """README's line."""
+    fate = _by_fate()
+    fits, refused = fate["lm"] + fate["itself"], fate["refused"]
+
+    def names(rows: list[dict[str, Any]]) -> str:
+        there = {row["type"] for row in rows}
+        return ", ".join(title for name, title in _KNOWN.items() if name in there)
+
+    release = ".".join(_families()["transformers"].split(".")[:2])
+    types = sum(map(len, fate.values()))
+    return (
+        f"{len(fits)} of transformers {release}'s {types} VLM types fit as [tiny models](docs/families.md): {names(fits)}, ... Refused: "
+        f"{names(refused)}, ..."
     )
 
 
 def families_table() -> str:
     """Every class, by what became of it."""
     lines = [
-        "| type | language model / LM | fits | same weights | full length | step, reload | note |",
-        "|---|---|---|---|---|---|---|",
+        "| type | text half | teacher | same weights | full length | note |",
+        "|---|---|---|---|---|---|",
     ]
-    rows = sorted(_families()["families"], key=lambda row: (row["stage"] != "done", row.get("fits") is not False))
-    for row in rows:
-        done = row["stage"] == "done"
-        fits = "yes" if done else "no" if row.get("fits") is False else "not built"
-        if row["stage"] in ("LM", "oracle", "step", "reload", "died"):
-            fits = f"fails ({row['stage']})"
-        errors = [f"{row[key]:.0e}" if key in row and done else "-" for key in ("same_error", "reference_error")]
-        note = "" if done else " ".join(row["note"].split())
-        note = textwrap.shorten(note.replace("|", "/").replace("<", "(").replace(">", ")"), 160, placeholder=" ...")
-        pair = f"{row['text']} / {row['lm']}" if "text" in row else "-"
-        lines.append(
-            f"| {row['type']} | {pair} | {fits} | {errors[0]} | {errors[1]} | {'yes' if done else '-'} | {note} |"
-        )
+    for name, rows in _by_fate().items():
+        for row in rows:
+            done = row["stage"] == "done"
+            errors = [f"{row[key]:.0e}" if key in row and done else "-" for key in ("same_error", "reference_error")]
+            note = row.get("lm_note", "" if done else row["note"])
+            if "lm_note" in row:
+                note = f"with {row['lm']}: {note}"
+            if row.get("images") == "yes":
+                note = f"`images` works. {note}"
+            note = textwrap.shorten(
+                note.replace("|", "/").replace("<", "(").replace(">", ")"), 220, placeholder=" ..."
+            )
+            teacher = {"lm": f"`{row['lm']}`", "itself": "the VLM before", "refused": "refused"}.get(
+                name, f"fails ({row['stage']})"
+            )
+            lines.append(
+                f"| {row['type']} | {row.get('text', '-')} | {teacher} | {errors[0]} | {errors[1]} | {note} |"
+            )
     return "\n".join(lines)
 
 
@@ -459,6 +507,7 @@ BLOCKS = {
     "options": options,
     "plan_smallest": plan_smallest,
     "families_count": families_count,
+    "families_known": families_known,
     "families_table": families_table,
     "plan_lines": plan_lines,
     "plan_teachers": plan_teachers,

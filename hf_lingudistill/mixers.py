@@ -1,4 +1,4 @@
-"""Layers that mix tokens otherwise than by softmax attention: gated delta rules (Qwen3.5) and gated short convolutions (LFM2).
+"""Layers that mix tokens otherwise than by softmax attention: gated delta rules (Qwen3.5, Qwen3-Next) and gated short convolutions (LFM2).
 
 Such a layer keeps no keys and values, but a state that every token before has written to. What a token writes is a projection of its
 own hidden state, as keys and values are: these projections are recorded from the student and shared. The teacher then runs the layer's
@@ -34,14 +34,14 @@ Recorded = dict[tuple[int, str], torch.Tensor]
 class Mixer:
     """One layer's mixer.
 
-    written: names of its projections that others read. reads: by projection, the channels among them that the token itself reads with.
+    written: names of its projections that others read. reads: by projection, the indices of the channels that the token itself reads with.
     own: names of projections that no other token sees. out: name of the projection behind the mixing.
     """
 
     module: nn.Module
     layer_idx: int
     written: tuple[str, ...]
-    reads: dict[str, slice]
+    reads: dict[str, torch.Tensor]
     own: tuple[str, ...]
     out: str
 
@@ -54,14 +54,24 @@ def mixers_of(decoder: nn.Module) -> list[Mixer]:
         if at is None or "out_proj" not in parts:
             continue
         if {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "conv1d"} <= parts.keys():
-            reads = {"in_proj_qkv": slice(0, int(module.key_dim))}
+            reads = {"in_proj_qkv": torch.arange(int(module.key_dim))}
             written = ("in_proj_qkv", "in_proj_b", "in_proj_a")
             found.append(Mixer(module, int(at), written, reads, ("in_proj_z",), "out_proj"))
+        elif {"in_proj_qkvz", "in_proj_ba", "conv1d"} <= parts.keys():
+            reads = {"in_proj_qkvz": _queries_and_gates(module)}
+            found.append(Mixer(module, int(at), ("in_proj_qkvz", "in_proj_ba"), reads, (), "out_proj"))
         elif parts.keys() == {"in_proj", "conv", "out_proj"} and type(module).__name__.endswith("ShortConv"):
             channels = int(module.conv.in_channels)  # of each of three: gate of the input, gate of the output, input
-            reads = {"in_proj": slice(channels, 2 * channels)}
+            reads = {"in_proj": torch.arange(channels, 2 * channels)}
             found.append(Mixer(module, int(at), ("in_proj",), reads, (), "out_proj"))
     return found
+
+
+def _queries_and_gates(module: Any) -> torch.Tensor:
+    """Indices of a projection that gives query, key, value and gate of each key head side by side."""
+    key, value = int(module.head_k_dim), int(module.head_v_dim) * int(module.num_v_heads) // int(module.num_k_heads)
+    head = torch.cat([torch.arange(key), torch.arange(2 * key + value, 2 * (key + value))])
+    return (torch.arange(int(module.num_k_heads))[:, None] * 2 * (key + value) + head).flatten()
 
 
 @contextmanager
@@ -138,7 +148,7 @@ def mixers_replayed(
             for name, projection in projections.items():
                 mine, theirs = projection(hidden)[0], None  # (Q, P)
                 if name in mixer.written and recorded is not None:
-                    theirs = recorded[mixer.layer_idx, name]
+                    theirs = _written(recorded, mixer.layer_idx, name)
                     _check_channels(mixer.layer_idx, theirs.shape[-1], mine.shape[-1])
                 given[name].states = _whole(mine, theirs, mixer, name)
             whole = hidden.new_zeros(1, 1, 1).expand(plan.asked_rows.numel(), plan.length, hidden.shape[-1])
@@ -157,8 +167,8 @@ def mixers_replayed(
             return states
         states[rows[plan.own], plan.positions[plan.own]] = mine[plan.own]
         if name in mixer.reads:
-            part = mixer.reads[name]
-            states[rows, plan.positions, part] = mine[:, part]
+            part = mixer.reads[name].to(mine.device)
+            states[rows[:, None], plan.positions[:, None], part] = mine[:, part]
         return states
 
     try:
@@ -175,6 +185,16 @@ def mixers_replayed(
             hook.remove()
         for module, parts in swapped:
             module._modules.update(parts)
+
+
+def _written(recorded: Recorded, layer_idx: int, name: str) -> torch.Tensor:
+    if (layer_idx, name) not in recorded:
+        others = sorted(other for at, other in recorded if at == layer_idx)
+        raise ValueError(
+            f"Layer {layer_idx}: the teacher's mixer reads {name}, the student's writes {', '.join(others) or 'none that can be followed'}: "
+            "they are of two kinds. Use the LM that the student was built from."
+        )
+    return recorded[layer_idx, name]
 
 
 def _check_channels(layer_idx: int, ours: int, theirs: int) -> None:

@@ -8,6 +8,7 @@ Flags, YAML keys, docstrings and `lingudistill distill --help` are made from the
 from __future__ import annotations
 
 import dataclasses
+import re
 import textwrap
 from dataclasses import dataclass, field
 from typing import Any
@@ -250,6 +251,10 @@ class StudentArguments(ModelConfig):
         if not isinstance(self.model_name_or_path, str | None):
             raise ValueError(f"model_name_or_path must be a name, or left out; got {shown(self.model_name_or_path)}.")
         super().__post_init__()  # type: ignore[no-untyped-call]
+        # TRL makes one name a text, which PEFT takes for a pattern of whole paths, and finds nothing
+        name = self.lora_target_modules
+        if isinstance(name, str) and re.fullmatch(r"[\w.]+", name):
+            self.lora_target_modules = [name]
 
 
 def aliases(*groups: type) -> dict[str, str]:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ._internals import attention_switched, decoder_of, register_attention
 from .mixers import mixers_of, mixers_replayed
 from .queries import QueryPlan
+from .rotary import order_of, reordered
 from .student_kv import LayerMask, SharedKV
 
 _REPLAY = "lingudistill_replay"
@@ -257,7 +258,7 @@ def _check_layers(decoder: PreTrainedModel, shared: SharedKV) -> None:
 
 @contextmanager
 def _rotary_replayed(decoder: PreTrainedModel, shared: SharedKV, plan: QueryPlan) -> Iterator[None]:
-    """Let the teacher's rotary module return what the student's did, at the queries."""
+    """Let the teacher's rotary module return what the student's did, at the queries, in the order that the teacher's attention expects."""
 
     def at_queries(rotary: Any) -> Any:
         if isinstance(rotary, tuple):
@@ -267,6 +268,7 @@ def _rotary_replayed(decoder: PreTrainedModel, shared: SharedKV, plan: QueryPlan
     gathered = {kind: at_queries(rotary) for kind, rotary in shared.rotary.items()}
 
     def forward(x: torch.Tensor, position_ids: Any = None, layer_type: str | None = None) -> Any:
+        asked = layer_type
         if layer_type not in gathered and len(gathered) == 1:
             layer_type = next(iter(gathered))
         if layer_type not in gathered:
@@ -275,7 +277,16 @@ def _rotary_replayed(decoder: PreTrainedModel, shared: SharedKV, plan: QueryPlan
                 f"{sorted(map(str, gathered))}: the two are not of one family. Run `lingudistill check` on the pair."
             )
         found = gathered[layer_type]
-        return tuple(part.to(x.dtype) for part in found) if isinstance(found, tuple) else found
+        if not isinstance(found, tuple):
+            return found
+        found = reordered(found, shared.rotary_orders.get(layer_type, ""), own_order(x, position_ids, asked))
+        return tuple(part.to(x.dtype) for part in found)
+
+    def own_order(x: torch.Tensor, position_ids: Any, layer_type: str | None) -> str:
+        given = () if layer_type is None else (layer_type,)
+        plain: Any = type(rotary_emb).forward
+        found: str = order_of(rotary_emb, layer_type, lambda: plain(rotary_emb, x, position_ids, *given))
+        return found
 
     rotary_emb: Any = decoder.rotary_emb
     rotary_emb.forward = forward

@@ -1,7 +1,7 @@
 """Before training: does this very pair do what KV sharing assumes? Measured on a few text tokens, because no list of families can know.
 
 1. The teacher must be itself: reading its own recorded keys and values, it must give its plain forward.
-2. Cos and sin must lie in one order: the teacher's queries are turned by the student's.
+2. The two must turn the same dimensions by cos and sin: the teacher's queries are turned by the student's.
 3. The teacher's class must be the student's arithmetic: the student's weights in it, reading the student's keys and values, must
    give the student's hidden states.
 4. The logits that the loss computes from hidden states and head must be each model's own.
@@ -26,6 +26,7 @@ from ._internals import decoder_of, head_of
 from .losses import head_error
 from .queries import QueryPlan, Vocabulary, plan_queries
 from .replay import replayed_pass
+from .rotary import HALVES, PAIRS, order, reordered, shown, turned
 from .sharing import sharing
 from .student_kv import SharedKV, recording
 
@@ -41,7 +42,7 @@ ALLOWED = {torch.float32: 0.02, torch.float64: 0.02}
 ALLOWED_IN_HALF_PRECISION = 0.1
 SWITCH = "(--self_check false trains without this check.)"
 
-Rotary = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
+_WORDS = {HALVES: "the two halves", PAIRS: "neighbours"}
 
 
 def text_ids(tokenizer: Any, vocabulary: Vocabulary) -> torch.Tensor:
@@ -88,7 +89,7 @@ def self_check(student: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Te
             f"carry: use an LM with plain softmax attention. {SWITCH}"
         )
     logger.info("Self-check: the teacher on its own keys and values is off by %.1e of its plain forward", error)
-    _check_rotary(theirs, own)
+    _check_rotary(theirs, own, (_turns(student, ids), _turns(teacher, ids)))
     _check_arithmetic(student, teacher, theirs, plan)
     _check_head("teacher", teacher, own, teacher_logits)
     _check_head("student", student, theirs, student_logits)
@@ -147,39 +148,42 @@ def _allowed(model: PreTrainedModel) -> float:
 # --------------------------------------------------------------------------------------------------------------------
 # Rotary embeddings
 # --------------------------------------------------------------------------------------------------------------------
-def rotary_layout(rotary: Rotary) -> str:
-    """In which order a rotary module gives its angles, each of which turns two dimensions."""
-    if not isinstance(rotary, tuple):
-        return f"{rotary.shape[-1]} complex numbers"
-    last = torch.stack([part[..., -1, :].float() for part in rotary])
-    size = last.shape[-1]
-    if size % 2 == 0 and torch.equal(last[..., : size // 2], last[..., size // 2 :]):
-        return f"{size} values in halves (0, 1, ..., 0, 1, ...)"
-    if size % 2 == 0 and torch.equal(last[..., 0::2], last[..., 1::2]):
-        return f"{size} values in pairs (0, 0, 1, 1, ...)"
-    return f"{size} values, each once"
-
-
-def _check_rotary(student: SharedKV, teacher: SharedKV) -> None:
+def _check_rotary(student: SharedKV, teacher: SharedKV, turns: tuple[set[str], set[str]]) -> None:
+    """turns: which dimensions the student's and the teacher's keys turn together, see `rotary.turned`."""
+    known = all(len(found) == 1 for found in turns)
+    if known and turns[0] != turns[1]:
+        raise ValueError(
+            f"Student and teacher turn other dimensions of a head together: the student {_WORDS[turns[0].pop()]}, the teacher "
+            f"{_WORDS[turns[1].pop()]}. The teacher's queries would be turned by wrong angles, and what it teaches would be noise. Use an "
+            f"LM whose class turns them as the student's does. {SWITCH}"
+        )
     for kind, theirs in teacher.rotary.items():
-        ours = student.rotary.get(kind, next(iter(student.rotary.values())) if len(student.rotary) == 1 else None)
-        if ours is None:
+        if kind not in student.rotary and len(student.rotary) != 1:
             raise ValueError(
                 f"The teacher asks for the rotary embedding of {kind!r} layers, the student computes "
                 f"{sorted(map(str, student.rotary))}: the two are not of one family. Use the LM that the student was built from."
             )
-        layouts = rotary_layout(ours), rotary_layout(theirs)
-        if layouts[0] != layouts[1]:
+        ours = student.rotary[kind if kind in student.rotary else next(iter(student.rotary))]
+        alike = reordered(ours, order(ours), order(theirs)) if known else ours
+        if shown(alike) != shown(theirs):
             raise ValueError(
-                f"Student and teacher order their rotary embedding differently: the student's is {layouts[0]}, the teacher's "
-                f"{layouts[1]}. The teacher's queries would be turned by wrong angles, and what it teaches would be noise. Use an LM "
+                f"Student and teacher order their rotary embedding differently: the student's is {shown(ours)}, the teacher's "
+                f"{shown(theirs)}. The teacher's queries would be turned by wrong angles, and what it teaches would be noise. Use an LM "
                 f"whose class orders it as the student's does. {SWITCH}"
             )
-        parts = zip(*(part if isinstance(part, tuple) else (part,) for part in (ours, theirs)), strict=True)
+        parts = zip(*(part if isinstance(part, tuple) else (part,) for part in (alike, theirs)), strict=True)
         if off := max(float((a[0] - b[0]).abs().max()) for a, b in parts):
             logger.info(
                 "Self-check: cos and sin of the student's RoPE differ from the teacher's own by up to %.1e", off
             )
+
+
+def _turns(model: PreTrainedModel, ids: torch.Tensor) -> set[str]:
+    """Which dimensions the keys of a model's first layer turn together, seen on one token at several positions."""
+    with torch.no_grad(), _undisturbed(model), recording(model) as shared:
+        _text_forward(model, ids[:, -1:].expand(-1, 8))
+    sizes = {part[0].shape[-1] for part in shared.rotary.values() if isinstance(part, tuple)}
+    return turned(shared.keys[0], sizes.pop()) if 0 in shared.keys and len(sizes) == 1 else set()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -205,7 +209,7 @@ def _with_weights_of(student: PreTrainedModel, teacher: PreTrainedModel) -> PreT
     """A model of the teacher's class and config around the tensors of the student's decoder; or why there is none. No tensor is
     copied. Its head is empty."""
     config: Any = copy.deepcopy(teacher.config)
-    config.pad_token_id = config.get_text_config().pad_token_id = None  # may lie beyond the student's vocabulary
+    config.pad_token_id = config.get_text_config().pad_token_id = 0  # its own may lie beyond the student's vocabulary
     embeddings: Any = student.get_input_embeddings()
     config.get_text_config().vocab_size = int(embeddings.weight.shape[0])
     with torch.device("meta"):

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ._internals import attention_switched, base_attention_function, decoder_of, register_attention
 from .mixers import Recorded, mixers_recorded
+from .rotary import order_of
 
 _RECORD_PREFIX = "lingudistill_record_"
 
@@ -42,7 +43,8 @@ class SharedKV:
     """What one student forward leaves for the teacher.
 
     keys, values: layer_idx -> (B, H_kv, T, D), detached, post-RoPE. rotary: layer type (None where the family has one) -> what
-    the family's rotary module returns: (cos, sin), each (B or 1, T, D_rot), or one complex tensor. position_ids: (B or 1, T), or
+    the family's rotary module returns: (cos, sin), each (B or 1, T, D_rot), or one complex tensor. rotary_orders: in which order (see
+    `rotary.py`). position_ids: (B or 1, T), or
     (axes, B or 1, T). mixed, mixed_documents: what layers without attention write, and what they are told of documents; mixer_layers:
     which these are: see `mixers.py`. inputs_embeds: (B, T, H_s), detached. inputs: what the student's backbone was called with.
     last_hidden_state: (B, T, H_s) with gradient.
@@ -52,6 +54,7 @@ class SharedKV:
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     masks: dict[int, LayerMask] = field(default_factory=dict)
     rotary: dict[str | None, Any] = field(default_factory=dict)
+    rotary_orders: dict[str | None, str] = field(default_factory=dict)
     mixed: Recorded = field(default_factory=dict)
     mixed_documents: dict[str, Any] = field(default_factory=dict)
     mixer_layers: list[int] = field(default_factory=list)
@@ -189,6 +192,9 @@ def recording(student: PreTrainedModel, *, keep_kv: bool = True, keep_inputs: bo
     finally:
         for hook in hooks:
             hook.remove()
+    rotary_emb: Any = decoder.rotary_emb
+    for kind, output in shared.rotary.items():
+        shared.rotary_orders[kind] = order_of(rotary_emb, kind, lambda given=output: given)
     layers = decoder.config.num_hidden_layers
     missing = [layer for layer in range(layers) if layer not in shared.masks and layer not in shared.mixer_layers]
     if shared.last_hidden_state is not None and missing:

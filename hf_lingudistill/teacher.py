@@ -98,10 +98,10 @@ def _class_of(config: PreTrainedConfig, *, sees: bool) -> Any:
 
 def vocabulary_of(student: PreTrainedModel, compatibility: CompatibilityReport) -> Vocabulary:
     """What the student's tokens mean to the teacher, by the report on the pair."""
-    weight: Any = student.get_input_embeddings().weight
+    # Of the head: Molmo 2 embeds more tokens than it can say. Not by the weight's shape, which ZeRO-3 and bitsandbytes change
+    head, embeddings = student.get_output_embeddings(), student.get_input_embeddings()
     return Vocabulary(
-        # ZeRO-3 partitions the weight; its whole shape is kept in `ds_shape`
-        size=int(getattr(weight, "ds_shape", weight.shape)[0]),
+        size=int(getattr(head, "out_features", None) or embeddings.num_embeddings),  # type: ignore[arg-type]
         shared_size=compatibility.shared_vocab_size,
         unreadable=compatibility.image_token_ids,
         aliases=compatibility.aliases,

@@ -170,7 +170,7 @@ def randomise_(model: PreTrainedModel, seed: int) -> None:
     done: set[int] = set()
     for name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in done:  # tied head
+            if id(parameter) in done or not parameter.numel():  # a tied head; a part that is switched off
                 continue
             done.add(id(parameter))
             kind = type(module).__name__

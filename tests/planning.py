@@ -52,5 +52,5 @@ def prepare_teacher(
     unreadable_token_ids: tuple[int, ...] = (),
     exact_vocab: bool = False,
 ) -> Teacher:
-    size = student.get_input_embeddings().weight.shape[0]
+    size = student.get_output_embeddings().weight.shape[0]
     return prepare(model, Vocabulary(size, shared_vocab_size, unreadable_token_ids), exact_vocab=exact_vocab)

@@ -23,6 +23,7 @@ from hf_lingudistill.hub.escape import fenced, markdown, plain
 from hf_lingudistill.hub.metadata import eval_result_file
 from hf_lingudistill.hub.results import main_model, tasks_of
 from hf_lingudistill.hub.run_facts import hub_id, public_name, recipe_of
+from hf_lingudistill.sharing import MODES
 
 ROOT = Path(__file__).resolve().parents[1]
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -255,6 +256,18 @@ def test_the_licence_is_inherited_and_flagged_where_it_must_be_chosen(
     found = {name: value for name, value in metadata(text).items() if name.startswith("license")}
     assert found == expected
     assert ("**Not chosen yet.**" in text) == (not expected)
+
+
+def test_every_sharing_mode_has_a_sentence_of_its_own() -> None:
+    def method(mode: str | None) -> str:
+        text = render({**FACTS, "settings": {**FACTS["settings"], "kv_sharing": mode}})
+        return next(line for line in text.splitlines() if line.startswith("The frozen "))
+
+    found = {mode: method(mode) for mode in MODES}
+    unknown = "may read the student's keys and values"
+    assert len(set(found.values())) == len(MODES) and not any(unknown in text for text in found.values())
+    assert unknown in method("a mode of another release")  # the control
+    assert "reads the images itself" in found["images"] and "never seen an image" not in found["images"]
 
 
 def test_a_different_licence_of_the_teacher_is_pointed_out() -> None:

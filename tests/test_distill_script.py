@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from peft.tuners.tuners_utils import check_target_module_exists
+from trl import get_peft_config
 
 from hf_lingudistill.labs.demo import recipe
 from hf_lingudistill.options import DistillOptions
@@ -239,6 +241,27 @@ def test_the_pair_has_two_names_on_the_command_line_and_in_a_recipe(tmp_path: Pa
         _, config, student, _ = parse(flags)
         assert (student.model_name_or_path, config.teacher_model_name_or_path) == ("a/vlm", "a/lm")
     assert parse(["--config", str(recipe), "--student", "b/vlm"])[2].model_name_or_path == "b/vlm"
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (["q_proj"], ["q_proj"]),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (["all-linear"], "all-linear"),
+        ([r".*layers\.0\..*q_proj"], r".*layers\.0\..*q_proj"),
+    ],
+)
+def test_one_name_of_a_layer_is_a_name_and_a_pattern_a_pattern(given: list[str], taken: list[str] | str) -> None:
+    student = parse(["--student", "a/vlm", "--teacher", "a/lm", "--use_peft", "--lora_target_modules", *given])[2]
+    assert student.lora_target_modules == taken
+    peft = get_peft_config(student)
+    found = [
+        key for key in ("model.layers.0.q_proj", "model.layers.1.q_proj") if check_target_module_exists(peft, key)
+    ]
+    assert len(found) == (
+        2 if isinstance(taken, list) else 1 if "layers" in taken else 0
+    )  # all-linear is spelt out later
 
 
 BAD_NAMES = {

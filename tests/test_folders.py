@@ -260,7 +260,6 @@ ALLOWED = {
     ("examples/recipes/five_artists/reproduce.py", "write_json"): "a result of the recipe, written beside its place",
     ("examples/recipes/five_artists/stages.py", "_aligned"): STAGE,
     ("examples/recipes/five_artists/stages.py", "_see"): STAGE,
-    ("examples/recipes/nanovlm_460m.py", "main"): "to a place where nothing is",
     ("examples/space/pictures.py", "draw_all"): SCRATCH,
     ("docs/figures/draw_step.py", "main"): REPOSITORY,
     ("docs/figures/shoot_space.py", "space"): SCRATCH,

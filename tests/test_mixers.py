@@ -1,4 +1,4 @@
-"""Layers without softmax attention (Qwen3.5's gated delta rule, LFM2's gated short convolution): what tokens write to their state is
+"""Layers without softmax attention (gated delta rules of Qwen3.5 and, in a LLaVA, Qwen3-Next; LFM2's gated short convolution): what tokens write to their state is
 shared as keys and values are. Against the LM's own forward, and against a full-length pass that knows nothing of the package."""
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from all_families import FIRST_IMAGE_ID, _copy_weights, _full_length, _projections, lm_config, shrink
 from families import randomise_
 from oracle import StudentKV
 from planning import plan_queries, teacher_pass
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from shrunk import FIRST_IMAGE_ID, lm_config, tiny
+from stages import copy_weights, full_length, projections
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from hf_lingudistill._internals import checkpoint_activations
 from hf_lingudistill.labs.diagnose.states import layer_outputs, recording_own, state_drift
@@ -30,14 +31,14 @@ class Pair:
 
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
-        self.student: Any = AutoModelForImageTextToText.from_config(shrink(CONFIG_MAPPING[name]())).float().eval()
+        self.student: Any = AutoModelForImageTextToText.from_config(tiny(name)).float().eval()
         randomise_(self.student, seed=1)
         text = self.student.config.get_text_config()
         self.same, self.other = (
             AutoModelForCausalLM.from_config(lm_config(text, other=other)).float().eval() for other in (False, True)
         )
         randomise_(self.other, seed=3)
-        assert _copy_weights(self.student, self.same)
+        assert copy_weights(self.student, self.same)
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(5, 300, (2, LENGTH), generator=generator)
         self.ids[:, 7:12] = FIRST_IMAGE_ID
@@ -53,7 +54,7 @@ class Pair:
     def record(self, embeddings: torch.Tensor | None = None) -> tuple[SharedKV, torch.Tensor, dict[str, torch.Tensor]]:
         given = self.embeddings if embeddings is None else embeddings
         decoder = self.student.get_decoder()
-        with torch.no_grad(), recording(self.student, keep_inputs=True) as shared, _projections(decoder) as written:
+        with torch.no_grad(), recording(self.student, keep_inputs=True) as shared, projections(decoder) as written:
             hidden = self.student.base_model(inputs_embeds=given, attention_mask=self.mask, use_cache=False)[0]
         return shared, hidden, written
 
@@ -62,7 +63,7 @@ class Pair:
         return plan_queries(self.ids, self.labels, distill, **given)
 
 
-@pytest.fixture(scope="module", params=["qwen3_5", "lfm2_vl"])
+@pytest.fixture(scope="module", params=["qwen3_5", "qwen3_next", "lfm2_vl"])
 def pair(request: pytest.FixtureRequest) -> Pair:
     return Pair(request.param)
 
@@ -116,12 +117,12 @@ def test_another_teacher_equals_a_full_length_pass(pair: Pair) -> None:
         queried[plan.rows, plan.positions] = True
         with torch.no_grad():
             ids = pair.ids.masked_fill(pair.image, 0)
-            full = _full_length(pair.other, ids, seen, written, own, queried, pair.mask)
+            full = full_length(pair.other, ids, seen, written, own, queried, pair.mask)
             expected = full[plan.loss_rows, plan.loss_positions]
             found[mode] = teacher_pass(pair.other, shared, plan)
             assert off(found[mode], expected) < 1e-4, mode
             # Control: with the student's own inputs left out of the mixers, it is another pass
-            blind = _full_length(pair.other, ids, seen, {}, own, queried, pair.mask)
+            blind = full_length(pair.other, ids, seen, {}, own, queried, pair.mask)
             assert off(found[mode], blind[plan.loss_rows, plan.loss_positions]) > 1e-2, mode
     assert off(found["full"], found["vision"]) > 1e-2
 
@@ -193,6 +194,12 @@ def test_nothing_is_left_behind_when_the_teacher_raises(pair: Pair) -> None:
         teacher_pass(pair.other, shared, pair.plan("vision"))
     hook.remove()
     assert (modules_of(pair.other), modules_of(pair.student)) == before
+    lacking = copy.copy(shared)
+    lacking.mixed = {}
+    with pytest.raises(
+        ValueError, match=r"Layer 0: the teacher's mixer reads in_proj\w*, the student's writes none that can be"
+    ):
+        teacher_pass(pair.other, lacking, pair.plan("vision"))
     shared.mixed = {key: states[..., :-1] for key, states in shared.mixed.items()}
     with pytest.raises(ValueError, match=r"Layer 0: the teacher's mixer writes \d+ channels, the student's \d+"):
         teacher_pass(pair.other, shared, pair.plan("vision"))

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shrunk
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from hf_lingudistill.cli import main
 from hf_lingudistill.labs.plan import (
@@ -50,7 +51,7 @@ PUBLISHED = {
     "llava-hf/llava-1.5-7b-hf": (7_063_427_072, 6_738_415_616),
     "OpenGVLab/InternVL3-1B-hf": (938_193_024, 494_032_768),
     "OpenGVLab/InternVL3-2B-hf": (2_088_957_440, 1_543_714_304),
-    "google/gemma-3-4b-it": (4_300_079_472, 3_880_263_168),
+    "google/gemma-3-4b-it": (4_300_079_472, 4_300_079_472),
     LARGE: (73_410_777_344, 72_706_203_648),
 }
 
@@ -398,6 +399,45 @@ def test_the_vlm_before_is_a_copy_of_the_student_in_full_training_alone(small: t
     assert "VLM before" in str(make_plan(*small, Setup(anchor="before"))) and "VLM before" not in str(without)
     one = make_plan(*small, Setup(anchor="before")).needed / GIB
     assert smallest_plan(*small, Setup(anchor="before", gpu_memory=one - 0.1), (1, 2), ("single", "fsdp2")) is None
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
+def test_layers_without_attention_are_counted(name: str) -> None:
+    torch.manual_seed(0)
+    model: Any = AutoModelForImageTextToText.from_config(shrunk.tiny(name)).eval()
+    student = model_facts(model.config)
+    teacher = model_facts(shrunk.lm_config(model.config.get_text_config(), other=False))
+    ids = torch.randint(5, 300, (2, 40))
+    with torch.no_grad(), recording(model) as shared:
+        model.base_model(input_ids=ids, use_cache=False)
+    shape: dict[str, Any] = {
+        "seq_len": 40,
+        "image_tokens": 8,
+        "response_tokens": 8,
+        "mixed_precision": "no",
+        "device": "cpu",
+    }
+    setup = Setup(batch=2, gradient_checkpointing=False, **shape)
+    assert kv_bytes(student, setup) == shared.nbytes()
+    assert kv_bytes(replace(student, text=replace(student.text, mixers=0)), setup) > shared.nbytes()  # the control
+    text = teacher.text
+    mixer = next(m for m in model.modules() if hasattr(m, "in_proj") or hasattr(m, "in_proj_qkv"))
+    one = sum(p.numel() for n, p in mixer.named_parameters() if n.startswith("conv"))
+    if name == "qwen3_5":  # two layers with four heads of 16 x 16; in LFM2 the convolution alone
+        one += 3 * 4 * 16 * 16
+    assert text.mixers == len(shared.mixer_layers) > 0 and text.mixer_work == one * text.mixers
+
+    def cost(length: int, mode: str, work: int) -> float:
+        facts = replace(teacher, text=replace(text, mixer_work=work)), replace(setup, seq_len=length, kv_sharing=mode)
+        ours = replace(student, text=replace(student.text, mixer_work=work))
+        return step_cost(ours, *facts)
+
+    heavy = (
+        10**8
+    )  # so that nothing else counts: of a forward and a backward pass, over the whole row or over the queries
+    whole, queries = cost(400, "full", heavy) - 1, cost(400, "none", heavy) - 1
+    assert whole == pytest.approx(1 / 3, rel=0.05) and queries == pytest.approx(392 / 400 / 3, rel=0.05)
+    assert cost(400, "full", 0) - 1 < 0.1
 
 
 def test_a_vlm_as_teacher_weighs_its_text_half_or_all_of_it(saved_pair: tuple[Path, Path]) -> None:

@@ -3,83 +3,64 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
-from types import ModuleType
 
 import datasets
 import nanovlm_golden as golden
-import pytest
 import yaml
-from datasets import load_from_disk
 from safetensors.torch import load_file
-from scripts import script
 from tiny import make_lm, make_tokenizer
 
+from hf_lingudistill.cli import main as lingudistill
 from hf_lingudistill.scripts.distill import main as distill
 
 RECIPES = Path(__file__).resolve().parents[1] / "examples/recipes"
 RECIPE = yaml.safe_load((RECIPES / "nanovlm_460m.yaml").read_text())
 
 
-@pytest.fixture(scope="module")
-def prepare() -> ModuleType:
-    return script("examples/recipes/nanovlm_460m.py")
+HUB = "hf://datasets/HuggingFaceM4/FineVision@"
 
 
-def write_finevision(folder: Path, rows: int = 4) -> Path:
-    """A dataset with FineVision's subsets and columns; those whose name begins with `text_` have no images."""
+def write_finevision(folder: Path) -> None:
+    """FineVision's subsets, columns and file names; subsets whose name begins with `text_` have no images."""
     image = io.BytesIO()
     golden.picture(90, 60).save(image, "PNG")
-    configs = []
+    pair = {"user": datasets.Value("string"), "assistant": datasets.Value("string")}
+    columns = {
+        "images": datasets.List(datasets.Image()),
+        "texts": datasets.List(pair),
+        "source": datasets.Value("string"),
+    }
     for source in RECIPE["datasets"]:
-        name = Path(source["path"]).name
+        name = source["data_files"].split("/")[-2]
         shown = [] if name.startswith("text_") else [{"bytes": image.getvalue(), "path": None}]
         turns = [
-            {"user": "what <image>shape is it?", "assistant": "a small red circle"},
-            {"user": "and?", "assistant": " "},
+            {"user": "what shape is it?", "assistant": "a small red circle"},
             {"user": "tell me about the sea", "assistant": "the sea is deep, wide and full of salt."},
         ]
-        table = datasets.Dataset.from_list(
-            [{"images": shown, "texts": turns, "source": name} for _ in range(rows)],
-            features=datasets.Features(
-                {
-                    "images": datasets.List(datasets.Image()),
-                    "texts": datasets.List({"user": datasets.Value("string"), "assistant": datasets.Value("string")}),
-                    "source": datasets.Value("string"),
-                }
-            ),
+        rows = datasets.Dataset.from_list(
+            [{"images": shown, "texts": turns, "source": name}] * 2, features=datasets.Features(columns)
         )
         (folder / name).mkdir(parents=True)
-        table.to_parquet(folder / name / "train-0.parquet")
-        configs.append({"config_name": name, "data_files": [{"split": "train", "path": f"{name}/*"}]})
-    (folder / "README.md").write_text("---\n" + yaml.safe_dump({"configs": configs}) + "---\n")
-    return folder
+        rows.to_parquet(folder / name / "train-00000-of-00002.parquet")
 
 
-def test_two_steps_of_the_recipe(prepare, nanovlm_checkpoint, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_two_steps_of_the_recipe(nanovlm_checkpoint, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     source, _ = nanovlm_checkpoint((256, 4, True, "enlarged"))
-    finevision = write_finevision(tmp_path / "finevision")
-    command = ["--student", str(source), "--finevision", str(finevision), "--rows", "3"]
-    assert prepare.main(command) == 0
-    rows = load_from_disk(RECIPE["datasets"][0]["path"])
-    assert len(rows) == 3 and [len(row["images"]) for row in rows] == [1, 1, 1]
-    assert [turn["content"] for turn in rows[0]["messages"]] == [
-        "what shape is it?",
-        "a small red circle",
-        "tell me about the sea",
-        "the sea is deep, wide and full of salt.",
-    ]
-    capsys.readouterr()
-    assert prepare.main(command) == 0
-    assert capsys.readouterr().out.count(": there\n") == len(RECIPE["datasets"]) + 1, "what is there is left"
+    assert lingudistill(["convert-nanovlm", str(source), RECIPE["model_name_or_path"]]) == 0
+    write_finevision(tmp_path / "finevision")
+    text = (RECIPES / "nanovlm_460m.yaml").read_text()
+    assert text.count(HUB) == len(RECIPE["datasets"]) == 12
+    (tmp_path / "recipe.yaml").write_text(re.sub(rf"{HUB}\w+", str(tmp_path / "finevision"), text))
 
     shape = dict(
         hidden_size=32, intermediate_size=48, rope_parameters={"rope_type": "default", "rope_theta": 100000.0}
     )
     make_lm(1, vocab_size=golden.BASE_VOCABULARY, **shape).save_pretrained(tmp_path / "lm")
     make_tokenizer(extra=False).save_pretrained(tmp_path / "lm")
-    recipe = ["--config", str(RECIPES / "nanovlm_460m.yaml"), "--teacher_model_name_or_path", str(tmp_path / "lm")]
+    recipe = ["--config", "recipe.yaml", "--teacher_model_name_or_path", str(tmp_path / "lm")]
     here = [
         "--max_steps",
         "2",

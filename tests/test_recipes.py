@@ -64,7 +64,8 @@ def test_a_recipe_is_read_whole(slug: str, variant: str) -> None:
     pair = PAIRS[slug]
     assert (student.model_name_or_path, config.teacher_model_name_or_path) == (pair.student, pair.teacher)
     for revision in (student.model_revision, config.teacher_model_revision):
-        assert re.fullmatch(r"[0-9a-f]{40}", revision or "") or (slug == "gemma3_4b" and revision in (None, "main"))
+        yours = slug == "gemma3_4b" and revision == student.model_revision
+        assert re.fullmatch(r"[0-9a-f]{40}", revision or "") or (yours and revision in (None, "main"))
     assert [source.distill for source in mixture.datasets] == [subset.distill for subset in writer.MIX]
     files = re.compile(r"hf://datasets/HuggingFaceM4/FineVision@[0-9a-f]{40}/\w+/train-00000-of-\*\.parquet")
     assert all(files.fullmatch(source.data_files) for source in mixture.datasets)
@@ -85,9 +86,8 @@ def test_two_steps(
     pair = PAIRS[slug]
     known = pair.plan_student or pair.student
     student = tiny_families.save_student(known, tmp_path / "student", monkeypatch)
-    if pair.before:
-        original = tiny_families.save_student(known, tmp_path / "original", monkeypatch)
-        script("examples/recipes/text_half.py").text_half(str(original), tmp_path / "teacher")
+    if pair.teacher == known:  # the VLM before, whose text half teaches
+        tiny_families.save_student(known, tmp_path / "teacher", monkeypatch)
     else:
         tiny_families.make_teacher(pair.teacher).save_pretrained(tmp_path / "teacher")
         tiny_families.make_tokenizer(None).save_pretrained(tmp_path / "teacher")
@@ -119,33 +119,6 @@ def test_two_steps(
     else:
         assert any("embed_tokens" in name for name in moved)
         assert any("vis" in name for name in moved), "no image was seen"
-
-
-def test_the_text_half_speaks_as_the_whole_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    half = script("examples/recipes/text_half.py").text_half
-    source = tiny_families.save_student("google/gemma-3-4b-it", tmp_path / "vlm", monkeypatch)
-    half(str(source), tmp_path / "half")
-    whole = tiny_families.make_student("google/gemma-3-4b-it")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "half")
-    ids = torch.tensor([tokenizer("the sea is deep, wide and full of salt.")["input_ids"]])
-    with torch.no_grad():
-        ours, theirs = loaded(ids).logits, whole(input_ids=ids, token_type_ids=torch.zeros_like(ids)).logits
-        other = tiny_families.make_student("google/gemma-3-4b-it", seed=1)(
-            input_ids=ids, token_type_ids=torch.zeros_like(ids)
-        ).logits
-    assert torch.allclose(ours, theirs, atol=1e-4) and not torch.allclose(other, theirs, atol=1e-1)
-    assert tokenizer.chat_template
-    lm = tmp_path / "lm"
-    tiny_families.make_teacher("Qwen/Qwen2.5-3B-Instruct").save_pretrained(lm)
-    with pytest.raises(ValueError, match=r"."):
-        half(str(lm), tmp_path / "no")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is in the way"):
-        half(str(source), tmp_path / "mine")
 
 
 def test_files_are_as_they_are_written() -> None:

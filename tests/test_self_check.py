@@ -40,7 +40,8 @@ from transformers import (
 from hf_lingudistill._internals import head_of
 from hf_lingudistill.queries import Vocabulary, plan_queries
 from hf_lingudistill.replay import replayed_pass
-from hf_lingudistill.self_check import rotary_layout, self_check, text_ids
+from hf_lingudistill.rotary import order
+from hf_lingudistill.self_check import self_check, text_ids
 from hf_lingudistill.sharing import sharing
 from hf_lingudistill.student_kv import recording
 
@@ -175,11 +176,27 @@ def test_a_teacher_of_another_width_passes_and_the_log_says_what_was_not_tried(
     assert TRIED not in caplog.text
 
 
-# --- pairs that do not -----------------------------------------------------------------------------------------------
-def test_cos_and_sin_in_another_order_are_refused() -> None:
+def test_cos_and_sin_in_another_order_are_reordered(caplog: pytest.LogCaptureFixture) -> None:
     student, teacher = glm4v_pair()
-    with pytest.raises(ValueError, match=r"student's is 8 values in pairs .*, the teacher's 8 values in halves"):
+    with torch.no_grad():  # the very values, by the sizes of the two
+        outputs = [
+            model.get_decoder().rotary_emb(torch.zeros(1), torch.arange(9)[None]) for model in (student, teacher)
+        ]
+    assert [order(output) for output in outputs] == ["pairs", "halves"]
+    with caplog.at_level("INFO"):
         self_check(student, teacher, IDS)
+    assert TRIED in caplog.text
+
+
+def test_without_that_the_teacher_would_be_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control of the test above."""
+    student, teacher = glm4v_pair()
+    monkeypatch.setattr("hf_lingudistill.replay.reordered", lambda rotary, *_: rotary)
+    with pytest.raises(ValueError, match=r"Glm4ForCausalLM.*off by [01]\.\d+ of their length"):
+        self_check(student, teacher, IDS)
+
+
+# --- pairs that do not -----------------------------------------------------------------------------------------------
 
 
 def test_a_permuted_rotary_module_is_refused_on_any_family() -> None:
@@ -199,13 +216,28 @@ def test_a_permuted_rotary_module_is_refused_on_any_family() -> None:
         self_check(family.student, teacher, IDS)
 
 
-def test_a_class_that_turns_queries_another_way_is_refused_with_the_number() -> None:
+def test_a_class_that_turns_queries_another_way_is_refused_with_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
     family = build_family("llava")
     config = family.student.config.get_text_config()
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
     names += ("num_key_value_heads", "rms_norm_eps", "rope_parameters")
     teacher = ernie(**{name: getattr(config, name) for name in names})
+    with pytest.raises(ValueError, match="the student the two halves, the teacher neighbours"):
+        self_check(family.student, teacher, IDS)
+    # And where keys do not tell, its class on the student's weights does
+    monkeypatch.setattr("hf_lingudistill.self_check.turned", lambda *_: set())
     with pytest.raises(ValueError, match=r"Ernie4_5ForCausalLM.*off by [01]\.\d+ of their length \(at most 0\.02"):
+        self_check(family.student, teacher, IDS)
+
+
+def test_a_wider_lm_that_turns_queries_another_way_is_refused() -> None:
+    """Its class cannot be tried on the student's weights: the keys alone tell."""
+    family = build_family("llava")
+    config = family.student.config.get_text_config()
+    names = ("vocab_size", "num_hidden_layers", "head_dim", "num_key_value_heads", "rope_parameters")
+    sizes = {"hidden_size": 96, "intermediate_size": 128, "num_attention_heads": 6}
+    teacher = ernie(**sizes, **{name: getattr(config, name) for name in names})
+    with pytest.raises(ValueError, match="the student the two halves, the teacher neighbours"):
         self_check(family.student, teacher, IDS)
 
 
@@ -275,7 +307,7 @@ def unfit_teacher() -> LlamaForCausalLM | Ernie4_5ForCausalLM:
 def test_the_trainer_refuses_unless_it_is_told_not_to_look(
     make_trainer: Callable[..., Any], unfit_teacher: Any
 ) -> None:
-    with pytest.raises(ValueError, match="Ernie4_5ForCausalLM.*--self_check false"):
+    with pytest.raises(ValueError, match="turn other dimensions of a head together.*--self_check false"):
         make_trainer(teacher_model=unfit_teacher)
     make_trainer(teacher_model=unfit_teacher, self_check=False)
     make_trainer(teacher_model=unfit_teacher, kv_sharing="none")  # nothing of the student's is read
@@ -298,20 +330,6 @@ def test_a_trained_adapter_is_left_aside_and_comes_back(
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
-def test_layouts_are_told_apart() -> None:
-    angles = torch.rand(1, 3, 4)
-    halves, pairs = torch.cat([angles, angles], -1), angles.repeat_interleave(2, -1)
-    found = [rotary_layout((x.cos(), x.sin())) for x in (halves, pairs, angles)] + [
-        rotary_layout(torch.polar(angles, angles))
-    ]
-    assert [text.split(" (")[0] for text in found] == [
-        "8 values in halves",
-        "8 values in pairs",
-        "4 values, each once",
-        "4 complex numbers",
-    ]
-
-
 def test_the_text_is_what_both_read() -> None:
     tokenizer = tiny.make_tokenizer(extra=True)
     ids = text_ids(tokenizer, Vocabulary(size=len(tokenizer), shared_size=300, unreadable=(70,)))

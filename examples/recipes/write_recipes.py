@@ -54,8 +54,7 @@ class Pair:
     """A student and its teacher.
 
     slug: of the folder. sizes: of a typical row, for the plan. max_length: of a row in training. lineage: how sure it is that the
-    student was built from the teacher. images: how many tokens an image becomes. notes: whatever else one must know. before: a command
-    that has to be run first.
+    student was built from the teacher. images: how many tokens an image becomes. notes: whatever else one must know.
     """
 
     slug: str
@@ -70,7 +69,6 @@ class Pair:
     lineage: str
     images: str
     notes: str = ""
-    before: str = ""
     plan_student: str | None = None  # whose sizes are planned with, where the student is yours
 
     @property
@@ -205,8 +203,8 @@ PAIRS = (
         title="A Gemma-3-4B that you tuned, and the text half of the original",
         student="outputs/gemma3_4b/student",
         student_revision=None,
-        teacher="outputs/gemma3_4b/text_half",
-        teacher_revision=None,
+        teacher="google/gemma-3-4b-it",
+        teacher_revision="093f9f388b31de276ce2de164bdc2081324b9767",
         seq_len=2048,
         image_tokens=256,
         max_length=4096,
@@ -214,17 +212,13 @@ PAIRS = (
             "**No text-only original of Gemma-3-4B was published** (as far as we know): of Gemma 3, only the sizes 270M and 1B are text "
             "alone, and the larger ones saw images from the beginning. So there is nothing to give `google/gemma-3-4b-it` its language "
             "back from. What can be given back is the language that *your* fine-tuning of it has lost: the teacher is the text half of "
-            "the checkpoint that you began with."
+            "the checkpoint that you began with, which is loaded without its tower."
         ),
         images="An image becomes 256 tokens (without pan and scan).",
-        before=(
-            "python examples/recipes/text_half.py --vlm google/gemma-3-4b-it --revision 093f9f388b31de276ce2de164bdc2081324b9767 "
-            "--output_dir outputs/gemma3_4b/text_half"
-        ),
         notes=(
             "Put your tuned model in `outputs/gemma3_4b/student`, or name it: `--student ORG/YOUR-MODEL`. "
-            "The revision in the command is that of `google/gemma-3-4b-it`, which asks you to accept its licence on the Hub first; if you "
-            "began with another checkpoint (`gemma-3-4b-pt`, a fine-tune), name that one. "
+            "`google/gemma-3-4b-it` asks you to accept its licence on the Hub first; if you began with another checkpoint (`gemma-3-4b-pt`, a "
+            "fine-tune), name that one: `--teacher`. "
             "`--anchor before` adds the model as you tuned it as the second parent, for the rows that are not marked (docs/parents.md)."
         ),
         plan_student="google/gemma-3-4b-it",
@@ -268,7 +262,6 @@ def yaml_of(pair: Pair, variant: str) -> str:
     lines = [
         "# NOT RUN AT FULL SIZE: a test runs two steps of it with tiny random models of the same classes. README.md beside it says more.",
         f"# {pair.title}: {'full fine-tuning' if variant == 'full' else 'LoRA'}. Written by ../write_recipes.py: edit that.",
-        *([f"#   {pair.before}   # once"] if pair.before else []),
         f"#   accelerate launch examples/distill.py --config examples/recipes/{pair.slug}/{variant}.yaml",
         f"model_name_or_path: {pair.student}",
         *([f"model_revision: {pair.student_revision}"] if pair.student_revision else []),
@@ -323,8 +316,7 @@ def yaml_of(pair: Pair, variant: str) -> str:
 def page_of(pair: Pair) -> str:
     found = {variant: plans(pair, variant) for variant in VARIANTS}
     student = pair.student if pair.plan_student is None else "outputs/gemma3_4b/student"
-    commands = [pair.before] if pair.before else []
-    commands += [launch(pair, variant, found[variant][80]) for variant in VARIANTS]
+    commands = [launch(pair, variant, found[variant][80]) for variant in VARIANTS]
     evaluation = [
         f"lingudistill evaluate --suite {suite} --teacher {pair.teacher} --student {student} --after outputs/{pair.slug}/lora "
         f"--output_dir outputs/{pair.slug}/{suite}"
@@ -341,8 +333,8 @@ def page_of(pair: Pair) -> str:
             *commands,
             "```",
             "",
-            "The commands are those for cards of 80 GiB; the table below has smaller ones. Nothing has to be prepared"
-            + (" beyond the first one." if pair.before else ": rows are read from the Hub."),
+            "The commands are those for cards of 80 GiB; the table below has smaller ones. Nothing has to be prepared: rows are read from the "
+            "Hub.",
             "",
             "Measure first whether there is language to bring back, and how the teacher should read the student:",
             "",

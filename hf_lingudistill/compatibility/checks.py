@@ -17,13 +17,15 @@ _Rope = dict[str, dict[str, Any]]  # parameters by layer type, "" where all laye
 
 USE_THE_ORIGINAL_LM = "Use the LM that the student was built from."
 UNLESS_ORIGINAL = "If this is not the LM that the student was built from, use that one."
+SEEING = "Or give it a teacher of its own class that sees, such as the VLM before: kv_sharing=images shares nothing."
 USE_SOFTMAX = "Use a VLM and LM with plain softmax self-attention in every layer (Llama, Qwen2, Qwen3, Gemma, ...)."
 SOFTMAX_ATTENTION = frozenset(
     {"full_attention", "sliding_attention", "chunked_attention", "reference_sliding_attention"}
 )
 # Mixers without softmax that `mixers.py` can follow, as their modeling files show them; and the settings that must agree for it
 _FOLLOWED = {
-    "linear_attention": r"self\.in_proj_qkv = (?s:.*)self\.in_proj_z = (?s:.*)self\.in_proj_b = (?s:.*)self\.in_proj_a = ",
+    "linear_attention": r"self\.in_proj_qkv = (?s:.*)self\.in_proj_z = (?s:.*)self\.in_proj_b = (?s:.*)self\.in_proj_a = "
+    r"|self\.in_proj_qkvz = (?s:.*)self\.in_proj_ba = ",
     "conv": r"class \w+ShortConv\(nn\.Module\):(?s:.*?)self\.in_proj = ",
 }
 _MIXER_SIZES = {
@@ -36,11 +38,15 @@ _MIXER_SIZES = {
     "conv": ("hidden_size",),
 }
 # What no config shows: students of these types cannot be followed, whatever their language model is
+_NO_DECODER = "does not give access to its decoder in transformers (get_decoder() returns the model with its head)"
 _UNREACHABLE = dict.fromkeys(
     ("blip-2", "instructblip", "instructblipvideo"),
     "runs its language model with its head inside its own forward, so that there is no hidden state to distil from",
 ) | {
-    "llama4": "does not give access to its decoder in transformers (get_decoder() returns the model with its head)",
+    "shieldgemma2": "is saved by AutoModelForImageTextToText in transformers under names that it does not find again. It is a Gemma 3: in a "
+    "copy whose config.json says model_type gemma3, it can be trained",
+    "llama4": _NO_DECODER,
+    "nemotron_h_omni": _NO_DECODER,
     "diffusion_gemma": "is no autoregressive model: it fills in blocks of tokens by denoising, and a next-token distribution of its LM "
     "has nothing to teach it",
 }
@@ -58,6 +64,12 @@ def check_roles(s: Side, t: Side, *, sees: bool = False) -> list[Check]:
             f"The student and teacher look swapped: {s.title} was given as the student and is a text-only model, "
             f"{t.title} was given as the teacher and is a vision-language model.",
             "Exchange the two.",
+        )
+    own_code = "AutoModelForCausalLM" in (getattr(s.config, "auto_map", None) or {})
+    if not s.is_vlm and type(s.config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:  # UDOP, Evolla, pi0
+        return misfit(
+            f"Student {s.title} has no vision config that tells where its images go: it cannot be followed.",
+            "Use another VLM.",
         )
     if not s.is_vlm:
         return misfit(
@@ -96,7 +108,7 @@ def check_roles(s: Side, t: Side, *, sees: bool = False) -> list[Check]:
         if re.search(r"_text(_model)?$", t.model_type):
             return misfit(
                 f"Teacher {t.title} is the text half of a vision-language model, and transformers has no causal LM of this type.",
-                "Use the LM that the student was built from; where there was none, this VLM has no teacher.",
+                "Use the LM that the student was built from; where there was none, the VLM that it was tuned from, whose text half can teach.",
             )
         return misfit(f"Teacher {t.title} is not a model that AutoModelForCausalLM loads.")
     for architecture in t.config.architectures or []:
@@ -206,7 +218,8 @@ def _attention_problems(side: Side) -> list[Check]:
 
     def found(shown: str, reason: str, status: Status = "misfit") -> None:
         ours, theirs = (shown, "") if side.role == "student" else ("", shown)
-        checks.append(Check("attention", status, ours, theirs, reason, USE_SOFTMAX if status == "misfit" else ""))
+        fix = f"{USE_SOFTMAX} {SEEING}" if side.role == "student" else USE_SOFTMAX
+        checks.append(Check("attention", status, ours, theirs, reason, fix if status == "misfit" else ""))
 
     source = modeling_source(text)
     for kind in sorted({layer.kind for layer in layers} - SOFTMAX_ATTENTION):
@@ -216,14 +229,16 @@ def _attention_problems(side: Side) -> list[Check]:
                 found(
                     f"{kind} in {len(where)} of {len(layers)}",
                     f"{subject} has {len(where)} of {all_layers} of kind {kind!r}: what tokens write to their state is shared, and "
-                    "the teacher runs them over whole rows, which `lingudistill plan` does not count.",
+                    "the teacher runs them over whole rows (docs/families.md).",
                     "note",
                 )
             continue
+        why = "they do not keep the plain keys and values that KV sharing passes on"
+        if "indexed" in kind:
+            why = "an indexer of its own picks the keys of each query, which the other model's queries cannot follow"
         found(
             f"{kind} in {len(where)} of {len(layers)}",
-            f"{subject} has {len(where)} of {all_layers} of kind {kind!r} ({_indices(where)}): they do not keep the "
-            "plain keys and values that KV sharing passes on.",
+            f"{subject} has {len(where)} of {all_layers} of kind {kind!r} ({_indices(where)}): {why}.",
         )
     crossed = [index for index in setting(text, "cross_attention_layers") or [] if index < len(layers)]
     if crossed:
@@ -286,7 +301,7 @@ def check_rope(s: Side, t: Side) -> list[Check]:
     shown = _rope_summary(ours), _rope_summary(theirs)
     checks = []
     for side, rope, why, fix in (
-        (s, ours, "the teacher's queries are placed by it", "Use a VLM whose language model has RoPE."),
+        (s, ours, "the teacher's queries are placed by it", f"Use a VLM whose language model has RoPE. {SEEING}"),
         (t, theirs, "the student's keys are rotated, its queries would not be", USE_THE_ORIGINAL_LM),
     ):
         if rope is None:

@@ -183,7 +183,7 @@ def _method(run_facts: Facts) -> str:
     if settings.get("anchor") == "before":
         others += "; on rows that are not marked, the VLM before is a second teacher"
     who = f"The frozen language model has never seen an image: layer by layer it {reads}."
-    if (part := (run_facts.get("teacher") or {}).get("part")) == "whole":
+    if (part := (run_facts.get("teacher") or {}).get("part")) == "whole" or settings.get("kv_sharing") == "images":
         who = "The frozen teacher is a VLM that reads the images itself; nothing of the student is shared with it."
     elif part == "text half":
         who = f"The frozen teacher is the text half of a VLM, without its tower: layer by layer it {reads}."

@@ -53,6 +53,8 @@ def _step_work(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> tuple[
     sft = passes * backbone + (2 if setup.lora_rank else 3) * head * setup.labels
     keys = setup.seq_len if MODES[setup.kv_sharing].reads_student else setup.seq_len / 2
     added = _forward_work(teacher.text, setup.queries, keys) + student.vocab * teacher.text.hidden * setup.labels
+    if MODES[setup.kv_sharing].records_kv:  # layers without attention run over the whole row, asked or not
+        added += teacher.text.mixer_work * max(0, setup.tokens - setup.queries)
     more = launches + _LAUNCHES_OF_TEACHER * teacher.text.layers
     if teacher.vision is not None:
         patches = setup.image_tokens * teacher.patches_per_token
@@ -64,5 +66,6 @@ def _step_work(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> tuple[
 
 
 def _forward_work(tower: TowerFacts, tokens: float, keys: float) -> float:
-    """Multiply-adds of one forward pass: linear layers, and two products with `keys` keys a token on average."""
-    return tokens * (tower.linear_parameters + 2 * tower.layers * tower.heads_width * keys)
+    """Multiply-adds of one forward pass: linear layers, two products with `keys` keys per token on average, and what mixers do."""
+    attending = tower.layers - tower.mixers
+    return tokens * (tower.linear_parameters + 2 * attending * tower.heads_width * keys + tower.mixer_work)

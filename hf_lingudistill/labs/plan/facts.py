@@ -6,7 +6,7 @@ torch and transformers are imported where a config is read: a wrong option shoul
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .known_models import BUILT_IN, BUILT_IN_PAIRS
@@ -25,7 +25,9 @@ class TowerFacts:
 
     heads_width, kv_width: heads x head size. gated: the MLP has a gate (three matrices) and the norms are RMSNorm; otherwise
     two and LayerNorm. layer_parameters: of one layer. linear_parameters: of all linear weights in the layers.
-    largest_linear: elements of the largest of them. lora_width: sum of in + out features of adapted layers.
+    largest_linear: elements of the largest of them. lora_width: sum of in + out features of adapted layers. mixers: layers without
+    attention that `mixers.py` follows. mixer_writes: elements per token that these write for others, all together. mixer_work:
+    multiply-adds per token of their convolutions and scans, all together. mixer_width: elements per token of the widest one's projections.
     """
 
     layers: int
@@ -39,6 +41,10 @@ class TowerFacts:
     linear_parameters: int
     largest_linear: int
     lora_width: int
+    mixers: int = 0
+    mixer_writes: int = 0
+    mixer_work: int = 0
+    mixer_width: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ def model_facts(config: PreTrainedConfig, name: str = "") -> ModelFacts:
         vocab=head.shape[0],
         embedding=embedding.numel(),
         tied=head is embedding,
-        text=_tower(text, decoder.layers),
+        text=_with_mixers(_tower(text, decoder.layers), decoder),
         vision=None if vision is None else _tower(vision, _vision_layers(model, decoder)),
         patches_per_token=_patches_per_token(config),
         beside=0 if vision is None else _beside(model),
@@ -159,6 +165,30 @@ def _tower(config: PreTrainedConfig, layers: Any) -> TowerFacts:
         largest_linear=max(m.weight.numel() for _, m in named),
         lora_width=sum(m.in_features + m.out_features for name, m in named if name.endswith(LORA_TARGETS)),
     )
+
+
+def _with_mixers(tower: TowerFacts, decoder: Any) -> TowerFacts:
+    from ...mixers import mixers_of
+
+    def width(mixer: Any, names: tuple[str, ...]) -> int:
+        return sum(int(mixer.module.get_submodule(name).out_features) for name in names)
+
+    found = mixers_of(decoder)
+    return replace(
+        tower,
+        mixers=len(found),
+        mixer_writes=sum(width(mixer, mixer.written) for mixer in found),
+        mixer_work=sum(_scan_work(mixer.module) for mixer in found),
+        mixer_width=max((width(mixer, (*mixer.written, *mixer.own)) for mixer in found), default=0),
+    )
+
+
+def _scan_work(mixer: Any) -> int:
+    """Multiply-adds per token: a weight of the convolution each, and where there is a state (key size x value size in each head) three
+    products with it: what is there is read, written over, and read by the query. Kernels that take tokens by chunks do more of them at once."""
+    conv = getattr(mixer, "conv1d", None) or mixer.conv
+    state = mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim if hasattr(mixer, "head_k_dim") else 0
+    return int(conv.weight.numel() + 3 * state)
 
 
 def _first(config: PreTrainedConfig, *names: str) -> int:

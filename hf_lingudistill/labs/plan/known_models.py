@@ -127,8 +127,6 @@ BUILT_IN: Mapping[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-7B-Instruct": {"model_type": "qwen2", **_text(*_QWEN25_7B), "tie_word_embeddings": False},
     "Qwen/Qwen2.5-72B-Instruct": {"model_type": "qwen2", **_text(*_QWEN25_72B), "tie_word_embeddings": False},
     "lmsys/vicuna-7b-v1.5": {"model_type": "llama", **_text(*_LLAMA_7B, 32000), "tie_word_embeddings": False},
-    # No repository: the text half of google/gemma-3-4b-it, as examples/recipes/text_half.py saves it
-    "outputs/gemma3_4b/text_half": _GEMMA3_TEXT,
 }
 # The language model that each student was built from, or one of its shape: examples/recipes says which is which
 BUILT_IN_PAIRS: Mapping[str, str] = {
@@ -141,5 +139,5 @@ BUILT_IN_PAIRS: Mapping[str, str] = {
     "llava-hf/llava-1.5-7b-hf": "lmsys/vicuna-7b-v1.5",
     "OpenGVLab/InternVL3-1B-hf": "Qwen/Qwen2.5-0.5B-Instruct",
     "OpenGVLab/InternVL3-2B-hf": "Qwen/Qwen2.5-1.5B-Instruct",
-    "google/gemma-3-4b-it": "outputs/gemma3_4b/text_half",
+    "google/gemma-3-4b-it": "google/gemma-3-4b-it",  # its text half: no LM of its own was published
 }

@@ -76,8 +76,10 @@ def before_bytes(student: ModelFacts, setup: Setup) -> int:
 
 
 def kv_bytes(student: ModelFacts, setup: Setup) -> int:
-    """One copy of the student's K/V of all layers, as recorded for the teacher."""
-    return 2 * student.text.layers * student.text.kv_width * setup.tokens * setup.compute_bytes
+    """One copy of the student's K/V of all layers, and of what those without K/V write, as recorded for the teacher."""
+    text = student.text
+    per_token = 2 * (text.layers - text.mixers) * text.kv_width + text.mixer_writes
+    return per_token * setup.tokens * setup.compute_bytes
 
 
 def trainable_parameters(student: ModelFacts, setup: Setup) -> int:
@@ -234,6 +236,10 @@ def _teacher_work(teacher: ModelFacts, setup: Setup) -> int:
     text = teacher.text
     scores = 3 * text.heads * setup.queries * setup.seq_len if MODES[setup.kv_sharing].reads_student else 0
     own = 2 * text.kv_width * setup.tokens if setup.kv_sharing in ("prompt", "vision", "inputs") else 0
+    if (
+        text.mixers and MODES[setup.kv_sharing].records_kv
+    ):  # over whole rows: the projections, and what convolution and scan make of them
+        own = max(own, 3 * text.mixer_width * setup.tokens)
     elements = setup.queries * _layer_work(text) + scores + own
     if teacher.vision is not None:
         patches = setup.batch * setup.image_tokens * teacher.patches_per_token
