@@ -127,11 +127,12 @@ def _words(text: str) -> list[tuple[str, str]]:
 
 
 def _marked(words: list[tuple[str, str]], changed: set[int]) -> str:
-    """Neighbours share one <mark>: a reader, or a screen reader, meets a phrase and not a row of single words."""
+    """Neighbours in a line share one <mark>: a reader, or a screen reader, meets a phrase and not a row of single words."""
     parts = []
+    joined = {at for at in changed if at + 1 in changed and "\n" not in words[at][1]}  # to the next word
     for at, (word, blank) in enumerate(words):
-        opening = "<mark>" if at in changed and at - 1 not in changed else ""
-        closing = "</mark>" if at in changed and at + 1 not in changed else ""
+        opening = "<mark>" if at in changed and at - 1 not in joined else ""
+        closing = "</mark>" if at in changed and at not in joined else ""
         parts.append(f"{opening}{html.escape(word)}{closing}{html.escape(blank)}")
     return "".join(parts)
 
