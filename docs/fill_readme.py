@@ -63,7 +63,12 @@ ARM_TITLES = {
     "caption": "KL to the original told the caption (upper bound)",
     "interpolate_05": "interpolation .5, no training",
 }
-PAIRS = {"aligned-no-0": "aligned tower, no drift", "aligned-severe-0": "aligned tower, severe drift"}
+PAIRS = {
+    "aligned-no-0": "aligned tower, no drift",
+    "aligned-severe-0": "aligned tower, severe drift",
+    "polished-severe-0": "polished tower, severe drift",
+    "joint-severe-0": "joint tower, which sees nothing yet, severe drift",
+}
 # (title, metric, digits)
 ARM_COLUMNS = [
     ("text KL", "text_kl", 3),

@@ -80,9 +80,13 @@ def _modes(modes: Mapping[str, Any], path: Path) -> Path:
             axes.bar([index + shift for index in range(len(readers))], heights, width=0.38, color=color, label=part)
         axes.axhline(found["readers"]["none"]["dependent"], color=DISTILLED, linewidth=0.8, linestyle=":")
         axes.set_xticks(range(len(readers)), readers, rotation=35, fontsize=8)
-        axes.set_title(name, fontsize=9)
-    panels[0][0].set_ylabel("teacher's KL to the captioned original, nats")
-    panels[0][-1].legend(fontsize=8, title="tokens", title_fontsize=8, loc="upper right")
+        tower, drift, _ = name.split("-")
+        axes.set_title(f"{tower} tower, {drift} drift", fontsize=9)
+        axes.tick_params(axis="y", labelsize=8)
+    panels[0][0].set_ylabel("nats per token", fontsize=8)
+    tallest = max(reader["dependent"] for found in modes.values() for reader in list(found["readers"].values())[1:])
+    panels[0][0].set_ylim(0, 1.25 * tallest)  # room for the legend
+    panels[0][0].legend(fontsize=8, title="teacher's KL to the original told the caption", title_fontsize=8, loc="upper left", ncols=2)
     return _saved(figure, path)
 
 
