@@ -261,9 +261,7 @@ def greedy(model: checkpoints.Checkpoint, question: str, picture: Image.Image | 
     """The reference: the model alone, in one call, its prompt written out by the template and tokenized by itself."""
     inputs = answers.encode(model, question, picture, tokens)
     with torch.no_grad():
-        out = model.model.generate(
-            **inputs, max_new_tokens=tokens, do_sample=False, repetition_penalty=1.0
-        )
+        out = model.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, repetition_penalty=1.0)
     return model.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -378,7 +376,9 @@ def test_neighbours_share_a_mark_and_equal_answers_have_none() -> None:
     assert markup.mark_differences("red", "a blue <b>")[1] == "<mark>a blue &lt;b&gt;</mark>"
     assert markup.mark_differences("same words", "same words") == ("same words", "same words", 0, 0)
     assert markup.mark_differences("", "x")[:2] == ("", "<mark>x</mark>")
-    assert markup.mark_differences("", "x y\n\nz")[1] == "<mark>x y</mark>\n\n<mark>z</mark>"  # no mark on an empty line
+    assert (
+        markup.mark_differences("", "x y\n\nz")[1] == "<mark>x y</mark>\n\n<mark>z</mark>"
+    )  # no mark on an empty line
 
 
 def test_marks_appear_when_both_answers_are_complete() -> None:

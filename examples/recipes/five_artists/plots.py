@@ -86,7 +86,9 @@ def _modes(modes: Mapping[str, Any], path: Path) -> Path:
     panels[0][0].set_ylabel("nats per token", fontsize=8)
     tallest = max(reader["dependent"] for found in modes.values() for reader in list(found["readers"].values())[1:])
     panels[0][0].set_ylim(0, 1.25 * tallest)  # room for the legend
-    panels[0][0].legend(fontsize=8, title="teacher's KL to the original told the caption", title_fontsize=8, loc="upper left", ncols=2)
+    panels[0][0].legend(
+        fontsize=8, title="teacher's KL to the original told the caption", title_fontsize=8, loc="upper left", ncols=2
+    )
     return _saved(figure, path)
 
 
