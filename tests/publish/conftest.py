@@ -13,13 +13,7 @@ from hub import Hub
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import close_session
 from PIL import Image
-from pushed import (
-    FACTS,
-    READ_TOKEN,
-    REPORT,
-    TOKEN,
-    point_to,
-)
+from pushed import FACTS, READ_TOKEN, REPORT, TOKEN, point_to
 
 from hf_lingudistill.hub import publish as publishing
 

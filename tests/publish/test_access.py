@@ -11,14 +11,7 @@ import pytest
 from hub import Fault, Hub
 from huggingface_hub import HfApi
 from huggingface_hub.utils import close_session
-from pushed import (
-    OLD_TOKEN,
-    READ_TOKEN,
-    TOKEN,
-    on_the_hub,
-    planned,
-    point_to,
-)
+from pushed import OLD_TOKEN, READ_TOKEN, TOKEN, on_the_hub, planned, point_to
 
 from hf_lingudistill.cli import main as cli
 from hf_lingudistill.hub import publish as publishing

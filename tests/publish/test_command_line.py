@@ -12,13 +12,7 @@ import tiny
 import yaml
 from hub import Hub
 from huggingface_hub import HfApi, snapshot_download
-from pushed import (
-    TOKEN,
-    environment,
-    on_the_hub,
-    planned,
-    script_arguments,
-)
+from pushed import TOKEN, environment, on_the_hub, planned, script_arguments
 
 from hf_lingudistill.hub.model import model_manifest
 from hf_lingudistill.hub.publish import publish

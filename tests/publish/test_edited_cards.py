@@ -9,12 +9,7 @@ from typing import Any
 import pytest
 from hub import Blob, Hub, git_hash
 from huggingface_hub import HfApi
-from pushed import (
-    REPORT,
-    TOKEN,
-    MakeTrainer,
-    edit_card,
-)
+from pushed import REPORT, TOKEN, MakeTrainer, edit_card
 
 from hf_lingudistill.hub.manifest import PublishError
 from hf_lingudistill.hub.model import model_manifest

@@ -14,13 +14,7 @@ from hub import Fault, Hub
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import close_session
-from pushed import (
-    TOKEN,
-    contents,
-    on_the_hub,
-    planned,
-    point_to,
-)
+from pushed import TOKEN, contents, on_the_hub, planned, point_to
 
 from hf_lingudistill.hub.manifest import PublishError, command_for
 from hf_lingudistill.hub.model import model_manifest

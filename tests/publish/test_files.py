@@ -12,12 +12,7 @@ import pytest
 import torch
 import yaml
 from hub import Hub
-from pushed import (
-    TOKEN,
-    contents,
-    on_the_hub,
-    planned,
-)
+from pushed import TOKEN, contents, on_the_hub, planned
 from safetensors.torch import load_file, save_file
 
 from hf_lingudistill.cli import main as cli

@@ -15,14 +15,7 @@ import torch
 import yaml
 from hub import Fault, Hub
 from PIL import Image
-from pushed import (
-    TOKEN,
-    MakeTrainer,
-    environment,
-    on_the_hub,
-    point_to,
-    script_arguments,
-)
+from pushed import TOKEN, MakeTrainer, environment, on_the_hub, point_to, script_arguments
 from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 

@@ -9,13 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hub import Hub
-from pushed import (
-    FACTS,
-    TOKEN,
-    edit_card,
-    on_the_hub,
-    planned,
-)
+from pushed import FACTS, TOKEN, edit_card, on_the_hub, planned
 
 from hf_lingudistill.cli import main as cli
 from hf_lingudistill.hub.manifest import PublishError
