@@ -502,6 +502,13 @@ def test_a_recipe_holds_what_was_chosen_and_no_token(tmp_path: Path) -> None:
     assert yaml.safe_load(yaml.safe_dump(recipe)) == recipe
 
 
+def test_a_card_says_how_each_mode_reads() -> None:
+    said = {name: str(render_card({"settings": {"kv_sharing": name}}, {})) for name in MODES}
+    assert all(mode.in_words in said[name] for name, mode in MODES.items() if not mode.sees)
+    assert MODES["full"].in_words not in said["vision"]  # control
+    assert "may read the student's keys and values" in str(render_card({"settings": {"kv_sharing": "other"}}, {}))
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The committed cards
 # --------------------------------------------------------------------------------------------------------------------

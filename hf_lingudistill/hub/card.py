@@ -16,6 +16,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from ..sharing import MODES
 from .edits import sealed
 from .escape import HUB, fenced, linked, markdown, plain, repo_or_none
 from .metadata import card_data, licence_of
@@ -163,18 +164,10 @@ def _prompts(prompts: Sequence[Facts]) -> str:
     return fenced("\n".join(lines)) if lines else ""
 
 
-_SHARING = {
-    "full": "reads the student's keys and values at every position",
-    "prompt": "reads the student's keys and values at the prompt, text and image, and its own at the answer",
-    "vision": "reads the student's keys and values at image tokens and its own at all text",
-    "none": "reads its own keys and values only, with images left out",
-    "inputs": "reads its own keys and values only, with the student's image features as its inputs",
-}
-
-
 def _method(run_facts: Facts) -> str:
     settings = run_facts.get("settings") or {}
-    reads = _SHARING.get(str(settings.get("kv_sharing")), "may read the student's keys and values")
+    mode = MODES.get(str(settings.get("kv_sharing")))
+    reads = "may read the student's keys and values" if mode is None else mode.in_words
     if settings.get("kv_source") == "before":
         reads += " (those of the VLM before training, which stand still)"
     others = "the others are trained with cross-entropy"

@@ -45,6 +45,8 @@ class Sharing:
     any_width: ClassVar[bool] = True
     # Whether the teacher is a VLM, run whole on the images themselves
     sees: ClassVar[bool] = False
+    # What a model card says of it: "layer by layer the teacher ..."
+    in_words: ClassVar[str]
 
     def own(self, readable: torch.Tensor, labelled: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Where the teacher's own keys and values replace the student's.
@@ -82,6 +84,8 @@ class Sharing:
 class Full(Sharing):
     """The paper's: every key and value is the student's."""
 
+    in_words = "reads the student's keys and values at every position"
+
     def own(self, readable: torch.Tensor, labelled: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         return readable & False
 
@@ -91,6 +95,8 @@ class Full(Sharing):
 
 class Prompt(Sharing):
     """The prompt is the student's, the answer the teacher's own."""
+
+    in_words = "reads the student's keys and values at the prompt, text and image, and its own at the answer"
 
     def own(self, readable: torch.Tensor, labelled: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         return readable & labelled
@@ -102,6 +108,7 @@ class Prompt(Sharing):
 class Vision(Sharing):
     """Only what the teacher cannot read itself is the student's."""
 
+    in_words = "reads the student's keys and values at image tokens and its own at all text"
     text_reads_student = False
     source = "before"
 
@@ -115,6 +122,7 @@ class Vision(Sharing):
 class Unshared(Sharing):
     """Nothing is shared: the teacher's plain forward on the text."""
 
+    in_words = "reads its own keys and values only, with images left out"
     records_kv = False
     reads_student = False
     keeps_documents_apart = False

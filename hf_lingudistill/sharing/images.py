@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class Images(Sharing):
     """See the module."""
 
+    in_words = "reads its own keys and values only"
     records_kv = False
     reads_student = False
     keeps_documents_apart = False

@@ -26,6 +26,7 @@ _SCALES = ("embedding_multiplier", "scale_emb", "embed_scale")
 class Inputs(Sharing):
     """See the module."""
 
+    in_words = "reads its own keys and values only, with the student's image features as its inputs"
     records_kv = False
     records_inputs = True
     text_reads_student = False
