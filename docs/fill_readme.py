@@ -84,6 +84,7 @@ ARM_COLUMNS = [
 ]
 FILLED = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), RECIPE / "README.md")
 PLAN_CHECK = ROOT / "benchmarks/results/plan_check.json"
+ANSWERS_ONCE = ROOT / "benchmarks/results/answers_once.json"
 METHODS = {
     "full": Setup(),
     "LoRA 16, bf16 weights": Setup(lora_rank=16, dtype="bfloat16"),
@@ -481,6 +482,30 @@ def plan_cost() -> str:
     return "\n".join(rows)
 
 
+def answers_once() -> str:
+    """What asking once costs, and what it saves."""
+    if not ANSWERS_ONCE.is_file():
+        return (
+            "_Not measured yet: run `python benchmarks/answers_once.py --json benchmarks/results/answers_once.json`._"
+        )
+    found = _read(ANSWERS_ONCE)
+    rows = ["| | rows, labels | s per million labels | MiB per million labels |", "|---|---|---|---|"]
+    for name in ("anchor_cache", "teacher_cache"):
+        one = found[name]
+        rows.append(
+            f"| `{name}` | {one['rows']}, {one['labels']:,} | {one['seconds_per_million_labels']:,.0f} | "
+            f"{one['mib_per_million_labels']:,.0f} |"
+        )
+    held, machine, lost = found["held_mib"], found["machine"], found["anchor_cache"]["lost"]
+    said = (
+        f"SmolLM2-135M-Instruct and a SmolVLM around it, {found['batch_size']} rows a batch, {machine['dtype']}, {machine['device']}, "
+        f"{machine['threads']} thread, CPU time of the process; k = {found['anchor_cache']['k']}, {lost:.1%} of the probability outside of it (a "
+        f"VLM that has seen no image yet). The run holds {held['cached']:,.0f} MiB of the two models (the teacher's head) in place of "
+        f"{held['live']:,.0f}, and a step takes {found['step_ratio']:.2f} of its time."
+    )
+    return "\n".join([*rows, "", *textwrap.wrap(said, 130)])
+
+
 def recipes() -> str:
     """The recipes of examples/recipes/write_recipes.py."""
     path = ROOT / "examples/recipes/write_recipes.py"
@@ -493,6 +518,7 @@ def recipes() -> str:
 
 
 BLOCKS = {
+    "answers_once": answers_once,
     "recipes": recipes,
     "demo": demo,
     "demo_table": demo_table,

@@ -240,7 +240,7 @@ class LinguDistillConfig(DistillChecks, DistillOptions, LocalSFTConfig):
         if self.anchor_cache and self.kv_source == "before" and not self.teacher_cache:
             raise ValueError(
                 "anchor_cache=True frees nothing where kv_source='before' asks the VLM before in every step: set teacher_cache=True as "
-                "well, or leave anchor_cache out."
+                "well, or kv_source='student', or leave anchor_cache out."
             )
         mode = MODES[self.kv_sharing]
         if self.teacher_cache and mode.reads_student and mode.text_reads_student and self.kv_source == "student":

@@ -101,13 +101,15 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "resumed lora": {**RESUMED, "adapter": True},
     "anchored": {"anchor": "before"},
     "anchored lora": {"anchor": "before", "adapter": True},
+    "cached": {"anchor": "before", "anchor_cache": True, "kv_sharing": "none", "teacher_cache": True},
+    "cached teacher": {"kv_sharing": "none", "teacher_cache": True, "teacher": True, "teacher_sharding": "replicate"},
     "on-policy": ON_POLICY,
     "on-policy vision": {**ON_POLICY, "kv_sharing": "vision", "rows": "alternating", "beta": 0.5},
     "on-policy lora": {**ON_POLICY, "adapter": True},
     "wrong normalisation": {"wrong": True},
 }
 # They need the whole student on every process
-REPLICATED = {"anchored", "anchored lora", "on-policy", "on-policy vision", "on-policy lora"}
+REPLICATED = {"anchored", "anchored lora", "cached", "on-policy", "on-policy vision", "on-policy lora"}
 # Each ends its launch, and is not among those that are compared
 FATAL: dict[str, dict[str, Any]] = {"killed": {}, "no placeholder": {}}
 
@@ -133,7 +135,7 @@ def make_trainer(folder: Path, name: str, *, accumulation: int, processes: int) 
     )
     torch.manual_seed(0)
     config = (OnPolicyLinguDistillConfig if on_policy else LinguDistillConfig)(
-        output_dir=str(folder / (name if name.startswith("resumed") else "out")),
+        output_dir=str(folder / (name if name.startswith(("resumed", "cached")) else "out")),
         **{
             "report_to": "none",
             "disable_tqdm": True,

@@ -146,6 +146,7 @@ TASKS = [
         "group": "vision",
         "metric": "exact_match",
         "higher_is_better": True,
+        "differences": [],
         "scores": {
             name: {"value": value, "low": value - 0.1, "high": value + 0.1}
             for name, value in (("before", 0.8), ("after", 0.6), ("a", 0.79), ("b", 0.7))
@@ -156,6 +157,7 @@ TASKS = [
         "group": "language",
         "metric": "text_kl",
         "higher_is_better": False,
+        "differences": [],
         "scores": {
             name: {"value": value, "low": value - 0.1, "high": value + 0.1}
             for name, value in (("original", 0.0), ("before", 3.0), ("after", 0.5), ("a", 2.0), ("b", 1.0))
@@ -179,6 +181,26 @@ def test_a_condition_holds_for_whom_it_says(text: str, holds: set[str]) -> None:
     condition = parse_condition(text)
     assert {name for name in ("before", "after", "a", "b") if condition.holds(TASKS, name)} == holds
     assert parse_condition(str(condition)) == condition
+
+
+def test_what_is_kept_surely_is_kept_at_the_worse_end_of_the_paired_interval() -> None:
+    pairs = [{"of": name, "minus": "before", "low": low, "high": 0.1} for name, low in (("a", -0.005), ("b", -0.3))]
+    tasks: list[dict[str, Any]] = [{**TASKS[0], "differences": pairs}, TASKS[1]]
+
+    def surely(text: str, name: str) -> bool | None:
+        return parse_condition(text).holds_surely(tasks, name)
+
+    # The scores' own intervals, 0.1 to either side, would have refused both
+    assert surely("vision >= before - 0.01", "a") is True and surely("vision >= before - 0.01", "b") is False
+    assert surely("vision >= 0.69", "a") is True and surely("vision >= 0.7", "a") is False
+    assert surely("fidelity/instructions/text_kl <= 2.1", "a") is True
+    assert surely("fidelity/instructions/text_kl <= 2.05", "a") is False
+    assert surely("vision >= before", "before") is True and surely("vision >= before + 0.1", "before") is False
+    # Not compared in the report, and of several tasks
+    assert surely("vision >= after", "a") is None
+    assert surely("vision >= after and vision >= before - 0.01", "b") is False
+    tasks.append({**tasks[0], "name": "vision/shapes"})
+    assert surely("vision >= before - 0.01", "a") is None
 
 
 @pytest.mark.parametrize(

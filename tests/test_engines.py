@@ -124,6 +124,14 @@ def test_the_head_moves_as_on_one_process(launched: dict[str, Any], single: Call
 
 
 @pytest.mark.slow
+def test_a_teacher_that_was_asked_before_by_two_processes_is_the_live_one(
+    launched: dict[str, Any], single: Callable[[str], dict[str, Any]]
+) -> None:
+    assert difference(launched["cached teacher"], single("none")) < TOLERANCE
+    assert launched["cached teacher"]["teacher"]["bytes"] < single("none")["teacher"]["bytes"]
+
+
+@pytest.mark.slow
 def test_evaluation_is_that_of_one_process(launched: dict[str, Any], single: Callable[[str], dict[str, Any]]) -> None:
     for name in ("evaluation", "untied evaluation"):
         ours, theirs = (
@@ -137,11 +145,12 @@ def test_evaluation_is_that_of_one_process(launched: dict[str, Any], single: Cal
 def test_teacher_is_sharded_where_the_engine_shards_and_it_is_not_quantised(
     launched: dict[str, Any], single: Callable[[str], dict[str, Any]]
 ) -> None:
-    sharded = {job for job in JOBS if launched[job]["teacher"]["sharded"]}
+    jobs = launched.keys() - {"engine"}
+    sharded = {job for job in jobs if launched[job]["teacher"]["sharded"]}
     if launched["engine"] == "ddp":
         assert not sharded
         return
-    assert set(JOBS) - sharded == {"quantised teacher", "replicated teacher"}
+    assert jobs - sharded == {"quantised teacher", "replicated teacher", "cached teacher"}
     for name in ("loaded teacher", "sharded untied teacher"):
         whole, piece = single(name)["teacher"]["bytes"], launched[name]["teacher"]["bytes"]
         assert piece == pytest.approx(whole / 2, rel=0.02), name

@@ -264,6 +264,7 @@ ALLOWED = {
     ("docs/figures/draw_step.py", "main"): REPOSITORY,
     ("docs/figures/shoot_space.py", "space"): SCRATCH,
     ("docs/fill_readme.py", "main"): REPOSITORY,
+    ("benchmarks/answers_once.py", "main"): NAMED,
     ("benchmarks/gpu.py", "main"): NAMED,
     ("benchmarks/on_policy_cost.py", "main"): NAMED,
     ("benchmarks/plan_check.py", "make_models"): SCRATCH,

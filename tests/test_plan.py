@@ -440,6 +440,73 @@ def test_layers_without_attention_are_counted(name: str) -> None:
     assert cost(400, "full", 0) - 1 < 0.1
 
 
+def test_what_is_asked_once_takes_no_memory_and_no_time(small: tuple[ModelFacts, ModelFacts]) -> None:
+    student, teacher = small
+    read = {"kv_source": "student"}
+    live, once = (make_plan(*small, Setup(anchor="before", anchor_cache=cache, **read)) for cache in (False, True))
+    without = make_plan(*small, Setup(**read))
+    assert once.lines["VLM before"] == 0 and once.peak == without.peak and once.cost == without.cost
+    assert once.saved == live.peak - once.peak == 2 * student.parameters and once.cached == 8 * 64 + 4
+    assert (live.cached, live.saved) == (0, 0)
+    # The teacher: its head stays, and the product with it
+    shape = {"kv_sharing": "none", "teacher_quantization": "none", "engine": "ddp", "gpus": 2}
+    live, once = (make_plan(*small, Setup(teacher_cache=cache, **shape)) for cache in (False, True))
+    head = 2 * student.vocab * teacher.text.hidden
+    assert once.lines["teacher"] == head < live.lines["teacher"] and once.cached == 2 * teacher.text.hidden
+    assert 1.0 < once.cost < live.cost and once.saved == live.peak - once.peak > 0
+    assert "GiB less at the peak; on disk 1,152 bytes per label" in str(once) and "Asked once" not in str(live)
+    assert once.to_dict()["saved_by_caches"] == once.saved and "saved_by_caches" not in live.to_dict()
+    # With the eyes of the VLM before, both leave; without, rows with images keep the teacher
+    both = Setup(kv_sharing="vision", kv_source="before", teacher_cache=True)
+    assert make_plan(*small, both).lines["VLM before"] == 0 and not both.asks_before
+    assert make_plan(*small, Setup(teacher_cache=True)).lines == make_plan(*small, both).lines, "the trainer's default"
+    images = make_plan(*small, Setup(kv_sharing="vision", teacher_cache=True, **read))
+    assert images.saved == 0 and "rows with images still ask the teacher" in str(images)
+    assert make_plan(*small, Setup(kv_sharing="vision", teacher_cache=True, image_tokens=0, **read)).saved > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"teacher_cache": True, "kv_sharing": "prompt"},
+            "with kv_sharing='prompt' the teacher reads the student on every row",
+        ),
+        ({"anchor_cache": True}, "anchor_cache keeps what the VLM before says: set anchor='before'"),
+        ({"anchor_cache": True, "anchor": "before", "on_policy": True}, "On-policy, answers are new in every step"),
+        ({"anchor_cache": True, "anchor": "before", "engine": "zero3"}, "anchor='before' needs the whole student"),
+        (
+            {"teacher_cache": True, "engine": "fsdp2", "gpus": 2},
+            "teacher_cache with kv_sharing='vision' needs the whole",
+        ),
+        ({"anchor_cache_k": 0}, "anchor_cache_k must be at least 1, got 0."),
+    ],
+)
+def test_caches_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    test_a_set_up_that_cannot_be_is_refused(options, message)
+
+
+def test_the_command_plans_sampling(capsys: pytest.CaptureFixture[str]) -> None:
+    """On-policy: the VLM before is there, K/V of all answers at once are named beside what is needed, and the sampling is not timed."""
+    common = ["plan", "--student", SMALL, "--kv_source", "student", "--accumulation", "4", "--json"]
+    plans = []
+    for more in ([], ["--on_policy", "true"], ["--on_policy", "true", "--lora_rank", "8"]):
+        main([*common, *more])
+        plans.append(json.loads(capsys.readouterr().out))
+    given, sampled, adapter = plans
+    assert "sampling_kv" not in given and given["lines"]["VLM before"] == 0
+    assert sampled["lines"]["VLM before"] == 2 * sampled["student_parameters"] and adapter["lines"]["VLM before"] == 0
+    assert sampled["sampling_kv"] == 4 * sampled["recorded_kv"] > 0
+    assert sampled["peak"] - given["peak"] == sampled["lines"]["VLM before"]
+    assert sampled["step_cost_over_sft"] > given["step_cost_over_sft"] + 0.1
+    main(common[:-1] + ["--on_policy", "true"])
+    out = capsys.readouterr().out
+    held = f"{sampled['sampling_kv'] / GIB:.2f} GiB of keys and values (4 answers at once)"
+    assert held in out and "nor are its seconds counted" in out
+    assert main(["plan", "--student", SMALL, "--on_policy", "true", "--engine", "zero3", "--gpus", "2"]) != 0
+    assert "On-policy, the student samples as a whole, and zero3 splits it" in capsys.readouterr().err
+
+
 def test_a_vlm_as_teacher_weighs_its_text_half_or_all_of_it(saved_pair: tuple[Path, Path]) -> None:
     vlm, lm = (str(folder) for folder in saved_pair)
     shape = {

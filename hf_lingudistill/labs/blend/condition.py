@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluation.report import GROUPS
+from ..evaluation.report import GROUPS, difference
 
 MODELS = ("before", "after", "original")
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
@@ -65,8 +65,25 @@ class Condition:
             for clause in self.clauses
         )
 
+    def holds_surely(self, tasks: Sequence[Mapping[str, Any]], model: str) -> bool | None:
+        """Whether the worse end of each interval meets its clause too: of the paired difference to the other model, or of the score
+        where the clause names a number. None where some clause has no interval: a group of several tasks, and a pair of models that
+        the report does not compare."""
+        found = [_worse_end_holds(clause, tasks, model) for clause in self.clauses]
+        return False if False in found else None if None in found else True
+
     def __str__(self) -> str:
         return " and ".join(map(str, self.clauses))
+
+
+def _worse_end_holds(clause: Clause, tasks: Sequence[Mapping[str, Any]], model: str) -> bool | None:
+    named = tasks_named(tasks, clause.score)
+    if model == clause.model:
+        return clause.holds(0.0, None)
+    if len(named) > 1:
+        return None
+    interval = named[0]["scores"][model] if clause.model is None else difference(named[0], model, clause.model)
+    return None if interval is None else clause.holds(interval["low" if clause.at_least else "high"], None)
 
 
 def parse_condition(text: str) -> Condition:

@@ -36,12 +36,26 @@ def _lines(front: Report, between: str, first: str, last: str) -> list[str]:
     for point in front["points"]:
         mark = " <- saved" if point["name"] == front["chosen"] else ""
         cells = [_cell(point["scores"][score]) for score in scores]
-        table.append((point["name"], f"{point['weight']:g}", *cells, ("yes" if point["keeps"] else "no") + mark))
+        table.append((point["name"], f"{point['weight']:g}", *cells, _kept(point) + mark))
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     return [
         (first + between.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + last).rstrip()
         for row in table
     ]
+
+
+def _kept(point: Report) -> str:
+    if not point["keeps"]:
+        return "no"
+    return {True: "yes, surely", False: "yes, as measured", None: "yes"}[point["keeps_surely"]]
+
+
+_SURE = {
+    True: "The worse end of its 95 % intervals, paired with the other model's where it is compared with one, keeps it too.",
+    False: "The worse end of its 95 % intervals, paired with the other model's where it is compared with one, does not keep it: other items "
+    "could have decided otherwise.",
+    None: "A score of several tasks has no interval: other items could have decided otherwise.",
+}
 
 
 def _cell(score: Report) -> str:
@@ -54,8 +68,8 @@ def _verdict(front: Report) -> str:
     if front["chosen"] is None:
         return f"Nothing was saved: {front['reason']}."
     return (
-        f"Saved: {front['chosen']}, with the {direction} {front['most']} of those with {front['keep']}. The condition is asked of the scores "
-        "as measured: where an interval is wider than the margin, other items could have decided otherwise."
+        f"Saved: {front['chosen']}, with the {direction} {front['most']} of those with {front['keep']}, asked of the scores as measured. "
+        + _SURE[next(point["keeps_surely"] for point in front["points"] if point["name"] == front["chosen"])]
     )
 
 

@@ -206,6 +206,7 @@ def _front(report: Report, blends: Sequence[Blend], condition: Condition, most: 
                 "weight": weight,
                 "shares": shares,
                 "keeps": kept,
+                "keeps_surely": condition.holds_surely(tasks, name) if kept else False,
                 "scores": {score: _with_interval(tasks, score, name) for score in scores},
             }
         )

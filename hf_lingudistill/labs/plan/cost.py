@@ -52,11 +52,13 @@ def _step_work(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> tuple[
     head = student.vocab * student.text.hidden
     sft = passes * backbone + (2 if setup.lora_rank else 3) * head * setup.labels
     keys = setup.seq_len if MODES[setup.kv_sharing].reads_student else setup.seq_len / 2
-    added = _forward_work(teacher.text, setup.queries, keys) + student.vocab * teacher.text.hidden * setup.labels
-    if MODES[setup.kv_sharing].records_kv:  # layers without attention run over the whole row, asked or not
-        added += teacher.text.mixer_work * max(0, setup.tokens - setup.queries)
-    more = launches + _LAUNCHES_OF_TEACHER * teacher.text.layers
-    if teacher.vision is not None:
+    added, more = float(student.vocab * teacher.text.hidden * setup.labels), launches
+    if not setup.teacher_is_gone:
+        added += _forward_work(teacher.text, setup.queries, keys)
+        if MODES[setup.kv_sharing].records_kv:  # layers without attention run over the whole row, asked or not
+            added += teacher.text.mixer_work * max(0, setup.tokens - setup.queries)
+        more += _LAUNCHES_OF_TEACHER * teacher.text.layers
+    if teacher.vision is not None and not setup.teacher_is_gone:
         patches = setup.image_tokens * teacher.patches_per_token
         added += _forward_work(teacher.vision, setup.batch * patches, patches)
         more += _LAUNCHES_OF_TOWER * teacher.vision.layers / 3

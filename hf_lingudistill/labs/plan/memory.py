@@ -123,7 +123,16 @@ def _optimizer_bytes(student: ModelFacts, trainable: int, setup: Setup) -> int:
     return copy + 2 * state * trainable
 
 
+def cached_bytes(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> int:
+    """On disk, per label: what is kept of the VLM before (token ids and fp32 logs, and one of the rest) or of the teacher; the more
+    of the two."""
+    anchor = 8 * min(setup.anchor_cache_k, student.vocab) + 4 if setup.anchor_cache else 0
+    return max(anchor, teacher.text.hidden * setup.compute_bytes if setup.teacher_cache else 0)
+
+
 def _teacher_on_device(teacher: ModelFacts, vocab: int, setup: Setup) -> int:
+    if setup.teacher_is_gone:
+        return vocab * teacher.text.hidden * setup.compute_bytes  # its head
     whole = teacher_bytes(teacher, setup.teacher_quantization, setup.compute_bytes, vocab)
     if setup.teacher_quantization == "none" and setup.engine in ("fsdp2", "zero3"):
         # In pieces; two layers are gathered at a time, and the head
@@ -175,7 +184,8 @@ def moments_of(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Iterat
     kept = seen + read + 3 * tokens * text.hidden * 4  # and the last norm
     # Checkpointing frees K/V, and grouped queries make autograd keep repeated ones: only then is the record a copy
     is_copy = setup.gradient_checkpointing or (setup.padded and text.kv_width < text.heads_width)
-    recorded = kv_bytes(student, setup) if is_copy and MODES[setup.kv_sharing].records_kv else 0
+    records = MODES[setup.kv_sharing].records_kv and not setup.teacher_is_gone
+    recorded = kv_bytes(student, setup) if is_copy and records else 0
     linear = text.linear_parameters + (vision.linear_parameters if vision else 0)
     casts = 2 * linear if setup.under_autocast else 0
     # autograd keeps them where it keeps the product's inputs
@@ -208,7 +218,7 @@ def moments_of(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Iterat
         activations=kept,
         recorded_KV=recorded,
         autocast_copies=casts,
-        teacher=_teacher_work(teacher, setup),
+        teacher=0 if setup.teacher_is_gone else _teacher_work(teacher, setup),
     )
     yield moment(
         "the loss",

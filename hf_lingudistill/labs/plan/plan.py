@@ -9,7 +9,7 @@ from typing import Any
 from ...sharing import MODES
 from .cost import FLOPS, step_cost, step_seconds
 from .facts import ModelFacts
-from .memory import Lines, kv_bytes, moments_of, teacher_bytes
+from .memory import Lines, cached_bytes, kv_bytes, moments_of, teacher_bytes
 from .setup import ENGINES, QUANTIZATIONS, SPLITTING, Engine, PlanError, Setup
 
 GIB = 2**30
@@ -23,7 +23,8 @@ class Plan:
     """A set-up and what it takes.
 
     moment: when memory peaks. lines: bytes by name at that moment. teacher: bytes of the whole teacher by quantisation.
-    recorded_kv: bytes of one copy of the student's K/V. moments: bytes in all by moment. cost: of a step over SFT. seconds: of a step, see
+    recorded_kv: bytes of one copy of the student's K/V. cached: bytes per label on disk of answers that are computed once. saved: bytes at
+    the peak that they save on the device. moments: bytes in all by moment. cost: of a step over SFT. seconds: of a step, see
     `step_seconds`.
     """
 
@@ -35,6 +36,8 @@ class Plan:
     moments: Lines
     teacher: Lines
     recorded_kv: int
+    cached: int
+    saved: int
     cost: float
     seconds: float | None
 
@@ -72,6 +75,7 @@ class Plan:
             "moments": self.moments,
             "teacher_by_quantization": self.teacher,
             "recorded_kv": self.recorded_kv,
+            **({"cached_bytes_per_label": self.cached, "saved_by_caches": self.saved} if self.cached else {}),
             **({"sampling_kv": self.sampling_kv} if self.setup.on_policy else {}),
             "step_cost_over_sft": self.cost,
             "step_seconds": self.seconds,
@@ -94,6 +98,18 @@ class Plan:
             "",
             "Teacher: " + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in self.teacher.items()) + ", whole",
             f"Recorded K/V: {self.recorded_kv / GIB:.2f} GiB, dropped before the backward pass",
+            *(
+                [
+                    f"Asked once, before training: {self.saved / GIB:.2f} GiB less at the peak; on disk {self.cached:,} bytes per label"
+                    + (
+                        ""
+                        if setup.teacher_is_gone or not setup.teacher_cache
+                        else "; rows with images still ask the teacher"
+                    )
+                ]
+                if self.cached
+                else []
+            ),
             f"A step costs {self.cost:.3f} of an SFT step (operations)"
             + (
                 ""
@@ -141,6 +157,8 @@ def make_plan(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Plan:
         )
     moments = dict(moments_of(student, teacher, setup))
     moment = max(moments, key=lambda name: sum(moments[name].values()))
+    live = moments_of(student, teacher, replace(setup, anchor_cache=False, teacher_cache=False))
+    peak = max(sum(lines.values()) for _, lines in live)
     return Plan(
         student=student,
         teacher_name=teacher.name,
@@ -150,6 +168,8 @@ def make_plan(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Plan:
         moments={name: sum(lines.values()) for name, lines in moments.items()},
         teacher={q: teacher_bytes(teacher, q, setup.compute_bytes, student.vocab) for q in QUANTIZATIONS},
         recorded_kv=kv_bytes(student, setup),
+        cached=cached_bytes(student, teacher, setup),
+        saved=peak - sum(moments[moment].values()),
         cost=step_cost(student, teacher, setup),
         seconds=step_seconds(student, teacher, setup),
     )

@@ -65,6 +65,11 @@ class Setup:
     anchor: str = _option(
         "none", "Whether the VLM before judges the unmarked rows: a copy, or the adapter's base.", *ANCHORS
     )
+    anchor_cache: bool = _option(False, "The VLM before is asked once, before training, and leaves the memory.")
+    anchor_cache_k: int = _option(64, "How many tokens are kept of it at each label.")
+    teacher_cache: bool = _option(
+        False, "The teacher is asked once, before training; where that is about all rows, it leaves the memory."
+    )
     on_policy: bool = _option(
         False,
         "The student samples the answers, and the VLM before judges too. The seconds of sampling are not counted.",
@@ -73,7 +78,7 @@ class Setup:
     device: str = _option("cuda", "Where it runs: on a cpu, the products of the heads are in fp32.", *DEVICES)
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "response_tokens", "batch", "gpus", "accumulation"):
+        for name in ("seq_len", "response_tokens", "batch", "gpus", "accumulation", "anchor_cache_k"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("image_tokens", "lora_rank"):
@@ -115,16 +120,50 @@ class Setup:
             raise PlanError(
                 f"{name}='before' needs the whole student on every device, and {self.engine} splits it: choose single, ddp or zero2."
             )
+        self._check_caches()
         if self.gpu_memory <= 0:
             raise PlanError(f"gpu_memory must be a positive number of GiB, got {self.gpu_memory}.")
+
+    def _check_caches(self) -> None:
+        """As the trainer's config refuses them."""
+        mode = MODES[self.kv_sharing]
+        if self.on_policy and (self.anchor_cache or self.teacher_cache):
+            raise PlanError("On-policy, answers are new in every step: leave anchor_cache and teacher_cache out.")
+        if self.anchor_cache and self.anchor != "before":
+            raise PlanError(
+                "anchor_cache keeps what the VLM before says: set anchor='before', or leave anchor_cache out."
+            )
+        if self.teacher_cache and mode.reads_student and self.engine in SPLITTING:
+            raise PlanError(
+                f"teacher_cache with kv_sharing={self.kv_sharing!r} needs the whole student on every device, and {self.engine} splits it: "
+                "choose single, ddp or zero2."
+            )
+        if self.teacher_cache and mode.reads_student and mode.text_reads_student and self.source == "student":
+            raise PlanError(
+                f"teacher_cache keeps what does not change, and with kv_sharing={self.kv_sharing!r} the teacher reads the student on every "
+                "row: set kv_source='before', another kv_sharing, or leave teacher_cache out."
+            )
+
+    @property
+    def teacher_is_gone(self) -> bool:
+        """Whether a row of this shape needs no live teacher."""
+        mode = MODES[self.kv_sharing]
+        still = not mode.reads_student or self.source == "before" or self.image_tokens == 0
+        return self.teacher_cache and still
 
     @property
     def asks_before(self) -> bool:
         """Whether the VLM before runs in a step."""
-        source = self.kv_source
-        if source is None:
-            source = "student" if self.engine in SPLITTING else MODES[self.kv_sharing].source
-        return self.on_policy or "before" in (self.anchor, source)
+        judges = self.anchor == "before" and not self.anchor_cache
+        return self.on_policy or judges or (self.source == "before" and not self.teacher_cache)
+
+    @property
+    def source(self) -> str:
+        """`kv_source`; left out, as the trainer chooses it."""
+        if self.kv_source is not None:
+            return self.kv_source
+        saves = self.anchor_cache and not self.teacher_cache
+        return "student" if saves or self.engine in SPLITTING else MODES[self.kv_sharing].source
 
     @property
     def needs_whole(self) -> bool:
