@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from . import data, keys_and_values, losses, plan, saving, step, teacher
+from . import caches, data, keys_and_values, losses, plan, saving, step, teacher
 from .fault import Fault
 
 __all__ = ["FAULTS", "Fault"]
 
-FAULTS = tuple(fault for part in (plan, keys_and_values, losses, step, teacher, data, saving) for fault in part.FAULTS)
+FAULTS = tuple(
+    fault for part in (plan, keys_and_values, losses, step, teacher, data, saving, caches) for fault in part.FAULTS
+)
