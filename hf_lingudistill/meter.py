@@ -51,7 +51,7 @@ class Meter(Watcher):
         precision = torch.float32 if accelerator.device.type == "mps" else torch.float64
         self._train = torch.zeros(len(_SUMS), dtype=precision, device=accelerator.device)
         self._step, self._eval = torch.zeros_like(self._train), torch.zeros_like(self._train)
-        self.worse_teacher_warned = False
+        self.worse_teacher_warned = self.astray_warned = False
         self.best_teacher_ce: float | None = None
 
     def scored(
@@ -148,9 +148,9 @@ class Meter(Watcher):
         """A frozen teacher gets worse only by what it reads of the student: the student then learns its own drift back, faster and
         faster. More than a nat above its best reading: labels of one mixture differ by less."""
         best = self.best_teacher_ce = min(teacher_ce, self.best_teacher_ce or math.inf)
-        if not self.follows_student or self.worse_teacher_warned or teacher_ce <= best + LED_ASTRAY:
+        if not self.follows_student or self.astray_warned or teacher_ce <= best + LED_ASTRAY:
             return
-        self.worse_teacher_warned = True
+        self.astray_warned = True
         logger.warning(
             "The teacher predicts the labels worse than it did (%.2f nats per token, at best %.2f): it is frozen, so what it reads of the "
             "student has moved too far, and the student learns from it. Start again with kv_source='before', whose keys and values stand "
@@ -164,6 +164,7 @@ class Meter(Watcher):
         return {
             "sums": self._train.tolist(),
             "worse_teacher_warned": self.worse_teacher_warned,
+            "astray_warned": self.astray_warned,
             "best_teacher_ce": self.best_teacher_ce,
         }
 
@@ -172,4 +173,5 @@ class Meter(Watcher):
         kept = torch.tensor(state["sums"], dtype=self._train.dtype)
         self._train[: len(kept)] = kept.to(self._train.device)  # a checkpoint of before the anchor has fewer
         self.worse_teacher_warned = state["worse_teacher_warned"]
+        self.astray_warned = state.get("astray_warned", False)
         self.best_teacher_ce = state.get("best_teacher_ce")

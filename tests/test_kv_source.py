@@ -141,9 +141,9 @@ def test_left_out_it_gives_way_to_an_engine_that_splits_the_student(
 def test_a_teacher_that_is_led_astray_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
     accelerator: Any = SimpleNamespace(device=torch.device("cpu"), reduce=lambda total, reduction: total)
 
-    def log(meter: Meter, teacher_ce: float) -> None:
+    def log(meter: Meter, teacher_ce: float, behind: float = 0.0) -> None:
         sums = dict.fromkeys(("labels", "candidates", "distilled"), 10.0)
-        sums |= {"teacher_ce": 10 * teacher_ce, "student_ce": 10 * teacher_ce}
+        sums |= {"teacher_ce": 10 * teacher_ce, "student_ce": 10 * (teacher_ce - behind)}
         from hf_lingudistill.meter import _SUMS
 
         meter._train += torch.tensor([sums.get(name, 0.0) for name in _SUMS])
@@ -165,6 +165,12 @@ def test_a_teacher_that_is_led_astray_is_noticed(caplog: pytest.LogCaptureFixtur
         assert warned(astray, follows=True)
         assert warned(astray, follows=True, resumed=True)
         assert not warned(astray, follows=False)
+        # A teacher that was called the poorer one before is still watched
+        meter = Meter(accelerator, distill_tokens="all", follows_student=True)
+        log(meter, 3.1, behind=1.0)
+        assert meter.worse_teacher_warned and not meter.astray_warned
+        log(meter, astray[-1])
+        assert meter.astray_warned
         assert not warned([3.2, 3.9, 3.1, 4.0], follows=True)
         assert not warned([8.0, 3.0, 3.1], follows=True), "getting better is no fault"
 
