@@ -16,6 +16,7 @@ import tiny
 from PIL import Image as PILImage
 from scipy import stats
 
+from hf_lingudistill import LinguDistillConfig
 from hf_lingudistill.labs.evaluation import ifeval
 from hf_lingudistill.labs.world import align
 from hf_lingudistill.labs.world.art import ARTISTS
@@ -296,6 +297,15 @@ def test_the_recipe_names_arms_towers_and_regimes_that_exist() -> None:
         assert tower in recipe["towers"] and regime in recipe["regimes"] and drift in recipe["drift"] and seed == 0
         assert set(arms) <= set(recipe["arms"])
     assert set(recipe["decisive"]) - {"default"} <= set(recipe["arms"])
+    # What is claimed of the default is claimed of the library's
+    library = LinguDistillConfig(output_dir="out")
+    shipped = recipe["arms"][recipe["shipped"]]
+    assert shipped["kind"] == "distill" and shipped["args"] == {
+        name: getattr(library, name) for name in shipped["args"]
+    }
+    assert {"kv_sharing", "kv_source", "distill_tokens", "ce_weight"} <= set(
+        shipped["args"]
+    ) and library.anchor == "none"
     for name, spec in recipe["arms"].items():
         if "rows" in spec:
             assert sum(spec["rows"].values()) == 16, name

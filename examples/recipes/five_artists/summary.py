@@ -141,15 +141,16 @@ def write(made: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
         for arms in drifts.values():
             arms["original"] = reference
     default, chosen = choose(folder, settings)
-    if default is not None:
-        for drifts in main.values():
-            for arms in drifts.values():
-                if default in arms:
-                    arms["default"] = arms[default]
+    shipped = settings["shipped"]
+    for drifts in main.values():
+        for arms in drifts.values():
+            if shipped in arms:
+                arms["default"] = arms[shipped]
     seeds = {len({key[3] for key in results if key[:3] == ("aligned", "P", drift)}) for drift in ("severe", "mild")}
     summary = {
         "seeds": max(seeds),
-        "default": default,
+        "default": shipped,
+        "elected": default,
         "decisive": chosen,
         "regimes": main,
         "paired": paired(results, "aligned"),
