@@ -65,8 +65,8 @@ def attempt(model_type: str, *, itself: bool) -> dict[str, Any]:
 
 def seeing(model_type: str) -> str:
     """Whether a class that cannot share can be held to the VLM before with kv_sharing=images: "yes", or why not."""
-    from shrunk import tiny
-    from stages import as_itself, one_step
+    from family_shrunk import tiny
+    from family_stages import as_itself, one_step
     from tiny import make_tokenizer
 
     from hf_lingudistill.compatibility import check_compatibility
@@ -106,8 +106,8 @@ def build(config: Any) -> Any:
 def _go_through(row: dict[str, Any], model_type: str, itself: bool) -> None:
     import torch
     from families import randomise_
-    from shrunk import LM_OF, lm_config, published, stand_in_for_timm, tiny
-    from stages import copy_weights, measure, one_step, reload
+    from family_shrunk import LM_OF, lm_config, published, stand_in_for_timm, tiny
+    from family_stages import copy_weights, measure, one_step, reload
     from tiny import make_tokenizer
     from transformers import AutoModelForCausalLM
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,3 +140,12 @@ def test_the_command_line_answers_without_loading_torch(module: str) -> None:
 def test_loading_torch_is_noticed() -> None:
     """Control of the test above."""
     assert loads_torch(f"{PACKAGE}.losses")
+
+
+def test_no_two_modules_that_tests_put_on_the_path_share_a_name() -> None:
+    """Of two, the one that is imported first is found by all: which one that is depends on the order of the tests."""
+    root = ROOT.parent
+    folders = ("tests", "benchmarks", "examples/baselines", "examples/recipes/five_artists", "examples/space")
+    names = [path.stem for folder in folders for path in (root / folder).glob("*.py")]
+    assert "reproduce" in names and "tiny" in names  # control: they are read
+    assert [name for name, times in Counter(names).items() if times > 1] == []

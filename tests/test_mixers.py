@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from families import randomise_
+from family_shrunk import FIRST_IMAGE_ID, lm_config, tiny
+from family_stages import copy_weights, full_length, projections
 from oracle import StudentKV
 from planning import plan_queries, teacher_pass
-from shrunk import FIRST_IMAGE_ID, lm_config, tiny
-from stages import copy_weights, full_length, projections
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from hf_lingudistill._internals import checkpoint_activations

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shrunk import FIRST_IMAGE_ID
+from family_shrunk import FIRST_IMAGE_ID
 
 MODES = ("full", "prompt", "vision")
 
