@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import family_shrunk
 import pytest
-import shrunk
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
@@ -404,9 +404,9 @@ def test_the_vlm_before_is_a_copy_of_the_student_in_full_training_alone(small: t
 @pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
 def test_layers_without_attention_are_counted(name: str) -> None:
     torch.manual_seed(0)
-    model: Any = AutoModelForImageTextToText.from_config(shrunk.tiny(name)).eval()
+    model: Any = AutoModelForImageTextToText.from_config(family_shrunk.tiny(name)).eval()
     student = model_facts(model.config)
-    teacher = model_facts(shrunk.lm_config(model.config.get_text_config(), other=False))
+    teacher = model_facts(family_shrunk.lm_config(model.config.get_text_config(), other=False))
     ids = torch.randint(5, 300, (2, 40))
     with torch.no_grad(), recording(model) as shared:
         model.base_model(input_ids=ids, use_cache=False)
