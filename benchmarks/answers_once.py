@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from datasets import concatenate_datasets
-from harness import be_quiet, machine_facts
+from harness import be_quiet, machine_facts, write_result
 
 from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
 from hf_lingudistill.labs.demo.models import CHAT_TEMPLATE, build_vlm, load_smollm2
@@ -166,9 +166,7 @@ def main() -> None:
     }
     assert math.isfinite(result["step_ratio"])
     print(as_json(result))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(as_json(result) + "\n", encoding="utf-8")
+    write_result(result, args.json)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 
 import step_cost
 import torch
-from harness import be_quiet, machine_facts
+from harness import be_quiet, machine_facts, write_result
 
 from hf_lingudistill import OnPolicyLinguDistillConfig, OnPolicyLinguDistillTrainer
 from hf_lingudistill.labs.json_text import as_json
@@ -127,9 +127,7 @@ def main() -> None:
             "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
         }
     print(as_json(result))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(as_json(result) + "\n", encoding="utf-8")
+    write_result(result, args.json)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import DistributedType, PartialState
-from harness import be_quiet
+from harness import be_quiet, write_result
 from peft import LoraConfig
 from PIL import Image
 from step_cost import EXTRA, TEMPLATE, make_tokenizer
@@ -46,7 +46,6 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 
 import hf_lingudistill.step
 from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
-from hf_lingudistill.labs.json_text import as_json
 from hf_lingudistill.labs.plan import LORA_TARGETS, Plan, Setup, make_plan, model_facts
 from hf_lingudistill.student_kv import SharedKV
 
@@ -412,8 +411,7 @@ def write(path: Path, rows: dict[str, Any]) -> None:
         "memory": {name: rows[name] for name in SHAPES if name in rows},
         "cost": check_cost(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(as_json(result) + "\n", encoding="utf-8")
+    write_result(result, path)
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from harness import be_quiet, machine_facts
+from harness import be_quiet, machine_facts, write_result
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -50,7 +50,6 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
 from hf_lingudistill._internals import CHECKPOINTING, checkpoint_activations
-from hf_lingudistill.labs.json_text import as_json
 from hf_lingudistill.machine import machine
 from hf_lingudistill.sharing import MODES as MODES_BY_NAME
 from hf_lingudistill.sharing import Sharing
@@ -350,9 +349,7 @@ def main() -> None:
             f"{arm:<16} {row['seconds']:8.3f} {row.get('ratio', nan):7.3f} {row.get('ratio_min', nan):7.3f}-{row.get('ratio_max', nan):.3f} "
             f"{row.get('ratio_trl', nan):8.3f} {row.get('peak_mb', nan):9.0f} {row.get('teacher_mb', nan):8.0f}"
         )
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(as_json(result) + "\n", encoding="utf-8")
+    write_result(result, args.json)
 
 
 if __name__ == "__main__":

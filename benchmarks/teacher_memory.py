@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
+from harness import write_result
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lingudistill._internals import decoder_of
 from hf_lingudistill.engines import shard_teacher, sharding_of
-from hf_lingudistill.labs.json_text import as_json
 from hf_lingudistill.machine import machine
 from hf_lingudistill.teacher import load_teacher_model, on_device, prepare_teacher
 
@@ -106,7 +106,7 @@ def main() -> None:
             print("  ".join(f"{k} {v:.1f} MiB" if isinstance(v, float) else f"{v:<22}" for k, v in result.items()))
         if args.json:
             run = {"processes": accelerator.num_processes, "device": accelerator.device.type, "layers": args.layers}
-            args.json.write_text(as_json({**run, "arms": results}) + "\n", encoding="utf-8")
+            write_result({**run, "arms": results}, args.json)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -52,7 +52,7 @@ class Before:
             Hidden states (P, H), the head, and the record; raw logits (P, V) where the head is not one matrix (see `Head`).
         """
         recording = nullcontext(SharedKV()) if sharing is None else sharing.recording(self.model)
-        with self.as_before(), _evaluating(self.model):
+        with self.as_before(), evaluating(self.model):
             with recording as shared:
                 states = self.model.base_model(**inputs).last_hidden_state[rows, positions]
             head = head_of(self.model)
@@ -142,7 +142,7 @@ def _adapter_off(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout; afterwards, each module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -16,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from .anchor import Before, make_before
+from .anchor import Before, evaluating, make_before
 from .bad_rows import ROW_COLUMN
 from .cached import LookUp, keys_of, still_rows
 from .engines import sharding_of
@@ -294,11 +294,8 @@ class CacheMixin(_Trainer):
         mode, student = self.step.sharing, self.step.student
         if not mode.reads_student:
             return SharedKV(keep_kv=False, inputs=own)
-        training = student.training
-        student.eval()
-        with mode.recording(student) as shared:
+        with evaluating(student), mode.recording(student) as shared:
             student.base_model(**own)
-        student.train(training)
         return shared
 
     # ----------------------------------------------------------------------------------------------------------------

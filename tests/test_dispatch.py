@@ -10,6 +10,7 @@ import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl import SFTTrainer
+from trl.trainer import utils as trl_utils
 
 LAYERS = 30  # as SmolLM2-135M: what is done once a layer must show
 # Reading a number, and shapes that depend on values
@@ -56,7 +57,8 @@ def test_a_step_launches_little_and_waits_no_more_than_sft(make_trainer: Callabl
     )
     ours.first_batch.batches_to_compare = 0
     found = counted(ours, rows)
-    assert found.operations - sft.operations <= 1310
+    # TRL 1.15 has no head off Triton: what is compared with is then SFT on a head of ours, which launches some 30 operations less
+    assert found.operations - sft.operations <= (1300 if hasattr(trl_utils, "_use_triton") else 1330)
     assert found.waits - sft.waits <= 2
     # The control: without the collator's plan the step has to ask the device
     ours.data_collator.plan = None
