@@ -80,6 +80,7 @@ __all__ = [
     "register_attention",
     "render_jinja_template",
     "use_new_names",
+    "without_adapter",
 ]
 
 # Options by the names that stay, and those that transformers v6 removes. Older releases know the second alone.
@@ -93,6 +94,13 @@ _ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 _FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def without_adapter(module: Any) -> Any:
+    """The module under whatever PEFT put around it: itself, where that is nothing."""
+    while isinstance(module, _ADAPTED):
+        module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()
+    return module
 
 
 def use_new_names(config: Any) -> None:

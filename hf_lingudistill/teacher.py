@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ._internals import Head, head_of, loaded_by_every_process
+from ._internals import Head, head_of, loaded_by_every_process, without_adapter
 from .compatibility import CompatibilityReport, is_vlm
 from .quantization import choose_kernels, quantization_config
 from .queries import Vocabulary
@@ -99,9 +99,9 @@ def _class_of(config: PreTrainedConfig, *, sees: bool) -> Any:
 def vocabulary_of(student: PreTrainedModel, compatibility: CompatibilityReport) -> Vocabulary:
     """What the student's tokens mean to the teacher, by the report on the pair."""
     # Of the head: Molmo 2 embeds more tokens than it can say. Not by the weight's shape, which ZeRO-3 and bitsandbytes change
-    head, embeddings = student.get_output_embeddings(), student.get_input_embeddings()
+    head, embeddings = map(without_adapter, (student.get_output_embeddings(), student.get_input_embeddings()))
     return Vocabulary(
-        size=int(getattr(head, "out_features", None) or embeddings.num_embeddings),  # type: ignore[arg-type]
+        size=int(getattr(head, "out_features", None) or embeddings.num_embeddings),
         shared_size=compatibility.shared_vocab_size,
         unreadable=compatibility.image_token_ids,
         aliases=compatibility.aliases,

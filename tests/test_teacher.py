@@ -8,16 +8,19 @@ import logging
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from planning import prepare_teacher
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
 
 from hf_lingudistill._internals import head_of
+from hf_lingudistill.compatibility import CompatibilityReport
 from hf_lingudistill.losses import _finish, _raw_logits
 from hf_lingudistill.queries import Vocabulary
-from hf_lingudistill.teacher import Teacher, compute_dtype_of, load_teacher_model
+from hf_lingudistill.teacher import Teacher, compute_dtype_of, load_teacher_model, vocabulary_of
 
 VOCAB = 96
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -365,3 +368,28 @@ def test_the_compute_dtype_is_autocasts_or_that_of_the_students_weights(
     assert compute_dtype_of(student, bf16=bf16, fp16=fp16) == dtype
     half = student.to(torch.bfloat16)
     assert compute_dtype_of(half, bf16=False, fp16=False) == torch.bfloat16
+
+
+ADAPTERS: dict[str, dict[str, object]] = {
+    "none": {},
+    "LoRA on the layers": {"target_modules": ["q_proj"]},
+    "LoRA on both ends": {"target_modules": ["embed_tokens", "lm_head"]},
+    "both ends trained whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "some tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 6]}},
+    "some tokens of both": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [5, 6], "lm_head": [5, 6]},
+    },
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_students_vocabulary_is_told_through_any_adapter(kind: str, tied: bool) -> None:
+    """PEFT's wrappers do not give the sizes of what they wrap."""
+    student = tiny.make_vlm(0, tie_word_embeddings=tied)
+    size = student.get_input_embeddings().num_embeddings
+    if ADAPTERS[kind]:
+        student = get_peft_model(student, LoraConfig(r=2, **ADAPTERS[kind])).get_base_model()  # type: ignore[arg-type]
+    report = CompatibilityReport("student", "teacher", [], shared_vocab_size=size - 4)
+    assert vocabulary_of(student, report).size == size
