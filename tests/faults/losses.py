@@ -79,7 +79,7 @@ FAULTS = (
     Fault(
         "anchor-with-dropout",
         "anchor.py",
-        "with self.as_before(), _evaluating(self.model):",
+        "with self.as_before(), evaluating(self.model):",
         "with self.as_before():",
         "the VLM before answers in training mode, and a frozen one stays in it",
         (ANCHOR,),
