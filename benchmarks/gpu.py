@@ -6,7 +6,11 @@
 
 Students of SmolLM2-135M's, SmolLM2-1.7B's and Qwen2.5-7B's shape with random weights, a small tower, L = 2048, response 64 and 256,
 batch 1 and 8, checkpointing on and off, teacher in nf4, int8 and whole, eager launches, medians of interleaved rounds with CUDA events.
-Each case runs in a process of its own: what does not fit is written down as that, and the run goes on. `--budget` seconds bound it.
+The 7B student trains LoRA adapters of rank 16 in bf16, the others all their weights. Each case runs in a process of its own: what does not
+fit is written down as that, and the run goes on. `--budget` seconds bound it. Arms as in step_cost.py; `vision_before` is the default.
+
+Peak: what one arm needs by itself. All arms' trainers are on the device at once; weights and optimizer states that an arm does not
+use are not counted (`idle`).
 """
 
 from __future__ import annotations
@@ -29,12 +33,13 @@ SHAPES: dict[str, dict[str, int]] = {
     "1.7B": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32, num_key_value_heads=32, vocab=49152),
     "7B": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab=152064),
 }  # fmt: skip
-ARMS = ("sft", "sft_compact", "full", "prompt", "vision", "none", "inputs")
+ARMS = ("sft", "sft_compact", "full", "prompt", "vision", "vision_before", "none", "inputs")
+LORA = ("7B",)  # whose weights, gradients and optimizer states do not fit a device twice
 # In the order in which a budget is spent: first what the documents quote
 CASES = [
     {"shape": shape, "response": response, "batch": batch, "checkpointing": checkpointing, "teacher": teacher}
-    for teacher, checkpointing, response, batch, shape in itertools.product(
-        ("nf4", "none", "int8"), (True, False), (256, 64), (1, 8), ("135M", "1.7B", "7B")
+    for teacher, checkpointing, response, shape, batch in itertools.product(
+        ("nf4", "none", "int8"), (True, False), (256, 64), ("1.7B", "135M", "7B"), (8, 1)
     )
 ]
 
@@ -45,61 +50,97 @@ def install(wheels: Path) -> None:
     subprocess.run([*command, *map(str, sorted(wheels.glob("*.whl")))], check=True)
 
 
-def measure(case: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Seconds of one optimizer step of each arm, and the peak memory of each, in this process."""
-    import torch
-
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
+def make_shape(name: str, folder: Path, image_size: int) -> None:
+    """Student and LM of a shape, drawn on the device: a CPU takes minutes for 7B."""
     import step_cost
+    import torch
 
     from hf_lingudistill.machine import machine
 
-    shape = dict(SHAPES[case["shape"]])
-    vocab = shape.pop("vocab")
+    shape = dict(SHAPES[name])
+    step_cost.IMAGE_SIZE = image_size
+    with torch.device(machine().device):
+        dtype = torch.bfloat16 if machine().gpus > 0 else torch.float32
+        step_cost.make_models(folder, shape.pop("vocab"), shape, dtype)
+
+
+def measure(case: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
+    """Seconds of one optimizer step of each arm, and the peak memory of each, in this process."""
+    import step_cost
+    import torch
+
+    from hf_lingudistill.machine import machine
+
+    step_cost.be_quiet()
     cuda = machine().gpus > 0
     step_cost.RESPONSE_TOKENS = case["response"]
     step_cost.LENGTH = case["length"]
     step_cost.IMAGE_SIZE = case["image_size"]
     args = argparse.Namespace(
         batch_size=case["batch"], bf16=cuda, activation_checkpointing=case["checkpointing"],
-        teacher_quantization=case["teacher"],
+        teacher_quantization=case["teacher"], lora=16 if case["shape"] in LORA else None,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as tmp:
-        folder = Path(tmp)
-        step_cost.make_models(folder, vocab, shape, torch.bfloat16 if cuda else torch.float32)
-        steppers = {kind: step_cost.make_stepper(kind, folder, args) for kind in ("sft", "sft_compact")}
-        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-        peaks: dict[str, float] = {}
-        for index in range(rounds + 1):
-            for arm in ARMS:
-                if cuda:
-                    torch.cuda.reset_peak_memory_stats()
-                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                    begin.record()
-                    steppers["sft" if arm == "sft" else "sft_compact"].step(step_cost.mode_of(arm))
-                    end.record()
-                    torch.cuda.synchronize()
-                    taken = begin.elapsed_time(end) / 1000
-                    peaks[arm] = torch.cuda.max_memory_allocated() / 2**20
-                else:
-                    started = time.process_time()
-                    steppers["sft" if arm == "sft" else "sft_compact"].step(step_cost.mode_of(arm))
-                    taken = time.process_time() - started
-                if index:
-                    seconds[arm].append(taken)
+
+    def held() -> int:
+        return torch.cuda.memory_allocated() if cuda else 0
+
+    # What each trainer keeps on the device between its steps: the second has the teacher, and the VLM before
+    steppers, kept = {}, {}
+    for kind in ("sft", "sft_compact"):
+        empty = held()
+        steppers[kind] = step_cost.make_stepper(kind, folder, args, before=kind != "sft")
+        steppers[kind].step(None)  # its optimizer states
+        kept[kind] = held() - empty
+    ours = steppers["sft_compact"].trainer
+    teacher, before = ours.teacher.footprint, getattr(ours.before, "footprint", 0)
+
+    def idle(arm: str) -> int:
+        """Bytes on the device that the arm does not need."""
+        if arm == "sft":
+            return kept["sft_compact"]
+        unused = 0 if arm == "vision_before" else before
+        return kept["sft"] + unused + (teacher if arm == "sft_compact" else 0)
+
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    peaks: dict[str, float] = {}
+    for index in range(rounds + 1):
+        for arm in ARMS:
+            step = steppers["sft" if arm == "sft" else "sft_compact"].step
+            mode, reads_before = step_cost.mode_of(arm), arm.endswith("_before")
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                step(mode, before=reads_before)
+                end.record()
+                torch.cuda.synchronize()
+                taken = begin.elapsed_time(end) / 1000
+                peaks[arm] = (torch.cuda.max_memory_allocated() - idle(arm)) / 2**20
+            else:
+                started = time.process_time()
+                step(mode, before=reads_before)
+                taken = time.process_time() - started
+            if index:
+                seconds[arm].append(taken)
     arms = {}
     for arm in ARMS:
         arms[arm] = {"seconds": statistics.median(seconds[arm])}
         for name, base in (("ratio", "sft_compact"), ("ratio_trl", "sft")):
-            arms[arm][name] = statistics.median(a / b for a, b in zip(seconds[arm], seconds[base], strict=True))
+            ratios = [a / b for a, b in zip(seconds[arm], seconds[base], strict=True)]
+            arms[arm] |= {name: statistics.median(ratios), f"{name}_min": min(ratios), f"{name}_max": max(ratios)}
         if arm in peaks:
             arms[arm]["peak_mb"] = peaks[arm]
-    return arms
+    return {
+        "length": int(steppers["sft"].batch["input_ids"].shape[1]),
+        "teacher_mb": teacher / 2**20,
+        "before_mb": before / 2**20,
+        "arms": arms,
+    }
 
 
-def run_case(case: dict[str, Any], rounds: int, limit: float) -> dict[str, Any]:
+def run_case(case: dict[str, Any], folder: Path, rounds: int, limit: float) -> dict[str, Any]:
     """`measure` in a process of its own; a failure is a sentence."""
-    command = [sys.executable, __file__, "--_case", json.dumps(case), "--rounds", str(rounds)]
+    command = [sys.executable, __file__, "--_case", json.dumps(case), "--_folder", str(folder), "--rounds", str(rounds)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
@@ -107,7 +148,8 @@ def run_case(case: dict[str, Any], rounds: int, limit: float) -> dict[str, Any]:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return {**case, "failed": last[:200]}
-    return {**case, "arms": json.loads(done.stdout.strip().splitlines()[-1])}
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {**case, **found}
 
 
 def gpu_tests() -> dict[str, Any]:
@@ -153,9 +195,11 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="one toy case of each kind")
     parser.add_argument("--no_tests", action="store_true", help="skip `pytest -m gpu`")
     parser.add_argument("--_case", help=argparse.SUPPRESS)
+    parser.add_argument("--_folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
     if args._case:
-        print(json.dumps(measure(json.loads(args._case), args.rounds)))
+        print(json.dumps(measure(json.loads(args._case), args._folder, args.rounds)))
         return
     if args.out is None:
         parser.error("--out is missing: name a folder for gpu.json and gpu.md.")
@@ -176,10 +220,17 @@ def main() -> None:
         ]
     started, done = time.perf_counter(), []
     tests = {"summary": "skipped", "failed": []} if args.no_tests else gpu_tests()
-    for case in cases:
-        left = args.budget - (time.perf_counter() - started)
-        done.append(run_case(case, args.rounds, left) if left > 10 else {**case, "failed": "no time left"})
-        print(json.dumps(done[-1]), file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as tmp:
+        for case in cases:
+            left = args.budget - (time.perf_counter() - started)
+            if left <= 10:
+                done.append({**case, "failed": "no time left"})
+                continue
+            folder = Path(tmp) / case["shape"]
+            if not folder.exists():
+                make_shape(case["shape"], folder, case["image_size"])
+            done.append(run_case(case, folder, args.rounds, left))
+            print(json.dumps(done[-1]), file=sys.stderr, flush=True)
     cuda = machine().gpus > 0
     result = {
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {machine().threads} cores (toy size)",

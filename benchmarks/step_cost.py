@@ -35,6 +35,7 @@ import datasets
 import numpy as np
 import torch
 from harness import be_quiet, machine_facts, write_result
+from peft import LoraConfig
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -203,7 +204,7 @@ class Stepper:
             torch.cuda.synchronize()
 
 
-def make_stepper(arm: str, folder: Path, args: argparse.Namespace, *, before: bool) -> Stepper:
+def make_stepper(arm: str, folder: Path, args: argparse.Namespace, *, before: bool = False) -> Stepper:
     """before: an arm reads the VLM before, which is then held beside the student."""
     common: dict[str, Any] = dict(
         output_dir=str(folder / "out"),
@@ -215,9 +216,12 @@ def make_stepper(arm: str, folder: Path, args: argparse.Namespace, *, before: bo
         bf16=args.bf16,
     )
     common[CHECKPOINTING["activation_checkpointing"]] = args.activation_checkpointing
-    dataset = make_dataset(args.batch_size, long=arm.endswith("_long"))
+    model: dict[str, Any] = {"model": str(folder / "vlm"), "train_dataset": make_dataset(args.batch_size, long=arm.endswith("_long"))}
+    if (rank := getattr(args, "lora", None)) is not None:
+        model["peft_config"] = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=r".*text_model.*proj")
+        common["model_init_kwargs"] = {"dtype": "bfloat16"}
     if arm in ("sft", "sft_long"):
-        return Stepper(SFTTrainer(model=str(folder / "vlm"), args=SFTConfig(**common), train_dataset=dataset))
+        return Stepper(SFTTrainer(args=SFTConfig(**common), **model))
     config = LinguDistillConfig(
         **common,
         teacher_model_name_or_path=str(folder / "lm"),
@@ -226,7 +230,7 @@ def make_stepper(arm: str, folder: Path, args: argparse.Namespace, *, before: bo
         kv_source="before" if before else "student",
         distill_tokens="all",
     )
-    trainer = LinguDistillTrainer(model=str(folder / "vlm"), args=config, train_dataset=dataset)
+    trainer = LinguDistillTrainer(args=config, **model)
     trainer.first_batch.batches_to_compare = 0  # once in a run, not once per step
     return Stepper(trainer)
 

@@ -172,7 +172,8 @@ def attend(
     elif groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     seen = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    return seen.view(R, H, W, value.shape[3])  # latent attention: values are narrower than queries
+    # Some of CUDA's kernels return heads and queries in another order of memory. Latent attention: values are narrower than queries
+    return seen.reshape(R, H, W, value.shape[3])
 
 
 def _eager(

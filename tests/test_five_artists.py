@@ -21,6 +21,7 @@ from hf_lingudistill.labs.evaluation import ifeval
 from hf_lingudistill.labs.world import align
 from hf_lingudistill.labs.world.art import ARTISTS
 from hf_lingudistill.labs.world.pictures import SEEN, Picture, World
+from hf_lingudistill.labs.world.questions import as_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "examples/recipes/five_artists"
@@ -36,7 +37,7 @@ TINY: dict[str, Any] = {
     "towers": {
         "aligned": {"rounds": [{"steps": 4, "batch_size": 4}, {"steps": 2, "batch_size": 4}]},
         "polished": {"from": "aligned", "steps": 2, "batch_size": 2, "learning_rate": 1e-3},
-        "joint": {"steps": 2, "batch_size": 2, "lm_lr": 1e-3, "vision_lr": 1e-3},
+        "joint": {"from": "aligned", "steps": 2, "batch_size": 2, "lm_lr": 1e-3, "vision_lr": 1e-3},
     },
     "drift": {"severe": {"steps": 3, "batch_size": 4, "lm_lr": 1e-2, "vision_lr": 1e-4}},
     "answers": {
@@ -47,7 +48,7 @@ TINY: dict[str, Any] = {
         "test_texts": {"n": 6, "max_new_tokens": 6},
     },
     "measure": {"test_texts": 6, "test_images": 6, "passages": 1, "naming": 8, "yes_no": 4, "exchanged": 4},
-    "ifeval": {"prompts": 3, "max_new_tokens": 4, "from_seed": 1, "arms": ["before", "ce", "vision"]},
+    "ifeval": {"prompts": 3, "max_new_tokens": 4, "from_seed": 1, "of": ["aligned", "P", "severe"], "arms": ["before", "ce", "vision"]},
     "modes": {"test_images": 6},
     "regimes": {"P": {"short": 2, "long": 2, "text": 0}, "M": {"short": 1, "long": 1, "text": 2}},
 }  # fmt: skip
@@ -139,7 +140,7 @@ def test_every_step_holds_its_share_of_each_sort() -> None:
 def test_the_recipe_runs_from_end_to_end_and_goes_on_where_it_was(
     place: stages.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = ("aligned", "P", "severe", 0, ["before", "ce", "none", "vision", "caption", "interpolate_05", "ce_lora"])
+    run = ("aligned", "P", "severe", 0, ["before", "ce", "none", "vision", "caption", "interpolate_05", "ce_lora", "on_policy", "parents"])
     reproduce.arms(place, run)
     results = {arm: json.loads(reproduce.result_path(place, run, arm).read_text()) for arm in run[4]}
     for arm, result in results.items():
@@ -168,6 +169,99 @@ def test_the_recipe_runs_from_end_to_end_and_goes_on_where_it_was(
     assert found["paired"]["P"]["severe"]["ce - none"]["text_kl"]["mean"] == pytest.approx(
         results["ce"]["text_kl"] - results["none"]["text_kl"], abs=2e-5
     )
+
+
+def test_the_parent_that_gives_a_label_more_probability_teaches_it(place: stages.Place, tmp_path: Path) -> None:
+    """Against a loop over the tokens, in plain torch."""
+    import torch
+    from parents import PerTokenTrainer
+    from training import load
+
+    stages.tower(place, "aligned")
+    model, processor = load(place.tower("aligned"))
+    with torch.no_grad():  # a student that has moved from the VLM before
+        for weight in model.parameters():
+            weight.add_(0.1 * weight.std() * torch.randn_like(weight) if weight.numel() > 1 else 0.0)
+    sets = world_rows.ask(world(), place.settings["answers"])
+    rows, _ = world_rows.training_rows(
+        world(), [(one, "the cat sat on it") for one in sets["long"]], [], per_step={"short": 2, "long": 2, "text": 0},
+        steps=1, seed=0,
+    )  # fmt: skip
+    config = LinguDistillConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=4, max_length=None,
+        activation_checkpointing=False, teacher_quantization="none", **place.settings["arms"]["parents"]["args"],
+    )  # fmt: skip
+    processor.chat_template = processor.tokenizer.chat_template = world_rows.TRAINING_TEMPLATE
+    trainer = PerTokenTrainer(
+        model, config, teacher_model=str(place.original), processing_class=processor, train_dataset=as_dataset(rows)
+    )
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            weight.mul_(1.05)
+    batch = next(iter(trainer.get_train_dataloader()))
+    plan = trainer.step.plan(batch)
+    trainer.model.eval()
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "distill", "queries")}
+    with torch.no_grad():
+        total = trainer.step(dict(batch)).loss
+        student = trainer.model(**inputs).logits
+        copy = trainer.before.model
+        before = copy.lm_head(copy.base_model(**inputs).last_hidden_state)
+        _, _, shared = trainer.before.look(inputs, plan.label_rows, plan.label_positions, trainer.step.sharing)
+        states, head = trainer.step._teach(shared, plan)
+    teacher = (states @ head.weight.T).float()
+    expected, sides = 0.0, Counter()
+    for index, (row, position) in enumerate(zip(plan.label_rows.tolist(), plan.label_positions.tolist(), strict=True)):
+        label, said = batch["labels"][row, position + 1], before[row, position].log_softmax(-1)
+        own, target = student[row, position].log_softmax(-1), said
+        if index < plan.num_loss:
+            lm = teacher[index].index_fill(0, head.unshared, -torch.inf).log_softmax(-1)
+            sides[bool(lm[label] >= said[label])] += 1
+            target = lm if lm[label] >= said[label] else said
+        kl = target.exp() * (target - own)
+        expected += kl[target > -torch.inf].sum().item()
+    assert min(sides[True], sides[False]) > 0  # control: both parents teach
+    assert total.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_side_by_side_every_stage_comes_once_and_before_what_needs_it(place: stages.Place, tmp_path: Path) -> None:
+    empty = stages.Place(tmp_path, place.settings, world)
+    runs = [
+        ("aligned", "P", "severe", 0, ["before", "ce", "none", "vision", "prompt"]),
+        ("joint", "P", "severe", 0, ["before", "ce"]),
+        ("aligned", "M", "severe", 0, ["before"]),
+        ("aligned", "P", "severe", 0, ["ce", "full", "before"]),  # most of it is in the first one, too
+    ]
+    tasks = reproduce.tasks_of(empty, runs, at_once=4)
+    names = [task.name for task in tasks]
+    assert len(set(names)) == len(names) and names.count("tower aligned") == 1
+    assert [task.arguments for task in tasks if task.name.startswith("aligned P")] == [
+        ("arms", "aligned", "P", "severe", "0", "before", "ce", "none", "vision"),
+        ("arms", "aligned", "P", "severe", "0", "prompt"),
+        ("arms", "aligned", "P", "severe", "0", "full"),
+    ]
+    begun: list[str] = []
+
+    class Process:
+        """Ends after three polls."""
+
+        def __init__(self, task: reproduce.Task) -> None:
+            assert set(task.needs) <= finished, task.name
+            begun.append(task.name)
+            self.task, self.polls, self.code = task, 0, int(task.name == fails)
+
+        def poll(self) -> int | None:
+            self.polls += 1
+            if self.polls < 3:
+                return None
+            finished.add(self.task.name)
+            return self.code
+
+    for fails, lost in (("", []), ("tower joint", ["tower joint", "drift joint severe 0", "joint P severe 0: before ce"])):
+        begun.clear()
+        finished: set[str] = set()
+        assert reproduce.run_tasks(tasks, 3, Process) == lost  # type: ignore[arg-type]
+        assert set(begun) == set(names) - set(lost[1:])
 
 
 def test_instructions_are_followed_or_not_over_seeds_only(
@@ -293,8 +387,8 @@ def test_the_rule_chooses_the_decisive_arms_and_waits_for_the_whole_screen(tmp_p
 
 def test_the_recipe_names_arms_towers_and_regimes_that_exist() -> None:
     recipe = reproduce.read_settings()
-    for tower, regime, drift, seed, arms in recipe["runs"]:
-        assert tower in recipe["towers"] and regime in recipe["regimes"] and drift in recipe["drift"] and seed == 0
+    for tower, regime, drift, seed, arms in reproduce.all_runs(recipe):
+        assert tower in recipe["towers"] and regime in recipe["regimes"] and drift in recipe["drift"] and seed in range(recipe["seeds"])
         assert set(arms) <= set(recipe["arms"])
     assert set(recipe["decisive"]) - {"default"} <= set(recipe["arms"])
     # What is claimed of the default is claimed of the library's

@@ -119,7 +119,7 @@ def reference(problem: Problem, weights: Weights, marked: torch.Tensor | None = 
     N = problem.count
     log_p = F.log_softmax(problem.logits, dim=-1).gather(1, problem.labels[:, None])[:, 0]
     log_q = F.log_softmax(problem.teacher_logits, dim=-1).gather(1, problem.labels[:N, None])[:, 0]
-    chosen = torch.ones(N, dtype=torch.bool) if marked is None else marked.clone()
+    chosen = torch.ones(N, dtype=torch.bool, device=log_p.device) if marked is None else marked.clone()
     if weights.margin is not None:
         chosen &= log_q >= log_p[:N].detach() + weights.margin
     kd = reference_divergence(problem.logits[:N], problem.teacher_logits, weights.beta, weights.temperature)

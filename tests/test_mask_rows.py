@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, masking_utils
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from hf_lingudistill.replay import mask_rows
+from hf_lingudistill.replay import attend, mask_rows
 from hf_lingudistill.student_kv import LayerMask, recording
 
 B, T = 3, 10
@@ -295,3 +295,25 @@ def test_a_teacher_of_packed_rows_reads_one_document_at_a_time(tiny_lm: LlamaFor
     _, joined = packed_hidden(tiny_lm, input_ids, mode, packed=False)
     _, joined_other = packed_hidden(tiny_lm, other, mode, packed=False)
     assert (joined_other[later] - joined[later]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["a mask per query", "heads folded into queries"])
+def test_a_kernel_may_lay_its_answer_out_in_any_order(folded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's fp32 kernel answers (R, H, W, D) that lies in memory as (R, W, H, D); a CPU's does not."""
+    functional = torch.nn.functional
+    plain = functional.scaled_dot_product_attention
+    R, H, kv_heads, W, T, D = 2, 4, 2, 3, 5, 8
+    query, key, value = (torch.randn(R, heads, n, D) for heads, n in ((H, W), (kv_heads, T), (kv_heads, T)))
+    mask = torch.zeros(R, 1, W, T).masked_fill_(torch.rand(R, 1, W, T) < 0.3, -torch.inf)
+    mask[..., 0] = 0.0
+    if folded:
+        mask = mask.repeat(1, 1, H // kv_heads, 1)
+    expected = attend(query, key, value, mask)
+
+    def as_on_cuda(*args: Any, **kwargs: Any) -> torch.Tensor:
+        answer = plain(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+        assert not answer.is_contiguous()
+        return answer
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", as_on_cuda)
+    assert torch.equal(attend(query, key, value, mask), expected)

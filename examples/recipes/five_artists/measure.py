@@ -37,8 +37,8 @@ from hf_lingudistill.machine import machine
 
 
 def precision() -> torch.dtype:
-    """bf16 where the machine has it: a KL moves by what the row `original` shows, whose KL would otherwise be zero."""
-    return torch.bfloat16 if machine().bf16 else torch.float32
+    """fp32 on a GPU; on a CPU that multiplies in bf16 that: a KL moves by what the row `original` shows, else zero."""
+    return torch.bfloat16 if machine().bf16 and not machine().accelerated else torch.float32
 
 
 class Measures:
@@ -110,12 +110,12 @@ class Measures:
         rng = random.Random(2)
         seen, new = (
             rng.sample(found, min(self.sizes["naming"], len(found)))
-            for found in (self.world.pictures(artists=by, one_each=2) for by in (SEEN, UNSEEN))
+            for found in (self.world.pictures(artists=by) for by in (SEEN, UNSEEN))
         )
         some = seen[: self.sizes["yes_no"]]
         naming = as_dataset(naming_rows(seen))
         exchanged = naming.select(range(min(self.sizes["exchanged"], len(naming))))
-        ask = {"batch_size": 32}
+        ask = {"batch_size": 256 if machine().accelerated else 32}
         return {
             "naming_seen": what_accuracy(scored.model, scored.processing, naming, **ask)["accuracy"],
             "naming_new": what_accuracy(scored.model, scored.processing, as_dataset(naming_rows(new)), **ask)[
@@ -136,7 +136,9 @@ def _ifeval(scored: Scored, settings: Mapping[str, int]) -> dict[str, Any]:
     from hf_lingudistill.labs.evaluation.suite import IfevalTask
 
     task = IfevalTask(limit=settings["prompts"], max_new_tokens=settings["max_new_tokens"])
-    prompts = random.Random(0).sample(checkable(read_prompts(task)), settings["prompts"])
+    prompts = checkable(read_prompts(task))
+    if settings["prompts"] < len(prompts):
+        prompts = random.Random(0).sample(prompts, settings["prompts"])
     with tempfile.TemporaryDirectory() as scratch:
         cache = ItemCache(Path(scratch) / "ifeval.jsonl", {"model": scored.fingerprint})
-        return ifeval_scores(scored, task, prompts, cache, batch_size=20)
+        return ifeval_scores(scored, task, prompts, cache, batch_size=250 if machine().accelerated else 20)

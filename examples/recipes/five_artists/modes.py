@@ -38,6 +38,7 @@ def teachers(
         vlm.model, lm.model, student_tokenizer=vlm.tokenizer, teacher_tokenizer=lm.tokenizer, teacher_revision=None
     )
     teacher = prepare_teacher(lm.model, vocabulary_of(vlm.model, fit))
+    head = reference.head_on(vlm.model.device)
     sums = {reader: {"dependent": [0.0, 0], "rest": [0.0, 0]} for reader in ("student", *MODES)}
     questions = reference.questions
     size = reference.head.weight.size(0)
@@ -51,9 +52,9 @@ def teachers(
         with recording(vlm.model, keep_inputs=True) as shared:
             vlm.model.base_model(**inputs, use_cache=False)
         places = [(labels[row] != -100).nonzero()[:, 0] - 1 for row in range(len(batch))]
-        wanted = torch.cat([reference.states[one.key] for one in batch])
-        target = logits(wanted, reference.head).log_softmax(dim=-1)
-        flags = torch.tensor([flag for one in batch for flag in depends[one.key]])
+        wanted = torch.cat([reference.states[one.key] for one in batch]).to(labels.device)
+        target = logits(wanted, head).log_softmax(dim=-1)
+        flags = torch.tensor([flag for one in batch for flag in depends[one.key]], device=target.device)
         assert shared.last_hidden_state is not None
         own = torch.cat([shared.last_hidden_state[row, place] for row, place in enumerate(places)])
         found = {"student": logits(own, head_of(vlm.model).whole())[:, :size]}
@@ -63,7 +64,7 @@ def teachers(
             )  # fmt: skip
             states = mode.teacher_pass(teacher.model, shared, plan)
             # In the plan's order: row by row, as the answers are
-            found[name] = logits(states, reference.head)
+            found[name] = logits(states, head)
         for reader, scores in found.items():
             gap = (target.exp() * (target - scores.log_softmax(dim=-1))).sum(dim=-1)
             for part, chosen in (("dependent", flags), ("rest", ~flags)):

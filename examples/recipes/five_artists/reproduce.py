@@ -6,6 +6,7 @@
 or step by step, each of which skips what is done:
 
     python examples/recipes/five_artists/reproduce.py answers              # the original's long answers, and the tests'
+    python examples/recipes/five_artists/reproduce.py original             # what the original itself scores
     python examples/recipes/five_artists/reproduce.py tower aligned
     python examples/recipes/five_artists/reproduce.py drift aligned severe 0
     python examples/recipes/five_artists/reproduce.py modes aligned severe 0        # what each sharing mode gives its teacher
@@ -14,7 +15,8 @@ or step by step, each of which skips what is done:
     python examples/recipes/five_artists/reproduce.py report               # results/summary.json from whatever is done
     python examples/recipes/five_artists/reproduce.py status
 
-Weights go to outputs/five_artists (--out), figures to results/ here. One thread per job (--jobs).
+Weights go to outputs/five_artists (--out), figures to results/ here. One thread per job (--jobs); a GPU is used where there is one, by
+all jobs together (about 6 GB each).
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -40,10 +42,12 @@ RESULTS = HERE / "results"
 sys.path[:0] = [str(HERE), str(ROOT / "examples" / "baselines")]
 
 import summary  # noqa: E402
+from hf_lingudistill.labs.evaluation.models import release_memory  # noqa: E402
 from stages import Place, answers, drift, is_done, tower  # noqa: E402
 from world_rows import CUT, SETS, answers_of, ask, training_rows  # noqa: E402
 
 Run = tuple[str, str, str, int, list[str]]  # tower, regime, drift, seed, arms
+ARMS_AT_ONCE = 3  # of one call, where several run side by side
 
 
 def read_settings(path: Path = HERE / "recipe.yaml") -> dict[str, Any]:
@@ -74,19 +78,12 @@ def arms(place: Place, run: Run) -> None:
     drift(place, tower_name, kind, seed)
     needs_text = any(rows_per_step(place, regime, name)["text"] for name in todo)
     answers(place, SETS if needs_text else SETS[:-1])
-    from measure import Measures
-
-    sets = ask(place.world(), place.settings["answers"])
-    measures = Measures(
-        place.world(), sets, place.settings["answers"], place.original, place.answers, place.settings["measure"]
-    )
-    ifeval = place.settings["ifeval"] if seed >= place.settings["ifeval"]["from_seed"] else None
-    original = summary.original(place.out / "results")
-    if not original or (ifeval is not None and "ifeval_strict" not in original):
-        write_json(place.out / "results" / "original.json", measures.of(place.original, ifeval=ifeval))
+    sets, measures = ask(place.world(), place.settings["answers"]), references(place)
+    ifeval = place.settings["ifeval"] if follows(place.settings["ifeval"], run) else None
     for name in todo:
         started = time.time()
         path, record = trained(place, run, name, sets)
+        release_memory()  # several runs share a GPU
         spent = time.time() - started
         found = measures.of(path, ifeval=ifeval if name in place.settings["ifeval"]["arms"] else None)
         found |= {
@@ -101,6 +98,28 @@ def arms(place: Place, run: Run) -> None:
             f"{'/'.join(map(str, run[:4]))}/{name}: {json.dumps({k: v for k, v in found.items() if isinstance(v, float)})}",
             flush=True,
         )
+    measure_original(place, measures, ifeval)  # last: where runs go side by side, one of them has done it by now
+
+
+def follows(ifeval: Mapping[str, Any], run: Run) -> bool:
+    """Whether IFEval is measured on (some arms of) this run."""
+    return run[3] >= ifeval["from_seed"] and list(run[:3]) == ifeval["of"]
+
+
+def measure_original(place: Place, measures: Any, ifeval: Mapping[str, Any] | None) -> None:
+    found = summary.original(place.out / "results")
+    if not found or (ifeval is not None and "ifeval_strict" not in found):
+        write_json(place.out / "results" / "original.json", measures.of(place.original, ifeval=ifeval))
+
+
+def references(place: Place, names: Sequence[str] = ("test_texts", "test_images")) -> Any:
+    """`Measures` of the original's answers."""
+    from measure import Measures
+
+    sets = ask(place.world(), place.settings["answers"])
+    return Measures(
+        place.world(), sets, place.settings["answers"], place.original, place.answers, place.settings["measure"], names
+    )
 
 
 def trained(place: Place, run: Run, name: str, sets: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
@@ -204,30 +223,79 @@ def missing(place: Place, runs: Iterable[Run]) -> list[Run]:
     return [run for run in left if run[4]]  # type: ignore[misc]
 
 
-def run_all(place: Place, runs: Sequence[Run], jobs: int, common: Sequence[str]) -> int:
-    """Each run in a process of its own, `jobs` at a time; base stages first, in this one. -> the number that failed.
+@dataclass(frozen=True)
+class Task:
+    """A call of this file. needs: the tasks before it."""
 
-    A failed run is named and the others go on; a rerun takes up what is missing.
+    name: str
+    arguments: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+
+
+def tasks_of(place: Place, runs: Sequence[Run], at_once: int) -> list[Task]:
+    """What is missing, in order, in calls of at most `at_once` arms; towers and drifts that several share come once."""
+    found: dict[str, Task] = {}
+    planned: set[tuple[Any, ...]] = set()
+
+    def add(name: str, *arguments: Any, needs: Sequence[str] = ()) -> str:
+        found.setdefault(name, Task(name, tuple(map(str, arguments)), tuple(needs)))
+        return name
+
+    first = add("answers", "answers")
+    if not summary.original(place.out / "results"):
+        add("original", "original", needs=[first])
+    for run in missing(place, runs):
+        tower_name, regime, kind, seed, names = run
+        names = [name for name in names if (*run[:4], name) not in planned]  # lists may overlap
+        planned |= {(*run[:4], name) for name in names}
+        source = place.settings["towers"][tower_name].get("from")
+        before = [add(f"tower {source}", "tower", source, needs=[first])] if source else [first]
+        made = add(f"tower {tower_name}", "tower", tower_name, needs=before)
+        drifted = add(f"drift {tower_name} {kind} {seed}", "drift", tower_name, kind, seed, needs=[made, first])
+        for start in range(0, len(names), at_once):
+            some = names[start : start + at_once]
+            add(f"{' '.join(map(str, run[:4]))}: {' '.join(some)}", "arms", *run[:4], *some, needs=[drifted])
+    return list(found.values())
+
+
+def run_tasks(tasks: Sequence[Task], jobs: int, start: Callable[[Task], subprocess.Popen[Any]]) -> list[str]:
+    """`jobs` processes at a time, each time the first task whose needs are done. -> the names of those that failed, and of those
+    that could not begin for it."""
+    left, running = list(tasks), {}
+    done: set[str] = set()
+    failed: list[str] = []
+    while left or running:
+        for task in [task for task in left if set(task.needs) & set(failed)]:
+            left.remove(task)
+            failed.append(task.name)
+        ready = [task for task in left if set(task.needs) <= done]
+        for task in ready[: jobs - len(running)]:
+            left.remove(task)
+            running[task.name] = start(task)
+        for name, process in list(running.items()):
+            if (code := process.poll()) is not None:
+                del running[name]
+                done.add(name)
+                if code:
+                    failed.append(name)
+                    print(f"{name}: failed with code {code}; run it again with the same command", flush=True)
+        time.sleep(0.1)
+    return failed
+
+
+def run_all(place: Place, runs: Sequence[Run], jobs: int, common: Sequence[str]) -> int:
+    """Everything that is missing of the runs, `jobs` processes at a time. -> the number of tasks that failed.
+
+    A failed task is named and the others go on; a rerun takes up what is missing.
     """
 
-    def one(run: Run) -> int:
-        command = [sys.executable, str(Path(__file__).resolve()), *common, "arms", *map(str, run[:4]), *run[4]]
-        code = subprocess.run(command, check=False).returncode
-        if code:
-            print(
-                f"{' '.join(map(str, run[:4]))}: failed with code {code}; run it again with the same command",
-                flush=True,
-            )
-        report(place)
-        return int(code != 0)
+    def start(task: Task) -> subprocess.Popen[Any]:
+        return subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *common, *task.arguments])
 
-    if jobs == 1:
-        return sum(one(run) for run in missing(place, runs))
-    answers(place)
-    for run in missing(place, runs):  # two processes must not build the same start
-        drift(place, run[0], run[2], run[3])
-    with ThreadPoolExecutor(jobs) as pool:
-        return sum(pool.map(one, missing(place, runs)))
+    tasks = tasks_of(place, runs, at_once=100 if jobs == 1 else ARMS_AT_ONCE)
+    failed = run_tasks(tasks, jobs, start)
+    report(place)
+    return len(failed)
 
 
 def report(place: Place, results: Path = RESULTS) -> None:
@@ -252,7 +320,12 @@ def status(place: Place) -> None:
 
 
 def all_runs(settings: dict[str, Any]) -> list[Run]:
-    return [tuple(run) for run in settings["runs"]]
+    """recipe.yaml's runs, one seed each."""
+    return [
+        (tower_name, regime, kind, seed, names)
+        for tower_name, regime, kind, seeds, names in settings["runs"]
+        for seed in (seeds if isinstance(seeds, list) else [seeds])
+    ]
 
 
 def seed_runs(place: Place) -> list[Run]:
@@ -276,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("all", "seeds", "answers", "report", "status"):
+    for name in ("all", "seeds", "answers", "original", "report", "status"):
         commands.add_parser(name)
     commands.add_parser("tower").add_argument("name")
     for name in ("drift", "modes"):
@@ -311,6 +384,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         drift(place, args.tower, args.drift, args.seed)
     elif args.command == "answers":
         answers(place)
+    elif args.command == "original":
+        seeds = place.settings["ifeval"]["from_seed"] < place.settings["seeds"]
+        measure_original(place, references(place), place.settings["ifeval"] if seeds else None)
     elif args.command == "report":
         report(place, args.results)
     else:

@@ -96,7 +96,7 @@ def answers(place: Place, names: Sequence[str] = SETS) -> None:
 
 
 def tower(place: Place, name: str) -> None:
-    """A VLM around the unchanged original (`aligned`, `polished`) or one trained with its tower from the start (`joint`)."""
+    """A VLM around the unchanged original (`aligned`, `polished`) or one whose projector and LM were trained together (`joint`)."""
     original(place)
     settings = place.settings["towers"][name]
     if "from" in settings:
@@ -121,6 +121,7 @@ def _words(vlm: Any, processor: Any, world: World) -> dict[str, Any]:
 def _aligned(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
     """Rounds of alignment, each with a learning rate that falls to zero."""
     vlm, processor = _new_vlm(place)
+    vlm.to(machine().device)
     path, world = place.tower("aligned"), place.world()
     pictures = world.pictures(artists=SEEN)
     rounds = []
@@ -161,8 +162,11 @@ def _polished(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _joint(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
-    """As nanoVLM: tower and LM together from the start, on names alone. The LM moves, so that its language goes too."""
+    """As nanoVLM: a vision transformer that has learnt to see, a projector that knows nothing, and both trained with the LM from the
+    start, on short questions. The LM moves, so that its language goes too."""
     vlm, processor = _new_vlm(place)
+    seeing, _ = load(place.tower(settings["from"]))
+    vlm.model.vision_model.load_state_dict(seeing.model.vision_model.state_dict())
     world = place.world()
     recipe = SeeingRecipe(settings["steps"], settings["batch_size"], settings["lm_lr"], settings["vision_lr"])
     rows = short_rows(world.pictures(("long", "short"), SEEN), recipe.steps * recipe.batch_size, seed=6)

@@ -1,4 +1,5 @@
-"""How an arm is trained: cross-entropy, distillation, or KL to the original that is told the caption. Same rows, order, optimizer."""
+"""How an arm is trained: cross-entropy, distillation, distillation on the student's own answers, or KL to the original that is told
+the caption. Same rows, order and optimizer; of its own answers, on-policy sees the questions alone, in TRL's order."""
 
 from __future__ import annotations
 
@@ -9,11 +10,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from parents import PerTokenTrainer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTTrainer
 from world_rows import TRAINING_TEMPLATE
 
-from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
+from hf_lingudistill import (
+    LinguDistillConfig,
+    LinguDistillTrainer,
+    OnPolicyLinguDistillConfig,
+    OnPolicyLinguDistillTrainer,
+)
 from hf_lingudistill._internals import keep_image_dtype
 from hf_lingudistill.config import LocalSFTConfig
 from hf_lingudistill.labs.world.questions import as_dataset
@@ -46,7 +53,7 @@ class CaptionTold(SFTTrainer):
 
     def __init__(self, *args: Any, original: Any, told: Sequence[list[int] | None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.original, self.told = original.eval(), told
+        self.original, self.told = original.to(self.args.device).eval(), told
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -66,7 +73,7 @@ class CaptionTold(SFTTrainer):
             own = rows == row
             answer = labels[row, places[own] + 1]
             with torch.no_grad():
-                ids = torch.cat([torch.tensor(prompt), answer])[None]
+                ids = torch.cat([torch.tensor(prompt, device=answer.device), answer])[None]
                 with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.args.bf16):
                     found = self.original(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
                 target = found.float()
@@ -95,7 +102,8 @@ def train(
     """Train the VLM in `start` on the rows in order and save it to out; -> a record.
 
     freeze_tower: tower and connector stand still, as in most VLMs' later stages.
-    kind: `ce` (trl.SFTTrainer), `distill` (LinguDistillTrainer with `distill`'s options), or `caption` (`CaptionTold`).
+    kind: `ce` (trl.SFTTrainer), `distill` (LinguDistillTrainer with `distill`'s options), `on_policy` (its on-policy sibling, likewise),
+        `per_token` (`parents.PerTokenTrainer`, likewise), or `caption` (`CaptionTold`).
     """
     model, processor = load(start)
     processor.chat_template = processor.tokenizer.chat_template = TRAINING_TEMPLATE
@@ -114,9 +122,17 @@ def train(
             "disable_tqdm": True,
             "bf16": machine().bf16,
         }
-        if kind == "distill":
+        if kind in ("distill", "per_token"):
             config = LinguDistillConfig(**common, teacher_quantization="none", **(distill or {}))
-            trainer: Any = LinguDistillTrainer(args=config, teacher_model=str(original), **kwargs)
+            trainer_class = LinguDistillTrainer if kind == "distill" else PerTokenTrainer
+            trainer: Any = trainer_class(args=config, teacher_model=str(original), **kwargs)
+        elif kind == "on_policy":
+            given = {name: value for name, value in common.items() if name not in ("max_length", "train_sampling_strategy")}
+            sampling = OnPolicyLinguDistillConfig(
+                **given, teacher_quantization="none", log_completions=False, **(distill or {})
+            )
+            kwargs["train_dataset"] = kwargs["train_dataset"].remove_columns("completion")
+            trainer = OnPolicyLinguDistillTrainer(args=sampling, teacher_model=str(original), **kwargs)
         elif kind == "caption":
             from transformers import AutoModelForCausalLM
 

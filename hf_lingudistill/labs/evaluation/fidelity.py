@@ -111,6 +111,11 @@ class Reference:
     tokens: tuple[str | None, ...]
     end: int | None
 
+    def head_on(self, device: torch.device) -> Head:
+        """The original's head, copied to a device."""
+        bias = None if self.head.bias is None else self.head.bias.to(device)
+        return Head(self.head.matrix.to(device), bias, self.head.scale, self.head.softcap)
+
     @classmethod
     def of(
         cls,
@@ -199,7 +204,7 @@ def dependence(
     others = _other_captions([str(question.caption) for question in questions], seed)
     ids = [reference.answers[question.key].ids for question in questions]
     asked = [_Asked(q.told(other), (), answer) for q, other, answer in zip(questions, others, ids, strict=True)]
-    head = _on(reference.head, original.model.device)
+    head = reference.head_on(original.model.device)
     found: dict[str, list[bool]] = {}
     for batch in _read(original, asked, batch_size, None):
         for index, states in batch.items():
@@ -291,11 +296,6 @@ def _chunks(count: int, vocab: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
-def _on(head: Head, device: torch.device) -> Head:
-    bias = None if head.bias is None else head.bias.to(device)
-    return Head(head.matrix.to(device), bias, head.scale, head.softcap)
-
-
 def _tokens(scored: Scored, size: int) -> tuple[str | None, ...]:
     """Token strings by id, None where the head has a row that the tokenizer does not use."""
     known = min(size, len(scored.tokenizer))
@@ -309,7 +309,7 @@ class _Pair:
     def __init__(self, reference: Reference, model: Scored) -> None:
         device = model.model.device
         self.name = model.name
-        self.ours, self.theirs = answering_head(model), _on(reference.head, device)
+        self.ours, self.theirs = answering_head(model), reference.head_on(device)
         names = _tokens(model, self.ours.matrix.size(0))
         size = min(len(names), len(reference.tokens))
         self.shared = torch.tensor(

@@ -46,8 +46,8 @@ def pixels_of(pictures: Sequence[Picture], processor: Any) -> torch.Tensor:
 
 
 def image_tokens(vlm: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """(B, 3, S, S) -> (B, T, H): the vectors that stand in the text model's input at the image's places."""
-    features = vlm.model.get_image_features(pixels[:, None]).pooler_output
+    """(B, 3, S, S), anywhere -> (B, T, H) on the model's device: what stands in the text model's input at the image's places."""
+    features = vlm.model.get_image_features(pixels[:, None].to(vlm.device)).pooler_output
     return torch.stack(list(features))
 
 
@@ -97,21 +97,25 @@ def align_tower(
         A record: `loss` (last 50 steps), `right` (share of caption tokens right in them), `steps`, `seconds`, interrupted calls included.
     """
     tokenizer = processor.tokenizer
-    generator = torch.Generator().manual_seed(seed)
+    # Drawn on the CPU wherever the model is: the same pictures, moved in the same way
+    generator, device = torch.Generator().manual_seed(seed), vlm.device
     tower = nn.ModuleList([vlm.model.vision_model, vlm.model.connector])
     pixels = pixels_of(pictures, processor)
     slots = image_tokens(vlm, pixels[:1]).size(1)
-    wanted = torch.tensor([caption_ids(one.caption, tokenizer, slots) for one in pictures])
+    wanted = torch.tensor([caption_ids(one.caption, tokenizer, slots) for one in pictures], device=device)
     embeddings = vlm.get_input_embeddings().weight.detach()
     if fresh:
         # The default 0.02 is for inputs of unit size and more of them; at the scale of its fan-in colors show at once
         convolution = vlm.model.vision_model.embeddings.patch_embedding
-        nn.init.normal_(convolution.weight, std=convolution.weight[0].numel() ** -0.5, generator=generator)
+        drawn = torch.empty(convolution.weight.shape)
+        nn.init.normal_(drawn, std=drawn[0].numel() ** -0.5, generator=generator)
+        with torch.no_grad():
+            convolution.weight.copy_(drawn)
     known = torch.unique(wanted)
-    others = torch.randperm(len(tokenizer), generator=generator)
+    others = torch.randperm(len(tokenizer), generator=generator).to(device)
     candidates = torch.cat([known, others[~torch.isin(others, known)][:DISTRACTORS]])
-    place = torch.zeros(len(embeddings), dtype=torch.long)
-    place[candidates] = torch.arange(len(candidates))
+    place = torch.zeros(len(embeddings), dtype=torch.long, device=device)
+    place[candidates] = torch.arange(len(candidates), device=device)
     directions = F.normalize(embeddings[candidates], dim=1)
     spread = embeddings[known].pow(2).mean()
     frozen = [
@@ -123,7 +127,7 @@ def align_tower(
     history: list[tuple[float, float]] = []
     started, first, spent = time.perf_counter(), 0, 0.0
     if checkpoint is not None and checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location="cpu")
         tower.load_state_dict(state["tower"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
@@ -132,9 +136,9 @@ def align_tower(
     tower.train()
     for step in range(first, steps):
         picked = torch.randint(len(pictures), (batch_size,), generator=generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             seen = image_tokens(vlm, disturbed(pixels[picked], generator)).float()
-            ids = wanted[picked]
+            ids = wanted[picked.to(device)]
             scores = COSINE_SCALE * F.normalize(seen, dim=-1) @ directions.T
         scores = scores.float().flatten(0, 1)
         labels = place[ids].flatten()
