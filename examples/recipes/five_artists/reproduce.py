@@ -283,7 +283,7 @@ def run_tasks(tasks: Sequence[Task], jobs: int, start: Callable[[Task], subproce
     return failed
 
 
-def run_all(place: Place, runs: Sequence[Run], jobs: int, common: Sequence[str]) -> int:
+def run_all(place: Place, runs: Sequence[Run], jobs: int, common: Sequence[str], results: Path) -> int:
     """Everything that is missing of the runs, `jobs` processes at a time. -> the number of tasks that failed.
 
     A failed task is named and the others go on; a rerun takes up what is missing.
@@ -294,11 +294,11 @@ def run_all(place: Place, runs: Sequence[Run], jobs: int, common: Sequence[str])
 
     tasks = tasks_of(place, runs, at_once=100 if jobs == 1 else ARMS_AT_ONCE)
     failed = run_tasks(tasks, jobs, start)
-    report(place)
+    report(place, results)
     return len(failed)
 
 
-def report(place: Place, results: Path = RESULTS) -> None:
+def report(place: Place, results: Path) -> None:
     """results/*.json and the plots, from whatever is measured."""
     found = summary.write(place.out, place.settings, results)
     if found:
@@ -373,9 +373,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         modes(place, args.tower, args.drift, args.seed)
         return 0
     if args.command == "all":
-        return run_all(place, all_runs(place.settings), args.jobs, common)
+        return run_all(place, all_runs(place.settings), args.jobs, common, args.results)
     if args.command == "seeds":
-        return run_all(place, seed_runs(place), args.jobs, common)
+        return run_all(place, seed_runs(place), args.jobs, common, args.results)
     if args.command == "arms":
         arms(place, (args.tower, args.regime, args.drift, args.seed, args.names))
     elif args.command == "tower":
