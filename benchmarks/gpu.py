@@ -140,7 +140,16 @@ def measure(case: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
 
 def run_case(case: dict[str, Any], folder: Path, rounds: int, limit: float) -> dict[str, Any]:
     """`measure` in a process of its own; a failure is a sentence."""
-    command = [sys.executable, __file__, "--_case", json.dumps(case), "--_folder", str(folder), "--rounds", str(rounds)]
+    command = [
+        sys.executable,
+        __file__,
+        "--_case",
+        json.dumps(case),
+        "--_folder",
+        str(folder),
+        "--rounds",
+        str(rounds),
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:

@@ -216,7 +216,10 @@ def make_stepper(arm: str, folder: Path, args: argparse.Namespace, *, before: bo
         bf16=args.bf16,
     )
     common[CHECKPOINTING["activation_checkpointing"]] = args.activation_checkpointing
-    model: dict[str, Any] = {"model": str(folder / "vlm"), "train_dataset": make_dataset(args.batch_size, long=arm.endswith("_long"))}
+    model: dict[str, Any] = {
+        "model": str(folder / "vlm"),
+        "train_dataset": make_dataset(args.batch_size, long=arm.endswith("_long")),
+    }
     if (rank := getattr(args, "lora", None)) is not None:
         model["peft_config"] = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=r".*text_model.*proj")
         common["model_init_kwargs"] = {"dtype": "bfloat16"}

@@ -338,20 +338,23 @@ def test_drift_needs_the_original(models: dict[str, str], tmp_path: Path) -> Non
         blend(models["before"], models["after"], models["suite.yaml"], "vision >= 0", tmp_path, shares=["drift"])
 
 
-def test_a_model_that_is_made_is_scored_as_one_in_a_folder(models: dict[str, str], tmp_path: Path) -> None:
-    """The blend in memory, and the same weights saved and scored by name: same answers, same KL."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_is_made_is_scored_as_one_in_a_folder(
+    models: dict[str, str], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """The blend in memory, and the same weights saved and scored by name: same answers, same KL, in whatever they are scored in."""
     from hf_lingudistill.labs.evaluation import evaluate_models
 
     front = blend(
         models["before"], models["after"], models["suite.yaml"], "vision >= 0", tmp_path / "out",
-        original=models["lm"], weights=[0.5], shares=["uniform"], progress=False,
+        original=models["lm"], weights=[0.5], shares=["uniform"], dtype=dtype, progress=False,
     )  # fmt: skip
     model = loaded(models["before"])
     blend_into(model, models["after"], Blend(0.5, "uniform"))
     model.save_pretrained(tmp_path / "saved")
     AutoProcessor.from_pretrained(models["before"]).save_pretrained(tmp_path / "saved")
     named = {"original": models["lm"], "before": models["before"], "half": str(tmp_path / "saved")}
-    report = evaluate_models(named, models["suite.yaml"], tmp_path / "eval", progress=False)
+    report = evaluate_models(named, models["suite.yaml"], tmp_path / "eval", dtype=dtype, progress=False)
     for task in report["tasks"]:
         if task["name"] == front["most"]:
             made = next(p for p in front["points"] if p["name"] == "uniform-0.5")["scores"][front["most"]]["value"]

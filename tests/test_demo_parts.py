@@ -262,8 +262,9 @@ def test_teaching_to_see_trains_every_part_and_is_the_same_for_a_seed(
         vlm, processor = make_vlm()
         recipe = models.SeeingRecipe(steps=3, batch_size=4, lm_lr=lm_lr, vision_lr=1e-2, warmup_steps=0)
         models.teach_to_see(
-            vlm, processor, rows, tmp_path, recipe, seed=seed, save=False, disable_tqdm=True, bf16=cpu_mode == "bf16=1"
-        )
+            vlm, processor, rows, tmp_path, recipe, seed=seed, save=False, disable_tqdm=True, bf16=cpu_mode == "bf16=1",
+            use_cpu=True,
+        )  # fmt: skip
         return {name: weight.detach().clone() for name, weight in vlm.named_parameters()}
 
     before = dict(make_vlm()[0].named_parameters())

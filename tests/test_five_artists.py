@@ -140,7 +140,13 @@ def test_every_step_holds_its_share_of_each_sort() -> None:
 def test_the_recipe_runs_from_end_to_end_and_goes_on_where_it_was(
     place: stages.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = ("aligned", "P", "severe", 0, ["before", "ce", "none", "vision", "caption", "interpolate_05", "ce_lora", "on_policy", "parents"])
+    run = (
+        "aligned",
+        "P",
+        "severe",
+        0,
+        ["before", "ce", "none", "vision", "caption", "interpolate_05", "ce_lora", "on_policy", "parents"],
+    )
     reproduce.arms(place, run)
     results = {arm: json.loads(reproduce.result_path(place, run, arm).read_text()) for arm in run[4]}
     for arm, result in results.items():
@@ -257,9 +263,11 @@ def test_side_by_side_every_stage_comes_once_and_before_what_needs_it(place: sta
             finished.add(self.task.name)
             return self.code
 
-    for fails, lost in (("", []), ("tower joint", ["tower joint", "drift joint severe 0", "joint P severe 0: before ce"])):
+    joint = ["tower joint", "drift joint severe 0", "joint P severe 0: before ce"]
+    for lost in ([], joint):
         begun.clear()
         finished: set[str] = set()
+        fails = lost[0] if lost else None
         assert reproduce.run_tasks(tasks, 3, Process) == lost  # type: ignore[arg-type]
         assert set(begun) == set(names) - set(lost[1:])
 
@@ -388,7 +396,12 @@ def test_the_rule_chooses_the_decisive_arms_and_waits_for_the_whole_screen(tmp_p
 def test_the_recipe_names_arms_towers_and_regimes_that_exist() -> None:
     recipe = reproduce.read_settings()
     for tower, regime, drift, seed, arms in reproduce.all_runs(recipe):
-        assert tower in recipe["towers"] and regime in recipe["regimes"] and drift in recipe["drift"] and seed in range(recipe["seeds"])
+        assert (
+            tower in recipe["towers"]
+            and regime in recipe["regimes"]
+            and drift in recipe["drift"]
+            and seed in range(recipe["seeds"])
+        )
         assert set(arms) <= set(recipe["arms"])
     assert set(recipe["decisive"]) - {"default"} <= set(recipe["arms"])
     # What is claimed of the default is claimed of the library's

@@ -17,7 +17,8 @@ from hf_lingudistill.quantization import arithmetic_of, choose_kernels
 from hf_lingudistill.teacher import load_teacher_model
 
 NATIVE = pytest.mark.skipif(
-    not torch.cpu._is_avx512_bf16_supported(), reason="bitsandbytes packs on a CPU with AVX512-BF16 alone"
+    torch.accelerator.is_available() or not torch.cpu._is_avx512_bf16_supported(),
+    reason="bitsandbytes packs on a CPU with AVX512-BF16 alone",
 )
 # Sizes that pack: rows divisible by 32, columns by 64. (tiny's own width of 32 does not.)
 PACKS = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}

@@ -52,7 +52,7 @@ def pair(saved_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     for question, answers, images in batches:
         prompts = [student.render(user_turn(question, len(group))) for group in images]
         row, labels = answer_inputs(student, prompts, images, [student.ids(answer) for answer in answers])
-        before = torch.full((len(answers), row["input_ids"].shape[1] - labels.shape[1]), -100)
+        before = labels.new_full((len(answers), row["input_ids"].shape[1] - labels.shape[1]), -100)
         inputs.append({**row, "labels": torch.cat([before, labels], dim=1)})
     optimizer = torch.optim.Adam(student.model.parameters(), lr=3e-3)
     for _ in range(60):

@@ -259,7 +259,9 @@ def test_the_drawn_pictures_say_what_is_asked_about_them() -> None:
 
 def greedy(model: checkpoints.Checkpoint, question: str, picture: Image.Image | None, tokens: int) -> str:
     """The reference: the model alone, in one call, its prompt written out by the template and tokenized by itself."""
-    inputs = answers.encode(model, question, picture, tokens)
+    inputs = {
+        name: value.to(model.model.device) for name, value in answers.encode(model, question, picture, tokens).items()
+    }
     with torch.no_grad():
         out = model.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, repetition_penalty=1.0)
     return model.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

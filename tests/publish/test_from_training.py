@@ -41,7 +41,7 @@ question = [{"type": "image", "image": Image.open("picture.jpg")}, {"type": "tex
 inputs = processor.apply_chat_template(
     [{"role": "user", "content": question}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-)
+).to(model.device)
 with torch.no_grad():
     logits = model(**inputs).logits[0, -1]
 print_(json.dumps({"logits": logits.tolist(), "printed": printed, "trl": "trl" in sys.modules}))

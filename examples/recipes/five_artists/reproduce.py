@@ -42,9 +42,10 @@ RESULTS = HERE / "results"
 sys.path[:0] = [str(HERE), str(ROOT / "examples" / "baselines")]
 
 import summary  # noqa: E402
-from hf_lingudistill.labs.evaluation.models import release_memory  # noqa: E402
 from stages import Place, answers, drift, is_done, tower  # noqa: E402
 from world_rows import CUT, SETS, answers_of, ask, training_rows  # noqa: E402
+
+from hf_lingudistill.labs.evaluation.models import release_memory  # noqa: E402
 
 Run = tuple[str, str, str, int, list[str]]  # tower, regime, drift, seed, arms
 ARMS_AT_ONCE = 3  # of one call, where several run side by side

@@ -162,15 +162,17 @@ def _polished(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _joint(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
-    """As nanoVLM: a vision transformer that has learnt to see, a projector that knows nothing, and both trained with the LM from the
-    start, on short questions. The LM moves, so that its language goes too."""
+    """As nanoVLM: a vision transformer that sees already (here it stands still), a projector that knows nothing, and the LM trained with it
+    from the start, on short questions. The LM moves, so that its language goes too."""
     vlm, processor = _new_vlm(place)
     seeing, _ = load(place.tower(settings["from"]))
     vlm.model.vision_model.load_state_dict(seeing.model.vision_model.state_dict())
+    vlm.model.vision_model.requires_grad_(False)
     world = place.world()
     recipe = SeeingRecipe(settings["steps"], settings["batch_size"], settings["lm_lr"], settings["vision_lr"])
     rows = short_rows(world.pictures(("long", "short"), SEEN), recipe.steps * recipe.batch_size, seed=6)
-    return _see(vlm, processor, rows, place.tower("joint"), recipe, seed=6) | _words(vlm, processor, world)
+    record = _see(vlm, processor, rows, place.tower("joint"), recipe, seed=6)
+    return record | _words(vlm, processor, world)
 
 
 def drift(place: Place, tower_name: str, kind: str, seed: int) -> None:

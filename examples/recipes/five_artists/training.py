@@ -127,7 +127,9 @@ def train(
             trainer_class = LinguDistillTrainer if kind == "distill" else PerTokenTrainer
             trainer: Any = trainer_class(args=config, teacher_model=str(original), **kwargs)
         elif kind == "on_policy":
-            given = {name: value for name, value in common.items() if name not in ("max_length", "train_sampling_strategy")}
+            given = {
+                name: value for name, value in common.items() if name not in ("max_length", "train_sampling_strategy")
+            }
             sampling = OnPolicyLinguDistillConfig(
                 **given, teacher_quantization="none", log_completions=False, **(distill or {})
             )

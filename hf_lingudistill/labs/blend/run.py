@@ -16,7 +16,7 @@ from ...hub.run_facts import SCHEMA as RECORD
 from ...hub.run_facts import model_fact, read_run_facts, write_run_facts
 from ..diagnose.weights import weight_drift
 from ..evaluation import evaluate_models
-from ..evaluation.models import Made, Scored, fingerprint, load_scored, read_config, takes_images
+from ..evaluation.models import Made, Scored, fingerprint, load_scored, read_config, scoring_dtype, takes_images
 from ..evaluation.report import GROUPS
 from ..evaluation.suite import Suite, load_suite
 from .condition import Condition, parse_condition, score_of, tasks_named
@@ -79,10 +79,15 @@ def blend(
         blends = [Blend(p.weight, p.shares, drift) if p.shares == "drift" else p for p in blends]
     prints = [fingerprint(path, read_config(role, path)) for role, path in (("before", before), ("after", after))]
 
+    stored = getattr(read_config("before", before), "dtype", None) or torch.float32
+
     def make(point: Blend) -> Callable[[str], Scored]:
         def made(name: str) -> Scored:
-            scored = load_scored(name, before, **options)
+            # Blended in the dtype in which it would be saved, and scored in the evaluation's: what is scored is what is saved
+            scored = load_scored(name, before, **{**options, "dtype": stored})
             blend_into(scored.model, after, point, trust_remote_code=trust_remote_code)
+            for weight in scored.model.parameters():  # buffers stay: rotary frequencies in bf16 are other frequencies
+                weight.data = weight.data.to(scoring_dtype(dtype, device))
             scored.path, scored.fingerprint = (
                 f"{point.weight:g} of the VLM after, {point.shares}",
                 point.fingerprint(*prints),

@@ -131,7 +131,7 @@ class _Run:
                 rows = shuffled(short_rows(self.pictures, story, n, seed=seed), seed=seed)
                 keep_eyes(vlm)
                 teach_to_see(
-                    vlm, processor, rows, self.out / "before", size.seeing, seed=seed, bf16=config.bf16,
+                    vlm, processor, rows, self.out / "before", size.seeing, seed=seed, bf16=config.bf16, use_cpu=config.use_cpu,
                     disable_tqdm=True, callbacks=[_Steps(self.say)],
                 )  # fmt: skip
                 del vlm

@@ -151,6 +151,12 @@ def _unreadable(name: str, path: str, error: Exception) -> UnreadableModelError:
     )
 
 
+def scoring_dtype(dtype: torch.dtype | None = None, device: str | None = None) -> torch.dtype:
+    """dtype; left out, bf16 on an accelerator that multiplies in it, else fp32."""
+    place = torch.device(device) if device else machine().device
+    return dtype or (torch.bfloat16 if place.type != "cpu" and machine().bf16 else torch.float32)
+
+
 def load_scored(
     name: str,
     path: str,
@@ -162,13 +168,13 @@ def load_scored(
 ) -> Scored:
     """Load an LM or a VLM, whichever the folder or Hub id holds.
 
-    dtype: default bf16 on an accelerator that multiplies in it, else fp32.
+    dtype: see `scoring_dtype`.
 
     Raises:
         UnreadableModelError: if there is no model that transformers can read.
     """
     place = torch.device(device) if device else machine().device
-    dtype = dtype or (torch.bfloat16 if place.type != "cpu" and machine().bf16 else torch.float32)
+    dtype = scoring_dtype(dtype, device)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     config = read_config(name, path, trust_remote_code=trust_remote_code)
     sees = takes_images(config)
