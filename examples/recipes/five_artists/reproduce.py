@@ -256,7 +256,8 @@ def tasks_of(place: Place, runs: Sequence[Run], at_once: int) -> list[Task]:
         for start in range(0, len(names), at_once):
             some = names[start : start + at_once]
             add(f"{' '.join(map(str, run[:4]))}: {' '.join(some)}", "arms", *run[:4], *some, needs=[drifted])
-    return list(found.values())
+    # What others wait for comes first: a tower takes longer than an arm
+    return sorted(found.values(), key=lambda task: task.arguments[0] == "arms")
 
 
 def run_tasks(tasks: Sequence[Task], jobs: int, start: Callable[[Task], subprocess.Popen[Any]]) -> list[str]:
