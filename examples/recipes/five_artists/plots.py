@@ -45,13 +45,15 @@ def _arms(arms: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> P
         axes.set_xscale(scale)
         for place, name in enumerate(names):
             kind = settings["arms"][name]["kind"]
-            color = DISTILLED if kind == "distill" else REFERENCE if kind == "caption" else RIVAL
+            color = REFERENCE if kind == "caption" else RIVAL if kind in ("ce", "interpolate") else DISTILLED
             value = cured[name][metric]
+            once = value["half"] is None  # one seed: hollow
             axes.errorbar(
-                value["mean"], place, xerr=value["half"] or 0, fmt="o", color=color, markersize=5.5, elinewidth=1.2
-            )
+                value["mean"], place, xerr=value["half"] or 0, fmt="o", color=color, markersize=5.5, elinewidth=1.2,
+                markerfacecolor="white" if once else color,
+            )  # fmt: skip
         if scale == "log":
-            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
             axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
             axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         else:
@@ -63,10 +65,12 @@ def _arms(arms: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> P
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=8)
     panels[0].set_ylim(-1, len(names) - 0.4)
-    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_yticks(
+        range(len(names)), [f"{name} (default)" if name == settings["shipped"] else name for name in names]
+    )
     for axes in panels[:2]:
         axes.set_xlabel("nats per token (log scale), less is better", fontsize=8)
-    panels[2].set_xlabel("share, more is better", fontsize=8)
+    panels[2].set_xlabel("share, more is better (hollow: one seed)", fontsize=8)
     return _saved(figure, path)
 
 

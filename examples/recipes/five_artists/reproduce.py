@@ -46,6 +46,7 @@ from stages import Place, answers, drift, is_done, tower  # noqa: E402
 from world_rows import CUT, SETS, answers_of, ask, training_rows  # noqa: E402
 
 from hf_lingudistill.labs.evaluation.models import release_memory  # noqa: E402
+from hf_lingudistill.machine import machine  # noqa: E402
 
 Run = tuple[str, str, str, int, list[str]]  # tower, regime, drift, seed, arms
 ARMS_AT_ONCE = 3  # of one call, where several run side by side
@@ -90,6 +91,7 @@ def arms(place: Place, run: Run) -> None:
         found |= {
             "seconds": round(spent, 1),
             "measure_seconds": round(time.time() - started - spent, 1),
+            "device": machine().name,  # arms are compared on one kind of device only: the drift itself differs between two
             "training": record,
         }
         write_json(result_path(place, run, name), found)

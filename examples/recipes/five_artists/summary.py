@@ -133,6 +133,11 @@ def write(made: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
     results = read(folder)
     if not results:
         return {}
+    devices = sorted({result.get("device", "not noted") for result in results.values()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"Results of several devices cannot be compared: {', '.join(devices)}. Keep each in an --out of its own."
+        )
     main = of_tower(results, "aligned")
     reference = {
         metric: {"mean": value, "half": None} for metric, value in original(folder).items() if metric in METRICS
@@ -149,6 +154,7 @@ def write(made: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
     seeds = {len({key[3] for key in results if key[:3] == ("aligned", "P", drift)}) for drift in ("severe", "mild")}
     summary = {
         "seeds": max(seeds),
+        "device": devices[0],
         "default": shipped,
         "elected": default,
         "decisive": chosen,
