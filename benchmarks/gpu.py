@@ -122,6 +122,7 @@ def measure(case: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
                 taken = time.process_time() - started
             if index:
                 seconds[arm].append(taken)
+    length = int(steppers["sft"].batch["input_ids"].shape[1])
     arms = {}
     for arm in ARMS:
         arms[arm] = {"seconds": statistics.median(seconds[arm])}
@@ -130,12 +131,33 @@ def measure(case: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
             arms[arm] |= {name: statistics.median(ratios), f"{name}_min": min(ratios), f"{name}_max": max(ratios)}
         if arm in peaks:
             arms[arm]["peak_mb"] = peaks[arm]
+        if not arm.startswith("sft"):
+            arms[arm]["planned_mb"] = planned({**case, "length": length}, arm)
     return {
-        "length": int(steppers["sft"].batch["input_ids"].shape[1]),
+        "length": length,
         "teacher_mb": teacher / 2**20,
         "before_mb": before / 2**20,
         "arms": arms,
     }
+
+
+def planned(case: dict[str, Any], arm: str) -> float:
+    """MiB that `lingudistill plan` gives an arm of a case, before the allowance for what is no tensor."""
+    import step_cost
+
+    from hf_lingudistill.labs.plan import Setup, make_plan, model_facts
+
+    shape = dict(SHAPES[case["shape"]])
+    step_cost.IMAGE_SIZE = case["image_size"]
+    student, lm = step_cost.make_configs(shape.pop("vocab"), shape, 0)
+    setup = Setup(
+        seq_len=case["length"], image_tokens=(case["image_size"] // step_cost.PATCH) ** 2, response_tokens=case["response"],
+        batch=case["batch"], dtype="bfloat16" if case["shape"] in LORA else "float32", mixed_precision="bf16",
+        gradient_checkpointing=case["checkpointing"], lora_rank=16 if case["shape"] in LORA else 0,
+        teacher_quantization=case["teacher"], kv_sharing=arm.removesuffix("_before"),
+        kv_source="before" if arm.endswith("_before") else "student", gpu_memory=80,
+    )  # fmt: skip
+    return make_plan(model_facts(student, "vlm"), model_facts(lm, "lm"), setup).peak / 2**20
 
 
 def run_case(case: dict[str, Any], folder: Path, rounds: int, limit: float) -> dict[str, Any]:

@@ -86,12 +86,8 @@ SMOLLM2_135M = dict(
 )
 
 
-def make_models(
-    folder: Path, lm_vocab: int, shape: dict[str, int] = SMOLLM2_135M, dtype: torch.dtype = torch.float32
-) -> None:
-    """The student (processor included) and its LM, with random weights. shape: sizes of the LM, as its config names them."""
-    torch.manual_seed(0)
-    student_tokenizer = make_tokenizer(lm_vocab, extra=True)
+def make_configs(lm_vocab: int, shape: dict[str, int], image_token_id: int) -> tuple[SmolVLMConfig, LlamaConfig]:
+    """Of the student, whose vocabulary has `EXTRA` more, and of its LM."""
     text: dict[str, Any] = dict(
         **shape,
         tie_word_embeddings=True,
@@ -99,26 +95,35 @@ def make_models(
         pad_token_id=0,
         eos_token_id=2,
     )
-    LlamaForCausalLM(LlamaConfig(vocab_size=lm_vocab, **text)).to(dtype).save_pretrained(folder / "lm")
-    make_tokenizer(lm_vocab, extra=False).save_pretrained(folder / "lm")
-    vlm = SmolVLMForConditionalGeneration(
-        SmolVLMConfig(
-            text_config=LlamaConfig(vocab_size=len(student_tokenizer), **text).to_dict(),
-            vision_config=dict(
-                hidden_size=192,
-                intermediate_size=384,
-                num_hidden_layers=2,
-                num_attention_heads=3,
-                image_size=IMAGE_SIZE,
-                patch_size=PATCH,
-            ),
-            image_token_id=student_tokenizer.convert_tokens_to_ids("<image>"),
-            scale_factor=1,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-        )
+    student = SmolVLMConfig(
+        text_config=LlamaConfig(vocab_size=lm_vocab + len(EXTRA), **text).to_dict(),
+        vision_config=dict(
+            hidden_size=192,
+            intermediate_size=384,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH,
+        ),
+        image_token_id=image_token_id,
+        scale_factor=1,
+        tie_word_embeddings=True,
+        pad_token_id=0,
     )
-    vlm.to(dtype).save_pretrained(folder / "vlm")
+    return student, LlamaConfig(vocab_size=lm_vocab, **text)
+
+
+def make_models(
+    folder: Path, lm_vocab: int, shape: dict[str, int] = SMOLLM2_135M, dtype: torch.dtype = torch.float32
+) -> None:
+    """The student (processor included) and its LM, with random weights. shape: sizes of the LM, as its config names them."""
+    torch.manual_seed(0)
+    student_tokenizer = make_tokenizer(lm_vocab, extra=True)
+    assert len(student_tokenizer) == lm_vocab + len(EXTRA)
+    student, lm = make_configs(lm_vocab, shape, student_tokenizer.convert_tokens_to_ids("<image>"))
+    LlamaForCausalLM(lm).to(dtype).save_pretrained(folder / "lm")
+    make_tokenizer(lm_vocab, extra=False).save_pretrained(folder / "lm")
+    SmolVLMForConditionalGeneration(student).to(dtype).save_pretrained(folder / "vlm")
     Idefics3Processor(
         image_processor=Idefics3ImageProcessorPil(
             size={"longest_edge": IMAGE_SIZE}, max_image_size={"longest_edge": IMAGE_SIZE}, do_image_splitting=False

@@ -613,6 +613,24 @@ def plan_peaks() -> str:
     return "\n".join(rows)
 
 
+def plan_gpu() -> str:
+    """Planned and measured peaks of the GPU's cases."""
+    result = _read(GPU_COST)
+    rows = ["| student | batch | `kv_sharing` | planned | measured | error |", "|---|---|---|---|---|---|"]
+    errors = []
+    for case in (case for case in result["cases"] if "arms" in case):
+        for arm, row in case["arms"].items():
+            if "planned_mb" in row:
+                errors.append(row["planned_mb"] / row["peak_mb"] - 1)
+                title = "`vision`, `kv_source=before`" if arm == "vision_before" else f"`{arm}`"
+                rows.append(
+                    f"| {case['shape']} | {case['batch']} | {title} | {row['planned_mb'] / 1024:.1f} GiB | {row['peak_mb'] / 1024:.1f} GiB | "
+                    f"{errors[-1]:+.1%} |"
+                )
+    rows += ["", f"{result['device']}, torch {result['torch']}: {min(errors):+.1%} to {max(errors):+.1%}."]
+    return "\n".join(rows)
+
+
 def plan_moments() -> str:
     """How far each moment of the step is off."""
     memory = _plan_check()["memory"]
@@ -705,6 +723,7 @@ BLOCKS = {
     "plan_lines": plan_lines,
     "plan_teachers": plan_teachers,
     "plan_peaks": plan_peaks,
+    "plan_gpu": plan_gpu,
     "plan_moments": plan_moments,
     "plan_cost": plan_cost,
 }
