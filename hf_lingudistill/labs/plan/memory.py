@@ -244,7 +244,10 @@ def _teacher_work(teacher: ModelFacts, setup: Setup) -> int:
     """The teacher's pass: one layer at a time, without gradient; a layer's weights are unpacked one after the other. One with eyes of
     its own looks before it reads."""
     text = teacher.text
-    scores = 3 * text.heads * setup.queries * setup.seq_len if MODES[setup.kv_sharing].reads_student else 0
+    # A CPU holds the scores of masked attention; CUDA's kernels do not, and the mask is left, with what it was made of
+    scores = (2 if setup.device == "cuda" else 3 * text.heads) * setup.queries * setup.seq_len
+    if not MODES[setup.kv_sharing].reads_student:
+        scores = 0
     own = 2 * text.kv_width * setup.tokens if setup.kv_sharing in ("prompt", "vision", "inputs") else 0
     if (
         text.mixers and MODES[setup.kv_sharing].records_kv
