@@ -185,7 +185,7 @@ class Stepper:
         self.trainer = trainer
         trainer.create_optimizer()
         # What `Trainer.train` does before its first step: autocast is in the prepared forward
-        if trainer.args.activation_checkpointing:
+        if getattr(trainer.args, CHECKPOINTING["activation_checkpointing"]):
             checkpoint_activations(trainer.model)
         trainer.accelerator.prepare(trainer.model)
         trainer.model.train()

@@ -16,9 +16,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ._internals import Head, head_of, keep_image_dtype
+from ._internals import Head, decoder_of, head_of, keep_image_dtype
+from .mixers import mixers_of
 from .sharing import Sharing
-from .student_kv import SharedKV
+from .student_kv import SharedKV, recording
+
+# Of a backbone's inputs, those with a column per token; with one that is not among them, rows cannot be cut
+_COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_OF_ROWS = ("position_ids", "cache_position", "inputs_embeds", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 # PEFT's other ways to begin (PiSSA, OLoRA, CorDA, LoftQ, ...) take something out of the base weights and put it into the adapter
 _BASE_STAYS = (True, False, "gaussian", "orthogonal", "eva")
@@ -59,6 +64,46 @@ class Before:
             if head.weight is None:
                 states = self.model.get_output_embeddings()(states)
             return states, head, shared
+
+    def can_lend(self, inputs: Mapping[str, Any], columns: int, text: torch.Tensor) -> bool:
+        """Whether its first columns can be had without those behind them: rows can be cut, and no token sees a later one that is cut
+        off, as the prompt of a prefix LM would. Tried on these inputs, and on text alone, (1, n) token ids, as a prompt."""
+        mask = inputs.get("attention_mask")
+        if set(inputs) & set(_OF_ROWS) or (mask is not None and mask.ndim != 2) or mixers_of(decoder_of(self.model)):
+            return False
+        kinds = {name: torch.zeros_like(text) for name in _COLUMNS[2:] if name in inputs}
+        return self._same_without(inputs, columns) and self._same_without(
+            {"input_ids": text, **kinds}, text.shape[1] // 2
+        )
+
+    def _same_without(self, inputs: Mapping[str, Any], columns: int) -> bool:
+        """Whether the last layer's keys of the first columns are the same without the others."""
+        whole, cut = (self._last_keys(given) for given in (inputs, _first_columns(inputs, columns)))
+        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[:, None, :columns, None].to(whole)
+        gap = ((whole[:, :, :columns] - cut) * real).norm()
+        return bool(gap <= 0.05 * (cut * real).norm())  # half precision rounds; a token more or less changes all
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _last_keys(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        with self.as_before(), evaluating(self.model), recording(self.model) as own:
+            self.model.base_model(**inputs)
+        return own.keys[max(own.keys)].float()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def lend(self, shared: SharedKV, inputs: Mapping[str, Any], columns: int) -> None:
+        """Put its keys and values of the first columns, zeros behind them, into a record of the student that has masks and positions."""
+        with self.as_before(), evaluating(self.model), recording(self.model) as own:
+            self.model.base_model(**_first_columns(inputs, columns))
+        behind = inputs["input_ids"].shape[1] - columns
+        for kept, found in ((shared.keys, own.keys), (shared.values, own.values)):
+            kept.update({layer: nn.functional.pad(states, (0, 0, 0, behind)) for layer, states in found.items()})
+        shared.keep_kv = True
+
+
+def _first_columns(inputs: Mapping[str, Any], columns: int) -> dict[str, Any]:
+    return {name: value[:, :columns] if name in _COLUMNS else value for name, value in inputs.items()}
 
 
 def make_before(

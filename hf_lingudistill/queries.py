@@ -96,10 +96,11 @@ class QueryPlan:
     label_positions: torch.Tensor
     marked: torch.Tensor
     text_only: torch.Tensor
-    # Known without asking a device: whether some loss position lies in a row without an image, and whether some row that is not
-    # marked has a label
+    # Known without asking a device: whether some loss position lies in a row without an image, whether some row that is not marked
+    # has a label, and how many columns hold all that the teacher reads of the student, and every image token of every row
     has_text_loss: bool = field(default=False)
     has_unmarked_labels: bool = field(default=False)
+    columns_read: int = field(default=0)
 
     @property
     def num_queries(self) -> int:
@@ -224,6 +225,8 @@ def plan_queries(
     last = torch.where(loss, where, -1).amax(dim=1, keepdim=True)  # nothing after it can reach the loss
     own = sharing.own(readable, labelled, attended) & (where <= last)
     queried = loss | own
+    # No image token is a label
+    read = attended & ((~readable & ~labelled) | (~own & (where <= last)))
     if at_least_one and not bool(queried.any()):
         queried[0, 0] = True
         own[0, 0] = sharing.own(readable | True, labelled, attended)[0, 0]
@@ -260,4 +263,5 @@ def plan_queries(
         text_only=text_only,
         has_text_loss=bool((loss.any(dim=1) & text_only).any()),
         has_unmarked_labels=distill is not None and bool((scored & ~marked.to(scored.device)[:, None]).any()),
+        columns_read=int(torch.where(read, where + 1, 0).max()) if read.numel() else 0,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from .losses import Anchor, Scores, Weights, score
 from .queries import QueryPlan, plan_queries
 from .router import ASK, routed, router_loss
 from .sharing import Sharing
-from .student_kv import SharedKV
+from .student_kv import SharedKV, recording
 from .teacher import Teacher, on_device
 from .watcher import Watcher
 
@@ -37,7 +37,8 @@ class DistillStep:
     offload: the teacher waits in CPU memory between steps. sharded: it lies in pieces on all processes, so that every one runs it in
     every step. same_modules: likewise for the student's vision tower (see `engines.py`). judge: the VLM before, where it judges
     the rows that are not marked; None = cross-entropy alone does. source: the VLM before, where the teacher reads its keys and values;
-    None = the student's. sampled: labels are the student's own samples (see `plan_queries`).
+    None = the student's. lends: whether its first columns do (`Before.can_lend`), None before the first batch that asks. sampled: labels
+    are the student's own samples (see `plan_queries`).
     """
 
     student: PreTrainedModel
@@ -49,6 +50,7 @@ class DistillStep:
     same_modules: SameModules | None = None
     judge: Before | None = None
     source: Before | None = None
+    lends: bool | None = None
     sampled: bool = False
     watchers: list[Watcher] = field(default_factory=list)
 
@@ -106,14 +108,17 @@ class DistillStep:
         cached: CachedAnswers = (inputs.get("cached") or CachedAnswers()).to(device)
         queries = cached.live or plan
 
-        anchor, shared = self._before(inputs, plan, queries)  # first, while the student's activations take no memory
+        columns = self._columns(inputs, plan, queries)
+        # First, while the student's activations take no memory; not where a few columns do, which need the student's masks
+        anchor, shared = self._before(inputs, plan, queries) if columns is None else (None, None)
         if shared is not None:
             answered, teacher_head = self._teach(shared, queries)
             backbone, router_logits = self._backbone(inputs)
         else:
-            asked = queries.num_queries > 0
-            with self.sharing.recording(self.student) if asked else nullcontext(SharedKV()) as shared:
+            with self._recording(queries, lent=columns is not None) as shared:
                 backbone, router_logits = self._backbone(inputs)
+            if columns and self.source is not None:
+                self.source.lend(shared, own_inputs(inputs), columns)
             answered, teacher_head = self._teach(shared, queries)
         teacher_hidden = cached.with_live(answered)
 
@@ -136,6 +141,30 @@ class DistillStep:
         for watcher in self.watchers:
             watcher.scored(inputs, plan, teacher_head, scores, training)
         return self._output(scores, labels, router_loss(self.student, router_logits, inputs.get("attention_mask")))
+
+    def _recording(self, queries: QueryPlan, *, lent: bool) -> AbstractContextManager[SharedKV]:
+        """Of the student's forward. lent: keys and values are another's."""
+        if lent:
+            return recording(self.student, keep_kv=False)
+        return self.sharing.recording(self.student) if queries.num_queries > 0 else nullcontext(SharedKV())
+
+    def _columns(self, inputs: dict[str, Any], plan: QueryPlan, queries: QueryPlan) -> int | None:
+        """How many columns of the VLM before are enough for the teacher, 0 where it reads none of them; None where the VLM before runs
+        over whole rows, or is not asked."""
+        if (
+            self.source is None
+            or not queries.num_queries
+            or not self.sharing.records_kv
+            or self.sharing.records_inputs
+        ):
+            return None
+        columns = queries.columns_read
+        if columns > 0.9 * plan.length or (self.judge is not None and plan.has_unmarked_labels):
+            return None
+        if columns and self.lends is None:
+            text = inputs["input_ids"][queries.rows[:16], queries.positions[:16]][None]
+            self.lends = self.source.can_lend(own_inputs(inputs), columns, text)
+        return columns if self.lends or not columns else None
 
     def _before(
         self, inputs: dict[str, Any], plan: QueryPlan, queries: QueryPlan

@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from families import FAMILY_NAMES, Family, build_family
+from planning import plan_queries, teacher_pass
 from test_anchor import WEIGHT, log_of, lora, make_batch, two_models
 from test_trainer import TOLERANCE, counted, difference, gradients_of, mixed_batch, reference, step
 from tiny import moved
 
 from hf_lingudistill import LinguDistillConfig
-from hf_lingudistill.anchor import make_before
+from hf_lingudistill.anchor import Before, make_before
 from hf_lingudistill.meter import LED_ASTRAY, Meter
+from hf_lingudistill.student_kv import recording
 
 MakeTrainer = Callable[..., Any]
 
@@ -45,6 +49,79 @@ def test_loss_and_gradients_are_those_of_a_teacher_that_reads_the_vlm_before(
     theirs = moved(make_trainer(kv_source="student", kv_sharing=mode, distill_tokens="all"))
     its_loss, its_gradients = step(theirs, batch)
     assert its_loss != pytest.approx(loss, rel=1e-4) and difference(its_gradients, gradients) > 1e-3
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("mode", ["vision", "prompt"])
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_the_first_columns_lend_what_the_whole_rows_would(name: str, mode: str, padding: str) -> None:
+    """The teacher's answers, from keys and values of the columns that it reads and the student's masks, against a whole record of the VLM
+    before. Where a prompt sees what stands behind it, whole rows are needed, and that is found."""
+    family = build_family(name)
+    inputs = family.make_inputs(padding, seed=0)
+    labels = inputs.pop("labels")
+    plan = plan_queries(
+        inputs["input_ids"], labels, kv_sharing=mode, shared_vocab_size=family.text_vocab_size,
+        unreadable_token_ids=family.image_token_ids, attention_mask=inputs.get("attention_mask"),
+    )  # fmt: skip
+    before, student = Before(family.student, nullcontext, 0), moved_copy(family)
+    columns = plan.columns_read
+    assert 0 < columns < plan.length
+    text = inputs["input_ids"][plan.rows[:8], plan.positions[:8]][None]
+    assert before.can_lend(inputs, columns, text) == (name != "paligemma")
+    if name == "paligemma":
+        return
+    with torch.no_grad():
+        with recording(student, keep_kv=False) as shared:
+            student.base_model(**inputs)
+        before.lend(shared, inputs, columns)
+        with recording(family.student) as whole:
+            family.student.base_model(**inputs)
+        teacher = family.make_teacher(identical=False)
+        answers = [teacher_pass(teacher, record, plan) for record in (shared, whole)]
+        with recording(student) as own:  # control: the student's own
+            student.base_model(**inputs)
+        control = teacher_pass(teacher, own, plan)
+    size = answers[1].norm()
+    assert (answers[0] - answers[1]).norm() < 1e-4 * size
+    assert (control - answers[1]).norm() > 1e-2 * size
+
+
+def moved_copy(family: Family) -> Any:
+    """The student after some training: its masks and positions are those of the VLM before, its keys and values are not."""
+    student = family.fresh_student()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight.add_(0.3 * weight.std().nan_to_num() * torch.randn(weight.shape, generator=generator))
+    return student
+
+
+def test_the_vlm_before_runs_over_the_columns_that_are_read_and_over_no_row_of_text(make_trainer: MakeTrainer) -> None:
+    trainer = moved(make_trainer(kv_source="before", kv_sharing="vision", distill_tokens="all"))
+    rows = tiny.make_rows(4)
+    rows[0]["distill"] = True
+    batch = mixed_batch(trainer, rows)
+    plan = trainer.step.plan(batch)
+    image = batch["input_ids"] >= len(
+        tiny.make_tokenizer(extra=False)
+    )  # with the marks around it, which the LM lacks too
+    last = int((image & (batch["labels"] == -100)).any(dim=0).nonzero().max()) + 1
+    assert plan.columns_read == last < batch["input_ids"].shape[1]
+    with counted(trainer.before.model.base_model) as calls:
+        step(trainer, batch)
+        step(trainer, batch)
+    lengths = [kwargs["input_ids"].shape[1] for _, kwargs in calls]
+    assert lengths == [batch["input_ids"].shape[1], last, 16, 8, last, last]  # tried once, on the rows and on a text
+    texts = mixed_batch(trainer, [row for row in rows if not row["images"]])
+    with counted(trainer.before.model.base_model) as calls:
+        step(trainer, texts)
+    assert not calls
+    # Control: a teacher that reads everything needs the whole rows
+    reader = moved(make_trainer(kv_source="before", kv_sharing="full", distill_tokens="all"))
+    with counted(reader.before.model.base_model) as calls:
+        step(reader, texts)
+    assert len(calls) == 1
 
 
 def test_inputs_are_those_of_the_vlm_before(make_trainer: MakeTrainer) -> None:

@@ -180,7 +180,8 @@ def test_cos_and_sin_in_another_order_are_reordered(caplog: pytest.LogCaptureFix
     student, teacher = glm4v_pair()
     with torch.no_grad():  # the very values, by the sizes of the two
         outputs = [
-            model.get_decoder().rotary_emb(torch.zeros(1), torch.arange(9)[None]) for model in (student, teacher)
+            model.get_decoder().rotary_emb(torch.zeros(1), positions)
+            for model, positions in ((student, torch.arange(9).expand(3, 1, -1)), (teacher, torch.arange(9)[None]))
         ]
     assert [order(output) for output in outputs] == ["pairs", "halves"]
     with caplog.at_level("INFO"):

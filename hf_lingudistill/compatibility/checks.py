@@ -234,7 +234,7 @@ def _attention_problems(side: Side) -> list[Check]:
                 )
             continue
         why = "they do not keep the plain keys and values that KV sharing passes on"
-        if "indexed" in kind:
+        if "indexed" in kind or kind == "qwen_sparse_attention":  # what transformers 5.17 calls it
             why = "an indexer of its own picks the keys of each query, which the other model's queries cannot follow"
         found(
             f"{kind} in {len(where)} of {len(layers)}",

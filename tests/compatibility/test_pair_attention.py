@@ -124,7 +124,9 @@ def test_layers_without_plain_keys_and_values_are_refused(
     seeing = (
         " Or give it a teacher of its own class that sees, such as the VLM before: kv_sharing=images shares nothing."
     )
-    found = messages(report, "attention")
+    found = [
+        message.replace("qwen_sparse_attention", "indexed_attention") for message in messages(report, "attention")
+    ]
     assert found == [f"{reason} {USE_SOFTMAX}{seeing if 'Student' in reason else ''}" for reason in expected]
 
 

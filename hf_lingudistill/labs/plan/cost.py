@@ -24,8 +24,8 @@ def step_seconds(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> floa
     """Seconds of a distilling step (one batch per device) on a GPU of `FLOPS`; None for a CPU, whose speed is not taken as known.
 
     Multiply-adds or launches, whichever takes longer: a small student on a GPU waits for its launches, and the teacher adds some. No
-    memory traffic, no unpacking of quantised weights, no communication and no reading of data is counted. Never measured on a GPU. With
-    the VLM before, every step is taken to ask it.
+    memory traffic, no unpacking of quantised weights, no communication and no reading of data is counted. Not held against a GPU. With
+    the VLM before, every step is taken to ask it, over whole rows.
     """
     if setup.device == "cpu":
         return None
