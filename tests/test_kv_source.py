@@ -124,6 +124,27 @@ def test_the_vlm_before_runs_over_the_columns_that_are_read_and_over_no_row_of_t
     assert len(calls) == 1
 
 
+def test_no_row_loses_an_image_token(make_trainer: MakeTrainer) -> None:
+    """Of a row that is not marked the teacher reads nothing; its image must still have all its places."""
+    trainer = make_trainer(kv_source="before", kv_sharing="vision", distill_tokens="all")
+    rows = tiny.make_rows(4)
+    late = copy.deepcopy(next(row for row in rows if row["images"]))
+    text = [{"type": "text", "text": "wait and see what comes behind all of this text " * 2}]
+    late["prompt"] = [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": [{"type": "text", "text": "yes"}]},
+        {"role": "user", "content": [{"type": "image"}, *text]},
+    ]
+    late["distill"] = False
+    rows[0]["distill"] = True
+    batch = mixed_batch(trainer, [rows[0], late])
+    plan = trainer.step.plan(batch)
+    image = batch["input_ids"] >= len(tiny.make_tokenizer(extra=False))
+    last = [int((image[row] & (batch["labels"][row] == -100)).nonzero().max()) + 1 for row in (0, 1)]
+    assert last[1] > last[0] and plan.columns_read == max(last)
+    step(trainer, batch)
+
+
 def test_inputs_are_those_of_the_vlm_before(make_trainer: MakeTrainer) -> None:
     """Its tower's features, while the student's tower moves."""
     readings = {}

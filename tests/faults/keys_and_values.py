@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from .fault import FAMILIES, FULL_LENGTH, TRAINER, VLM_TEACHER, Fault
 
+KV_SOURCE = "tests/test_kv_source.py"
+MASK_ROWS = "tests/test_mask_rows.py"
+
 FAULTS = (
     # ---- student_kv.py
     Fault(
@@ -181,5 +184,65 @@ FAULTS = (
         "if distance > (ALLOWED if not mine.is_floating_point() else 10):",
         "a teacher whose processor normalises otherwise is let through",
         (f"{VLM_TEACHER}::test_a_teacher_whose_processor_prepares_other_images_is_refused",),
+    ),
+    # ---- the order in memory, and of cos and sin
+    Fault(
+        "answer-viewed",
+        "replay.py",
+        "return seen.reshape(R, H, W, value.shape[3])",
+        "return seen.view(R, H, W, value.shape[3])",
+        "attention that lays its answer out as CUDA's does stops the step",
+        (f"{MASK_ROWS}::test_a_kernel_may_lay_its_answer_out_in_any_order",),
+    ),
+    Fault(
+        "rotary-as-it-came",
+        "rotary.py",
+        "    if {given, wanted} != _REORDERED or not isinstance(rotary, tuple):\n",
+        "    if True:\n",
+        "a teacher whose cos and sin come in another order turns its queries into noise",
+        ("tests/test_rotary.py::test_each_order_becomes_the_other_and_no_third",),
+    ),
+    Fault(
+        "pairs-for-halves",
+        "rotary.py",
+        "torch.cat([part[..., 0::2]] * 2, dim=-1)",
+        "torch.cat([part[..., 1::2].flip(-1)] * 2, dim=-1)",
+        "angles go to other dimensions than theirs",
+        ("tests/test_rotary.py::test_each_order_becomes_the_other_and_no_third",),
+    ),
+    # ---- what the VLM before lends
+    Fault(
+        "a-column-short",
+        "anchor.py",
+        "return {name: value[:, :columns] if",
+        "return {name: value[:, : columns - 1] if",
+        "the last token that the teacher reads is missing",
+        (f"{KV_SOURCE}::test_the_first_columns_lend_what_the_whole_rows_would",),
+    ),
+    Fault(
+        "lent-from-the-right",
+        "anchor.py",
+        "nn.functional.pad(states, (0, 0, 0, behind))",
+        "nn.functional.pad(states, (0, 0, behind, 0))",
+        "lent keys and values lie under other tokens",
+        (f"{KV_SOURCE}::test_the_first_columns_lend_what_the_whole_rows_would",),
+    ),
+    Fault(
+        "text-not-tried",
+        "anchor.py",
+        """return self._same_without(inputs, columns) and self._same_without(
+            {"input_ids": text, **kinds}, text.shape[1] // 2
+        )""",
+        "return self._same_without(inputs, columns)",
+        "the prompt of a prefix LM is cut where the first batch does not show it",
+        (f"{KV_SOURCE}::test_the_first_columns_lend_what_the_whole_rows_would",),
+    ),
+    Fault(
+        "images-of-other-rows-cut",
+        "queries.py",
+        "read = attended & ((~readable & ~labelled) | (~own & (where <= last)))",
+        "read = attended & (~own & (where <= last))",
+        "rows that are not marked lose image tokens, and pixels have no place",
+        (f"{KV_SOURCE}::test_no_row_loses_an_image_token",),
     ),
 )
