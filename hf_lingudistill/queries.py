@@ -226,7 +226,7 @@ def plan_queries(
     own = sharing.own(readable, labelled, attended) & (where <= last)
     queried = loss | own
     # No image token is a label
-    read = attended & ((~readable & ~labelled) | (~own & (where <= last)))
+    read = attended & ((~readable & ~labelled) | ((where <= last) & ~own))
     if at_least_one and not bool(queried.any()):
         queried[0, 0] = True
         own[0, 0] = sharing.own(readable | True, labelled, attended)[0, 0]
