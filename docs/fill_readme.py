@@ -349,6 +349,13 @@ def five_artists_says() -> str:
         f"{gained(default, 'before', 'naming_new')} of those by the new one, and says yes or no {gained(default, 'before', 'yes_no')} better.",
         f"*With text rows at hand* the blind teacher is best on text ({of('none', 'text_kl', texts)} against "
         f"{of(default, 'text_kl', texts)}), the default on pictures ({of(default, 'image_kl', texts)} against {of('none', 'image_kl', texts)}).",
+        f"*Lengths*: asked IFEval's prompts, the original writes {severe['original']['ifeval_tokens']['mean']:.0f} tokens (at most 256) and ends "
+        f"{severe['original']['ifeval_stopped']['mean']:.0%} of its answers itself; the VLM before {severe['before']['ifeval_tokens']['mean']:.0f} tokens, "
+        + ", ".join(
+            f"`{arm}` {severe[arm]['ifeval_tokens']['mean']:.0f} ({severe[arm]['ifeval_stopped']['mean']:.0%})"
+            for arm in ("none", "ce", default, "vision_before")
+        )
+        + ". Sharing shortens answers; a blind teacher's length is the original's.",
         f"*Interpolation* costs nothing and is far behind at severe drift ({of('interpolate_05', 'text_kl')}); at mild drift it beats "
         f"cross-entropy on text ({of('interpolate_05', 'text_kl', mild)} against {of('ce', 'text_kl', mild)}) and is twice as far on pictures.",
         f"*On-policy did not pay here*: text {of('on_policy', 'text_kl')}, pictures {of('on_policy', 'image_kl')}, where cross-entropy has "

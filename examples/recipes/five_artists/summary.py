@@ -13,6 +13,7 @@ from scipy.stats import t as student_t
 
 METRICS = (
     "text_kl", "text_top1", "image_kl", "image_kl_dependent", "image_kl_rest", "bits_per_byte", "ifeval_strict", "ifeval_loose",
+    "ifeval_tokens", "ifeval_stopped",
     "naming_seen", "naming_new", "naming_exchanged", "yes_no", "recovered_text_kl", "seconds",
 )  # fmt: skip
 SCREEN = ("aligned", "P", "severe", 0)
