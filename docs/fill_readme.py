@@ -71,6 +71,9 @@ ARM_TITLES = {
     "ce_replay_50": "CE, 8 of 16 rows are text",
     "ce_people": "CE, people's texts (4 of 16 rows)",
     "vision_people": "`vision_before`, people's texts (4 of 16 rows)",
+    "vision_parents": "`vision_parents`, no text rows",
+    "parents": "`parents` (the better parent of every token), no text rows",
+    "parents_people": "`parents`, people's texts (4 of 16 rows)",
 }
 PAIRS = {
     "aligned-no-0": "aligned tower, no drift",
@@ -414,13 +417,26 @@ def five_artists_cpu() -> str:
 
 
 def five_artists_cpu_replay() -> str:
-    """Cross-entropy with more and more text rows."""
-    regimes = _read(ON_A_CPU)["regimes"]
-    arms = {
-        "ce": regimes["P"]["severe"]["ce"],
-        **{arm: found for arm, found in regimes.get("M", {}).get("severe", {}).items() if arm != "ce"},
-    }
-    return _arms_table(arms, ["ce", "ce_replay_10", "ce_replay_30", "ce_replay_50", "ce_people", "vision_people"])
+    """Cross-entropy with more and more text rows, and texts that people wrote: seed 0 alone."""
+    lines = (ON_A_CPU.parent / "arms.jsonl").read_text(encoding="utf-8").splitlines()
+    arms: dict[str, Any] = {}
+    for row in map(json.loads, lines):
+        tower, regime, drift, seed, arm = row["arm"].split("/")
+        if (tower, drift, seed) == ("aligned", "severe", "0") and (
+            regime == "M" or arm in ("before", "ce", "parents", "vision_parents")
+        ):
+            arms[arm] = {metric: {"mean": row[metric]} for _, metric, _ in ARM_COLUMNS if row.get(metric) is not None}
+    order = [
+        "before",
+        "ce",
+        "ce_replay_10",
+        "ce_replay_30",
+        "ce_replay_50",
+        "ce_people",
+        "vision_people",
+        "parents_people",
+    ]
+    return _arms_table(arms, [*order, "vision_parents", "parents"])
 
 
 def five_artists_mild() -> str:

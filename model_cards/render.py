@@ -54,7 +54,7 @@ SEED_METRICS = {
         "nats/token",
         False,
     ),
-    "image_kl_dependent": ("grounded", "the same, on tokens that depend on the picture", "nats/token", False),
+    "image_kl_dependent": ("grounded", "KL on the tokens of those answers that depend on the picture", "nats/token", False),
     "naming_seen": ("vision", "Naming things by artists that were trained on", "accuracy", True),
     "naming_new": ("vision", "Naming things by an artist that was never seen", "accuracy", True),
 }
@@ -90,6 +90,7 @@ def report_of(summary: dict[str, Any], settings: dict[str, Any]) -> dict[str, An
         else "one seed",
         "arm": {**settings["arms"][arm].get("args", {}), "learning_rate": settings["training"]["learning_rate"]},
         "steps": settings["training"]["max_steps"],
+        "device": summary["device"],
         "rows": settings["regimes"]["P"],
     }
 
@@ -113,6 +114,7 @@ def facts_of(file: Path, report: dict[str, Any]) -> dict[str, Any]:
         ],
         "settings": {**report["arm"], "per_device_train_batch_size": total},
         "training": {"steps": report["steps"]},
+        "hardware": {"device": report["device"], "precision": "bf16"},
     }
 
 

@@ -17,8 +17,8 @@ FAULTS = (
     Fault(
         "transparent-on-black",
         "rgb.py",
-        "return PILImage.fromarray(np.asarray(convert_to_rgb(image, **_AS_ARRAY)))",
-        'return image.convert("RGB")',
+        'PILImage.new("RGBA", image.size, (255, 255, 255, 255))',
+        'PILImage.new("RGBA", image.size, (0, 0, 0, 255))',
         "what is transparent becomes black",
         (f"{FORMATS}::test_pixels_are_those_of_plain_sft",),
     ),
