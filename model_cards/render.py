@@ -54,7 +54,12 @@ SEED_METRICS = {
         "nats/token",
         False,
     ),
-    "image_kl_dependent": ("grounded", "KL on the tokens of those answers that depend on the picture", "nats/token", False),
+    "image_kl_dependent": (
+        "grounded",
+        "KL on the tokens of those answers that depend on the picture",
+        "nats/token",
+        False,
+    ),
     "naming_seen": ("vision", "Naming things by artists that were trained on", "accuracy", True),
     "naming_new": ("vision", "Naming things by an artist that was never seen", "accuracy", True),
 }
