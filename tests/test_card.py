@@ -565,6 +565,7 @@ def test_a_recipe_over_seeds_gets_a_card(tmp_path: Path) -> None:
     paired = {"vision - ce": {"text_kl": mean(-0.13)}, "vision - before": {"naming_seen": {"mean": 0.0, "half": 0.02}}}
     summary = {
         "seeds": 5,
+        "device": "Some GPU",
         "default": "vision",
         "regimes": {"P": {"severe": arms}},
         "paired": {"P": {"severe": paired}},
@@ -574,7 +575,7 @@ def test_a_recipe_over_seeds_gets_a_card(tmp_path: Path) -> None:
     assert "**0.270 [0.260, 0.280]**" in text and "2.900 [2.890, 2.910]" in text and "90% [89%, 91%]" in text
     assert "In brackets: means over 5 seeds, with 95 % t intervals over them." in text and "over items" not in text
     assert "Against it, this model is better on KL to the original LM" in text and "0.100 [0.090, 0.110]" in text
-    assert "| `kv_sharing` | vision |" in text and "| steps | 45 |" in text
+    assert "| `kv_sharing` | vision |" in text and "| steps | 45 |" in text and "Some GPU, bf16" in text
     summary["seeds"], arms["vision"]["text_kl"]["half"] = 1, None
     (folder / "results/summary.json").write_text(json.dumps(summary))
     assert "In brackets: one seed." in cards.render(tmp_path)["five_artists.md"]
