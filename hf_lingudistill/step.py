@@ -161,7 +161,7 @@ class DistillStep:
         columns = queries.columns_read
         if columns > 0.9 * plan.length or (self.judge is not None and plan.has_unmarked_labels):
             return None
-        if columns and self.lends is None:
+        if columns and self.lends is None and queries.num_queries > 1:  # a text of one token has nothing to cut
             text = inputs["input_ids"][queries.rows[:16], queries.positions[:16]][None]
             self.lends = self.source.can_lend(own_inputs(inputs), columns, text)
         return columns if self.lends or not columns else None

@@ -124,6 +124,20 @@ def test_the_vlm_before_runs_over_the_columns_that_are_read_and_over_no_row_of_t
     assert len(calls) == 1
 
 
+def test_a_single_query_is_no_text_to_try_it_on(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(kv_source="before", kv_sharing="full", distill_tokens="all")
+    rows = tiny.make_rows(4)
+    rows[0]["distill"] = True
+    batch = mixed_batch(trainer, [rows[0]])
+    scored = (batch["labels"] != -100).nonzero()
+    batch["labels"][:, int(scored[1, 1]) :] = -100  # one label, far from the end of the row
+    plan = trainer.step.plan(batch)
+    assert plan.num_queries == 1 and 0 < plan.columns_read < 0.9 * plan.length
+    with counted(trainer.before.model.base_model) as calls:
+        step(trainer, batch)
+    assert trainer.step.lends is None and [kwargs["input_ids"].shape[1] for _, kwargs in calls] == [plan.length]
+
+
 def test_no_row_loses_an_image_token(make_trainer: MakeTrainer) -> None:
     """Of a row that is not marked the teacher reads nothing; its image must still have all its places."""
     trainer = make_trainer(kv_source="before", kv_sharing="vision", distill_tokens="all")
