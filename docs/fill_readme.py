@@ -151,9 +151,15 @@ def options() -> str:
 
 def step_cost() -> str:
     """Time and memory of one step."""
-    if not STEP_COST.is_file():
-        return "_Not measured yet: run `python benchmarks/step_cost.py --json benchmarks/results/step_cost.json`._"
-    result = _read(STEP_COST)
+    return _step_cost(_read(STEP_COST))
+
+
+def step_cost_152k() -> str:
+    """The same with a vocabulary as large as Qwen's."""
+    return _step_cost(_read(STEP_COST.with_name("step_cost_152k.json")))
+
+
+def _step_cost(result: dict[str, Any]) -> str:
     arms, shape, machine = result["arms"], result["shape"], result["machine"]
     base = arms["sft"].get("peak_mb")
     lines = [
@@ -720,6 +726,7 @@ BLOCKS = {
     "demo_table": demo_table,
     "demo_prompts": demo_prompts,
     "step_cost": step_cost,
+    "step_cost_152k": step_cost_152k,
     "five_artists": five_artists,
     "five_artists_modes": five_artists_modes,
     "five_artists_severe": five_artists_severe,
