@@ -80,7 +80,7 @@ def merged(ours: str, theirs: str) -> tuple[str, tuple[str, ...]]:
     written, found, rendered = old.written(), old.parts(), new.parts()
     edited = {part for part in written | found if written.get(part) != found.get(part)}
     state = {part: digest for part, digest in rendered.items() if part not in edited}
-    state |= {part: written.get(part, "") for part in edited}
+    state |= {part: written.get(part, "") for part in sorted(edited)}  # in one order: the same card is not sent twice
     metadata = {
         key: (old if f"metadata {key}" in edited else new).metadata[key]
         for key in {**new.metadata, **old.metadata}
