@@ -7,6 +7,7 @@ stands still while the student moves.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from .mixers import mixers_of
 from .sharing import Sharing
 from .student_kv import SharedKV, recording
 
-# Of a backbone's inputs, those with a column per token; with one that is not among them, rows cannot be cut
+logger = logging.getLogger(__name__)
+
+# Of a backbone's inputs, those with a column per token: (B, T)
 _COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-_OF_ROWS = ("position_ids", "cache_position", "inputs_embeds", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 # PEFT's other ways to begin (PiSSA, OLoRA, CorDA, LoftQ, ...) take something out of the base weights and put it into the adapter
 _BASE_STAYS = (True, False, "gaussian", "orthogonal", "eva")
@@ -68,13 +70,16 @@ class Before:
     def can_lend(self, inputs: Mapping[str, Any], columns: int, text: torch.Tensor) -> bool:
         """Whether its first columns can be had without those behind them: rows can be cut, and no token sees a later one that is cut
         off, as the prompt of a prefix LM would. Tried on these inputs, and on text alone, (1, n) token ids, as a prompt."""
-        mask = inputs.get("attention_mask")
-        if set(inputs) & set(_OF_ROWS) or (mask is not None and mask.ndim != 2) or mixers_of(decoder_of(self.model)):
+        if not _can_be_cut(inputs) or mixers_of(decoder_of(self.model)):
             return False
         kinds = {name: torch.zeros_like(text) for name in _COLUMNS[2:] if name in inputs}
-        return self._same_without(inputs, columns) and self._same_without(
-            {"input_ids": text, **kinds}, text.shape[1] // 2
-        )
+        try:
+            return self._same_without(inputs, columns) and self._same_without(
+                {"input_ids": text, **kinds}, text.shape[1] // 2
+            )
+        except (ValueError, IndexError, RuntimeError) as error:  # whole rows then: they are what it was made for
+            logger.info("The VLM before runs over whole rows, since it does not run on cut ones: %s", error)
+            return False
 
     def _same_without(self, inputs: Mapping[str, Any], columns: int) -> bool:
         """Whether the last layer's keys of the first columns are the same without the others."""
@@ -100,6 +105,15 @@ class Before:
         for kept, found in ((shared.keys, own.keys), (shared.values, own.values)):
             kept.update({layer: nn.functional.pad(states, (0, 0, 0, behind)) for layer, states in found.items()})
         shared.keep_kv = True
+
+
+def _can_be_cut(inputs: Mapping[str, Any]) -> bool:
+    """Whether every input with a value per token is known, and none speaks of packed documents."""
+    length = inputs["input_ids"].shape[1]
+    per_token = {name for name, value in inputs.items() if isinstance(value, torch.Tensor) and length in value.shape}
+    mask = inputs.get("attention_mask")
+    packed = any(name.startswith("cu_seq_lens") for name in inputs)
+    return per_token <= set(_COLUMNS) and not packed and (mask is None or mask.ndim == 2)
 
 
 def _first_columns(inputs: Mapping[str, Any], columns: int) -> dict[str, Any]:

@@ -239,14 +239,18 @@ def test_side_by_side_every_stage_comes_once_and_before_what_needs_it(place: sta
         ("aligned", "M", "severe", 0, ["before"]),
         ("aligned", "P", "severe", 0, ["ce", "full", "before"]),  # most of it is in the first one, too
     ]
-    tasks = reproduce.tasks_of(empty, runs, at_once=4)
+    tasks = reproduce.tasks_of(empty, runs, jobs=3)
     names = [task.name for task in tasks]
     assert len(set(names)) == len(names) and names.count("tower aligned") == 1
     assert [task.arguments for task in tasks if task.name.startswith("aligned P")] == [
-        ("arms", "aligned", "P", "severe", "0", "before", "ce", "none", "vision"),
-        ("arms", "aligned", "P", "severe", "0", "prompt"),
+        ("arms", "aligned", "P", "severe", "0", "before", "ce", "none"),
+        ("arms", "aligned", "P", "severe", "0", "vision", "prompt"),
         ("arms", "aligned", "P", "severe", "0", "full"),
     ]
+    # One at a time, the first arms come as soon as they can
+    kinds = [task.arguments[0] for task in reproduce.tasks_of(empty, runs, jobs=1)]
+    assert kinds[:5] == ["answers", "original", "tower", "drift", "arms"] and kinds.count("arms") == 4
+    assert [task.arguments[0] for task in tasks].index("arms") == len(tasks) - 5
     begun: list[str] = []
 
     class Process:

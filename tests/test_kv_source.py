@@ -138,6 +138,19 @@ def test_a_single_query_is_no_text_to_try_it_on(make_trainer: MakeTrainer) -> No
     assert trainer.step.lends is None and [kwargs["input_ids"].shape[1] for _, kwargs in calls] == [plan.length]
 
 
+@pytest.mark.parametrize("name", ["moe_mm_token_type_ids", "position_ids", "cu_seq_lens_q"])
+def test_rows_with_an_input_that_is_not_known_are_not_cut(name: str) -> None:
+    family = build_family("smolvlm")
+    inputs = {key: value for key, value in family.make_inputs("right", seed=0).items() if key != "labels"}
+    ids, before = inputs["input_ids"], Before(family.student, nullcontext, 0)
+    last = int(torch.isin(ids, torch.tensor(family.image_token_ids)).any(dim=0).nonzero().max()) + 1
+    text = torch.arange(20, 28)[None]
+    assert before.can_lend(inputs, last, text)  # control
+    other = torch.tensor([0, 4]) if name == "cu_seq_lens_q" else torch.zeros_like(ids)
+    assert not before.can_lend({**inputs, name: other}, last, text)
+    assert not before.can_lend(inputs, last - 1, text)  # what cannot run on cut rows is not cut
+
+
 def test_no_row_loses_an_image_token(make_trainer: MakeTrainer) -> None:
     """Of a row that is not marked the teacher reads nothing; its image must still have all its places."""
     trainer = make_trainer(kv_source="before", kv_sharing="vision", distill_tokens="all")

@@ -231,8 +231,8 @@ FAULTS = (
         "text-not-tried",
         "anchor.py",
         """return self._same_without(inputs, columns) and self._same_without(
-            {"input_ids": text, **kinds}, text.shape[1] // 2
-        )""",
+                {"input_ids": text, **kinds}, text.shape[1] // 2
+            )""",
         "return self._same_without(inputs, columns)",
         "the prompt of a prefix LM is cut where the first batch does not show it",
         (f"{KV_SOURCE}::test_the_first_columns_lend_what_the_whole_rows_would",),

@@ -235,8 +235,9 @@ class Task:
     needs: tuple[str, ...] = ()
 
 
-def tasks_of(place: Place, runs: Sequence[Run], at_once: int) -> list[Task]:
-    """What is missing, in order, in calls of at most `at_once` arms; towers and drifts that several share come once."""
+def tasks_of(place: Place, runs: Sequence[Run], jobs: int) -> list[Task]:
+    """What is missing, in order; towers and drifts that several share come once. Side by side, a call has few arms."""
+    at_once = 100 if jobs == 1 else ARMS_AT_ONCE
     found: dict[str, Task] = {}
     planned: set[tuple[Any, ...]] = set()
 
@@ -258,8 +259,8 @@ def tasks_of(place: Place, runs: Sequence[Run], at_once: int) -> list[Task]:
         for start in range(0, len(names), at_once):
             some = names[start : start + at_once]
             add(f"{' '.join(map(str, run[:4]))}: {' '.join(some)}", "arms", *run[:4], *some, needs=[drifted])
-    # What others wait for comes first: a tower takes longer than an arm
-    return sorted(found.values(), key=lambda task: task.arguments[0] == "arms")
+    # Side by side, what others wait for comes first: a tower takes longer than an arm
+    return sorted(found.values(), key=lambda task: jobs > 1 and task.arguments[0] == "arms")
 
 
 def run_tasks(tasks: Sequence[Task], jobs: int, start: Callable[[Task], subprocess.Popen[Any]]) -> list[str]:
@@ -296,8 +297,7 @@ def run_all(place: Place, runs: Sequence[Run], jobs: int, common: Sequence[str],
     def start(task: Task) -> subprocess.Popen[Any]:
         return subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *common, *task.arguments])
 
-    tasks = tasks_of(place, runs, at_once=100 if jobs == 1 else ARMS_AT_ONCE)
-    failed = run_tasks(tasks, jobs, start)
+    failed = run_tasks(tasks_of(place, runs, jobs), jobs, start)
     report(place, results)
     return len(failed)
 
