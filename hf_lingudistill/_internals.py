@@ -310,6 +310,42 @@ def deepspeed_inference(model: PreTrainedModel, accelerator: Accelerator, *, off
             zero["offload_param"] = before
 
 
+class FsdpUnit:
+    """A unit of a model under FSDP2, whose weights can be kept whole through many forwards without a backward pass.
+
+    torch has no public way back from `set_reshard_after_forward`, and notes every forward for the order of the next backward pass.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        state = module._get_fsdp_state()
+        group = getattr(state, "_fsdp_param_group", None)  # one per unit before torch 2.13
+        self.groups: list[Any] = list(getattr(state, "_fsdp_param_groups", [group] if group else []))
+        self.resharded = [one.post_forward_mesh_info for one in self.groups]
+
+    def keep_gathered(self) -> None:
+        for group in self.groups:
+            group.post_forward_mesh_info = None
+        self.module.unshard()
+
+    def scatter(self) -> None:
+        for group, resharded in zip(self.groups, self.resharded, strict=True):
+            group.post_forward_mesh_info = resharded
+            group._post_forward_indices.clear()
+            group.comm_ctx.post_forward_order.clear()
+        self.module.reshard()
+
+
+def fsdp_units(model: nn.Module) -> list[FsdpUnit]:
+    """The units of a model that FSDP2 splits, the root first; none of any other."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(model, FSDPModule):
+        return []
+    model._get_fsdp_state()._lazy_init()  # the first forward tells which unit is the root, and sampling comes before it
+    return [FsdpUnit(module) for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 def register_attention(name: str, function: AttentionFunction, *, masks_of: str | None) -> None:
     """Register `function` as attention implementation `name`.
 

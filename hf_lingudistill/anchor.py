@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from ._internals import Head, decoder_of, head_of, keep_image_dtype
+from ._internals import Head, decoder_of, gathered, head_of, keep_image_dtype
+from .engines import SameModules, shard_model, sharding_of
 from .mixers import mixers_of
 from .sharing import Sharing
 from .student_kv import SharedKV, recording
@@ -31,17 +33,20 @@ _COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"
 _BASE_STAYS = (True, False, "gaussian", "orthogonal", "eva")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Before:
     """The VLM before.
 
     model: a plain VLM, the student itself or a frozen copy. as_before: a context in which it answers as before. footprint: bytes
-    of weights that it holds beside the student's.
+    of weights that this process holds of it beside the student's. sharded: it lies in pieces on all processes, so that every one runs
+    it in every step; same_modules: its vision tower too (see `engines.py`).
     """
 
     model: PreTrainedModel
     as_before: Callable[[], AbstractContextManager[Any]]
     footprint: int
+    sharded: bool = False
+    same_modules: SameModules | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # modes and adapters are switched around it
     @torch.no_grad()
@@ -59,10 +64,11 @@ class Before:
             Hidden states (P, H), the head, and the record; raw logits (P, V) where the head is not one matrix (see `Head`).
         """
         recording = nullcontext(SharedKV()) if sharing is None else sharing.recording(self.model)
+        towers = nullcontext() if self.same_modules is None else self.same_modules.for_batch(inputs)
         with self.as_before(), evaluating(self.model):
-            with recording as shared:
+            with recording as shared, towers:
                 states = self.model.base_model(**inputs).last_hidden_state[rows, positions]
-            head = head_of(self.model)
+            head = head_of(self.model).whole()
             if head.weight is None:
                 states = self.model.get_output_embeddings()(states)
             return states, head, shared
@@ -70,7 +76,7 @@ class Before:
     def can_lend(self, inputs: Mapping[str, Any], columns: int, text: torch.Tensor) -> bool:
         """Whether its first columns can be had without those behind them: rows can be cut, and no token sees a later one that is cut
         off, as the prompt of a prefix LM would. Tried on these inputs, and on text alone, (1, n) token ids, as a prompt."""
-        if not _can_be_cut(inputs) or mixers_of(decoder_of(self.model)):
+        if self.sharded or not _can_be_cut(inputs) or mixers_of(decoder_of(self.model)):
             return False
         kinds = {name: torch.zeros_like(text) for name in _COLUMNS[2:] if name in inputs}
         try:
@@ -125,11 +131,12 @@ def make_before(
     student: PreTrainedModel,
     dtype: torch.dtype,
     *,
-    sharded: bool,
+    accelerator: Accelerator | None = None,
     asked_by: str = "anchor",
     kept: bool = True,
 ) -> Before:
-    """The VLM before: for a student with an adapter the same weights with the adapter off, else a frozen copy in memory.
+    """The VLM before: for a student with an adapter the same weights with the adapter off, else a frozen copy in memory, which lies in
+    pieces on all processes where the engine keeps the student so.
 
     Call it before anything is trained or loaded from a checkpoint.
 
@@ -137,23 +144,24 @@ def make_before(
         model: what is trained, a PEFT model or the student itself.
         student: the plain VLM.
         dtype: of the copy's parameters; buffers keep theirs.
-        sharded: whether an engine splits the student's weights over processes.
+        accelerator: of the run, whose engine says how weights are kept; None = on this process alone.
         asked_by: the option that asks for it, for error messages.
         kept: whether it is asked during training; else it is the student itself, until that is trained.
 
     Raises:
-        ValueError: if that cannot be the VLM before: a sharded student, a quantised one without an adapter, an adapter whose base
-            weights change.
+        ValueError: if that cannot be the VLM before: a student without an adapter that is quantised, an adapter whose base weights
+            change; or, before training, a student that the engine splits.
     """
     without = {"anchor": "anchor='none'", "kv_source": "kv_source='student'"}[asked_by]
-    if sharded:
+    sharded = accelerator is not None and sharding_of(accelerator) is not None
+    if sharded and not kept:
         raise ValueError(
-            f"{asked_by}='before' needs the whole student on every process, and FSDP2 and ZeRO-3 split it: train under DDP or ZeRO-2, or "
-            f"set {without}."
+            f"{asked_by}='before', asked before training, needs the whole student on every process, and FSDP2 and ZeRO-3 split it: leave "
+            "the cache out, so that it is asked in each step, or train under DDP or ZeRO-2."
         )
     if model is not student:
         _check_adapter(model, asked_by, without)
-        return Before(student, lambda: _adapter_off(model), 0)
+        return Before(student, lambda: _adapter_off(model), 0, sharded)
     if not kept:
         return Before(student, nullcontext, 0)
     if getattr(student, "hf_quantizer", None) is not None:
@@ -162,11 +170,17 @@ def make_before(
             f"base is the VLM before, or set {without}."
         )
     # Each parameter is cast on its way, so that there is never a second copy in the student's dtype; tied ones stay tied
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False) for p in student.parameters()
-    }
+    memo: dict[int, Any] = {}
+    for p in student.parameters():
+        with gathered(p):
+            # Pieces are cut on the CPU: the whole may not fit a device
+            whole = p.detach().to("cpu" if sharded else p.device, dtype, copy=True)
+        memo[id(p)] = nn.Parameter(whole, requires_grad=False)
     frozen = copy.deepcopy(student, memo).eval()
     keep_image_dtype(frozen)
+    if accelerator is not None and sharded:
+        frozen, footprint = shard_model(frozen, accelerator, root=frozen.base_model)
+        return Before(frozen, nullcontext, footprint, sharded)
     return Before(frozen, nullcontext, sum(p.numel() * p.element_size() for p in frozen.parameters()))
 
 
@@ -190,14 +204,20 @@ def _check_adapter(model: Any, asked_by: str, without: str) -> None:
 
 @contextmanager
 def _adapter_off(model: Any) -> Iterator[None]:
-    """PEFT switches the adapter back on as a whole: what was frozen of it is frozen again."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """PEFT freezes the adapter with it, and thaws all of it: what is trained stays so throughout, since FSDP2 gathers a weight into
+    another tensor, with the flag that it finds."""
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+    def restore() -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags[name])
+
     try:
         with model.disable_adapter():
+            restore()
             yield
     finally:
-        for parameter, trained in flags:
-            parameter.requires_grad_(trained)
+        restore()
 
 
 @contextmanager

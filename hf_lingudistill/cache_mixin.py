@@ -137,7 +137,9 @@ class CacheMixin(_Trainer):
             student.to(self.accelerator.device)  # DeepSpeed places it when it wraps it
         if not (args.anchor_cache or (args.teacher_cache and args.kv_source == "before")):
             return None
-        return make_before(self.model, student, self._compute_dtype, sharded=sharded, asked_by=asked_by, kept=False)
+        return make_before(
+            self.model, student, self._compute_dtype, accelerator=self.accelerator, asked_by=asked_by, kept=False
+        )
 
     # ----------------------------------------------------------------------------------------------------------------
     # What the answers depend on

@@ -1,7 +1,7 @@
-"""What accelerate's engines ask of a step with two models: a sharded teacher, and the same collectives on every process.
+"""What accelerate's engines ask of a step with two models: frozen ones in pieces, and the same collectives on every process.
 
 FSDP2 and ZeRO-3 keep each weight in pieces and gather it when its module runs, on all processes at once. A process whose
-batch has nothing to distil, or no image, must therefore run the teacher and the vision tower all the same, on a
+batch has nothing to distil, or no image, must therefore run the teacher, the VLM before and the vision tower all the same, on a
 placeholder whose loss is zero: otherwise the others wait for it forever. DDP and ZeRO-2 replicate the weights; nothing
 here concerns them.
 """
@@ -17,10 +17,11 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from ._internals import decoder_of, deepspeed_inference, head_of
+from ._internals import decoder_of, deepspeed_inference, fsdp_units, head_of
 from .machine import machine
 from .teacher import Teacher
 
@@ -75,20 +76,47 @@ def shard_teacher(teacher: Teacher, accelerator: Accelerator, *, offload: bool) 
     Returns:
         The same teacher with a head of sharded weights; `footprint` counts this process's pieces.
     """
-    model = teacher.model
+    model, footprint = shard_model(teacher.model, accelerator, root=decoder_of(teacher.model), offload=offload)
+    head = replace(teacher.head, weight=head_of(model).weight)
+    return replace(teacher, model=model, head=head, footprint=footprint)
+
+
+def shard_model(
+    model: PreTrainedModel, accelerator: Accelerator, *, root: PreTrainedModel, offload: bool = False
+) -> tuple[PreTrainedModel, int]:
+    """Split a frozen model over the processes, with the settings of the student's plugin.
+
+    Under FSDP2 the first process's weights are those that count: where loading spares memory, the others have none.
+
+    Args:
+        model: in CPU memory.
+        root: its part that will be called.
+        offload: keep the pieces in CPU memory; they come to the device when they are gathered.
+
+    Returns:
+        The model, and the bytes that this process holds of it.
+    """
     if sharding_of(accelerator) == "zero3":
         model = deepspeed_inference(model, accelerator, offload=offload)
         pieces = [getattr(p, "ds_tensor", p) for p in model.parameters()]
     else:
-        _fully_shard(model, accelerator, offload=offload)
+        _from_first_process(model, accelerator)
+        _fully_shard(model, root, accelerator, offload=offload)
         pieces = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
-    head = replace(teacher.head, weight=head_of(model).weight)
-    footprint = sum(t.numel() * t.element_size() for t in (*pieces, *model.buffers()))
-    return replace(teacher, model=model, head=head, footprint=footprint)
+    return model, sum(t.numel() * t.element_size() for t in (*pieces, *model.buffers()))
 
 
-def _fully_shard(model: PreTrainedModel, accelerator: Accelerator, *, offload: bool) -> None:
-    """FSDP2 over the backbone, which is what the teacher's pass calls: it must be the root. One unit per decoder layer."""
+@torch.no_grad()
+def _from_first_process(model: PreTrainedModel, accelerator: Accelerator) -> None:
+    """Give every process the first one's weights, one tensor at a time."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        sent = tensor.to(accelerator.device).contiguous()
+        torch.distributed.broadcast(sent, src=0)
+        tensor.copy_(sent)
+
+
+def _fully_shard(model: PreTrainedModel, root: PreTrainedModel, accelerator: Accelerator, *, offload: bool) -> None:
+    """FSDP2 over the part that is called: it must be the root. One unit per layer."""
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     plugin = accelerator.state.fsdp_plugin
@@ -100,14 +128,14 @@ def _fully_shard(model: PreTrainedModel, accelerator: Accelerator, *, offload: b
     policy = CPUOffloadPolicy(pin_memory=machine().accelerated) if offload else plugin.cpu_offload
     if policy is not None:
         settings["offload_policy"] = policy
-    decoder, embeddings, head = decoder_of(model), model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embeddings.weight
-    # The teacher's own layer classes: the student's plugin names those of the student
-    units = set(decoder._no_split_modules or ())
-    for module in list(decoder.modules()):
+    # The model's own layer classes: the student's plugin names those of the student
+    units = {*(root._no_split_modules or ()), *(decoder_of(model)._no_split_modules or ())}
+    for module in list(root.modules()):
         if type(module).__name__ in units:
             fully_shard(module, **settings)
-    fully_shard(decoder, **settings)
+    fully_shard(root, **settings)
     if tied:
         head.weight = embeddings.weight  # outside the root, the head would keep the whole weight alive
     else:
@@ -131,6 +159,23 @@ def head_unsharded(student: PreTrainedModel) -> Iterator[None]:
     yield
     if not torch.is_grad_enabled():  # no backward pass will do it
         head.reshard()
+
+
+@contextmanager
+def gathered_for_sampling(model: nn.Module) -> Iterator[None]:
+    """Under FSDP2, all weights on every process, in the dtype that they compute in: a process samples by itself then, as long as its
+    answers are, where gathering anew for every token would make all wait for all. Nothing elsewhere: TRL gathers for ZeRO-3.
+
+    model: as the engine wrapped it.
+    """
+    units = fsdp_units(model)
+    for unit in units:
+        unit.keep_gathered()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.scatter()
 
 
 def blank_image(

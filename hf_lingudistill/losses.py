@@ -276,7 +276,12 @@ class _Score(torch.autograd.Function):
         anchored = torch.zeros_like(anchor_kl, dtype=torch.bool)
         gradients = _Gradients(ctx.needs_input_grad[:3], hidden, weight, bias)
         T, T_b = weights.temperature, weights.anchor_temperature
-        with gathered(weight, bias), gathered(teacher_head.weight, teacher_head.bias):
+        before_head = anchor.head if isinstance(anchor, Anchor) else Head(None)
+        with (
+            gathered(weight, bias),
+            gathered(teacher_head.weight, teacher_head.bias),
+            gathered(before_head.weight, before_head.bias),
+        ):
             for part in _chunks(M, teacher_head.vocab_size, device):
                 label = labels[part, None]
                 raw = _raw_logits(hidden[part], head)

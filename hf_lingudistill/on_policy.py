@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DistillationTrainer
 
-from ._internals import RepeatSampler, is_vllm_available
+from ._internals import DataCollatorForVisionLanguageModeling, RepeatSampler, is_vllm_available
 from .bad_rows import ROW_COLUMN
 from .config import OnPolicyLinguDistillConfig
-from .engines import head_unsharded, sharding_of
+from .engines import gathered_for_sampling, head_unsharded
 from .hub.mixin import PublishingMixin
 from .losses import Weights
 from .pace import Pace
@@ -124,11 +124,6 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
         ):  # as TRL 1.16: a batch of texts leaves the vision tower without gradients
             args.ddp_find_unused_parameters = not as_dict(args.gradient_checkpointing_kwargs).get("use_reentrant")
         super().__init__(model=model, args=args, train_dataset=opened.train, eval_dataset=opened.evaluation, **kwargs)
-        if (engine := sharding_of(self.accelerator)) is not None:
-            raise ValueError(
-                f"On-policy training runs on one process, under DDP and under ZeRO-2; {engine} splits the student, which has to sample as a "
-                "whole: choose ddp.yaml or zero2.yaml, or train on given answers (LinguDistillTrainer)."
-            )
         check_student(self._plain_student())
         self.data_collator: Any = PromptCollator(
             args.distill_column,
@@ -155,6 +150,8 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
             unjudged=0.0,
         )
         self.prepare_step(weights, sampled=True)
+        if vision:
+            self.share_towers(DataCollatorForVisionLanguageModeling(self.processing_class))
         self._check_ends()
         self._suppress_placeholders()
         self._resuming()
@@ -206,8 +203,9 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's, in the arithmetic in which the answers are judged."""
-        with self.accelerator.autocast():
+        """TRL's, in the arithmetic in which the answers are judged; where FSDP2 splits the student, with all of it on every process."""
+        whole = nullcontext() if self.use_vllm else gathered_for_sampling(self.model_wrapped)  # vLLM has its own copy
+        with self.accelerator.autocast(), whole:
             return super()._generate_single_turn(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _generate(self, prompts: list[Any]) -> Any:
@@ -232,6 +230,14 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
     # ----------------------------------------------------------------------------------------------------------------
     # The step
     # ----------------------------------------------------------------------------------------------------------------
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """TRL's, which samples; it also tells the step whether some process has an image."""
+        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
+        if self.step.same_modules is not None:
+            sampled = self._buffered_inputs if self.model.training else None  # of the whole optimizer step
+            self.step.same_modules.look_at(sampled or [inputs])
+        return inputs
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

@@ -93,7 +93,7 @@ class DistillOptions:
         None,
         KV_SOURCE_CHOICES,
         "Whose keys and values the teacher reads: the student's, which training moves, or those of the VLM before. Left out: before with "
-        "vision, unless an engine splits the student; else student.",
+        "vision, unless an adapter changes the weights under it; else student.",
     )
     beta: float = _option(0.0, "Generalised JSD in [0, 1]: 0 = KL(teacher || student), 1 = KL(student || teacher).")
     temperature: float = _option(

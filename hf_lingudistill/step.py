@@ -153,6 +153,7 @@ class DistillStep:
         over whole rows, or is not asked."""
         if (
             self.source is None
+            or self.source.sharded
             or not queries.num_queries
             or not self.sharing.records_kv
             or self.sharing.records_inputs
@@ -170,12 +171,15 @@ class DistillStep:
         self, inputs: dict[str, Any], plan: QueryPlan, queries: QueryPlan
     ) -> tuple[Anchor | None, SharedKV | None]:
         """What the VLM before says of the rows that are not marked, and what the teacher reads of it; None where nobody asks, or where
-        there is nothing to ask."""
-        judge = self.judge if plan.has_unmarked_labels else None
-        source = self.source if queries.num_queries > 0 else None
+        there is nothing to ask, unless it lies in pieces: then it is asked in any case."""
+        judge, source = self.judge, self.source
         asked = judge or source
         if asked is None:
             return None, None
+        if not asked.sharded:
+            judge, source = judge if plan.has_unmarked_labels else None, source if queries.num_queries > 0 else None
+            if judge is None and source is None:
+                return None, None
         sharing = None if source is None else self.sharing
         hidden, head, shared = asked.look(own_inputs(inputs), plan.other_rows, plan.other_positions, sharing)
         anchor = Anchor(hidden, head, ~inputs["distill"].bool()[plan.other_rows]) if judge is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ._internals import keep_image_dtype
 from .anchor import Before, make_before
-from .engines import sharding_of
+from .engines import SameModules, blank_image, sharding_of
 from .finite import FiniteWatch, StepPolicy
 from .first_batch import FirstBatch
 from .losses import Weights
@@ -131,9 +132,10 @@ class StepMixin(TeacherMixin):
         asking = [name for name in asking if not (args.anchor_cache if name == "anchor" else args.teacher_cache)]
         if not asking:
             return None
-        sharded = sharding_of(self.accelerator) is not None
         try:
-            before = make_before(self.model, student, self._compute_dtype, sharded=sharded, asked_by=asking[0])
+            before = make_before(
+                self.model, student, self._compute_dtype, accelerator=self.accelerator, asked_by=asking[0]
+            )
         except ValueError as error:
             if asking != ["kv_source"] or not args.kv_source_left_out:
                 raise
@@ -142,6 +144,19 @@ class StepMixin(TeacherMixin):
             return None
         logger.info("The VLM before (%s): %.1f MiB beside the student", " and ".join(asking), before.footprint / 2**20)
         return before
+
+    def share_towers(self, collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]]) -> None:
+        """Where the engine shards, let every process run the vision towers in each step in which another one does.
+
+        collate: TRL's vision collator.
+        """
+        if sharding_of(self.accelerator) is None:
+            return
+        student, before = self.step.student, self.before
+        image = blank_image(collate, student)
+        self.step.same_modules = SameModules(student, image, self.accelerator)
+        if before is not None:
+            before.same_modules = SameModules(before.model, image, self.accelerator)
 
     @property
     def teacher_quantization_kl(self) -> float | None:

@@ -17,7 +17,6 @@ from .bad_rows import ROW_COLUMN
 from .cache_mixin import CacheMixin
 from .config import LinguDistillConfig
 from .data_mixin import DataMixin
-from .engines import SameModules, blank_image, sharding_of
 from .hub.mixin import PublishingMixin
 from .losses import Weights
 from .pace import Pace
@@ -98,10 +97,8 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
             anchor=args.anchor_weight,
         )
         self.prepare_step(weights)
-        if sharding_of(self.accelerator) is not None and self._is_vision_dataset:
-            student = self.step.student
-            image = blank_image(self.data_collator.inner, student)
-            self.step.same_modules = SameModules(student, image, self.accelerator)
+        if self._is_vision_dataset:
+            self.share_towers(self.data_collator.inner)
         self.data_collator.plan = None if self._splits_batches() else self.step.plan
         self.step.install()
         self.prepare_caches()

@@ -35,11 +35,13 @@ Result = dict[str, Any]
 
 
 def mixed(order: str) -> Any:
-    """24 rows. alternating: image, text, image, ... split: in each 8 rows four with an image, none of them distilled, then
+    """24 rows. alternating: image, text, image, ... marked: the same, all of them distilled. split: in each 8 rows four with an image, none of them distilled, then
     four of text, so that with two processes one has nothing to distil and the other has no image. text: no image column."""
     if order == "text":
         return tiny.make_dataset(GLOBAL_BATCH * STEPS, images=False)
     dataset = tiny.make_dataset(GLOBAL_BATCH * STEPS)
+    if order == "marked":
+        return dataset.remove_columns("distill").add_column("distill", [True] * len(dataset))
     if order == "alternating":
         return dataset
     images, texts = range(0, len(dataset), 2), range(1, len(dataset), 2)
@@ -72,6 +74,7 @@ ON_POLICY: dict[str, Any] = {
     "shuffle_dataset": False,
     "log_completions": False,
 }
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
 # name -> settings of the config, and: rows (see `mixed`), tied, adapter, teacher (in memory or a folder), wrong, stream, on_policy
 SCENARIOS: dict[str, dict[str, Any]] = {
     "prompt": {},
@@ -79,7 +82,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "vision": {"kv_sharing": "vision"},
     "none": {"kv_sharing": "none"},
     "untied": {"tied": False},
-    "untied evaluation": {"tied": False, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4},
+    "untied evaluation": {"tied": False, **EVALUATED},
     "lora": {"adapter": True},
     "lora, untied": {"adapter": True, "tied": False, "kv_sharing": "vision"},
     "every token": {"distill_tokens": "all", "beta": 0.5},
@@ -89,7 +92,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "by length": {"train_sampling_strategy": "group_by_length"},
     "worker processes": {"dataloader_num_workers": 2},
     "stream": {"stream": True},
-    "evaluation": {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4},
+    "evaluation": EVALUATED,
     "loaded teacher": {"teacher": True},
     "replicated teacher": {"teacher": True, "teacher_sharding": "replicate"},
     "sharded untied teacher": {"tied": False, "teacher": True, "kv_sharing": "none"},
@@ -101,15 +104,30 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "resumed lora": {**RESUMED, "adapter": True},
     "anchored": {"anchor": "before"},
     "anchored lora": {"anchor": "before", "adapter": True},
+    "anchored, untied": {"anchor": "before", "tied": False, "teacher": True, "teacher_quantization": "nf4"},
+    "default": {"rows": "marked", "kv_sharing": "vision"},
+    "the student's KV": {"rows": "marked", "kv_sharing": "vision", "kv_source": "student"},
+    "before's KV": {"kv_sharing": "prompt", "kv_source": "before", "anchor": "before", "rows": "alternating"},
+    "the first process's weights": {"rows": "marked", "kv_sharing": "vision", "anchor": "before"},
     "cached": {"anchor": "before", "anchor_cache": True, "kv_sharing": "none", "teacher_cache": True},
     "cached teacher": {"kv_sharing": "none", "teacher_cache": True, "teacher": True, "teacher_sharding": "replicate"},
     "on-policy": ON_POLICY,
     "on-policy vision": {**ON_POLICY, "kv_sharing": "vision", "rows": "alternating", "beta": 0.5},
     "on-policy lora": {**ON_POLICY, "adapter": True},
+    "on-policy, untied": {**ON_POLICY, "tied": False, "rows": "alternating", "kv_sharing": "vision"},
+    "on-policy evaluation": {
+        **ON_POLICY,
+        **EVALUATED,
+        "rows": "marked",
+        "kv_sharing": "vision",
+        "kv_source": "before",
+    },
     "wrong normalisation": {"wrong": True},
 }
-# They need the whole student on every process
-REPLICATED = {"anchored", "anchored lora", "cached", "on-policy", "on-policy vision", "on-policy lora"}
+# They ask the whole student on every process before training
+REPLICATED = {"cached"}
+# Which answers are sampled hangs on the process, and with it what is trained
+UNEVEN: dict[str, dict[str, Any]] = {"uneven answers": ON_POLICY}
 # Each ends its launch, and is not among those that are compared
 FATAL: dict[str, dict[str, Any]] = {"killed": {}, "no placeholder": {}}
 
@@ -129,11 +147,13 @@ def shard_on_cpu(config: LinguDistillConfig) -> None:
 
 
 def make_trainer(folder: Path, name: str, *, accumulation: int, processes: int) -> Any:
-    settings = {"rows": "split", "tied": True, **(SCENARIOS | FATAL)[name]}
+    settings = {"rows": "split", "tied": True, **(SCENARIOS | UNEVEN | FATAL)[name]}
     rows, tied, adapter, teacher, wrong, stream, on_policy = (
         settings.pop(key, False) for key in ("rows", "tied", "adapter", "teacher", "wrong", "stream", "on_policy")
     )
     torch.manual_seed(0)
+    # As where loading spares memory: what the other processes have is not the student
+    strange = name == "the first process's weights" and PartialState().process_index
     config = (OnPolicyLinguDistillConfig if on_policy else LinguDistillConfig)(
         output_dir=str(folder / (name if name.startswith(("resumed", "cached")) else "out")),
         **{
@@ -153,6 +173,7 @@ def make_trainer(folder: Path, name: str, *, accumulation: int, processes: int) 
             "lr_scheduler_type": "constant",
             "train_sampling_strategy": "sequential",
             "teacher_quantization": "none",
+            "kv_sharing": "prompt",  # in which the teacher reads something of every row
             **settings,
         },
     )
@@ -172,7 +193,7 @@ def make_trainer(folder: Path, name: str, *, accumulation: int, processes: int) 
         dataset = dataset.remove_columns("completion")
     trainer_class = OnPolicyLinguDistillTrainer if on_policy else LinguDistillTrainer
     return (WrongNormalisation if wrong else trainer_class)(
-        model=tiny.make_vlm(0, tie_word_embeddings=tied),
+        model=tiny.make_vlm(strange or 0, tie_word_embeddings=tied),
         teacher_model=lm,
         teacher_tokenizer=tiny.make_tokenizer(extra=False),
         processing_class=tiny.make_processor(),
@@ -197,6 +218,8 @@ def run(folder: Path, name: str, *, accumulation: int = 1, processes: int = 1) -
     trainer = make_trainer(folder, name, accumulation=accumulation, processes=processes)
     if name == "killed":
         trainer.add_callback(Killed())
+    if name == "uneven answers":
+        trainer.generation_config.max_new_tokens = 2 + 4 * PartialState().process_index
     if name == "no placeholder":
         trainer.step.same_modules = None
     if name.startswith("resumed"):

@@ -92,7 +92,7 @@ def test_loss_and_every_gradient_equal_two_models_in_plain_torch(make_trainer: M
         control = tiny.moved(make_trainer(anchor="before", anchor_weight=WEIGHT if change == "anchor" else 0.6))
         if change == "anchor":
             vlm = tiny.make_vlm(7)
-            control.step.judge = make_before(vlm, vlm, torch.float32, sharded=False)
+            control.step.judge = make_before(vlm, vlm, torch.float32)
         its_loss, its_gradients = step(control, batch)
         assert its_loss != pytest.approx(loss, rel=1e-3) and difference(its_gradients, gradients) > 1e-2
 
@@ -301,20 +301,21 @@ def test_a_resumed_run_is_anchored_to_the_same_model_bit_for_bit(make_trainer: M
 # --------------------------------------------------------------------------------------------------------------------
 def test_what_is_not_the_vlm_before_is_refused() -> None:
     vlm = tiny.make_vlm(0)
-    with pytest.raises(ValueError, match="whole student on every process, and FSDP2 and ZeRO-3 split it"):
-        make_before(vlm, vlm, torch.float32, sharded=True)
+    split: Any = SimpleNamespace(distributed_type=SimpleNamespace(value="FSDP"), is_fsdp2=True)
+    with pytest.raises(ValueError, match="asked before training, needs the whole student on every process"):
+        make_before(vlm, vlm, torch.float32, accelerator=split, kept=False)
     packed = tiny.make_vlm(0)
     packed.hf_quantizer = SimpleNamespace()
     with pytest.raises(ValueError, match="packed .quantised. weights are not copied"):
-        make_before(packed, packed, torch.float32, sharded=False)
+        make_before(packed, packed, torch.float32)
     with pytest.raises(ValueError, match="init_lora_weights='pissa' changes the weights under the adapter"):
         pissa = get_peft_model(tiny.make_vlm(0), lora(init_lora_weights="pissa"))
-        make_before(pissa, pissa.get_base_model(), torch.float32, sharded=False)
+        make_before(pissa, pissa.get_base_model(), torch.float32)
     partly = get_peft_model(tiny.make_vlm(0), lora())
-    make_before(partly, partly.get_base_model(), torch.float32, sharded=False)
+    make_before(partly, partly.get_base_model(), torch.float32)
     partly.get_base_model().get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(ValueError, match="1 parameters under the adapter are trained too"):
-        make_before(partly, partly.get_base_model(), torch.float32, sharded=False)
+        make_before(partly, partly.get_base_model(), torch.float32)
 
 
 @pytest.mark.parametrize(

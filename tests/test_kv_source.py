@@ -235,9 +235,10 @@ def test_what_cannot_be_is_refused_by_its_own_name() -> None:
         LinguDistillConfig(output_dir="out", kv_source="before", kv_sharing="none")
     with pytest.raises(ValueError, match="kv_source must be one of student, before; got 'after'"):
         LinguDistillConfig(output_dir="out", kv_source="after")
-    vlm = tiny.make_vlm(0)
-    with pytest.raises(ValueError, match=r"kv_source='before' needs the whole student .* set kv_source='student'"):
-        make_before(vlm, vlm, torch.float32, sharded=True, asked_by="kv_source")
+    packed = tiny.make_vlm(0)
+    packed.hf_quantizer = SimpleNamespace()
+    with pytest.raises(ValueError, match=r"kv_source='before' needs a copy of the student.* set kv_source='student'"):
+        make_before(packed, packed, torch.float32, asked_by="kv_source")
 
 
 @pytest.mark.parametrize(
@@ -249,18 +250,15 @@ def test_left_out_it_is_what_was_measured_to_be_better(make_trainer: MakeTrainer
     assert (trainer.before is not None) == (source == "before") == (trainer.step.source is not None)
 
 
-def test_left_out_it_gives_way_to_an_engine_that_splits_the_student(
-    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_left_out_it_gives_way_to_an_adapter_that_changes_the_weights_under_it(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(
-        "hf_lingudistill.step_mixin.make_before",
-        lambda *given, **options: make_before(*given, **options | {"sharded": True}),
-    )
-    trainer = make_trainer(kv_sharing="vision", kv_source=None)
+    pissa = lora(init_lora_weights="pissa")
+    trainer = make_trainer(kv_sharing="vision", kv_source=None, peft_config=pissa)
     assert trainer.args.kv_source == "student" and trainer.step.source is None and trainer.meter.follows_student
     assert "The teacher reads the student's own keys and values, which training moves" in caplog.text
-    with pytest.raises(ValueError, match="needs the whole student"):  # control: not where it was asked for
-        make_trainer(kv_sharing="vision", kv_source="before")
+    with pytest.raises(ValueError, match="changes the weights under the adapter"):  # control: where it was asked for
+        make_trainer(kv_sharing="vision", kv_source="before", peft_config=pissa)
 
 
 def test_a_teacher_that_is_led_astray_is_noticed(caplog: pytest.LogCaptureFixture) -> None:

@@ -205,3 +205,41 @@ def test_skipping_steps_is_refused_under_deepspeed(
 ) -> None:
     run = launch([*arguments, "--on_nan", "skip"], tmp_path / "out", processes=2, config=str(deepspeed_config))
     assert run.returncode != 0 and "on_nan='skip' cannot be held under DeepSpeed" in run.stderr
+
+
+@pytest.mark.parametrize("what", ["anchored", "anchored lora", "on-policy"])
+def test_deepspeed_asks_the_vlm_before_and_samples_as_one_process_does(
+    arguments: list[str], deepspeed_config: Path, tmp_path: Path, what: str
+) -> None:
+    """ZeRO-3 splits the student, and with it the VLM before: a frozen copy, or what is under the adapter."""
+    given = [*arguments]
+    given += {
+        "anchored": ["--anchor", "before", "--kv_source", "before", "--kv_sharing", "prompt"],
+        "anchored lora": ["--anchor", "before", "--use_peft", "true", "--lora_r", "4"]
+        + ["--lora_target_modules", "q_proj", "v_proj"],
+        "on-policy": ["--on_policy", "--max_completion_length", "6", "--generation_kwargs", '{"do_sample": false}']
+        + [
+            "--shuffle_dataset",
+            "false",
+            "--learning_rate",
+            "0.01",
+        ],  # its gradients are large: a step keeps rounding small
+    }[what]
+    if what == "on-policy":
+        dropped = given.index("--train_sampling_strategy")
+        del given[dropped : dropped + 2]
+    outs = [tmp_path / "alone", tmp_path / "out"]
+    for out, config, processes in zip(outs, ("single", str(deepspeed_config)), (1, 2), strict=True):
+        run = launch(given, out, processes=processes, config=config)
+        assert run.returncode == 0, run.stderr[-3000:]
+    theirs, ours = (
+        [entry for entry in json.loads((out / "checkpoint-6" / STATE).read_text())["log_history"] if "loss" in entry]
+        for out in outs
+    )
+    compared = ours if what != "anchored lora" else ours[:1]  # each engine draws the adapter in its own order
+    for one, other in zip(compared, theirs, strict=False):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["anchor_kl"] == pytest.approx(other["anchor_kl"], rel=1e-4, abs=1e-6)
+    assert ours[0]["anchor_kl"] < 1e-5 < ours[-1]["anchor_kl"]  # the VLM before stands still, the student does not
+    if what != "anchored lora":
+        assert gap(outs[1], outs[0]) < 1e-5

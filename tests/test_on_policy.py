@@ -564,9 +564,6 @@ def test_what_cannot_be_had_is_refused_in_a_sentence(make: Make, monkeypatch: py
     monkeypatch.setattr(on_policy, "is_vllm_available", lambda: False)
     with pytest.raises(ImportError, match="use_vllm=True needs the package vllm, which is not installed"):
         make(train_dataset=prompts(), use_vllm=True)
-    monkeypatch.setattr(on_policy, "sharding_of", lambda accelerator: "fsdp2")
-    with pytest.raises(ValueError, match="fsdp2 splits the student, which has to sample as a whole"):
-        make(train_dataset=prompts())
     with pytest.raises(ValueError, match="Row 0 has tools of its own"):
         PromptCollator()([{**prompts()[0], "tools": "[]x", "lingudistill_row": 0}])
     with pytest.raises(TypeError, match="args must be an OnPolicyLinguDistillConfig"):

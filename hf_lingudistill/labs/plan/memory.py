@@ -71,8 +71,15 @@ def teacher_bytes(teacher: ModelFacts, quantization: str, dtype_bytes: int, voca
 
 
 def before_bytes(student: ModelFacts, setup: Setup) -> int:
-    """The frozen copy of the student that judges unmarked rows or is read; an adapter's base is there already."""
-    return student.parameters * setup.compute_bytes if setup.asks_before and setup.lora_rank == 0 else 0
+    """The frozen copy of the student that judges unmarked rows or is read; an adapter's base is there already. In pieces where the
+    student is; the head is gathered for the loss, where it judges."""
+    if not setup.asks_before or setup.lora_rank:
+        return 0
+    if not setup.splits:
+        return student.parameters * setup.compute_bytes
+    judges = setup.on_policy or (setup.anchor == "before" and not setup.anchor_cache)
+    head = student.vocab * student.text.hidden if judges else 0
+    return (student.parameters // setup.gpus + head) * setup.compute_bytes
 
 
 def kv_bytes(student: ModelFacts, setup: Setup) -> int:
@@ -100,9 +107,8 @@ def _standing(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Lines:
     weights = (trainable + frozen) * setup.weight_bytes
     if setup.lora_rank:
         weights += trainable * (4 - setup.weight_bytes)  # PEFT keeps adapters in fp32
-    cut = setup.engine in ("fsdp2", "zero3")
     return {
-        "weights": weights // (shards if cut else 1),
+        "weights": weights // (shards if setup.splits else 1),
         "optimizer states": _optimizer_bytes(student, trainable, setup) // shards,
         "teacher": _teacher_on_device(teacher, student.vocab, setup),
         "engine buffers": _engine_bytes(student, trainable, setup),
@@ -134,7 +140,7 @@ def _teacher_on_device(teacher: ModelFacts, vocab: int, setup: Setup) -> int:
     if setup.teacher_is_gone:
         return vocab * teacher.text.hidden * setup.compute_bytes  # its head
     whole = teacher_bytes(teacher, setup.teacher_quantization, setup.compute_bytes, vocab)
-    if setup.teacher_quantization == "none" and setup.engine in ("fsdp2", "zero3"):
+    if setup.teacher_quantization == "none" and setup.splits:
         # In pieces; two layers are gathered at a time, and the head
         gathered = 2 * teacher.text.layer_parameters + vocab * teacher.text.hidden
         return whole // setup.gpus + gathered * setup.compute_bytes
@@ -175,6 +181,11 @@ def moments_of(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Iterat
     """(moment of the step, its lines) for each moment that can be the peak, in the order of the step."""
     text, vision, tokens = student.text, student.vision, setup.tokens
     standing = _standing(student, teacher, setup)
+    if setup.on_policy:  # before anything else, and without the gradients of an accumulation
+        held = {"sampling KV": kv_bytes(student, setup) * setup.accumulation}
+        if setup.splits:  # the engine's buffers are among them
+            held |= {"gathered weights": student.parameters * setup.compute_bytes, "engine buffers": 0}
+        yield "sampling", standing | held
     gradients = _gradient_bytes(student, setup)
     if setup.accumulation > 1:
         standing["gradients"] = gradients

@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def sampling_kv(self) -> int:
-        """Bytes of K/V while the student samples the answers of an update, all at once. Not part of `needed`."""
+        """Bytes of K/V while the student samples the answers of an update, all at once."""
         return self.recorded_kv * self.setup.accumulation
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,8 +118,9 @@ class Plan:
             ),
             *(
                 [
-                    f"Sampling holds {self.sampling_kv / GIB:.2f} GiB of keys and values ({setup.batch * setup.accumulation} answers at once), "
-                    "which is not part of what is needed; nor are its seconds counted"
+                    f"Sampling holds {self.sampling_kv / GIB:.2f} GiB of keys and values ({setup.batch * setup.accumulation} answers at once)"
+                    + (", and the whole student on each device" if setup.splits else "")
+                    + "; its seconds are not counted"
                 ]
                 if setup.on_policy
                 else []
@@ -188,7 +189,7 @@ def smallest_plan(
     """
     for gpus in gpu_counts:
         for engine in engines:
-            if (engine == "single") != (gpus == 1) or (setup.needs_whole and engine in SPLITTING):
+            if (engine == "single") != (gpus == 1) or (MODES[setup.kv_sharing].sees and engine in SPLITTING):
                 continue
             here = replace(setup, engine=engine, gpus=gpus)
             tried = (here, replace(here, teacher_quantization="none")) if engine in SPLITTING else (here,)

@@ -106,19 +106,10 @@ class Setup:
             raise PlanError(
                 f"engine='single' runs on one device, got gpus={self.gpus}: choose ddp, fsdp2, zero2 or zero3."
             )
-        if MODES[self.kv_sharing].sees and self.engine in SPLITTING:
+        if MODES[self.kv_sharing].sees and self.splits:
             raise PlanError(
                 f"kv_sharing={self.kv_sharing!r} runs the teacher whole on every device, and {self.engine} splits it: choose single, ddp "
                 "or zero2."
-            )
-        if self.needs_whole and self.engine in SPLITTING:
-            if self.on_policy:
-                raise PlanError(
-                    f"On-policy, the student samples as a whole, and {self.engine} splits it: choose single, ddp or zero2."
-                )
-            name = "anchor" if self.anchor == "before" else "kv_source"
-            raise PlanError(
-                f"{name}='before' needs the whole student on every device, and {self.engine} splits it: choose single, ddp or zero2."
             )
         self._check_caches()
         if self.gpu_memory <= 0:
@@ -133,7 +124,12 @@ class Setup:
             raise PlanError(
                 "anchor_cache keeps what the VLM before says: set anchor='before', or leave anchor_cache out."
             )
-        if self.teacher_cache and mode.reads_student and self.engine in SPLITTING:
+        if self.anchor_cache and self.splits:
+            raise PlanError(
+                f"anchor_cache asks the whole student on every device before training, and {self.engine} splits it: leave it out, or choose "
+                "single, ddp or zero2."
+            )
+        if self.teacher_cache and mode.reads_student and self.splits:
             raise PlanError(
                 f"teacher_cache with kv_sharing={self.kv_sharing!r} needs the whole student on every device, and {self.engine} splits it: "
                 "choose single, ddp or zero2."
@@ -163,13 +159,12 @@ class Setup:
         if self.kv_source is not None:
             return self.kv_source
         saves = self.anchor_cache and not self.teacher_cache
-        return "student" if saves or self.engine in SPLITTING else MODES[self.kv_sharing].source
+        return "student" if saves else MODES[self.kv_sharing].source
 
     @property
-    def needs_whole(self) -> bool:
-        """Whether it was asked for a model that no engine splits: the VLM before, or a teacher with eyes."""
-        asked = self.on_policy or "before" in (self.anchor, self.kv_source)
-        return asked or MODES[self.kv_sharing].sees
+    def splits(self) -> bool:
+        """Whether the engine splits the student itself."""
+        return self.engine in SPLITTING
 
     @property
     def tokens(self) -> int:
