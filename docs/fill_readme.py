@@ -63,6 +63,11 @@ ARM_TITLES = {
     "default": "**default**",
     "ce": "CE on the same rows",
     "ce_tenth": "CE at a tenth of the learning rate",
+    "ce_half": "CE at half the learning rate",
+    "ce_replay_25": "CE, 4 of 16 rows are text",
+    "interpolate_03": "interpolation .3 (nearer to the original), no training",
+    "interpolate_07": "interpolation .7, no training",
+    "vision_lora": "`vision`, LoRA 16",
     "caption": "KL to the original told the caption (upper bound)",
     "interpolate_05": "interpolation .5, no training",
     "ce_lora": "CE, LoRA 16",
@@ -317,7 +322,8 @@ def five_artists_claim() -> str:
         f"- **Measured** ({seeds} seeds, {found['device'].split(' ')[1]}, 135M): the default brings {back['mean']:.0%} ± {back['half']:.0%} of the "
         f"lost language back. Than cross-entropy on the same rows it leaves {less(name, 'text_kl')} less distance to the original on "
         f"text, {less(name, 'image_kl')} about pictures; a blind teacher {less('none', 'text_kl')} and {less('none', 'image_kl')} "
-        "([second recipe](examples/recipes/five_artists/README.md)). Instruction following (IFEval) did not come back."
+        "([second recipe](examples/recipes/five_artists/README.md)). Instruction following (IFEval) did not come "
+        "back. Mixing weights towards the original gets nearer on text and loses sight."
     )
 
 
@@ -422,27 +428,67 @@ def five_artists_cpu() -> str:
     return _arms_table(arms, ["before", "default", "vision_before", "ce", "none", "caption", "vision"])
 
 
-def five_artists_cpu_replay() -> str:
-    """Cross-entropy with more and more text rows, and texts that people wrote: seed 0 alone."""
+def _seed_0_on_a_cpu() -> dict[str, Any]:
+    """Arms of the aligned tower at severe drift, of both regimes; regime M's own by the share of text rows."""
     lines = (ON_A_CPU.parent / "arms.jsonl").read_text(encoding="utf-8").splitlines()
     arms: dict[str, Any] = {}
     for row in map(json.loads, lines):
         tower, regime, drift, seed, arm = row["arm"].split("/")
-        if (tower, drift, seed) == ("aligned", "severe", "0") and (
-            regime == "M" or arm in ("before", "ce", "parents", "vision_parents")
-        ):
+        if (tower, drift, seed) != ("aligned", "severe", "0") or (regime, arm) == ("M", "before"):
+            continue
+        arm = "ce_replay_25" if (regime, arm) == ("M", "ce") else arm
+        if regime == "P" or arm.endswith("_people") or arm.startswith("ce_replay"):
             arms[arm] = {metric: {"mean": row[metric]} for _, metric, _ in ARM_COLUMNS if row.get(metric) is not None}
-    order = [
-        "before",
-        "ce",
-        "ce_replay_10",
-        "ce_replay_30",
-        "ce_replay_50",
-        "ce_people",
-        "vision_people",
-        "parents_people",
+    return arms
+
+
+OF_REPLAY = (
+    "ce",
+    "ce_replay_10",
+    "ce_replay_25",
+    "ce_replay_30",
+    "ce_replay_50",
+    "ce_people",
+    "vision_people",
+    "parents_people",
+)
+
+
+def five_artists_cpu_replay() -> str:
+    """Cross-entropy with more and more text rows, and texts that people wrote: seed 0 alone."""
+    return _arms_table(_seed_0_on_a_cpu(), ["before", "vision_before_ce05", *OF_REPLAY])
+
+
+def five_artists_cpu_arms() -> str:
+    """Every arm of regime P at severe drift: seed 0 alone."""
+    arms = _seed_0_on_a_cpu()
+    return _arms_table(arms, sorted(set(arms) - set(OF_REPLAY[1:]), key=lambda arm: arms[arm]["text_kl"]["mean"]))
+
+
+def five_artists_cpu_says() -> str:
+    """What these two tables tell that the H100's do not."""
+    arms = _seed_0_on_a_cpu()
+
+    def of(arm: str, metric: str = "text_kl", digits: int = 3) -> str:
+        return f"{arms[arm][metric]['mean']:.{digits}f}"
+
+    replay = ", ".join(f"{rows} of 16: {of(arm)}" for rows, arm in zip((0, 2, 4, 5, 8), OF_REPLAY[:5], strict=True))
+    lines = [
+        f"*How much replay is enough?* Cross-entropy, where some of a step's rows are texts of the original's own ({replay}). The default "
+        f"without a single row of text: {of('vision_before_ce05')}.",
+        f"*Texts that people wrote* make cross-entropy worse ({of('ce_people')} with a quarter of the rows, {of('ce')} without): it learns how "
+        f"people write, and this asks how the original does. Distilled, the same rows are the best of all ({of('vision_people')}): only "
+        "their prefixes count.",
+        f"*Cross-entropy at half the learning rate* is a better rival ({of('ce_half')}; {of('ce')} at the full one, {of('ce_tenth')} at a tenth, LoRA "
+        f"{of('ce_lora')}).",
+        f"*Interpolating nearer to the original* (.3) is lower on text than every arm that trains without text rows ({of('interpolate_03')}), for nothing, "
+        f"and pays with sight: names {of('interpolate_03', 'naming_seen', 2)} against {of('before', 'naming_seen', 2)} before, pictures "
+        f"{of('interpolate_03', 'image_kl')} against {of('vision_before_ce05', 'image_kl')} for the default. `lingudistill blend --keep` looks "
+        "for such points.",
+        f"*LoRA* (rank 16, at 5e-4) brings back less than full training, distilled ({of('vision_lora')}) or not ({of('ce_lora')}).",
+        f"*The better parent of every token* ({of('parents')}) does not beat a parent per row ({of('vision_parents')}).",
     ]
-    return _arms_table(arms, [*order, "vision_parents", "parents"])
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def five_artists_mild() -> str:
@@ -735,6 +781,8 @@ BLOCKS = {
     "five_artists_targets": five_artists_targets,
     "five_artists_cpu": five_artists_cpu,
     "five_artists_cpu_replay": five_artists_cpu_replay,
+    "five_artists_cpu_arms": five_artists_cpu_arms,
+    "five_artists_cpu_says": five_artists_cpu_says,
     "gpu_cost": gpu_cost,
     "gpu_claim": gpu_claim,
     "on_policy_cost": on_policy_cost,

@@ -49,6 +49,7 @@ TINY: dict[str, Any] = {
     },
     "measure": {"test_texts": 6, "test_images": 6, "passages": 1, "naming": 8, "yes_no": 4, "exchanged": 4},
     "ifeval": {"prompts": 3, "max_new_tokens": 4, "from_seed": 1, "of": ["aligned", "P", "severe"], "arms": ["before", "ce", "vision"]},
+    "lengths": {"prompts": 3, "max_new_tokens": 4, "from_seed": 1, "of": ["aligned", "P", "severe"], "arms": ["before"]},
     "modes": {"test_images": 6},
     "regimes": {"P": {"short": 2, "long": 2, "text": 0}, "M": {"short": 1, "long": 1, "text": 2}},
 }  # fmt: skip
@@ -150,7 +151,11 @@ def test_the_recipe_runs_from_end_to_end_and_goes_on_where_it_was(
     reproduce.arms(place, run)
     results = {arm: json.loads(reproduce.result_path(place, run, arm).read_text()) for arm in run[4]}
     for arm, result in results.items():
-        left_out = {metric for metric in set(summary.METRICS) - set(result) if not metric.startswith("ifeval_")}
+        left_out = {
+            metric
+            for metric in set(summary.METRICS) - set(result)
+            if not metric.startswith(("ifeval_", "tokens_", "ended_"))
+        }
         assert left_out == {"recovered_text_kl"}, arm
         assert result["text_kl"] > 0 and result["image_kl"] > 0, arm
     # The original holds itself
@@ -173,6 +178,7 @@ def test_the_recipe_runs_from_end_to_end_and_goes_on_where_it_was(
     assert arms["ce"]["text_kl"] == {"mean": results["ce"]["text_kl"], "half": None, "seeds": 1}
     assert arms["before"]["recovered_text_kl"]["mean"] == 0.0
     assert (tmp_path / "arms.png").stat().st_size > 5000 and not (tmp_path / "replay.png").exists()
+    assert found["replay"] == {}
     assert found["paired"]["P"]["severe"]["ce - none"]["text_kl"]["mean"] == pytest.approx(
         results["ce"]["text_kl"] - results["none"]["text_kl"], abs=2e-5
     )
@@ -288,6 +294,10 @@ def test_instructions_are_followed_or_not_over_seeds_only(
     result = json.loads(reproduce.result_path(place, ("aligned", "P", "severe", 1), "before").read_text())
     assert 0.0 <= result["ifeval_strict"] <= result["ifeval_loose"] <= 1.0 and result["ifeval_tokens"] > 0
     assert "ifeval_strict" in summary.original(place.out / "results")
+    original = summary.original(place.out / "results")
+    assert "tokens_short" not in original  # it has no eyes, and is told the caption of the others
+    for sort, found in (("text", original), ("long", original), ("text", result), ("long", result), ("short", result)):
+        assert 0.0 < found[f"tokens_{sort}"] <= 4.0 and 0.0 <= found[f"ended_{sort}"] <= 1.0
 
 
 def test_every_sharing_mode_is_read_and_none_is_the_blind_one(place: stages.Place) -> None:
@@ -421,3 +431,27 @@ def test_the_recipe_names_arms_towers_and_regimes_that_exist() -> None:
     for name, spec in recipe["arms"].items():
         if "rows" in spec:
             assert sum(spec["rows"].values()) == 16, name
+
+
+def test_the_curve_of_replay_is_of_the_seeds_that_have_all_of_it(tmp_path: Path) -> None:
+    """A mean over three seeds at one end and over one at the other would be no curve."""
+    import plots
+
+    results: summary.Results = {}
+    for seed in (0, 1):
+        for index, (regime, arm) in enumerate(summary.REPLAY.values()):
+            if (seed, arm) != (1, "ce_replay_50"):
+                figures = dict.fromkeys(("text_kl", "image_kl", "naming_seen"), 1.0 + index + 100 * seed)
+                results["aligned", regime, "severe", seed, arm] = figures
+    results["aligned", "M", "severe", 0, "ce_people"] = dict.fromkeys(("text_kl", "image_kl", "naming_seen"), 7.0)
+    results["aligned", "M", "severe", 1, "vision_people"] = dict(results["aligned", "M", "severe", 0, "ce_people"])
+    found = summary.replay(results, "vision_before_ce05")
+    assert [found["ce"][share]["text_kl"]["mean"] for share in summary.REPLAY] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert set(found) == {"ce", "ce_people"} and found["ce_people"]["text_kl"] == {
+        "mean": 7.0,
+        "half": None,
+        "seeds": 1,
+    }
+    assert plots._replay(found, tmp_path / "replay.png").stat().st_size > 5000
+    del results["aligned", "P", "severe", 0, "ce"]
+    assert summary.replay(results, "vision_before_ce05") == {}

@@ -6,6 +6,8 @@ bits_per_byte                 of running text of four sources that no arm trains
 naming_seen, naming_new       "What is this?", exact, by artists that were trained on and by the fifth
 naming_exchanged              the same about another thing's picture (control)
 yes_no                        balanced questions, half of them right by chance
+tokens_, ended_               length of its own greedy answers in tokens, and the share that it ended itself, asked the unseen instructions
+                              (`text`), those about pictures (`long`; the original is told the caption) and for names (`short`)
 """
 
 from __future__ import annotations
@@ -29,11 +31,14 @@ from hf_lingudistill.labs.evaluation.fidelity import (
     image_measures,
     text_measures,
 )
-from hf_lingudistill.labs.evaluation.models import Scored, load_scored
+from hf_lingudistill.labs.evaluation.models import Scored, load_scored, user_turn
+from hf_lingudistill.labs.evaluation.reading import write_answers
 from hf_lingudistill.labs.statistics import Bootstrap
 from hf_lingudistill.labs.world.pictures import SEEN, UNSEEN, World
-from hf_lingudistill.labs.world.questions import as_dataset, naming_rows, yes_no_rows
+from hf_lingudistill.labs.world.questions import NAMING, as_dataset, naming_rows, yes_no_rows
 from hf_lingudistill.machine import machine
+
+SORTS = {"text": "test_texts", "long": "test_images"}  # whose instructions are held out
 
 
 def precision() -> torch.dtype:
@@ -54,7 +59,7 @@ class Measures:
         sizes: Mapping[str, int],
         names: Sequence[str] = ("test_texts", "test_images"),
     ) -> None:
-        self.world, self.sizes = world, sizes
+        self.world, self.sizes, self.sets = world, sizes, sets
         # fp32, whatever models are measured in: the original is what all are held against
         scored = load_scored("original", str(original), dtype=torch.float32)
         self.references = {}
@@ -66,10 +71,12 @@ class Measures:
             self.references[name] = Reference.of(scored, asked, written)
         self.depends = dependence(self.references["test_images"], scored)
 
-    def of(self, path: Path, *, ifeval: Mapping[str, int] | None = None) -> dict[str, Any]:
+    def of(
+        self, path: Path, *, ifeval: Mapping[str, int] | None = None, lengths: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
         """Every measure of the model in this folder: {name: value}, and bootstrap half-widths in "half".
 
-        ifeval: number of `prompts` and `max_new_tokens`; None leaves it out, which takes longest.
+        ifeval, lengths: number of `prompts` and `max_new_tokens`; None leaves out what takes long.
         """
         scored: Scored = load_scored(path.name, str(path), dtype=precision())
         bootstrap = Bootstrap(resamples=1000)
@@ -101,9 +108,39 @@ class Measures:
         found["bits_per_byte_by_source"] = nats
         if scored.sees:
             found |= self._vision(scored)
+        if lengths is not None:
+            found |= self._lengths(scored, lengths)
         if ifeval is not None:
             for name, items in _ifeval(scored, ifeval).items():
                 keep(f"ifeval_{name}", items)
+        return found
+
+    def _lengths(self, scored: Scored, settings: Mapping[str, int]) -> dict[str, float]:
+        n = settings["prompts"]
+        shown = random.Random(3).sample(self.world.pictures(artists=SEEN), n)
+        asked = {name: [one.question for one in self.sets[of]] for name, of in SORTS.items()}
+        prompts: dict[str, list[tuple[str, tuple[Any, ...]]]] = {
+            "text": [(question.told(), ()) for question in asked["text"][:n]],
+            "long": [
+                (question.instruction, question.images) if scored.sees else (question.told(), ())
+                for question in asked["long"][:n]
+            ],
+            "short": [(NAMING[0], (picture.image(),)) for picture in shown] if scored.sees else [],
+        }
+        found = {}
+        for sort, pairs in prompts.items():
+            written = []
+            for start in range(0, len(pairs), 20):
+                batch = pairs[start : start + 20]
+                written += write_answers(
+                    scored,
+                    [scored.render(user_turn(text, len(images))) for text, images in batch],
+                    [images for _, images in batch],
+                    max_new_tokens=settings["max_new_tokens"],
+                )
+            if written:
+                found[f"tokens_{sort}"] = round(sum(len(one.ids) for one in written) / len(written), 2)
+                found[f"ended_{sort}"] = round(sum(one.stopped for one in written) / len(written), 4)
         return found
 
     def _vision(self, scored: Scored) -> dict[str, float]:

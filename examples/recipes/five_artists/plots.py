@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib import ticker  # noqa: E402
 
 DISTILLED, RIVAL, REFERENCE = "#1f6f8b", "#c8553d", "#6b6b6b"
-REPLAY = {"ce": 25, "ce_replay_10": 12.5, "ce_replay_30": 31.25, "ce_replay_50": 50}  # per cent of a step's 16 rows
 
 
 def draw(summary: Mapping[str, Any], settings: Mapping[str, Any], out: Path) -> list[Path]:
@@ -25,9 +24,8 @@ def draw(summary: Mapping[str, Any], settings: Mapping[str, Any], out: Path) -> 
         drawn.append(_arms(severe, settings, out / "arms.png"))
     if summary["modes"]:
         drawn.append(_modes(summary["modes"], out / "modes.png"))
-    replay = summary["regimes"].get("M", {}).get("severe", {})
-    if set(REPLAY) <= set(replay) and "ce" in severe:
-        drawn.append(_replay(replay, severe, out / "replay.png"))
+    if summary.get("replay"):
+        drawn.append(_replay(summary["replay"], out / "replay.png"))
     return drawn
 
 
@@ -96,20 +94,26 @@ def _modes(modes: Mapping[str, Any], path: Path) -> Path:
     return _saved(figure, path)
 
 
-def _replay(replay: Mapping[str, Any], image_rows: Mapping[str, Any], path: Path) -> Path:
-    """How much text replay is enough for CE."""
-    points = sorted(
-        [(0.0, image_rows["ce"]), *((share, replay[name]) for name, share in REPLAY.items())], key=lambda p: p[0]
-    )
+def _replay(replay: Mapping[str, Any], path: Path) -> Path:
+    """How much text replay is enough for CE; what people's texts do to it; and distilling beside it."""
+    shares = sorted(replay["ce"], key=float)
     figure, axes = plt.subplots(figsize=(5.4, 3.8))
     for metric, label, color in (("text_kl", "text", RIVAL), ("image_kl", "pictures", DISTILLED)):
-        axes.plot(
-            [share for share, _ in points], [arm[metric]["mean"] for _, arm in points], "o-", color=color, label=label
-        )
-    axes.set_xlabel("text rows, per cent of a step (cross-entropy)")
+        values = [replay["ce"][share][metric]["mean"] for share in shares]
+        axes.plot([float(share) for share in shares], values, "o-", color=color, label=label)
+    for share, arm, label in (
+        (0, "shipped", "the default, no text"),
+        (25, "ce_people", "cross-entropy on people's texts"),
+        (25, "vision_people", "distilled on people's texts"),
+    ):
+        if arm in replay:
+            value = replay[arm]["text_kl"]["mean"]
+            axes.plot(share, value, "D", color=RIVAL, markersize=6)
+            axes.annotate(label, (share, value), xytext=(7, -3), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("text rows, per cent of a step")
     axes.set_ylabel("KL to the original, nats per token")
     axes.set_ylim(bottom=0)
-    axes.legend()
+    axes.legend(title="cross-entropy", loc="lower right")
     return _saved(figure, path)
 
 

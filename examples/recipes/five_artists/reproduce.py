@@ -81,13 +81,13 @@ def arms(place: Place, run: Run) -> None:
     needs_text = any(rows_per_step(place, regime, name)["text"] for name in todo)
     answers(place, SETS if needs_text else SETS[:-1])
     sets, measures = ask(place.world(), place.settings["answers"]), references(place)
-    ifeval = place.settings["ifeval"] if follows(place.settings["ifeval"], run) else None
+    of_run = {name: place.settings[name] for name in ("ifeval", "lengths") if follows(place.settings[name], run)}
     for name in todo:
         started = time.time()
         path, record = trained(place, run, name, sets)
         release_memory()  # several runs share a GPU
         spent = time.time() - started
-        found = measures.of(path, ifeval=ifeval if name in place.settings["ifeval"]["arms"] else None)
+        found = measures.of(path, **{what: settings for what, settings in of_run.items() if name in settings["arms"]})
         found |= {
             "seconds": round(spent, 1),
             "measure_seconds": round(time.time() - started - spent, 1),
@@ -101,18 +101,19 @@ def arms(place: Place, run: Run) -> None:
             f"{'/'.join(map(str, run[:4]))}/{name}: {json.dumps({k: v for k, v in found.items() if isinstance(v, float)})}",
             flush=True,
         )
-    measure_original(place, measures, ifeval)  # last: where runs go side by side, one of them has done it by now
+    measure_original(place, measures, of_run)  # last: where runs go side by side, one of them has done it by now
 
 
-def follows(ifeval: Mapping[str, Any], run: Run) -> bool:
-    """Whether IFEval is measured on (some arms of) this run."""
-    return run[3] >= ifeval["from_seed"] and list(run[:3]) == ifeval["of"]
+def follows(measured: Mapping[str, Any], run: Run) -> bool:
+    """Whether what takes long is measured on (some arms of) this run."""
+    return run[3] >= measured["from_seed"] and list(run[:3]) == measured["of"]
 
 
-def measure_original(place: Place, measures: Any, ifeval: Mapping[str, Any] | None) -> None:
+def measure_original(place: Place, measures: Any, of_run: Mapping[str, Any]) -> None:
     found = summary.original(place.out / "results")
-    if not found or (ifeval is not None and "ifeval_strict" not in found):
-        write_json(place.out / "results" / "original.json", measures.of(place.original, ifeval=ifeval))
+    signs = {"ifeval": "ifeval_strict", "lengths": "tokens_text"}
+    if not found or any(signs[what] not in found for what in of_run):
+        write_json(place.out / "results" / "original.json", {**found, **measures.of(place.original, **of_run)})
 
 
 def references(place: Place, names: Sequence[str] = ("test_texts", "test_images")) -> Any:
@@ -389,8 +390,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif args.command == "answers":
         answers(place)
     elif args.command == "original":
-        seeds = place.settings["ifeval"]["from_seed"] < place.settings["seeds"]
-        measure_original(place, references(place), place.settings["ifeval"] if seeds else None)
+        some = {name: place.settings[name] for name in ("ifeval", "lengths")}
+        measured = {name: it for name, it in some.items() if it["from_seed"] < place.settings["seeds"]}
+        measure_original(place, references(place), measured)
     elif args.command == "report":
         report(place, args.results)
     else:

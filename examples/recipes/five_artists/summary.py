@@ -13,9 +13,17 @@ from scipy.stats import t as student_t
 
 METRICS = (
     "text_kl", "text_top1", "image_kl", "image_kl_dependent", "image_kl_rest", "bits_per_byte", "ifeval_strict", "ifeval_loose",
-    "ifeval_tokens", "ifeval_stopped",
+    "ifeval_tokens", "ifeval_stopped", "tokens_text", "ended_text", "tokens_long", "ended_long", "tokens_short", "ended_short",
     "naming_seen", "naming_new", "naming_exchanged", "yes_no", "recovered_text_kl", "seconds",
 )  # fmt: skip
+# CE arms by their share of text rows, per cent of a step's 16; the first is of regime P
+REPLAY = {
+    "0": ("P", "ce"),
+    "12.5": ("M", "ce_replay_10"),
+    "25": ("M", "ce"),
+    "31.25": ("M", "ce_replay_30"),
+    "50": ("M", "ce_replay_50"),
+}
 SCREEN = ("aligned", "P", "severe", 0)
 Results = dict[
     tuple[str, str, str, int, str], dict[str, Any]
@@ -87,6 +95,31 @@ def paired(results: Results, tower: str, others: Sequence[str] = ("ce", "none", 
                         differences[metric] = interval(both)
                 found.setdefault(regime, {}).setdefault(drift, {})[f"{arm} - {other}"] = differences
     return found
+
+
+def replay(results: Results, shipped: str) -> dict[str, Any]:
+    """{"ce": {share: {metric: interval}}, "shipped", "ce_people", "vision_people": {metric: interval}}, over the seeds that have all shares;
+    {} without one. An arm that some of these seeds lack is left out."""
+
+    def of(regime: str, arm: str, seed: int) -> dict[str, Any] | None:
+        return results.get(("aligned", regime, "severe", seed, arm))
+
+    seeds = [
+        seed for seed in sorted({key[3] for key in results}) if all(of(*where, seed) for where in REPLAY.values())
+    ]
+    if not seeds:
+        return {}
+
+    def spread(regime: str, arm: str) -> dict[str, Any]:
+        found = [of(regime, arm, seed) or {} for seed in seeds]
+        return {metric: interval([one[metric] for one in found]) for metric in ("text_kl", "image_kl", "naming_seen")}
+
+    beside = {"shipped": ("P", shipped), "ce_people": ("M", "ce_people"), "vision_people": ("M", "vision_people")}
+    whole = {name: where for name, where in beside.items() if all(of(*where, seed) for seed in seeds)}
+    return {
+        "ce": {share: spread(*where) for share, where in REPLAY.items()},
+        **{name: spread(*where) for name, where in whole.items()},
+    }
 
 
 def choose(folder: Path, settings: Mapping[str, Any]) -> tuple[str | None, list[str]]:
@@ -161,6 +194,7 @@ def write(made: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
         "decisive": chosen,
         "regimes": main,
         "paired": paired(results, "aligned"),
+        "replay": replay(results, shipped),
         "modes": {
             path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((made / "modes").glob("*.json"))
         },
