@@ -1,8 +1,7 @@
 """Draw the README's figure of one training step: `python docs/figures/draw_step.py` (seconds, CPU).
 
-A small batch goes through the library's own `plan_queries` and `confident_tokens`, with the defaults of `LinguDistillConfig` but for `SHOWN`; cells,
-arrows and losses are coloured from what these return. Only the words of the batch and the probabilities of its labels are
-invented. The output holds no date: the same versions draw the same bytes.
+A small batch goes through the library's own `plan_queries`, with the defaults of `LinguDistillConfig`; cells, arrows and losses are
+coloured from what it returns. Only the words of the batch are invented. The output holds no date: the same versions draw the same bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from matplotlib.patches import FancyBboxPatch, Polygon, Rectangle
 from matplotlib.textpath import TextPath
 
 from hf_lingudistill.config import LinguDistillConfig
-from hf_lingudistill.losses import confident_tokens
 from hf_lingudistill.queries import QueryPlan, Vocabulary, plan_queries
 from hf_lingudistill.sharing import MODES, sharing
 
@@ -36,8 +34,6 @@ Source = Literal["student", "own", "features", "nothing"]
 LM_MODES = [name for name, mode in MODES.items() if not mode.sees]  # a VLM that sees for itself shares nothing to draw
 NUMBERS = {4: "Four", 5: "Five", 6: "Six"}
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(LinguDistillConfig)}
-# The step that is drawn: a mode that shares text too, and the gate, show more of what there is than the defaults do
-SHOWN = DEFAULTS | {"kv_sharing": "prompt", "distill_tokens": "confident"}
 
 # --------------------------------------------------------------------------------------------------------------------
 # The batch
@@ -53,10 +49,6 @@ GROUPS = (
 MARKED = tuple(token for _, tokens in GROUPS for token in tokens)
 UNMARKED = ("Be", "brief", IMAGE, IMAGE, IMAGE, "Is", "it", "red?", "AI:", "Yes", ".", "eos", PAD, PAD)
 NUM_RESPONSE = {MARKED: 5, UNMARKED: 3}
-
-# Probability of each label of the marked row: the student has seen the image, the teacher knows how to speak.
-STUDENT_PROBABILITY = (0.35, 0.85, 0.80, 0.50, 0.45)
-TEACHER_PROBABILITY = (0.65, 0.20, 0.30, 0.85, 0.80)
 
 
 @dataclass(frozen=True)
@@ -129,15 +121,15 @@ class Losses:
 
 
 def losses(batch: Batch, plan: QueryPlan) -> Losses:
-    """Where cross-entropy and KL fall, with the trainer's own gate and weights."""
-    student, teacher = (torch.tensor(p).log() for p in (STUDENT_PROBABILITY, TEACHER_PROBABILITY))
-    passed = torch.ones_like(student, dtype=torch.bool)
-    if SHOWN["distill_tokens"] == "confident":
-        passed = confident_tokens(teacher, student, SHOWN["distill_margin"])
-    at = plan.loss_rows[passed], plan.loss_positions[passed]
+    """Where cross-entropy and KL fall, with the trainer's own weights."""
+    if DEFAULTS["distill_tokens"] != "all":
+        raise ValueError(
+            "The figure has KL at every token that the teacher is asked about: redraw it for this default."
+        )
+    at = plan.loss_rows, plan.loss_positions
     ce = (batch.labels[:, 1:] != -100).float()
     kl = torch.zeros_like(ce)
-    ce[at], kl[at] = SHOWN["ce_weight"], SHOWN["distill_weight"]
+    ce[at], kl[at] = DEFAULTS["ce_weight"], DEFAULTS["distill_weight"]
     return Losses(ce=ce, kl=kl, candidates=plan.loss_positions.tolist())
 
 
@@ -248,98 +240,90 @@ def draw_groups(canvas: Canvas, y: float) -> None:
 
 
 def draw_models(canvas: Canvas, plan: QueryPlan, top: float) -> float:
-    """Student, teacher, and what the one reads of the other. Returns the bottom."""
-    reads, queries = sources(plan), queried(plan)
-    teacher_left = WIDTH - MARGIN - 9 - COLUMN * len(queries)
-    teacher_box = teacher_left - 9
-    if teacher_box < RIGHT + 16:
+    """Student, VLM before, teacher, one under the other, and what the last reads of the second. Returns the bottom."""
+    if plan.sharing.source != "before":
         raise ValueError(
-            f"The figure has room for a teacher that computes the response, found {len(queries)} positions with "
-            f"kv_sharing={plan.sharing.name!r}: redraw it for this default."
+            f"With kv_sharing={plan.sharing.name!r} the VLM before lends nothing: redraw the figure for this default."
         )
-    y_tokens = top + 66
-    y_layers = [y_tokens + 34 + offset for offset in (0, 42, 98)]
-    bottom = y_layers[-1] + 62
+    reads, queries, lent = sources(plan), set(queried(plan)), plan.columns_read
+    width = WIDTH - 2 * MARGIN
 
-    canvas.box(MARGIN, top, RIGHT + 8 - MARGIN, bottom - top, 6, facecolor=STUDENT_PALE, edgecolor=STUDENT_FILL)
-    canvas.heading(MARGIN + INSET, top + 16, "Student", "the VLM, in training", STUDENT)
-    leaves = "runs once over every token and leaves its keys and values (KV) at every layer"
-    canvas.text(MARGIN + INSET, top + 33, leaves)
-    width = WIDTH - MARGIN - teacher_box
-    canvas.box(teacher_box, top, width, bottom - top, 6, facecolor=TEACHER_PALE, edgecolor=TEACHER_FILL)
-    canvas.heading(teacher_box + INSET, top + 16, "Teacher", "its original LM", TEACHER)
-    quantization = SHOWN["teacher_quantization"]
-    canvas.text(teacher_box + INSET, top + 33, f"frozen, {quantization.upper()}, has no eyes")
+    def box(y: float, height: float, heading: str, text: str, below: str, *, of_teacher: bool = False) -> None:
+        pale, edge, ink = (
+            (TEACHER_PALE, TEACHER_FILL, TEACHER) if of_teacher else (STUDENT_PALE, STUDENT_FILL, STUDENT)
+        )
+        canvas.box(MARGIN, y, width, height, 6, facecolor=pale, edgecolor=edge)
+        canvas.heading(MARGIN + INSET, y + 16, heading, text, ink)
+        canvas.text(MARGIN + INSET, y + 33, below)
 
-    draw_groups(canvas, y_tokens)
-    canvas.brace(teacher_left, y_tokens, len(queries), "runs on these alone")
-    canvas.tokens(MARKED, y_tokens)
-    canvas.tokens([MARKED[position] for position in queries], y_tokens, teacher_left)
+    def layers(y: float) -> list[float]:
+        """Where the first and the last layer's cells begin; dots between them."""
+        for height, name in ((y, "layer 1"), (y + 42, "layer L")):
+            canvas.text(MARGIN + INSET, height + CELL_HEIGHT / 2, name, color=MUTED)
+        for dot in range(3):
+            canvas.bar(MARGIN + INSET + 18, y + 25 + 5 * dot, 1.6, 1.6, MUTED)
+        return [y, y + 42]
 
-    read = [position for position, source in enumerate(reads) if source == "student"]
-    for y, name in zip(y_layers, ("layer 1", "layer 2", "layer L"), strict=True):
-        canvas.text(MARGIN + INSET, y + CELL_HEIGHT / 2, name, color=MUTED)
-        for position in range(len(MARKED)):
-            canvas.cell(column(position), y, "KV", fill=STUDENT_FILL, color=STUDENT)
-        for slot, position in enumerate(queries):
-            content = "QKV" if reads[position] == "own" else "Q"
-            canvas.cell(teacher_left + COLUMN * slot, y, content, fill=TEACHER_FILL, color=TEACHER)
-        if read:
-            under, rail = y + CELL_HEIGHT, y + CELL_HEIGHT + 10
-            asking = [teacher_left + COLUMN * (slot + 0.5) for slot in range(len(queries))]
-            canvas.line((middle(read[0]) - 0.6, rail), (asking[-1] + 0.6, rail), color=TEACHER)
-            for x in asking:
-                canvas.line((x, rail), (x, under + 1), color=TEACHER)
-            for position in read:
-                canvas.line((middle(position), rail), (middle(position), under + 4), color=TEACHER)
-                canvas.tip(middle(position), under + 1, 0, -1, TEACHER)
-    for y in range(3):
-        canvas.bar(MARGIN + INSET + 18, y_layers[1] + 31 + 5 * y, 1.6, 1.6, MUTED)
-    if read:
-        note = "at each layer the teacher's queries (Q) read the student's KV, which carry the image"
-        canvas.text(LEFT + 2, bottom - 15, note, color=TEACHER)
-    return bottom
+    box(top, 98, "Student", "the VLM, in training", "runs once over every token")
+    draw_groups(canvas, top + 66)
+    canvas.tokens(MARKED, top + 66)
+
+    y = top + 98 + 12
+    ends = "runs to the last image token, and leaves its keys and values (KV) at every layer"
+    box(y, 116, "VLM before", "frozen: a copy, or what lies under the adapter", ends)
+    for height in layers(y + 46):
+        for position in range(lent):
+            canvas.cell(column(position), height, "KV", fill=STUDENT_FILL, color=STUDENT)
+    bottom_before = y + 116
+
+    y = bottom_before + 26
+    read = [position for position, source in enumerate(reads) if source == "student" and position < lent]
+    says = "computes the text; at the image it reads the KV of the VLM before, layer by layer"
+    quantization = DEFAULTS["teacher_quantization"].upper()
+    box(y, 116, "Teacher", f"its original LM: frozen, {quantization}, has no eyes", says, of_teacher=True)
+    for height in layers(y + 46):
+        for position, source in enumerate(reads):
+            if source == "student":
+                canvas.cell(column(position), height, "KV", fill=STUDENT_FILL, color=STUDENT)
+            elif position in queries:
+                canvas.cell(column(position), height, "QKV", fill=TEACHER_FILL, color=TEACHER)
+    x = middle(read[len(read) // 2])
+    left, right = (middle(position) for position in (read[0], read[-1]))
+    start, end = bottom_before + 3, y + 1  # under the last layer's cells
+    for position in read:
+        canvas.line((middle(position), start - 10), (middle(position), start), color=STUDENT)
+    canvas.line((left, start), (right, start), color=STUDENT)
+    canvas.line((x, start), (x, end - 4), color=STUDENT)
+    canvas.tip(x, end, 0, 1, STUDENT)
+    canvas.text(x + 10, (bottom_before + y) / 2, "image tokens alone", color=STUDENT)
+    return y + 116
 
 
 def draw_losses(canvas: Canvas, found: Losses, top: float) -> float:
-    """What each position predicts, how sure the two are of it, and the loss there. Returns the bottom."""
+    """What each position predicts, and the loss there. Returns the bottom."""
     remark = column(found.candidates[0]) - 8
     y = top + 22
     canvas.heading(MARGIN + INSET, y, "Loss")
     canvas.text(remark, y, "next token", color=MUTED, ha="right")
     for position in found.candidates:
-        canvas.line((middle(position), top + 1), (middle(position), top + 8), color=STUDENT)
-        canvas.tip(middle(position), top + 12, 0, 1, STUDENT)
+        canvas.line((middle(position), top + 1), (middle(position), top + 8), color=TEACHER)
+        canvas.tip(middle(position), top + 12, 0, 1, TEACHER)
         canvas.text(middle(position), y, MARKED[position + 1], TOKEN, ha="center")
-    y += 12
-    height = 26
-    canvas.text(remark, y + 14, "its probability (an example)", color=MUTED, ha="right")
-    for position, student, teacher in zip(found.candidates, STUDENT_PROBABILITY, TEACHER_PROBABILITY, strict=True):
-        x, base = middle(position), y + height
-        canvas.bar(x - 9, base - height * student, 8, height * student, STUDENT_FILL)
-        canvas.bar(x + 1, base - height * teacher, 8, height * teacher, TEACHER_FILL)
-        canvas.line((x - 12, base), (x + 12, base), color=MUTED, width=0.6)
-    y += height + 8
-    weight = SHOWN["ce_weight"]
+    y += 16
+    weight = DEFAULTS["ce_weight"]
     beside = "" if weight == 1 else f" (\u00d7{weight:g} beside KL)"
     canvas.text(remark, y + 10, "cross-entropy: every response token" + beside, ha="right")
     draw_cross_entropy(canvas, found, 0, y)
     y += ROW
-    confident = SHOWN["distill_tokens"] == "confident"
-    where = "where the teacher is at least as sure" if confident else "every token the teacher is asked about"
-    canvas.text(remark, y + 10, f"KL: {where}", ha="right")
+    canvas.text(remark, y + 10, "KL: every token that the teacher is asked about", ha="right")
     for position in found.candidates:
         if found.kl[0, position] > 0:
             canvas.cell(column(position), y, "KL", fill=TEACHER_FILL, color=TEACHER)
         else:
             canvas.cell(column(position), y, edgecolor=TEACHER_FILL, linestyle=DASHED)
-    x, end = RIGHT + 60, column(found.candidates[-1] + 1) + 4
-    canvas.line((x, top), (x, y + 10), (end + 4, y + 10), color=TEACHER)
-    canvas.tip(end, y + 10, -1, 0, TEACHER)
-    canvas.text(x + 10, top + 22, "dropped after training:")
-    canvas.text(x + 10, top + 38, "same VLM, same cost")
-    canvas.text(x + 10, y - ROW + 10, f"drawn: kv_sharing={SHOWN['kv_sharing']},", color=MUTED)
-    canvas.text(x + 10, y + 10, f"distill_tokens={SHOWN['distill_tokens']}", color=MUTED)
+    canvas.text(RIGHT + 18, top + 22, "Teacher and copy are dropped")
+    canvas.text(RIGHT + 18, top + 38, "after training: same VLM,")
+    canvas.text(RIGHT + 18, top + 54, "same cost")
     return y + CELL_HEIGHT
 
 
@@ -382,9 +366,9 @@ def draw_modes(canvas: Canvas, batch: Batch, top: float) -> float:
     y += 4
     x = float(LEFT)
     for label, content, style in (
-        ("the student's KV", "", styles["student"]),
+        ("the VLM's KV", "", styles["student"]),
         ("the teacher's own KV", "KV", styles["own"]),
-        ("from the student's image features", "KV", styles["features"]),
+        ("from the VLM's image features", "KV", styles["features"]),
         ("not read", "", styles["nothing"]),
     ):
         canvas.cell(x, y, content, color=TEACHER, **style)
@@ -394,7 +378,7 @@ def draw_modes(canvas: Canvas, batch: Batch, top: float) -> float:
 
 def draw() -> Figure:
     batch = make_batch()
-    plan = batch.plan(SHOWN["kv_sharing"])
+    plan = batch.plan(DEFAULTS["kv_sharing"])
     found = losses(batch, plan)
     canvas = Canvas()
     y = draw_models(canvas, plan, MARGIN)
