@@ -438,7 +438,7 @@ def _seed_0_on_a_cpu() -> dict[str, Any]:
             continue
         arm = "ce_replay_25" if (regime, arm) == ("M", "ce") else arm
         if regime == "P" or arm.endswith("_people") or arm.startswith("ce_replay"):
-            arms[arm] = {metric: {"mean": row[metric]} for _, metric, _ in ARM_COLUMNS if row.get(metric) is not None}
+            arms[arm] = {metric: {"mean": value} for metric, value in row.items() if isinstance(value, (int, float))}
     return arms
 
 
@@ -489,6 +489,36 @@ def five_artists_cpu_says() -> str:
         f"*The better parent of every token* ({of('parents')}) does not beat a parent per row ({of('vision_parents')}).",
     ]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def five_artists_lengths() -> str:
+    """Length of greedy answers, of the models that were asked: seed 0 on a CPU."""
+    arms = _seed_0_on_a_cpu() | {"original": _read(ON_A_CPU)["regimes"]["P"]["severe"]["original"]}
+    columns = (("an instruction", "text"), ("an instruction about a picture", "long"), ("its name", "short"))
+    lines = [
+        "| asked for | " + " | ".join(title for title, _ in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for name in (
+        "original",
+        "before",
+        "on_policy",
+        "on_policy_none",
+        "ce",
+        "none",
+        "vision_before",
+        "vision_before_ce05",
+    ):
+        arm = arms.get(name, {})
+        if "tokens_text" in arm:
+            cells = [
+                f"{arm[f'tokens_{sort}']['mean']:.0f} ({arm[f'ended_{sort}']['mean']:.0%})"
+                if f"tokens_{sort}" in arm
+                else "-"
+                for _, sort in columns
+            ]
+            lines.append(f"| {ARM_TITLES.get(name, f'`{name}`')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def five_artists_mild() -> str:
@@ -783,6 +813,7 @@ BLOCKS = {
     "five_artists_cpu_replay": five_artists_cpu_replay,
     "five_artists_cpu_arms": five_artists_cpu_arms,
     "five_artists_cpu_says": five_artists_cpu_says,
+    "five_artists_lengths": five_artists_lengths,
     "gpu_cost": gpu_cost,
     "gpu_claim": gpu_claim,
     "on_policy_cost": on_policy_cost,
