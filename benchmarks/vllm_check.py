@@ -53,9 +53,9 @@ def keep_plain_products() -> None:
 
 def train(student: str, teacher: str, sampler: str) -> list[dict[str, float]]:
     """-> what each of two steps logged."""
-    import torch
+    from hf_lingudistill.machine import machine
 
-    on_cpu = not torch.accelerator.is_available()
+    on_cpu = not machine().accelerated
     chosen: dict[str, Any] = {"generation_kwargs": {"do_sample": False}}
     if sampler == "vllm":
         chosen = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3}
