@@ -486,7 +486,8 @@ def five_artists_cpu_says() -> str:
         f"{of('interpolate_03', 'image_kl')} against {of('vision_before_ce05', 'image_kl')} for the default. `lingudistill blend --keep` looks "
         "for such points.",
         f"*LoRA* (rank 16, at 5e-4) brings back less than full training, distilled ({of('vision_lora')}) or not ({of('ce_lora')}).",
-        f"*The better parent of every token* ({of('parents')}) does not beat a parent per row ({of('vision_parents')}).",
+        f"*The better parent of every token* ({of('parents')}) does not beat a parent per row ({of('vision_parents')}), and on texts that people "
+        f"wrote it is {of('parents_people')}, against {of('vision_people')} where the LM judges all of such a row.",
     ]
     return "\n".join(f"- {line}" for line in lines)
 
