@@ -314,6 +314,8 @@ class FsdpUnit:
     """A unit of a model under FSDP2, whose weights can be kept whole through many forwards without a backward pass.
 
     torch has no public way back from `set_reshard_after_forward`, and notes every forward for the order of the next backward pass.
+
+    groups: its parameter groups, which several units may share. resharded: what each does after a forward, None to stay gathered.
     """
 
     def __init__(self, module: Any) -> None:
@@ -324,11 +326,13 @@ class FsdpUnit:
         self.resharded = [one.post_forward_mesh_info for one in self.groups]
 
     def keep_gathered(self) -> None:
+        """Gather its weights, by all processes at once; forwards leave them so."""
         for group in self.groups:
             group.post_forward_mesh_info = None
         self.module.unshard()
 
     def scatter(self) -> None:
+        """Cut them again, and forget the forwards in between."""
         for group, resharded in zip(self.groups, self.resharded, strict=True):
             group.post_forward_mesh_info = resharded
             group._post_forward_indices.clear()

@@ -76,7 +76,7 @@ class Before:
     def can_lend(self, inputs: Mapping[str, Any], columns: int, text: torch.Tensor) -> bool:
         """Whether its first columns can be had without those behind them: rows can be cut, and no token sees a later one that is cut
         off, as the prompt of a prefix LM would. Tried on these inputs, and on text alone, (1, n) token ids, as a prompt."""
-        if self.sharded or not _can_be_cut(inputs) or mixers_of(decoder_of(self.model)):
+        if not _can_be_cut(inputs) or mixers_of(decoder_of(self.model)):
             return False
         kinds = {name: torch.zeros_like(text) for name in _COLUMNS[2:] if name in inputs}
         try:

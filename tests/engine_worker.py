@@ -115,6 +115,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "on-policy vision": {**ON_POLICY, "kv_sharing": "vision", "rows": "alternating", "beta": 0.5},
     "on-policy lora": {**ON_POLICY, "adapter": True},
     "on-policy, untied": {**ON_POLICY, "tied": False, "rows": "alternating", "kv_sharing": "vision"},
+    "on-policy compiled": {**ON_POLICY, "torch_compile": True, "torch_compile_backend": "eager"},
     "on-policy evaluation": {
         **ON_POLICY,
         **EVALUATED,

@@ -417,9 +417,14 @@ def test_where_the_student_is_split_the_vlm_before_is(small: tuple[ModelFacts, M
     assert before == {"none": 0, "read": piece, "judge": piece + head, "sampled": piece + head, "adapter": 0}
     sampling = plans["sampled"].moments["sampling"]
     whole = make_plan(*small, Setup(kv_sharing="prompt", kv_source="student", on_policy=True)).moments["sampling"]
-    expected = plans["sampled"].lines["weights"] + student.parameters * 2 + plans["sampled"].sampling_kv
-    assert sampling > expected > sampling - plans["sampled"].peak / 2 and "sampling" not in plans["read"].moments
-    assert whole > sampling  # control: nothing is in pieces there
+    standing = ["weights", "optimizer states", "teacher", "VLM before"]
+    standing += ["engine buffers"] if engine == "zero3" else []  # FSDP2 gathers the weights that its buffers are
+    held = sum(plans["sampled"].lines[line] for line in standing)
+    assert sampling == held + student.parameters * 2 + plans["sampled"].sampling_kv
+    assert "sampling" not in plans["read"].moments
+    assert (
+        whole - plans["sampled"].sampling_kv > 1.5 * held
+    )  # control: nothing is in pieces there, and nothing gathered
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])

@@ -183,8 +183,10 @@ def moments_of(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Iterat
     standing = _standing(student, teacher, setup)
     if setup.on_policy:  # before anything else, and without the gradients of an accumulation
         held = {"sampling KV": kv_bytes(student, setup) * setup.accumulation}
-        if setup.splits:  # the engine's buffers are among them
-            held |= {"gathered weights": student.parameters * setup.compute_bytes, "engine buffers": 0}
+        if setup.splits:
+            held["gathered weights"] = student.parameters * setup.compute_bytes
+        if setup.engine == "fsdp2":
+            held["engine buffers"] = 0  # what it gathers elsewhere is among these
         yield "sampling", standing | held
     gradients = _gradient_bytes(student, setup)
     if setup.accumulation > 1:
