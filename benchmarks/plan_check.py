@@ -379,7 +379,7 @@ def check_cost() -> dict[str, Any]:
     vlm.vision_config.intermediate_size = 384
     student, teacher = model_facts(vlm), model_facts(lm)
     rows = {}
-    for arm in ("full", "prompt", "vision", "none"):
+    for arm in ("full", "prompt", "vision", "vision_before", "none", "inputs"):
         setup = Setup(
             seq_len=shape["length"],
             image_tokens=shape["image_tokens"],
@@ -388,8 +388,8 @@ def check_cost() -> dict[str, Any]:
             mixed_precision="no",
             gradient_checkpointing=shape["gradient_checkpointing"],
             teacher_quantization=shape["teacher_quantization"],
-            kv_sharing=arm,
-            kv_source="student",
+            kv_sharing=arm.removesuffix("_before"),
+            kv_source="before" if arm.endswith("_before") else "student",
             device="cpu",
         )
         row = result["arms"][arm]

@@ -67,7 +67,12 @@ ARM_TITLES = {
     "ce_replay_25": "CE, 4 of 16 rows are text",
     "interpolate_03": "interpolation .3 (nearer to the original), no training",
     "interpolate_07": "interpolation .7, no training",
-    "vision_lora": "`vision`, LoRA 16",
+    "vision_before_lora": "`vision_before`, LoRA 16",
+    "vision_before_half": "`vision_before` at half the learning rate",
+    "vision_half": "`vision` at half the learning rate",
+    "vision_before_confident": "`vision_before`, `confident`, `ce_weight` .5",
+    "vision_before_confident_ce0": "`vision_before`, `confident`, `ce_weight` 0",
+    "vision_confident": "`vision`, `confident`, `ce_weight` 0",
     "caption": "KL to the original told the caption (upper bound)",
     "interpolate_05": "interpolation .5, no training",
     "ce_lora": "CE, LoRA 16",
@@ -320,10 +325,10 @@ def five_artists_claim() -> str:
     back = arms[name]["recovered_text_kl"]
     return (
         f"- **Measured** ({seeds} seeds, {found['device'].split(' ')[1]}, 135M): the default brings {back['mean']:.0%} ± {back['half']:.0%} of the "
-        f"lost language back. Than cross-entropy on the same rows it leaves {less(name, 'text_kl')} less distance to the original on "
-        f"text, {less(name, 'image_kl')} about pictures; a blind teacher {less('none', 'text_kl')} and {less('none', 'image_kl')} "
+        f"lost language back. It ends {less(name, 'text_kl')} closer to the original on text than cross-entropy on the same rows, "
+        f"{less(name, 'image_kl')} about pictures; a blind teacher {less('none', 'text_kl')} and {less('none', 'image_kl')} "
         "([second recipe](examples/recipes/five_artists/README.md)). Instruction following (IFEval) did not come "
-        "back. Mixing weights towards the original gets nearer on text and loses sight."
+        "back. Mixing weights towards the original is nearer on text and loses sight (one seed)."
     )
 
 
@@ -360,8 +365,9 @@ def five_artists_says() -> str:
         f"A teacher that is told the caption, the upper bound, reaches {_less('P', 'severe', 'caption', 'ce', 'image_kl')}. At mild drift "
         f"`none` and `vision_before` are no better than cross-entropy ({of('none', 'image_kl', mild)}, {of('vision_before', 'image_kl', mild)}, "
         f"{of('ce', 'image_kl', mild)}): there the labels beside the teacher (`ce_weight` .5) are what helps.",
-        f"*Sight stays*: the default names {gained(default, 'before', 'naming_seen')} more of the drawings by known artists than the VLM before, "
-        f"{gained(default, 'before', 'naming_new')} of those by the new one, and says yes or no {gained(default, 'before', 'yes_no')} better.",
+        f"*Sight stays*: against the VLM before, the default names {gained(default, 'before', 'naming_seen')} of the drawings by known artists, "
+        f"{gained(default, 'before', 'naming_new')} of those by the new one, and answers {gained(default, 'before', 'yes_no')} of the yes/no questions "
+        "right.",
         f"*With text rows at hand* the blind teacher is best on text ({of('none', 'text_kl', texts)} against "
         f"{of(default, 'text_kl', texts)}), the default on pictures ({of(default, 'image_kl', texts)} against {of('none', 'image_kl', texts)}).",
         f"*Lengths*: asked IFEval's prompts, the original writes {severe['original']['ifeval_tokens']['mean']:.0f} tokens (at most 256) and ends "
@@ -371,6 +377,8 @@ def five_artists_says() -> str:
             for arm in ("none", "ce", default, "vision_before")
         )
         + ". Sharing shortens answers; a blind teacher's length is the original's.",
+        f"*IFEval does not come back*: every arm is below the original ({of('original', 'ifeval_strict')}) and none above the VLM before; `none` is at "
+        f"{gained('none', 'before', 'ifeval_strict')} against it, the default at {gained(default, 'before', 'ifeval_strict')}.",
         f"*Interpolation* costs nothing and is far behind at severe drift ({of('interpolate_05', 'text_kl')}); at mild drift it beats "
         f"cross-entropy on text ({of('interpolate_05', 'text_kl', mild)} against {of('ce', 'text_kl', mild)}) and is twice as far on pictures.",
         f"*On-policy did not pay here*: text {of('on_policy', 'text_kl')}, pictures {of('on_policy', 'image_kl')}, where cross-entropy has "
@@ -386,39 +394,42 @@ def five_artists_targets() -> str:
     summary = _read(SUMMARY)
     arms, default = _of("P", "severe"), summary["default"]
     names = summary["paired"]["P"]["severe"][f"{default} - before"]["naming_seen"]
-    rows = [
-        (
-            "text fidelity lost to drift that comes back",
-            ">= 90 %",
-            _spread(arms[default]["recovered_text_kl"], 3),
-            "met",
-        ),
+
+    def share_less(other: str, metric: str) -> float:
+        difference: float = summary["paired"]["P"]["severe"][f"{default} - {other}"][metric]["mean"]
+        return -difference / float(arms[other][metric]["mean"])
+
+    back = arms[default]["recovered_text_kl"]
+    strict, whole = arms[default]["ifeval_strict"], arms["original"]["ifeval_strict"]
+    verdicts = [
+        ("text fidelity lost to drift that comes back", ">= 90 %", _spread(back, 3), back["mean"] >= 0.9),
         (
             "the default's remaining text KL below cross-entropy's",
             ">= 25 %",
             _less("P", "severe", default, "ce", "text_kl"),
-            "met",
+            share_less("ce", "text_kl") >= 0.25,
         ),
         (
             "KL of answers about pictures below cross-entropy's",
             ">= 30 %",
             _less("P", "severe", default, "ce", "image_kl"),
-            "**missed**",
+            share_less("ce", "image_kl") >= 0.3,
         ),
         (
             "sharing below no sharing where the picture matters",
             ">= 20 %",
             _less("P", "severe", default, "none", "image_kl_dependent"),
-            "met",
+            share_less("none", "image_kl_dependent") >= 0.2,
         ),
-        ("names against the VLM before", "within .01", _spread(names, 3, "+"), "met"),
+        ("names against the VLM before", ">= -.01", _spread(names, 3, "+"), names["mean"] >= -0.01),
         (
             "IFEval, strict, against the original's",
             "within .02",
-            f"{_spread(arms[default]['ifeval_strict'], 3)} against {_spread(arms['original']['ifeval_strict'], 3)}",
-            "**missed**",
+            f"{_spread(strict, 3)} against {_spread(whole, 3)}",
+            strict["mean"] >= whole["mean"] - 0.02,
         ),
     ]
+    rows = [(*row, "met" if met else "**missed**") for *row, met in verdicts]
     return "\n".join(["| what | asked | found | |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
@@ -485,7 +496,7 @@ def five_artists_cpu_says() -> str:
         f"and pays with sight: names {of('interpolate_03', 'naming_seen', 2)} against {of('before', 'naming_seen', 2)} before, pictures "
         f"{of('interpolate_03', 'image_kl')} against {of('vision_before_ce05', 'image_kl')} for the default. `lingudistill blend --keep` looks "
         "for such points.",
-        f"*LoRA* (rank 16, at 5e-4) brings back less than full training, distilled ({of('vision_lora')}) or not ({of('ce_lora')}).",
+        f"*LoRA* (rank 16, at 5e-4) brings back less than full training, distilled ({of('vision_before_lora')}) or not ({of('ce_lora')}).",
         f"*The better parent of every token* ({of('parents')}) does not beat a parent per row ({of('vision_parents')}), and on texts that people "
         f"wrote it is {of('parents_people')}, against {of('vision_people')} where the LM judges all of such a row.",
     ]
@@ -670,7 +681,7 @@ def plan_smallest() -> str:
 def plan_lines() -> str:
     """Where the memory of a device goes, on the smallest set-up of 80 GiB cards."""
     columns = ("weights", "gradients", "optimizer states", "activations", "recorded KV", "logits")
-    others = ("autocast copies", "engine buffers")
+    others = ("autocast copies", "engine buffers", "VLM before")
     head = ["student", "training", "set-up", "peak at", *columns, "other", "teacher", "needed", "step over SFT"]
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, pair in _pairs().items():

@@ -19,5 +19,5 @@ NOT_FINITE = 4
 
 SUMMARY = (
     "Exit codes: 0 done, or it fits; 1 it does not fit (check, plan, blend); 2 bad input, said in one sentence (LINGUDISTILL_DEBUG=1 "
-    "shows the traceback); 3 trained and saved, but not published; 4 stopped at a step that is not finite."
+    "shows the traceback); 3 not published (after a training: saved); 4 stopped at a step that is not finite."
 )

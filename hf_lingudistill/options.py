@@ -131,15 +131,13 @@ class DistillOptions:
         "Ask the VLM before once, before training, and keep its most likely tokens at each label: full fine-tuning holds no second model "
         "(docs/caches.md).",
     )
-    anchor_cache_k: int = _option(64, "How many of them; the others count as one. What they hold together is logged.")
+    anchor_cache_k: int = _option(64, "Tokens kept per label; the rest count as one. Its probability is logged.")
     teacher_cache: bool = _option(
         False,
         "Ask the teacher once, before training, about rows where it reads nothing that training moves, and keep its hidden states; if that "
         "is all rows, it leaves the memory.",
     )
-    cache_dir: str | None = _option(
-        None, "Where both are kept, and found again by other runs. Left out: output_dir/caches."
-    )
+    cache_dir: str | None = _option(None, "Folder of both caches; other runs can use it. Left out: output_dir/caches.")
     skip_bad_rows: bool = _option(
         False,
         "Skip rows that cannot be trained on (unreadable image, empty answer, ...) and count them; else stop at the first.",

@@ -22,6 +22,7 @@ from hf_lingudistill.labs.world import align
 from hf_lingudistill.labs.world.art import ARTISTS
 from hf_lingudistill.labs.world.pictures import SEEN, Picture, World
 from hf_lingudistill.labs.world.questions import as_dataset
+from hf_lingudistill.sharing import MODES
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "examples/recipes/five_artists"
@@ -38,6 +39,7 @@ TINY: dict[str, Any] = {
         "aligned": {"rounds": [{"steps": 4, "batch_size": 4}, {"steps": 2, "batch_size": 4}]},
         "polished": {"from": "aligned", "steps": 2, "batch_size": 2, "learning_rate": 1e-3},
         "joint": {"from": "aligned", "steps": 2, "batch_size": 2, "lm_lr": 1e-3, "vision_lr": 1e-3},
+        "turned": {"from": "aligned", "cosine": 0.3, "steps": 2, "batch_size": 2, "lm_lr": 1e-3, "vision_lr": 1e-3},
     },
     "drift": {"severe": {"steps": 3, "batch_size": 4, "lm_lr": 1e-2, "vision_lr": 1e-4}},
     "answers": {
@@ -48,8 +50,8 @@ TINY: dict[str, Any] = {
         "test_texts": {"n": 6, "max_new_tokens": 6},
     },
     "measure": {"test_texts": 6, "test_images": 6, "passages": 1, "naming": 8, "yes_no": 4, "exchanged": 4},
-    "ifeval": {"prompts": 3, "max_new_tokens": 4, "from_seed": 1, "of": ["aligned", "P", "severe"], "arms": ["before", "ce", "vision"]},
-    "lengths": {"prompts": 3, "max_new_tokens": 4, "from_seed": 1, "of": ["aligned", "P", "severe"], "arms": ["before"]},
+    "ifeval": {"prompts": 3, "max_new_tokens": 4, "from_seed": 1, "of": [["aligned", "P", "severe"]], "arms": ["before", "ce", "vision"]},
+    "lengths": {"prompts": 3, "max_new_tokens": 4, "from_seed": 1, "of": [["aligned", "P", "severe"]], "arms": ["before"]},
     "modes": {"test_images": 6},
     "regimes": {"P": {"short": 2, "long": 2, "text": 0}, "M": {"short": 1, "long": 1, "text": 2}},
 }  # fmt: skip
@@ -146,8 +148,22 @@ def test_the_recipe_runs_from_end_to_end_and_goes_on_where_it_was(
         "P",
         "severe",
         0,
-        ["before", "ce", "none", "vision", "caption", "interpolate_05", "ce_lora", "on_policy", "parents"],
+        [
+            "before",
+            "ce",
+            "none",
+            "vision",
+            "caption",
+            "interpolate_05",
+            "ce_07",
+            "ce_long",
+            "ce_lora",
+            "on_policy",
+            "parents",
+        ],
     )
+    assert place.settings["arms"]["ce_07"]["of"] == "ce"
+    place.settings["arms"]["ce_long"]["max_steps"] = 3
     reproduce.arms(place, run)
     results = {arm: json.loads(reproduce.result_path(place, run, arm).read_text()) for arm in run[4]}
     for arm, result in results.items():
@@ -158,6 +174,18 @@ def test_the_recipe_runs_from_end_to_end_and_goes_on_where_it_was(
         }
         assert left_out == {"recovered_text_kl"}, arm
         assert result["text_kl"] > 0 and result["image_kl"] > 0, arm
+    # Moved towards the original, what was trained has the record of its training, and lies nearer; a longer arm goes on longer
+    assert results["ce_07"]["training"] == results["ce"]["training"] | {"alpha": 0.7}
+    assert results["ce_07"]["text_kl"] < results["ce"]["text_kl"]
+    assert [results[arm]["training"]["steps"] for arm in ("ce", "ce_long")] == [2, 3]
+    # What ran is on record, not what was asked for
+    for arm in ("none", "vision", "on_policy"):
+        asked = place.settings["arms"][arm]["args"]
+        ran = results[arm]["training"]["options"]
+        assert {name: ran[name] for name in asked if name in ran} == {
+            name: asked[name] for name in asked if name in ran
+        } and {"kv_sharing", "kv_source"} <= set(ran)
+    assert "options" not in results["ce"]["training"]
     # The original holds itself
     assert summary.original(place.out / "results")["text_kl"] < 0.01 < results["before"]["text_kl"]
     assert len({result["text_kl"] for result in results.values()}) == len(results)
@@ -317,7 +345,7 @@ def test_every_sharing_mode_is_read_and_none_is_the_blind_one(place: stages.Plac
     assert whole["readers"]["full"] == pytest.approx(whole["readers"]["student"], abs=2e-3)
 
 
-@pytest.mark.parametrize("name", ["polished", "joint"])
+@pytest.mark.parametrize("name", ["polished", "joint", "turned"])
 def test_towers_move_what_they_should(place: stages.Place, name: str) -> None:
     import torch
     from training import load
@@ -332,6 +360,21 @@ def test_towers_move_what_they_should(place: stages.Place, name: str) -> None:
     if start is not None:
         before = load(start)[0].state_dict()
         assert any(not torch.equal(before[key], own[key]) for key in own if ".vision_model." in key)
+
+
+@pytest.mark.parametrize("cosine", [1.0, 0.3, 0.0])
+def test_a_turned_projection_keeps_lengths_and_a_part_of_every_direction(cosine: float) -> None:
+    import torch
+
+    projection = torch.nn.Linear(5, 24, bias=True)
+    values = torch.randn(7, 5)
+    before = projection(values)
+    stages.turn(projection, cosine)
+    after = projection(values)
+    torch.testing.assert_close(after.norm(dim=1), before.norm(dim=1))
+    torch.testing.assert_close(
+        torch.nn.functional.cosine_similarity(before, after), torch.full((7,), cosine), atol=1e-5, rtol=0
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- summary
@@ -431,6 +474,9 @@ def test_the_recipe_names_arms_towers_and_regimes_that_exist() -> None:
     for name, spec in recipe["arms"].items():
         if "rows" in spec:
             assert sum(spec["rows"].values()) == 16, name
+        mode = spec.get("args", {}).get("kv_sharing")
+        if mode is not None:  # an arm that leaves it out is another arm once the library's default changes
+            assert ("kv_source" in spec["args"]) == MODES[mode].reads_student, name
 
 
 def test_the_curve_of_replay_is_of_the_seeds_that_have_all_of_it(tmp_path: Path) -> None:

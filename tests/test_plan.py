@@ -611,6 +611,10 @@ def test_measured_peaks_are_within_fifteen_percent(plan_check: Any) -> None:
         planned = plan_check.planned_moments(plan)
         for moment, size in planned.items():
             assert size / 2**20 == pytest.approx(row["moments_mib"][moment], rel=0.15), (name, moment)
+    assert (
+        plan_check.check_cost()
+        == json.loads((ROOT / "benchmarks/results/plan_check.json").read_text(encoding="utf-8"))["cost"]
+    ), "step_cost.json or the plan changed: run plan_check.py --shapes --json again"
     # Control: without the activations, some would be off
     without = [
         (row["planned_mib"] - row["planned_lines_mib"]["activations"]) / row["peak_mib"] for row in rows.values()

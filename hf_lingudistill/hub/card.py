@@ -33,7 +33,7 @@ PLOTS = {
     "scores": "Before and after, with 95 % intervals",
     "trade_off": "Language against vision",
     "training": "Training",
-    "report": "Held-out perplexity and vision accuracy, before and after, with 95 % intervals",
+    "report": "What the report measured, before and after, with 95 % intervals",
 }
 
 

@@ -71,6 +71,11 @@ def result_path(place: Place, run: Sequence[Any], arm: str) -> Path:
     return place.out / "results" / tower_name / regime / kind / str(seed) / f"{arm}.json"
 
 
+def arm_path(place: Place, run: Sequence[Any], arm: str) -> Path:
+    """The folder of an arm's VLM, while it is there."""
+    return place.out / "arms" / "-".join(map(str, (*run[:4], arm)))
+
+
 def arms(place: Place, run: Run) -> None:
     """Train and measure the arms of one start, in this process; what is measured already is left."""
     tower_name, regime, kind, seed, names = run
@@ -82,7 +87,7 @@ def arms(place: Place, run: Run) -> None:
     answers(place, SETS if needs_text else SETS[:-1])
     sets, measures = ask(place.world(), place.settings["answers"]), references(place)
     of_run = {name: place.settings[name] for name in ("ifeval", "lengths") if follows(place.settings[name], run)}
-    for name in todo:
+    for index, name in enumerate(todo):
         started = time.time()
         path, record = trained(place, run, name, sets)
         release_memory()  # several runs share a GPU
@@ -95,8 +100,10 @@ def arms(place: Place, run: Run) -> None:
             "training": record,
         }
         write_json(result_path(place, run, name), found)
-        if path.parent == place.out / "arms":  # half a gigabyte; its figures are what is kept
-            shutil.rmtree(path)
+        # Half a gigabyte each; the figures are what is kept
+        awaited = {place.settings["arms"][later].get("of") for later in todo[index + 1 :]}
+        for made in {name, place.settings["arms"][name].get("of", name)} - awaited:
+            shutil.rmtree(arm_path(place, run, made), ignore_errors=True)
         print(
             f"{'/'.join(map(str, run[:4]))}/{name}: {json.dumps({k: v for k, v in found.items() if isinstance(v, float)})}",
             flush=True,
@@ -106,7 +113,7 @@ def arms(place: Place, run: Run) -> None:
 
 def follows(measured: Mapping[str, Any], run: Run) -> bool:
     """Whether what takes long is measured on (some arms of) this run."""
-    return run[3] >= measured["from_seed"] and list(run[:3]) == measured["of"]
+    return run[3] >= measured["from_seed"] and list(run[:3]) in measured["of"]
 
 
 def measure_original(place: Place, measures: Any, of_run: Mapping[str, Any]) -> None:
@@ -132,12 +139,18 @@ def trained(place: Place, run: Run, name: str, sets: dict[str, Any]) -> tuple[Pa
     spec, start = place.settings["arms"][name], place.start(tower_name, kind, seed)
     if spec["kind"] == "start":
         return start, {}
-    path = place.out / "arms" / f"{tower_name}-{regime}-{kind}-{seed}-{name}"
+    path = arm_path(place, run, name)
     if spec["kind"] == "interpolate":
         from interpolate import interpolate
 
+        record = {"alpha": spec["alpha"]}
+        if "of" in spec:
+            start, made = trained(place, run, spec["of"], sets)
+            record |= made
         interpolate(start, place.original, spec["alpha"], path)
-        return path, {"alpha": spec["alpha"]}
+        return path, record
+    if (path / "trained.json").is_file():  # by an arm before, or a call that was cut off
+        return path, json.loads((path / "trained.json").read_text(encoding="utf-8"))
     from training import train
     from transformers import AutoTokenizer
 
@@ -153,9 +166,8 @@ def trained(place: Place, run: Run, name: str, sets: dict[str, Any]) -> tuple[Pa
         texts = [(one, tokenizer.decode(w.ids[:-1] if w.stopped else w.ids), w.stopped) for one, w in pairs]
         said[name_of_set] = [(one, text if stopped else text + CUT) for one, text, stopped in texts if text.strip()]
     per_step = rows_per_step(place, regime, name)
-    arguments = place.settings["training"] | {
-        "learning_rate": spec.get("learning_rate", place.settings["training"]["learning_rate"])
-    }
+    training = place.settings["training"]
+    arguments = training | {name: spec[name] for name in ("learning_rate", "max_steps") if name in spec}
     rows, keys = training_rows(
         place.world(), said["long"], said["text"], per_step=per_step, steps=arguments["max_steps"], seed=seed,
         texts=spec.get("texts", "original"),
@@ -168,6 +180,7 @@ def trained(place: Place, run: Run, name: str, sets: dict[str, Any]) -> tuple[Pa
         start, place.original, rows, path, arguments, kind=spec["kind"], batch_size=sum(per_step.values()), seed=seed,
         distill=spec.get("args"), lora=spec.get("lora"), told=told, freeze_tower=place.settings["freeze_tower"],
     )  # fmt: skip
+    write_json(path / "trained.json", record)
     return path, record
 
 

@@ -96,13 +96,16 @@ def answers(place: Place, names: Sequence[str] = SETS) -> None:
 
 
 def tower(place: Place, name: str) -> None:
-    """A VLM around the unchanged original (`aligned`, `polished`) or one whose projector and LM were trained together (`joint`)."""
+    """A VLM around the unchanged original (`aligned`, `polished`) or one whose projector and LM were trained together (`joint`, `turned`)."""
     original(place)
     settings = place.settings["towers"][name]
     if "from" in settings:
         tower(place, settings["from"])
     stage(
-        place.tower(name), lambda: {"aligned": _aligned, "polished": _polished, "joint": _joint}[name](place, settings)
+        place.tower(name),
+        lambda: {"aligned": _aligned, "polished": _polished, "joint": _joint, "turned": _turned}[name](
+            place, settings
+        ),
     )
 
 
@@ -173,6 +176,35 @@ def _joint(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
     rows = short_rows(world.pictures(("long", "short"), SEEN), recipe.steps * recipe.batch_size, seed=6)
     record = _see(vlm, processor, rows, place.tower("joint"), recipe, seed=6)
     return record | _words(vlm, processor, world)
+
+
+def _turned(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
+    """A tower that sees and does not speak in words: the aligned one's image tokens are turned by an orthogonal matrix drawn once, so far
+    that only `cosine` of each still points to its word, and projector and LM are trained together until the names are back."""
+    vlm, processor = load(place.tower(settings["from"]))
+    vlm.model.vision_model.requires_grad_(False)
+    turn(vlm.model.connector.modality_projection.proj, settings["cosine"])
+    world = place.world()
+    turned = _words(vlm, processor, world)
+    recipe = SeeingRecipe(settings["steps"], settings["batch_size"], settings["lm_lr"], settings["vision_lr"])
+    rows = short_rows(world.pictures(("long", "short"), SEEN), recipe.steps * recipe.batch_size, seed=6)
+    record = _see(vlm, processor, rows, place.tower("turned"), recipe, seed=6)
+    return record | {"when_turned": turned} | _words(vlm, processor, world)
+
+
+@torch.no_grad()
+def turn(projection: torch.nn.Linear, cosine: float, *, seed: int = 7) -> None:
+    """Turn what a projection puts out, in place: every output keeps its length, and `cosine` of it its direction.
+
+    The matrix is cosine * I + sine * S, with S orthogonal and skew-symmetric: S turns every vector into one at a right angle to it.
+    """
+    H = projection.out_features
+    basis, _ = torch.linalg.qr(torch.randn(H, H, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    quarter = torch.kron(torch.eye(H // 2, dtype=torch.float64), torch.tensor([[0.0, -1.0], [1.0, 0.0]]).double())
+    whole = cosine * torch.eye(H, dtype=torch.float64) + (1 - cosine**2) ** 0.5 * (basis @ quarter @ basis.T)
+    projection.weight.copy_(whole.to(projection.weight) @ projection.weight)
+    if projection.bias is not None:
+        projection.bias.copy_(whole.to(projection.weight) @ projection.bias)
 
 
 def drift(place: Place, tower_name: str, kind: str, seed: int) -> None:

@@ -26,6 +26,8 @@ from hf_lingudistill.config import LocalSFTConfig
 from hf_lingudistill.labs.world.questions import as_dataset
 from hf_lingudistill.machine import machine
 
+OPTIONS = ("kv_sharing", "kv_source", "distill_tokens", "ce_weight", "anchor")
+
 
 def load(path: Path) -> tuple[Any, Any]:
     """(model in fp32, processor) of a VLM's folder."""
@@ -149,7 +151,10 @@ def train(
         trained.save_pretrained(out)
         AutoProcessor.from_pretrained(start).save_pretrained(out)
     kept = ("ce_loss", "kd_loss", "teacher_ce", "distilled_share")
+    # As they were resolved: what an arm leaves out is the library's default of the day
+    options = {name: getattr(trainer.args, name) for name in OPTIONS if hasattr(trainer.args, name)}
     return {
+        **({"options": options} if options else {}),
         "train_loss": result.training_loss,
         "train_seconds": round(result.metrics["train_runtime"], 1),
         "steps": result.global_step,
