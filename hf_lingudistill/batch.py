@@ -15,7 +15,7 @@ import torch
 from ._internals import DataCollatorForVisionLanguageModeling
 from .bad_rows import REASONS, ROW_COLUMN, AnyDataset, BadRow, Row, SharedCounts, flag_of, row_name
 from .columns import has_images, prepare_dataset, undecoded
-from .conversations import Conversations, cannot_be_processed
+from .conversations import Conversations, cannot_be_processed, no_label_within
 from .formats import check_answer, column_images
 from .images import IMAGE_COLUMNS, decode_image
 from .opening import check_distill_column, drop_bad_rows, drop_bad_texts
@@ -192,10 +192,7 @@ class DistillCollator:
                     f"{name}: its image tokens end at position {image + 1}, max_length is {limit}. {needed}",
                 )
             if label >= limit:
-                raise BadRow(
-                    "no label",
-                    f"{name} has no token to train on within max_length={limit}: all labels are masked there. {needed}",
-                )
+                raise no_label_within(name, label, max(image, label) + 1, limit)
         if limit == length:
             return batch
         return {
@@ -225,4 +222,5 @@ def _decoded(row: Row, name: str) -> Row:
         raise BadRow(
             error.reason, f"{name}: {error}. Repair or remove the row, or pass --skip_bad_rows to skip such rows."
         ) from error
-    return {**row, column: decoded[0] if column == "image" else decoded}
+    other = {key: value for key, value in row.items() if key not in IMAGE_COLUMNS}
+    return {**other, column: decoded[0] if column == "image" else decoded}

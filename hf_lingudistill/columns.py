@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from datasets import Dataset, Features, Image, IterableDataset, LargeList, List, Value
 from datasets.table import InMemoryTable, concat_tables
 
 from .bad_rows import ROW_COLUMN, AnyDataset, Row
@@ -65,7 +65,7 @@ def embeds_images_anywhere(dataset: AnyDataset, columns: Sequence[str]) -> bool:
 def _names_an_image(feature: Any) -> bool:
     if isinstance(feature, dict):
         return any(name in PAYLOADS or _names_an_image(value) for name, value in feature.items())
-    return isinstance(feature, Image) or (isinstance(feature, List) and _names_an_image(feature.feature))
+    return isinstance(feature, Image) or (isinstance(feature, List | LargeList) and _names_an_image(feature.feature))
 
 
 def with_images(dataset: AnyDataset, columns: list[str]) -> AnyDataset:
@@ -145,4 +145,6 @@ def _undecoded_feature(feature: Any) -> Any:
         return {name: _undecoded_feature(value) for name, value in feature.items()}
     if isinstance(feature, List):
         return List(_undecoded_feature(feature.feature), length=feature.length)
+    if isinstance(feature, LargeList):
+        return LargeList(_undecoded_feature(feature.feature))
     return feature

@@ -143,9 +143,9 @@ class Conversations:
         """`input_ids` and `labels` of a row of text, as TRL tokenises it.
 
         Raises:
-            BadRow: if the row has another shape or an image, or the chat template does not take it.
+            BadRow: if the row has another shape, an empty answer or an image, or the chat template does not take it.
         """
-        row = self._as_trl_row({k: v for k, v in row.items() if v is not None}, name)
+        row = self.read({k: v for k, v in row.items() if v is not None}, name)
         if row.get("images"):
             raise BadRow("image column missing", f"{name} has an image, and the first rows of the dataset have none.")
         try:
@@ -217,6 +217,15 @@ class Conversations:
         if not self._warned:
             logger.warning(NO_ANSWERS)
         self._warned = True
+
+
+def no_label_within(name: str, first_label: int, needed: int, limit: int) -> BadRow:
+    """What is raised for a row whose answer begins behind `max_length`. needed: the least that it could be."""
+    return BadRow(
+        "no label",
+        f"{name} has no token to train on within max_length={limit}: all labels are masked there (its answer begins at token "
+        f"{first_label + 1}). Set max_length to at least {needed} (more for the whole answer), or to null for no truncation.",
+    )
 
 
 def cannot_be_processed(name: str, error: Exception) -> BadRow:

@@ -8,15 +8,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
-from datasets import Dataset, List, Value
+from datasets import Dataset, IterableDataset, List, Value
 from trl import SFTTrainer
 
-from .bad_rows import ROW_COLUMN, AnyDataset, BadRow, Row
+from .bad_rows import ROW_COLUMN, AnyDataset, BadRow, Row, SharedCounts
 from .batch import DistillCollator
 from .columns import columns_of
 from .config import LinguDistillConfig
-from .conversations import Conversations
-from .formats import CONVERSATION_COLUMNS
+from .conversations import Conversations, no_label_within
+from .formats import CONVERSATION_COLUMNS, check_answer
 from .opening import (
     drop_bad_rows,
     each,
@@ -112,10 +112,19 @@ class DataMixin(_Trainer):
         conversations = Conversations(
             processing_class, self.chat_template, args.answers_only or args.assistant_only_loss
         )
+        given = dataset
         if formatting_func is None and _is_ours(dataset):
             dataset = _tokenised(dataset, conversations, dataset_name, args.dataset_num_proc)
+            if isinstance(dataset, IterableDataset) and args.max_length is not None and not packing:
+                dataset = _within(
+                    dataset, args.max_length, self.skipped_rows if args.skip_bad_rows else None, dataset_name
+                )
+        elif formatting_func is None:
+            dataset = _answered(dataset, dataset_name)
         try:
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+            prepared = super()._prepare_dataset(
+                dataset, processing_class, args, packing, formatting_func, dataset_name
+            )
         except BadRow:
             raise
         except Exception as error:
@@ -128,6 +137,32 @@ class DataMixin(_Trainer):
             raise ValueError(
                 f"The {dataset_name} dataset cannot be tokenised ({type(error).__name__}: {why})."
             ) from error
+        if isinstance(prepared, Dataset) and not packing and (lost := len(given) - len(prepared)) > 0:
+            self._say_what_was_cut(given, lost, conversations, args, dataset_name)
+        return prepared
+
+    def _say_what_was_cut(
+        self, dataset: Dataset, lost: int, conversations: Conversations, args: Any, dataset_name: str
+    ) -> None:
+        """TRL drops rows whose prompt alone fills `max_length`, without a word. Raises for the first of them, or counts them where bad rows
+        are skipped. dataset: as it was before."""
+        if args.skip_bad_rows:
+            if dataset_name == "train":
+                self.skipped_rows = {**self.skipped_rows, "no label": self.skipped_rows.get("no label", 0) + lost}
+            else:
+                said_if_dropped(dataset, {"no label": lost})
+            return
+        limit = args.max_length
+        for number, row in enumerate(dataset):
+            labels = row["labels"] if "labels" in row else conversations.tokens(row, "")["labels"]
+            first = _first_label(labels)
+            if first is not None and first >= limit:
+                raise no_label_within(_name(number, dataset_name), first, first + 1, limit)
+        raise BadRow(
+            "no label",
+            f"{lost} of the {len(dataset)} rows of the {dataset_name} dataset have no token to train on within max_length={limit}: all labels "
+            "are masked there. Raise max_length, or pass --skip_bad_rows.",
+        )
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`SFTTrainer.evaluate`, for evaluation sets of every accepted format."""
@@ -161,6 +196,42 @@ def _is_about_settings(error: Exception) -> bool:
 
 def _name(number: int, dataset_name: str) -> str:
     return f"Row {number}" if dataset_name == "train" else f"Row {number} of dataset {dataset_name!r}"
+
+
+def _first_label(labels: list[int]) -> int | None:
+    return next((place for place, label in enumerate(labels) if label != -100), None)
+
+
+def _within(dataset: IterableDataset, limit: int, skipped: Any, name: str) -> IterableDataset:
+    """A stream of tokens and labels; a row whose answer begins behind the limit is refused, or counted in skipped (TRL then drops it)."""
+
+    def checked(row: Row, index: int) -> Row:
+        first = _first_label(row["labels"])
+        if first is not None and first >= limit:
+            if skipped is None:
+                raise no_label_within(_name(index, name), first, first + 1, limit)
+            if isinstance(skipped, SharedCounts):
+                skipped.add("no label")
+        return row
+
+    return dataset.map(checked, with_indices=True, features=dataset.features)
+
+
+def _answered(dataset: AnyDataset, name: str) -> AnyDataset:
+    """Prompts and completions that TRL tokenises; an empty completion is refused, with its row's name."""
+    columns = columns_of(dataset)
+    if "completion" not in columns or "input_ids" in columns:
+        return dataset
+    if isinstance(dataset, Dataset):
+        for number, row in enumerate(dataset.select_columns(["completion"])):
+            check_answer(row, _name(number, name))
+        return dataset
+
+    def checked(row: Row, index: int) -> Row:
+        check_answer(row, _name(index, name))
+        return row
+
+    return dataset.map(checked, with_indices=True, features=dataset.features)
 
 
 def _tokenised(dataset: AnyDataset, conversations: Conversations, name: str, num_proc: int | None) -> AnyDataset:

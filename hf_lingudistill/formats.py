@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .bad_rows import BadRow, Row
+from .config import shown
 from .images import IMAGE_COLUMNS, decode_image
 from .turns import in_parts_alike, parts_of, read_turns, texts_of
 
@@ -106,7 +107,8 @@ def as_prompt_row(row: Row, name: str, image_token: str | None = None) -> Row:
 
 
 def check_answer(row: Row, name: str) -> None:
-    """Raise BadRow where a completion, or every assistant's turn of a conversation, is empty. Running text has no answer."""
+    """Raise BadRow where a completion, or an assistant's turn of a conversation, is empty: a student would learn to say nothing there. Nor
+    is a turn trained on that says that it is not to be. Running text has no answer."""
     kinds = ("messages", "completion")
     kind = next((key for key in kinds if row.get(key) is not None), None)
     if kind is None and row.get("text") is None:
@@ -119,11 +121,39 @@ def check_answer(row: Row, name: str) -> None:
         answer = [turn for turn in turns if isinstance(turn, dict) and turn.get("role") == "assistant"]
         if turns and not answer:  # a conversation under other names
             return
-    # an assistant that calls a tool says nothing
-    calls = isinstance(answer, list) and any(isinstance(turn, dict) and turn.get("tool_calls") for turn in answer)
+    said = [turn for turn in answer if isinstance(turn, dict)] if isinstance(answer, list) else []
+    calls = any(turn.get("tool_calls") for turn in said)  # an assistant that calls a tool says nothing
     if not calls and not (_text_of(answer) or "").strip():
         what = "completion" if kind == "completion" else "answer in its messages"
         raise BadRow("empty answer", f"{name} has an empty {what}. Give it an answer, or pass --skip_bad_rows.")
+    for number, turn in enumerate(turn for turn in said if turn.get("role") == "assistant"):
+        if _says_nothing(turn):
+            raise BadRow(
+                "empty answer",
+                f"{name}: answer {number} in its {kind} is empty (they are counted from 0). Give it a text, leave the turn out, or pass "
+                "--skip_bad_rows.",
+            )
+        if mark := next((f"{key}: {turn[key]}" for key in _NOT_TRAINED if turn.get(key) in (0, False, "0")), None):
+            raise BadRow(
+                "not a conversation",
+                f"{name}: answer {number} in its {kind} is marked as not to be trained on ({mark}), and all answers of a row are. Split the "
+                "conversation into rows of prompt and completion, or remove the mark.",
+            )
+
+
+_NOT_TRAINED = ("weight", "train", "loss")  # of OpenAI's format and of other trainers'
+
+
+def _says_nothing(turn: Row) -> bool:
+    """Whether an assistant's turn holds no text, image, call or thought. Without any content it is refused elsewhere."""
+    content = turn.get("content")
+    if content is None or any(turn.get(key) for key in ("tool_calls", "reasoning_content", "thinking")):
+        return False
+    if isinstance(content, list) and any(
+        isinstance(part, dict) and "image" in str(part.get("type")) for part in content
+    ):
+        return False
+    return not (_text_of([turn]) or "").strip()
 
 
 def _text_of(value: Any) -> str | None:
@@ -135,26 +165,34 @@ def _text_of(value: Any) -> str | None:
 
 
 def column_images(row: Row, name: str, *, of_conversation: bool = False) -> list[Any] | None:
-    """The images of a row's own column; None without such a column.
+    """The images of a row's own columns; None without such a column. Sets that were joined have both: a row fills one of them.
 
     of_conversation: whether the row is a conversation, in which an image's place is named.
+
+    Raises:
+        BadRow: if `images` holds no list, or the two columns hold different images.
     """
-    if "images" in row:
-        value = row["images"]
-        if value is None:
-            return []
-        if not isinstance(value, list | tuple):
-            raise BadRow(
-                "images not a list",
-                f"{name}: column 'images' must hold a list of images, found {type(value).__name__}. Rename the column to 'image' "
-                "if each row has one image.",
-            )
-        return list(value)
+    several, value = row.get("images"), row.get("image")
+    if several is not None and not isinstance(several, list | tuple):
+        raise BadRow(
+            "images not a list",
+            f"{name}: column 'images' must hold a list of images, found {type(several).__name__} {shown(several)}. Rename the column to "
+            "'image' if each row has one image; a CSV holds no lists, JSON lines and Parquet do.",
+        )
+    ones = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+    if several and ones and not _same_images(list(several), ones):
+        raise BadRow(
+            "images and placeholders differ",
+            f"{name} has {len(several)} images in column 'images' and others in column 'image' ({len(ones)}): keep one of the two.",
+        )
+    if several:
+        return list(several)
+    if "images" in row or ones:
+        return ones
     if "image" not in row:
         return None
-    value = row["image"]
     if isinstance(value, list | tuple):
-        return list(value)
+        return []
     # LLaVA's texts have no image, and say so by not naming one; elsewhere an empty place is a lost image
     if value is None and of_conversation and not _mentions_image(row):
         return []
@@ -256,6 +294,12 @@ def _prompt_completion(
     row: Row, images: list[Any] | None, name: str, image_token: str | None, chat: bool
 ) -> tuple[Row, list[Any] | None]:
     prompt, completion = row["prompt"], row["completion"]
+    for column in ("prompt", "completion"):
+        if isinstance(row[column], int | float):
+            raise BadRow(
+                "not a conversation",
+                f"{name}: column {column!r} holds the number {row[column]}, expected a text or turns. Convert the column to text.",
+            )
     if isinstance(prompt, str) and isinstance(completion, str):
         named = prompt.count(image_token) if image_token else 0
         if not chat or named or not images:  # TRL's plain texts, in which the processor's own word names an image

@@ -181,12 +181,14 @@ def _with_columns(
         if "images" in features:
             try:
                 taken = as_trl_row(row, f"{name}, row {index}", chat=False) if embeds else row
-                new["images"] = column_images(taken, "", of_conversation=row.get("messages") is not None) or []
+                of_conversation = row.get("messages") is not None
+                new["images"] = column_images(taken, f"{name}, row {index}", of_conversation=of_conversation) or []
                 new.update({column: taken.get(column) for column in _ROWS if column in features})
             except BadRow as error:
-                if embeds:  # its turns cannot be stored apart from their images
+                # Turns cannot be stored apart from their images; of two columns that differ, one would be lost
+                if embeds or error.reason != "images not a list":
                     raise
-                new["images"] = [row["images"]] if error.reason == "images not a list" else []
+                new["images"] = [row["images"]]
         new[distill_column] = row[distill_column] if own_flag else flag is not False
         return new
 

@@ -27,6 +27,8 @@ def to_rgb(image: PILImage.Image) -> PILImage.Image:
         image = image.convert("F").point(lambda p: p / 257.0 + 0.5).convert("L")
     elif image.mode in ("I", "F"):  # 32-bit has no known range: stretched
         image.load()
+        if not np.isfinite(np.asarray(image)).all():
+            raise ValueError("its pixels hold NaN or infinite values")
         low, high = image.getextrema()
         span = float(high - low) or 1.0  # type: ignore[operator]
         image = image.convert("F").point(lambda p: (p - low) * 255.0 / span).convert("L")

@@ -5,13 +5,26 @@ Paths of images are relative to the file that names them (or to `image_folder`),
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Image, IterableDataset, List, Value, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    LargeList,
+    List,
+    ReadInstruction,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 
 from ._internals import DatasetConfig
 from .bad_rows import AnyDataset, Row
@@ -20,6 +33,8 @@ from .config import shown
 from .formats import CONVERSATION_COLUMNS
 from .images import IMAGE_COLUMNS
 from .turns import PAYLOADS
+
+logger = logging.getLogger(__name__)
 
 LOADERS = {
     ".json": "json",
@@ -33,7 +48,16 @@ LOADERS = {
 }
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_SPLITS = {"train": ("train",), "test": ("test", "eval"), "validation": ("val", "dev")}
+# As datasets reads a file's name: the word stands alone, between dots, dashes, blanks or digits
+_SPLITS = {
+    split: re.compile(rf"(?:^|[-._ 0-9])(?:{words})(?:[-._ 0-9]|$)", re.IGNORECASE)
+    for split, words in {
+        "train": "train|training",
+        "test": "test|testing|eval|evaluation",
+        "validation": "validation|valid|val|dev",
+    }.items()
+}
+_NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _LONGEST_PATH = 1024  # a longer text is an image itself, in base64
 
 
@@ -60,9 +84,8 @@ def load_source(
             saved = load_from_disk(source.path)
             # A single unnamed dataset is the training split: evaluation must not read it by accident
             splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
-            if source.split not in splits:
-                raise ValueError(_no_split(source, list(splits)))
-            dataset = splits[source.split].to_iterable_dataset() if streaming else splits[source.split]
+            dataset = _part(splits, source)
+            dataset = dataset.to_iterable_dataset() if streaming else dataset
         else:
             dataset = _loaded(source, path, streaming)
         if source.columns is not None:
@@ -91,32 +114,76 @@ def _loaded(source: DatasetConfig, path: Path, streaming: bool) -> AnyDataset:
 
 
 def _loader(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _PACKED]
-    if not suffixes or suffixes[-1] not in LOADERS:
+    kind = _kind(path)
+    if kind is None:
         raise ValueError(f"is a file of an unknown kind; expected one of {', '.join(LOADERS)}")
-    return LOADERS[suffixes[-1]]
+    return kind
 
 
 def _tables(folder: Path) -> dict[str, list[str]] | None:
     """Table files by split where images lie beside them; None where datasets itself finds what is meant.
 
-    datasets goes by what is most frequent in a folder, and would take the images for the rows.
+    datasets goes by what is most frequent in a folder: it would take the images for the rows, and leave out tables of a rarer kind.
+
+    Raises:
+        ValueError: for tables of several kinds.
     """
-    names = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    tables = [path for path in names if path.suffix.lower() in LOADERS and path.suffix.lower() != ".txt"]
-    has_images = any(path.suffix.lower() in _IMAGES for path in folder.rglob("*"))
-    if not tables or not has_images or any(path.stem == "metadata" for path in names):
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in _NO_ROWS]
+    tables = [path for path in files if _kind(path) not in (None, "text")]
+    kinds = {kind: path.relative_to(folder) for path in reversed(tables) if (kind := _kind(path))}
+    has_images = any(path.suffix.lower() in _IMAGES for path in files)
+    if any(path.stem == "metadata" for path in files):
+        return None
+    if len(kinds) > 1:
+        raise ValueError(
+            f"holds tables of several kinds ({', '.join(str(path) for path in sorted(kinds.values()))}), of which one alone would be read: "
+            "name the file, or move the others out of the folder"
+        )
+    tables = [path for path in tables if path.parent == folder] or tables
+    if not tables or not has_images:
         return None
     found: dict[str, list[str]] = {}
     for path in tables:
-        split = next((s for s, words in _SPLITS.items() if any(word in path.stem.lower() for word in words)), "train")
-        found.setdefault(split, []).append(path.name)
+        inside = path.relative_to(folder)
+        names = (inside.stem, *inside.parent.parts)
+        split = next((split for split, word in _SPLITS.items() if any(map(word.search, names))), "train")
+        found.setdefault(split, []).append(inside.as_posix())
+    if len(found) > 1:
+        logger.warning(
+            "%s: splits by the names of its files: %s.",
+            folder,
+            "; ".join(f"{split}: {', '.join(names)}" for split, names in found.items()),
+        )
     return found
 
 
+def _kind(path: Path) -> str | None:
+    """The loader of a table file, packed or not; None for any other file."""
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _PACKED]
+    return LOADERS.get(suffixes[-1]) if suffixes else None
+
+
+def _part(splits: Mapping[str, Dataset], source: DatasetConfig) -> Dataset:
+    """A split of a saved dataset, or a part of one (`train[:10%]`), as `load_dataset` takes it."""
+    if source.split in splits:
+        return splits[source.split]
+    if not re.match(r"[\w.-]+\s*[\[+]", source.split):
+        raise ValueError(_no_split(source, list(splits)))
+    try:
+        parts = ReadInstruction.from_spec(source.split).to_absolute(
+            {name: len(split) for name, split in splits.items()}
+        )
+    except ValueError as error:
+        raise ValueError(f"has no part {source.split!r} ({error}); its splits are {list(splits)}") from None
+    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
 def _no_split(source: DatasetConfig, names: list[str]) -> str:
-    flag = "dataset_train_split" if source.split == "train" else "dataset_test_split"
-    where = f": pass --{flag} {names[0]}, or `split: {names[0]}` in a recipe" if names else ""
+    where = (
+        f": name one of them (--dataset_train_split, --dataset_test_split, or `split: {names[0]}` in a recipe)"
+        if names
+        else ""
+    )
     return f"has no split {source.split!r}, found {names}{where}"
 
 
@@ -125,8 +192,10 @@ def _why(error: BaseException, source: DatasetConfig) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split()) or "no reason given"
-    if isinstance(error, ValueError) and text.startswith(("is a file", "has no split")):
+    if isinstance(error, ValueError) and text.startswith(("is a file", "has no split", "has no part", "holds ")):
         return text + "."
+    if isinstance(error, StopIteration):
+        return "holds no rows."
     if isinstance(error, ValueError) and (splits := re.search(r"^(?:Unknown|Bad) split.*(\[.*\])", text)):
         return _no_split(source, re.findall(r"[\w.-]+", splits[1])) + "."
     if len(text) > 300:
@@ -177,7 +246,7 @@ def _with_whole_paths(dataset: AnyDataset, folders: list[Path]) -> AnyDataset:
 
 
 def _holds_text(feature: Any) -> bool:
-    if isinstance(feature, List):
+    if isinstance(feature, List | LargeList):
         return _holds_text(feature.feature)
     if isinstance(feature, dict):
         return any(_holds_text(value) for value in feature.values())
@@ -201,7 +270,7 @@ def _whole(value: Any, folders: list[Path], *, of_image: bool) -> Any:
 
 
 def _whole_path(text: str, folders: list[Path]) -> str:
-    if len(text) > _LONGEST_PATH or "://" in text or text.startswith("data:") or os.path.isabs(text):
+    if len(text) > _LONGEST_PATH or "://" in text or text.startswith(("data:", "[")) or os.path.isabs(text):
         return text
     for folder in folders:
         if (folder / text).is_file():

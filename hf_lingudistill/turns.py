@@ -110,17 +110,22 @@ def _part(part: Any, where: str) -> list[Row]:
         raise BadRow("not a conversation", f"{where}: expected a text or an image, found {shown(part)}.")
     part = {k: v for k, v in part.items() if v is not None}
     kind = part.get("type") or next((key for key in ("text", *PAYLOADS) if key in part), None)
-    if kind in _TEXT_PARTS:
-        text = part.get("text", "")
-        if not isinstance(text, str):
-            raise BadRow("not a conversation", f"{where}: expected a text, found {shown(text)}.")
-        return [{**part, "type": "text", "text": text}] if text else []
-    if kind in _IMAGE_PARTS or kind in PAYLOADS:
-        image = next((part[key] for key in PAYLOADS if key in part), None)
-        return [{"type": "image"} if image is None else {"type": "image", "image": image}]
-    if kind is None:
-        return []
-    raise BadRow("not a conversation", f"{where}: expected a part of type text or image, found {shown(kind)}.")
+    if kind not in (*_TEXT_PARTS, *_IMAGE_PARTS, *PAYLOADS):
+        if kind is None:
+            return []
+        raise BadRow("not a conversation", f"{where}: expected a part of type text or image, found {shown(kind)}.")
+    text = part.get("text", "")
+    if not isinstance(text, str):
+        raise BadRow("not a conversation", f"{where}: expected a text, found {shown(text)}.")
+    # One part may hold both, whatever its type says: the image, then what is said of it
+    payloads = PAYLOADS if "type" not in part or kind not in _TEXT_PARTS else _IMAGE_PARTS
+    image = next((part[key] for key in payloads if key in part), None)
+    shows = image is not None or kind not in _TEXT_PARTS
+    rest = {key: value for key, value in part.items() if key not in payloads}
+    return [
+        *([{"type": "image"} if image is None else {"type": "image", "image": image}] if shows else []),
+        *([{**rest, "type": "text", "text": text}] if text else []),
+    ]
 
 
 def parts_of(turn: Row) -> list[Row]:

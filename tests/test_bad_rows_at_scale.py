@@ -350,10 +350,17 @@ def test_empty_answers_among_texts_are_skipped_and_counted(make_trainer: MakeTra
     trainer.train()
     assert dict(trainer.skipped_rows) == {"empty answer": 2}
     assert len(list(trainer.train_dataset)) == len(list(trainer.eval_dataset)) == 3
-    control = make_trainer(
-        train_dataset=dataset, per_device_train_batch_size=1, output_dir=trainer.args.output_dir + "2"
-    )
-    assert len(list(control.train_dataset)) == 5
+    # Control: not asked to skip, a run stops at the first and names it
+    with pytest.raises(ValueError, match="^Row 1 has an empty (completion|answer in its messages)"):
+        control = make_trainer(
+            train_dataset=dataset, per_device_train_batch_size=1, output_dir=trainer.args.output_dir + "2"
+        )
+        list(control.train_dataset)
+    with pytest.raises(ValueError, match="^Row 1 of dataset 'eval' has an empty"):
+        control = make_trainer(
+            train_dataset=Dataset.from_list(text_rows(kind)[::2]), eval_dataset=dataset, per_device_train_batch_size=1
+        )
+        list(control.eval_dataset)
 
 
 def test_running_text_and_unknown_columns_are_left_alone() -> None:
@@ -383,7 +390,12 @@ def test_what_counts_as_an_empty_answer() -> None:
     conversations: list[tuple[Any, bool]] = [
         ([USER, said], True),
         ([USER, silent], False),
-        ([USER, silent, USER, said], True),
+        ([USER, silent, USER, said], False),  # a student would learn to say nothing first
+        ([USER, said, USER, silent], False),
+        ([USER, {**silent, "reasoning_content": "It rains."}, USER, said], True),
+        ([USER, {**said, "weight": 0}, USER, {**said, "weight": 1}], False),  # would be trained on against its mark
+        ([USER, {**said, "weight": 1}, USER, said], True),
+        ([USER, {**said, "train": False}], False),
         ([USER, {"role": "assistant", "content": [{"type": "text", "text": " "}]}], False),
         ([USER, {"role": "assistant", "content": [{"type": "text", "text": "Rain."}]}], True),
         ([USER, calling], True),  # says nothing, does something

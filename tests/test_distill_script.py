@@ -121,7 +121,7 @@ NO_STEP: dict[str, tuple[str, tuple[str, ...], str]] = {
     "no steps": ("whole", ("--max_steps", "0"), "max_steps must be above 0"),
     "no epochs": ("whole", ("--num_train_epochs", "0"), "num_train_epochs must be above 0"),
     "no rows": ("empty", (), "empty"),
-    "no rows that fit": ("texts", ("--max_length", "3"), "No row is left to train on"),
+    "no rows that fit": ("texts", ("--max_length", "3"), "Row 0 has no token to train on within max_length=3"),
     "an empty stream": ("empty", ("--dataset_streaming", "true", "--max_steps", "2"), ""),
     "roles without names": ("roleless", (), ""),
     "a table that is cut off": ("parquet", (), "parquet: cannot be read (ArrowInvalid: Parquet magic bytes"),

@@ -144,6 +144,52 @@ def test_images_beside_a_table_are_not_taken_for_its_rows(elsewhere: Path) -> No
     assert seeds(opened(elsewhere)) == [0] and seeds(opened(elsewhere, split="validation")) == [1]
 
 
+def test_a_split_is_a_word_of_its_own_in_a_file_name(elsewhere: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("medieval", "contest", "devices", "restrained", "train-2"):
+        lines(elsewhere / f"{name}.jsonl", [{"messages": TURNS, "images": ["pictures/a.png"]}])
+    assert len(opened(elsewhere)) == 5 and not caplog.records
+    lines(elsewhere / "shapes_val.jsonl", [{"messages": TURNS, "images": ["pictures/b.png"]}])
+    assert len(opened(elsewhere)) == 5 and seeds(opened(elsewhere, split="validation")) == [1]
+    assert "validation: shapes_val.jsonl" in caplog.text
+
+
+def test_a_table_below_the_folder_of_its_images_is_found(elsewhere: Path) -> None:
+    (elsewhere / "rows").mkdir()
+    lines(elsewhere / "rows" / "a.jsonl", [{"messages": TURNS, "images": ["pictures/a.png"]}])
+    assert seeds(opened(elsewhere)) == [0]
+
+
+@pytest.mark.parametrize("images", [True, False], ids=["with images", "texts"])
+def test_tables_of_several_kinds_in_a_folder_are_not_left_out_silently(elsewhere: Path, images: bool) -> None:
+    folder = elsewhere if images else elsewhere / "texts"
+    folder.mkdir(exist_ok=True)
+    lines(folder / "a.jsonl", [{"messages": TURNS}] * 2)
+    (folder / "dataset_info.json").write_text("{}")  # no rows: datasets' own
+    assert len(opened(folder)) == 2
+    (folder / "b.csv").write_text("prompt,completion\na,b\n")
+    assert "holds tables of several kinds (a.jsonl, b.csv)" in refused(folder)
+    assert len(opened(folder / "b.csv")) == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["dataset", "stream"])
+def test_a_part_of_a_saved_split_is_read_as_load_dataset_reads_it(elsewhere: Path, streaming: bool) -> None:
+    rows = [{"prompt": str(number), "completion": "x"} for number in range(10)]
+    DatasetDict(train=Dataset.from_list(rows[:6]), test=Dataset.from_list(rows[6:])).save_to_disk(elsewhere / "saved")
+
+    def prompts(split: str) -> str:
+        return "".join(row["prompt"] for row in opened(elsewhere / "saved", split=split, streaming=streaming))
+
+    assert prompts("train[:2]") == "01" and prompts("train[-2:]") == "45" and prompts("test[50%:]") == "89"
+    assert prompts("train[:1]+test[:1]") == "06"
+    assert "has no part 'trian[:1]'" in refused(elsewhere / "saved", split="trian[:1]", streaming=streaming)
+    assert "has no part 'train[:a]'" in refused(elsewhere / "saved", split="train[:a]", streaming=streaming)
+
+
+def test_an_empty_file_has_no_rows(elsewhere: Path) -> None:
+    (elsewhere / "empty.jsonl").write_text("")
+    assert refused(elsewhere / "empty.jsonl").endswith(": holds no rows.")
+
+
 def refused(path: Path | str, **fields: Any) -> str:
     with pytest.raises(ValueError) as refusal:
         opened(path, **fields)
@@ -155,7 +201,7 @@ def refused(path: Path | str, **fields: Any) -> str:
 @pytest.mark.parametrize("streaming", [False, True], ids=["dataset", "stream"])
 def test_a_split_that_is_not_there_is_named_with_those_that_are(elsewhere: Path, streaming: bool) -> None:
     lines(elsewhere / "validation.jsonl", [{"messages": TURNS}])
-    sentence = "has no split 'train', found ['validation']: pass --dataset_train_split validation"
+    sentence = "has no split 'train', found ['validation']: name one of them (--dataset_train_split, "
     assert sentence in refused(elsewhere, streaming=streaming)
     assert len(opened(elsewhere, split="validation", streaming=streaming)) == 1
     DatasetDict(validation=Dataset.from_list([{"messages": TURNS}])).save_to_disk(elsewhere / "saved")
@@ -168,11 +214,10 @@ def test_a_split_that_is_not_there_is_named_with_those_that_are(elsewhere: Path,
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["dataset", "stream"])
 def test_what_cannot_be_read_is_one_sentence(elsewhere: Path, streaming: bool) -> None:
-    (elsewhere / "empty.jsonl").write_text("")
     (elsewhere / "broken.jsonl").write_text('{"messages": [' + "x" * 90_000 + "\n")
     (elsewhere / "rows.docx").write_text("x")
     (elsewhere / "broken.parquet").write_bytes(b"PAR1" + b"x" * 100)
-    for name in ("empty.jsonl", "broken.jsonl", "broken.parquet"):
+    for name in ("broken.jsonl", "broken.parquet"):
         assert "cannot be read (" in refused(elsewhere / name, streaming=streaming)
     assert "expected one of .json, .jsonl" in refused(elsewhere / "rows.docx", streaming=streaming)
     assert "no such file or folder" in refused(elsewhere / "nowhere", streaming=streaming)
@@ -227,6 +272,22 @@ def test_sources_of_any_schemas_mix_and_train_together(elsewhere: Path, streamin
             assert batch["input_ids"][at, :length].tolist() == alone["input_ids"][0].tolist(), name
             assert batch["labels"][at, :length].tolist() == alone["labels"][0].tolist(), name
     trainer.train()
+
+
+def test_a_source_whose_rows_fill_either_image_column_keeps_both(elsewhere: Path) -> None:
+    mixed = lines(
+        elsewhere / "joined.jsonl",
+        [{"messages": TURNS, "images": ["pictures/a.png"]}, {"messages": TURNS, "image": "pictures/b.png"}],
+    )
+    texts = lines(elsewhere / "texts.jsonl", [{"messages": TURNS}])
+    sources = [{"path": str(path), "distill": True} for path in (mixed, texts)]
+    rows = list(load_mixture(DistillMixtureConfig(datasets=sources))["train"])
+    assert seeds(rows) == [0, 1] and [len(row["images"]) for row in rows] == [1, 1, 0]
+    lines(mixed, [{"messages": TURNS, "images": ["pictures/a.png"], "image": "pictures/b.png"}])
+    with pytest.raises(
+        ValueError, match="joined.jsonl\\), row 0 has 1 images in column 'images' and others in column 'image'"
+    ):
+        load_mixture(DistillMixtureConfig(datasets=sources))
 
 
 def test_a_schema_that_sources_share_stays_as_it_is(elsewhere: Path) -> None:
