@@ -90,7 +90,7 @@ def to_resume(wanted: str | bool, run: str | os.PathLike[str]) -> str:
         ValueError: if there is none, or the named one is incomplete.
     """
     last = newest(run)
-    if isinstance(wanted, bool) or str(wanted).lower() == "true":
+    if isinstance(wanted, bool) or wanted.lower() == "true":
         if last is None:
             half = get_last_checkpoint(run) if Path(run).is_dir() else None
             why = f" ({Path(half).name} is not complete: {flaw(half)})" if half else ""
@@ -103,6 +103,18 @@ def to_resume(wanted: str | bool, run: str | os.PathLike[str]) -> str:
         instead = f"resume from {str(last)!r}" if last else "no other checkpoint of this run is complete"
         raise ValueError(f"Checkpoint {str(wanted)!r} cannot be resumed from: {reason}; {instead}.")
     return str(wanted)
+
+
+def wanted_checkpoint(given: str | bool | None) -> str | bool | None:
+    """What `resume_from_checkpoint` says: True for the newest, a path, or None for a new run ("false" on a command line)."""
+    text = str(given or "false").lower()
+    return None if text == "false" else True if text == "true" else str(given)
+
+
+def continues(wanted: str | bool | None, run: str | os.PathLike[str]) -> bool:
+    """Whether a run that resumes from this goes on in its own folder. One that goes on elsewhere is a new run there: what lies in that
+    folder is another's."""
+    return wanted is True or (isinstance(wanted, str) and Path(wanted).resolve().parent == Path(run).resolve())
 
 
 def _is_numbered(path: Path) -> bool:
@@ -126,8 +138,8 @@ def check_output_dir(output_dir: str | os.PathLike[str], *, overwrite: bool = Fa
     if runs or files:
         found = f"another run ({runs[0]})" if runs else f"{files[0]!r}, which a run may write over"
         raise ValueError(
-            f"output_dir {str(folder)!r} holds {found}: choose another folder, continue a run with "
-            "--resume_from_checkpoint PATH/checkpoint-N, or pass --overwrite_output_dir."
+            f"output_dir {str(folder)!r} holds {found}: choose another folder, continue the run that is there with "
+            "--resume_from_checkpoint true, or pass --overwrite_output_dir."
         )
 
 

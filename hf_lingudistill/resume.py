@@ -11,12 +11,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .checkpoints import (
     STATE,
     check_output_dir,
+    continues,
     put_back,
     read_measured,
     rotate,
     staged,
     start_afresh,
     to_resume,
+    wanted_checkpoint,
     write_measured,
 )
 from .finite import StepPolicy
@@ -48,21 +50,19 @@ class ResumingMixin(_Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, after checking that `output_dir` does not hold another run (unless this resumes it)."""
-        resume_from_checkpoint = resume_from_checkpoint or self.args.resume_from_checkpoint
-        self._resumed_from = None
-        if str(resume_from_checkpoint).lower() == "false":
-            resume_from_checkpoint = None
-        if resume_from_checkpoint:
-            if self.accelerator.is_local_main_process:
-                put_back(str(self.args.output_dir))
-            self.accelerator.wait_for_everyone()
-            resume_from_checkpoint = to_resume(resume_from_checkpoint, str(self.args.output_dir))
-            self._resumed_from = Path(resume_from_checkpoint)
-        else:
-            check_output_dir(str(self.args.output_dir), overwrite=self.args.overwrite_output_dir)
-            if self.accelerator.is_local_main_process:
-                start_afresh(str(self.args.output_dir))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        out = str(self.args.output_dir)
+        wanted = wanted_checkpoint(resume_from_checkpoint or self.args.resume_from_checkpoint)
+        own = continues(wanted, out)
+        if not own:
+            check_output_dir(out, overwrite=self.args.overwrite_output_dir)
+        elif self.accelerator.is_local_main_process:
+            put_back(out)
+        self.accelerator.wait_for_everyone()  # all have looked, and what was put aside is back
+        checkpoint = None if wanted is None else to_resume(wanted, out)
+        if not own and self.accelerator.is_local_main_process:
+            start_afresh(out)
+        self._resumed_from = None if checkpoint is None else Path(checkpoint)
+        return super().train(checkpoint, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         """`Trainer._get_output_dir`; while a checkpoint is written, the folder beside its place."""

@@ -299,6 +299,47 @@ def test_log_between_whose_entries_a_checkpoint_fell_is_that_of_the_whole_run(
     assert resumed.state.log_history[-1]["train_loss"] > 0
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("by", ["name", "link"])
+def test_a_run_that_resumes_into_another_runs_folder_leaves_what_is_there(
+    make_trainer: MakeTrainer, tmp_path: Path, on_policy: bool, by: str
+) -> None:
+    """Control: in its own folder and in a new one it goes on; told to overwrite, it removes no checkpoint of the other's."""
+    from hf_lingudistill import LinguDistillTrainer, OnPolicyLinguDistillTrainer
+
+    kind = {"trainer_class": OnPolicyLinguDistillTrainer if on_policy else LinguDistillTrainer}
+    settings = {**kind, **SETTINGS, "save_steps": 1, "save_total_limit": 1, "optim": "adamw_torch"}
+    settings["train_dataset"] = tiny.make_dataset(8)
+    if on_policy:
+        settings["train_dataset"] = settings["train_dataset"].remove_columns("completion")
+
+    def run(folder: Path, steps: int, resume: Path | None = None, **more: Any) -> None:
+        trainer = make_trainer(**{**settings, "max_steps": steps, **more}, output_dir=str(folder))
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        trainer.save_model(str(folder))
+
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    run(mine, 1)
+    run(other, 2)
+    target = other
+    if by == "link":
+        target = tmp_path / "link"
+        target.symlink_to(other)
+    before = contents(other)
+    with pytest.raises(ValueError, match="holds another run .*: choose another folder, continue the run that is there"):
+        run(target, 3, mine / "checkpoint-1")
+    assert contents(other) == before
+    run(tmp_path / "new", 2, mine / "checkpoint-1")
+    run(target, 3, other / "checkpoint-2")
+    assert [path.name for path in other.glob("checkpoint-*")] == ["checkpoint-3"]
+    run(target, 2, mine / "checkpoint-1", overwrite_output_dir=True)
+    assert sorted(path.name for path in other.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
 def test_sums_of_another_number_of_processes_are_left_alone(run: Path) -> None:
     accelerator = Accelerator(cpu=True)
     file = run / "checkpoint-4" / "lingudistill_measured_0.json"

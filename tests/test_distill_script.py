@@ -185,6 +185,29 @@ def test_a_finished_run_that_is_resumed_says_so_and_stays(
     assert run(saved_pair, data, out, *steps, "--max_steps", "2", "--resume_from_checkpoint", "true") == 0
 
 
+def test_resuming_into_another_runs_folder_is_refused_before_data_and_weights_are_loaded(
+    saved_pair: tuple[Path, Path],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    steps = ("--per_device_train_batch_size", "4", "--save_strategy", "steps", "--save_steps", "1")
+    steps += ("--save_total_limit", "1", "--max_steps")
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    assert run(saved_pair, data, mine, *steps, "1") == run(saved_pair, data, other, *steps, "2") == 0
+    stamps = {path: path.stat().st_mtime_ns for path in other.rglob("*") if path.is_file()}
+    asked: list[str] = []
+    monkeypatch.setattr(script, "load_data", lambda *arguments: asked.append("data"))
+    resume = ("--resume_from_checkpoint", str(mine / "checkpoint-1"))
+    assert run(saved_pair, data, other, *steps, "3", *resume) == 2
+    assert f"error: output_dir {str(other)!r} holds another run" in capsys.readouterr().err and asked == []
+    assert {path: path.stat().st_mtime_ns for path in other.rglob("*") if path.is_file()} == stamps
+    for out in (mine, tmp_path / "new"):  # the control
+        run(saved_pair, data, out, *steps, "3", *resume)
+        assert asked.pop() == "data"
+
+
 EARLY: dict[str, tuple[tuple[str, ...], str]] = {
     "swapped models": (("--student", "TEACHER", "--teacher", "STUDENT"), "look swapped"),
     "a student that is a folder of something else": (("--student", "DATA"), "holds no config.json"),

@@ -6,7 +6,7 @@ import re
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints import check_output_dir, to_resume
+from ..checkpoints import check_output_dir, continues, to_resume, wanted_checkpoint
 from ..compatibility import check_compatibility, named_teacher
 
 if TYPE_CHECKING:
@@ -91,11 +91,11 @@ def check_run(
         raise ValueError(
             f"num_train_epochs must be above 0 (or set max_steps); got {config.num_train_epochs:g}, which trains nothing."
         )
-    resume = str(config.resume_from_checkpoint or "").lower()
-    if resume and resume != "false":
-        to_resume(str(config.resume_from_checkpoint), str(config.output_dir))
-    else:
-        check_output_dir(str(config.output_dir), overwrite=config.overwrite_output_dir)
+    out, wanted = str(config.output_dir), wanted_checkpoint(config.resume_from_checkpoint)
+    if wanted is not None:
+        to_resume(wanted, out)
+    if not continues(wanted, out):
+        check_output_dir(out, overwrite=config.overwrite_output_dir)
     check_packages(config, student)
     teacher = config.teacher_model_name_or_path or named_teacher(name, trust_remote_code=config.trust_remote_code)
     check_compatibility(

@@ -39,6 +39,14 @@ FAULTS = (
         ("tests/test_checkpoints.py::test_incomplete_checkpoint_is_not_resumed_from",),
     ),
     Fault(
+        "another-folder",
+        "checkpoints.py",
+        "Path(wanted).resolve().parent == Path(run).resolve()",
+        "bool(wanted)",
+        "a run that resumes into another run's folder writes over it",
+        ("tests/test_checkpoints.py::test_a_run_that_resumes_into_another_runs_folder_leaves_what_is_there",),
+    ),
+    Fault(
         "metrics-lost",
         "resume.py",
         '        self._metrics["train"].update(kept["metrics"])\n',
