@@ -17,10 +17,12 @@ from .columns import embeds_images_anywhere, has_images, resolved, undecoded, wi
 from .config import shown
 from .formats import as_trl_row, column_images
 from .images import IMAGE_COLUMNS
+from .options import DistillOptions
 from .sources import load_source
 
 logger = logging.getLogger(__name__)
 
+_FLAG = DistillOptions.distill_column
 _ROWS = ("messages", "prompt", "completion")
 
 
@@ -81,15 +83,20 @@ def _check_source(index: int, source: DatasetConfig) -> None:
             raise ValueError(f"datasets[{index}].{name}: expected {what}, found {shown(value)}.")
 
 
-def load_mixture(mixture: DistillMixtureConfig, distill_column: str = "distill") -> DatasetDict:
+def load_mixture(mixture: DistillMixtureConfig, distill_column: str = _FLAG) -> DatasetDict:
     """Load and concatenate the sources of a mixture. -> {"train"[, "test"]}.
 
     Every row gets the flag of its source in `distill_column`; where some sources have images, the others get an empty
     `images` column. Shares (`fraction`) and `test_split_size` mean what they mean in TRL.
+
+    Raises:
+        ValueError: for a source that cannot be read, or a column of flags that was named and that no source has.
     """
     if not mixture.datasets:
         raise ValueError("The mixture is empty: list at least one source under `datasets:`.")
     parts = [load_source(source, streaming=mixture.streaming) for source in mixture.datasets]
+    if any(getattr(source, "distill", None) is None for source in mixture.datasets):
+        check_named_column(distill_column, *parts, source="datasets of the recipe")
     fractions = [source.fraction for source in mixture.datasets]
     if any(fraction is not None for fraction in fractions):
         parts = _take_fractions(parts, fractions, mixture.streaming)
@@ -106,6 +113,20 @@ def load_mixture(mixture: DistillMixtureConfig, distill_column: str = "distill")
         _check_test_split(mixture)
         return combined.train_test_split(test_size=mixture.test_split_size)
     return DatasetDict({"train": combined})
+
+
+def check_named_column(name: str, *parts: AnyDataset, source: str) -> None:
+    """Check that a flag column that somebody named (it is not the default) is in one of these.
+
+    Raises:
+        ValueError: naming the column, and those that are there.
+    """
+    found = {column for part in parts for column in part.column_names or ()}
+    if name != _FLAG and name not in found:
+        raise ValueError(
+            f"distill_column={name!r} names no column of the data ({source}), found {', '.join(sorted(found))}: name the column that "
+            "holds the flags, or leave distill_column out."
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +21,10 @@ from hf_lingudistill.options import DistillOptions
 from hf_lingudistill.scripts import distill as script
 from hf_lingudistill.scripts import preflight
 from hf_lingudistill.scripts.distill import main, parse
+from hf_lingudistill.scripts.unread import check_unread
 
 ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "examples" / "recipes"
 
 
 @pytest.fixture
@@ -212,6 +216,7 @@ EARLY: dict[str, tuple[tuple[str, ...], str]] = {
     "swapped models": (("--student", "TEACHER", "--teacher", "STUDENT"), "look swapped"),
     "a student that is a folder of something else": (("--student", "DATA"), "holds no config.json"),
     "an output_dir in use": (("--output_dir", "STUDENT"), "holds another run (model.safetensors)"),
+    "an option that nobody reads": (("--lora_r", "4"), "lora_r=4 has no effect without use_peft"),
     "a package that is missing": (("--use_liger_kernel", "true"), "liger-kernel"),
 }
 
@@ -233,6 +238,130 @@ def test_what_can_be_known_is_said_before_data_and_weights_are_loaded(
     assert sentence in capsys.readouterr().err and asked == []
     run(saved_pair, data, tmp_path / "out")
     assert asked == ["data"]  # the control
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Options that nobody reads
+# --------------------------------------------------------------------------------------------------------------------
+PAIR = ("--student", "a/vlm", "--teacher", "a/lm")
+ONE = (*PAIR, "--dataset_name", "a/set")
+MIXTURE = {"student": "a/vlm", "teacher": "a/lm", "datasets": [{"path": "a/set"}]}
+# What is given and not read, the sentence, what it takes to be read
+UNREAD: list[tuple[tuple[str, ...], str, tuple[str, ...]]] = [
+    (("--lora_r", "4"), "lora_r=4 has no effect without use_peft: pass --use_peft true, or leave", ("--use_peft",)),
+    (("--lora_target_modules", "q_proj"), "lora_target_modules=['q_proj'] has no effect", ("--use_peft",)),
+    (("--use_dora",), "use_dora=True has no effect without use_peft", ("--use_peft",)),
+    (("--merge_adapter", "true"), "merge_adapter=True has no effect without use_peft", ("--use_peft",)),
+    (("--use_bnb_nested_quant",), "use_bnb_nested_quant=True has no effect without load_in_4bit", ("--load_in_4bit",)),
+    (
+        ("--distill_margin", "0.5"),
+        "distill_margin=0.5 has no effect with distill_tokens='all': pass --distill_tokens confident",
+        ("--distill_tokens", "confident"),
+    ),
+    (("--anchor_weight", "1"), "anchor_weight=1.0 has no effect without anchor", ("--anchor", "before")),
+    (
+        ("--anchor", "before", "--anchor_cache_k", "8"),
+        "anchor_cache_k=8 has no effect without anchor_cache",
+        ("--anchor_cache", "true", "--kv_sharing", "none"),
+    ),
+    (("--cache_dir", "kept"), "cache_dir='kept' has no effect without anchor_cache or", ("--teacher_cache", "true")),
+    (
+        ("--dataset_test_split", "val"),
+        "dataset_test_split='val' has no effect with eval_strategy='no'",
+        ("--eval_strategy", "epoch"),
+    ),
+    (("--on_policy", "--lora_r", "4"), "lora_r=4 has no effect without use_peft", ("--use_peft",)),
+]
+UNREAD_BESIDE_A_MIXTURE = {
+    "dataset_name": "a/set",
+    "dataset_config": "en",
+    "dataset_train_split": "half",
+    "dataset_test_split": "half",
+    "dataset_streaming": "true",
+    "image_folder": "pictures",
+}
+
+
+@pytest.mark.parametrize(("flags", "sentence", "needed"), UNREAD, ids=lambda value: " ".join(value)[:30])
+def test_an_option_that_nobody_reads_is_refused(
+    flags: tuple[str, ...], sentence: str, needed: tuple[str, ...]
+) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(sentence)):
+        check_unread(*parse([*ONE, *flags]))
+    check_unread(*parse([*ONE, *flags, *needed]))  # the control
+
+
+@pytest.mark.parametrize("name", UNREAD_BESIDE_A_MIXTURE)
+def test_an_option_of_one_dataset_beside_a_mixture_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(MIXTURE))
+    given = (f"--{name}", UNREAD_BESIDE_A_MIXTURE[name], "--eval_strategy", "epoch")
+    with pytest.raises(ValueError, match=rf"^{name}=.* has no effect beside `datasets:`: .*, or leave {name} out\.$"):
+        check_unread(*parse(["--config", str(tmp_path / "recipe.yaml"), *given]))
+    check_unread(*parse(["--config", str(tmp_path / "recipe.yaml")]))  # the control
+    check_unread(*parse([*ONE, *given]))
+
+
+@pytest.mark.parametrize("line", ["streaming: true", "test_split_size: 0.5"])
+def test_an_option_of_a_mixture_beside_one_dataset_is_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(line)
+    with pytest.raises(ValueError, match=rf"^{line.split(':')[0]}=.* has no effect without `datasets:`"):
+        check_unread(*parse(["--config", str(tmp_path / "recipe.yaml"), *ONE]))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(MIXTURE) + line)
+    check_unread(*parse(["--config", str(tmp_path / "recipe.yaml")]))
+
+
+def test_a_default_that_is_spelt_out_is_no_option_that_nobody_reads() -> None:
+    defaults = ("--lora_r", "16", "--merge_adapter", "false", "--distill_margin", "0", "--anchor_weight", "0.5")
+    check_unread(*parse([*ONE, *defaults, "--dataset_test_split", "test", "--use_bnb_nested_quant", "false"]))
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*RECIPES.glob("*/[fl]*.yaml"), *RECIPES.glob("*.yaml")]), ids=lambda path: path.parent.name
+)
+def test_every_option_of_the_recipes_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.environ", {**os.environ})
+    check_unread(*parse(["--config", str(path), "--bf16", "false", "--output_dir", "out"]))
+
+
+@pytest.mark.parametrize("flags", [("--use_peft",), ("--merge_adapter", "true"), ("--dataset_streaming", "true")])
+def test_the_demo_reads_no_option_of_student_and_data(
+    tmp_path: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--demo", "--output_dir", str(tmp_path), *flags]) == 2
+    assert f"--demo makes its own models and data, and {flags[0][2:]}=True has no effect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["one dataset", "a stream", "a mixture", "on-policy"])
+def test_a_flag_column_that_is_named_must_be_there(
+    saved_pair: tuple[Path, Path], data: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Control: the default name may be missing, and the column of another name is found."""
+    rows = tiny.make_dataset(4, images=False)
+    rows.rename_column("distill", "is_long").save_to_disk(tmp_path / "named")
+    flags = {"a stream": ("--dataset_streaming", "true"), "on-policy": ("--on_policy",)}.get(kind, ())
+    if kind == "a mixture":
+        recipe = {"datasets": [{"path": str(tmp_path / "named")}]}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        flags = ("--config", str(tmp_path / "recipe.yaml"))
+    source = ("--dataset_name", str(tmp_path / "named")) if kind != "a mixture" else ()
+
+    def prepared(*more: str) -> object:
+        pair = [
+            "--student",
+            str(saved_pair[0]),
+            "--teacher",
+            str(saved_pair[1]),
+            "--output_dir",
+            str(tmp_path / "out"),
+        ]
+        given = [*pair, *source, *QUIET, *flags, "--max_steps", "1", "--self_check", "false", "--kv_source", "student"]
+        return script.prepare(*parse([*given, *more]))
+
+    with pytest.raises(ValueError, match="^distill_column='is_lng' names no column of the data .*, found .*is_long"):
+        prepared("--distill_column", "is_lng")
+    assert prepared("--distill_column", "is_long").has_distill_column  # type: ignore[attr-defined]
+    if kind != "a mixture":  # which gives every row the flag of its source
+        assert prepared().has_distill_column is False  # type: ignore[attr-defined]
 
 
 def test_a_missing_library_is_named_with_the_option_that_asks_for_it(

@@ -36,6 +36,7 @@ for name, arguments in json.load(sys.stdin).items():
 def logs(commands: dict[str, list[str]], folder: Path) -> dict[str, tuple[str, str]]:
     """name -> (how it ended, stderr without progress bars)."""
     tiny.make_dataset(4).save_to_disk(folder / "data")
+    tiny.make_dataset(4).remove_columns("distill").save_to_disk(folder / "unmarked")
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         input=json.dumps(commands),
@@ -86,7 +87,7 @@ def test_what_the_commands_write_to_stderr_is_theirs(saved_pair: Pair, tmp_path:
             "publish": ["publish", "out", "--repo_id", "ORG/NAME", "--dry_run"],
             "qlora": training(saved_pair, "qlora", "--teacher_quantization", "int8", *lora),
             # control: what the user asked for, and what is missing, still comes through
-            "warned": training(saved_pair, "warned", "--pad_token", "<|endoftext|>", "--distill_column", "absent"),
+            "warned": training(saved_pair, "warned", "--pad_token", "<|endoftext|>", "--dataset_name", "unmarked"),
         },
         tmp_path,
     )
@@ -94,7 +95,7 @@ def test_what_the_commands_write_to_stderr_is_theirs(saved_pair: Pair, tmp_path:
     assert found == dict.fromkeys(found, ("ended 0", "")) and len(found) == 8
     assert (
         warned[0] == "ended 0"
-        and "'absent': every row is distilled" in warned[1]
+        and "'distill': every row is distilled" in warned[1]
         and "`pad_token` is deprecated" in warned[1]
     )
 

@@ -198,6 +198,7 @@ def prepare(
     from trl import get_peft_config, get_quantization_config
 
     from ..hub.run_facts import recipe_of
+    from ..mixtures import check_named_column
     from .preflight import check_run
 
     check_run(script_args, config, model_args, mixture)
@@ -217,6 +218,8 @@ def prepare(
         raise BadInput(text if source in text else f"The data ({source}) cannot be read: {text}") from error
     if hasattr(train_dataset, "__len__") and len(train_dataset) == 0:
         raise BadInput(f"The data ({source}) has no rows to train on.")
+    if not mixture.datasets:
+        check_named_column(config.distill_column, train_dataset, source=source)
     trainer: Trainer = _trainer_class(on_policy=script_args.on_policy)(
         model=str(model_args.model_name_or_path),
         args=config,
@@ -310,11 +313,9 @@ def _demo(
     from ..config import LinguDistillConfig
     from ..hub.manifest import command_for
     from ..labs.demo import run_demo
+    from .unread import check_demo
 
-    if model_args.model_name_or_path or script_args.dataset_name or mixture.datasets:
-        raise ValueError(
-            "--demo makes its own models and data: drop it, or drop --student, --dataset_name and datasets."
-        )
+    check_demo(script_args, model_args, mixture)
     assert isinstance(config, LinguDistillConfig)  # `parse` gives no other with --demo
     if config.push_to_hub:
         raise ValueError(f"The demo is published after it has run: {command_for(str(config.output_dir), 'ORG/NAME')}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints import check_output_dir, continues, to_resume, wanted_checkpoint
 from ..compatibility import check_compatibility, named_teacher
+from .unread import check_unread
 
 if TYPE_CHECKING:
     from ..config import LinguDistillConfig, OnPolicyLinguDistillConfig
@@ -77,7 +78,7 @@ def check_run(
 
     Raises:
         ModuleNotFoundError: if a package is missing that an option asks for.
-        ValueError: if the run cannot start: no model, no data, no steps, an output_dir in use, a checkpoint that cannot be
+        ValueError: if the run cannot start: no model, no data, no steps, an option that nothing reads, an output_dir in use, a checkpoint that cannot be
             resumed from, models that do not fit.
     """
     name = student.model_name_or_path
@@ -87,6 +88,7 @@ def check_run(
         raise ValueError(
             "No data: pass --dataset_name (a file, a folder or a Hub id), or list sources under `datasets:` in a recipe."
         )
+    check_unread(script_args, config, student, mixture)
     if config.max_steps < 0 and config.num_train_epochs <= 0:
         raise ValueError(
             f"num_train_epochs must be above 0 (or set max_steps); got {config.num_train_epochs:g}, which trains nothing."
