@@ -119,6 +119,7 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
         if isinstance(model, str):
             # The config owns the mapping; weights load from safetensors only
             args.model_init_kwargs = {"use_safetensors": True, **as_dict(args.model_init_kwargs)}
+        kwargs["peft_config"] = self.adapter_of(model, args, kwargs.get("peft_config"))
         if (
             args.ddp_find_unused_parameters is None
         ):  # as TRL 1.16: a batch of texts leaves the vision tower without gradients

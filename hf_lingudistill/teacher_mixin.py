@@ -12,6 +12,7 @@ from accelerate.utils import is_peft_model
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ._internals import keep_image_dtype
+from .adapter import with_targets
 from .compatibility import CompatibilityReport, check_compatibility, guess_teacher
 from .engines import is_teacher_sharded, shard_teacher, sharding_of
 from .first_batch import FirstBatch
@@ -95,6 +96,12 @@ class TeacherMixin(_Trainer):
             kv_sharing=args.kv_sharing,
         )
         self.compatibility.raise_for_misfit()
+
+    @staticmethod
+    def adapter_of(student: Any, args: Any, peft_config: Any) -> Any:
+        """The adapter's configuration; one that names no layers, and has no default in PEFT, with those of the text decoder."""
+        revision = as_dict(args.model_init_kwargs).get("revision")
+        return with_targets(peft_config, student, revision=revision, trust_remote_code=args.trust_remote_code)
 
     @property
     def teacher_part(self) -> str | None:

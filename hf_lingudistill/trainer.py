@@ -83,6 +83,7 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
         if isinstance(model, str):
             # SFTConfig owns the mapping; weights load from safetensors only
             args.model_init_kwargs = {"use_safetensors": True, **as_dict(args.model_init_kwargs)}
+        kwargs["peft_config"] = self.adapter_of(model, args, kwargs.get("peft_config"))
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         prepare_router(self._plain_student())
         self.collate_rows(
