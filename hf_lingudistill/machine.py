@@ -103,6 +103,30 @@ def machine(*, use_cpu: bool = False) -> Machine:
     )
 
 
+def device_of(name: str | None) -> torch.device:
+    """The device of this name (cpu, cuda, cuda:1); left out, where a single process computes.
+
+    Raises:
+        ValueError: if there is no such device here.
+    """
+    import torch
+
+    found = machine()
+    if name is None:
+        return found.device
+    here = {"cpu": 1, found.device.type: max(found.gpus, 1)}
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or (device.index or 0) >= here.get(device.type, 0):
+        names = [
+            kind if kind in ("cpu", "mps") else f"{kind}:{index}" for kind, n in here.items() for index in range(n)
+        ]
+        raise ValueError(f"device must be one of this machine's, {', '.join(names)}; got {name!r}.")
+    return device
+
+
 def take_threads() -> None:
     """On a CPU, take every core: `accelerate launch` starts a single process with one thread unless told otherwise, and torch
     counts the host's cores where a Space has some of them.

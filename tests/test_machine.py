@@ -16,7 +16,7 @@ import torch
 
 from hf_lingudistill.cli import main
 from hf_lingudistill.config import LocalSFTConfig
-from hf_lingudistill.machine import VARIABLE, machine, take_threads
+from hf_lingudistill.machine import VARIABLE, device_of, machine, take_threads
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_CPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="about a machine without an accelerator")
@@ -48,6 +48,37 @@ def test_what_is_found_is_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> No
     assert 1 <= here.threads <= (os.cpu_count() or 1)
     if not here.accelerated:
         assert here.bf16 is bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def test_a_device_is_one_of_this_machines() -> None:
+    here = machine()
+    assert device_of(None) == here.device and device_of("cpu") == torch.device("cpu")
+    for wrong in ("gpu", "cuda:99", "cpu:1", "meta", "", *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(ValueError, match=rf"^device must be one of this machine's, cpu.*; got '{wrong}'\.$"):
+            device_of(wrong)
+    if here.gpus:  # the control
+        assert device_of(f"{here.device.type}:{here.gpus - 1}").index == here.gpus - 1
+
+
+COMMANDS = {
+    "evaluate": ["--before", "a/vlm", "--output_dir", "out"],
+    "diagnose": ["--student", "a/vlm", "--teacher", "a/lm"],
+    "score-mix": ["a/set", "--student", "a/vlm", "--teacher", "a/lm", "--output_dir", "out"],
+    "blend": ["--before", "a/vlm", "--after", "b/vlm", "--keep", "vision >= 0", "--output_dir", "out"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_device_that_is_not_there_is_said_before_anything_is_read(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Control: with a device that is there, what is said is that there are no such models or data."""
+    monkeypatch.chdir(tmp_path)
+    for device, said in (("gpu", "device must be one of"), ("cuda:99", "device must be one of"), ("cpu", "a/")):
+        assert main([command, *COMMANDS[command], "--device", device]) == 2
+        (error,) = capsys.readouterr().err.strip().splitlines()
+        assert error.startswith("lingudistill: ") and said in error
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("value", [0, 1])

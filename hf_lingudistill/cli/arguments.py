@@ -40,9 +40,17 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
 
 
 def loading(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_loading` as arguments of what loads models."""
+    """The options of `add_loading` as arguments of what loads models.
+
+    Raises:
+        ValueError: for a device that is not there.
+    """
     import torch
 
+    from ..machine import device_of
+
+    if args.device is not None:
+        device_of(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     return {"dtype": dtype, "device": args.device, "trust_remote_code": args.trust_remote_code}
 

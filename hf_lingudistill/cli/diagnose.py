@@ -47,6 +47,7 @@ def run(args: Namespace) -> int:
     from ..labs.diagnose import FILES, as_text, diagnose, load_prompts, write_report
 
     try:
+        options = loading(args)
         if args.output_dir:
             check(args.output_dir, *FILES, by="diagnose")
         teacher = args.teacher or named_teacher(args.student, trust_remote_code=args.trust_remote_code)
@@ -63,7 +64,7 @@ def run(args: Namespace) -> int:
             teacher,
             prompts=prompts,
             max_answer_tokens=args.max_answer_tokens,
-            **loading(args),
+            **options,
         )
         if args.output_dir:
             written = write_report(report, Path(args.output_dir))

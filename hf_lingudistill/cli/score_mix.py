@@ -52,6 +52,7 @@ def run(args: Namespace) -> int:
     from ..labs.score_mix import FILES, Limits, as_text, read_sources, score_mix, write_report
 
     try:
+        options = loading(args)
         check(args.output_dir, *FILES, by="score-mix")
         teacher = args.teacher or named_teacher(args.student, trust_remote_code=args.trust_remote_code)
         report = score_mix(
@@ -62,7 +63,7 @@ def run(args: Namespace) -> int:
             limits=Limits(args.max_dependence, args.min_language),
             max_answer_tokens=args.max_answer_tokens,
             batch_size=args.batch_size,
-            **loading(args),
+            **options,
         )
         written = write_report(report, Path(args.output_dir))
     except (ValueError, OSError) as error:

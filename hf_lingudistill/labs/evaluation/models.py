@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from ...compatibility import UnreadableModelError
-from ...machine import machine
+from ...machine import device_of, machine
 from ...quantization import choose_kernels
 
 
@@ -153,7 +153,7 @@ def _unreadable(name: str, path: str, error: Exception) -> UnreadableModelError:
 
 def scoring_dtype(dtype: torch.dtype | None = None, device: str | None = None) -> torch.dtype:
     """dtype; left out, bf16 on an accelerator that multiplies in it, else fp32."""
-    place = torch.device(device) if device else machine().device
+    place = device_of(device)
     return dtype or (torch.bfloat16 if place.type != "cpu" and machine().bf16 else torch.float32)
 
 
@@ -173,7 +173,7 @@ def load_scored(
     Raises:
         UnreadableModelError: if there is no model that transformers can read.
     """
-    place = torch.device(device) if device else machine().device
+    place = device_of(device)
     dtype = scoring_dtype(dtype, device)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     config = read_config(name, path, trust_remote_code=trust_remote_code)
