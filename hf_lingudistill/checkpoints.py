@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
-from .folders import MARKER, clear_staging, forget, is_ours, make_staging, record, remove
+from .folders import MARKER, clear_staging, forget, in_the_way, is_ours, make_staging, record, remove
 
 BY = "distill"  # whose files they are, in the folder's list
 STAGING = ".checkpoint-being-written"
@@ -128,8 +128,10 @@ def check_output_dir(output_dir: str | os.PathLike[str], *, overwrite: bool = Fa
         ValueError: if it does (and not `overwrite`), or is a file.
     """
     folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {str(folder)!r} is a file, expected a folder: choose another name.")
+    if (file := in_the_way(folder)) is not None:
+        raise ValueError(
+            f"output_dir {str(folder)!r} cannot be made: {str(file)!r} is a file, expected a folder. Choose another name."
+        )
     if overwrite:
         return
     runs = sorted((path.name for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")), key=len)

@@ -38,9 +38,9 @@ def claim(folder: str | os.PathLike[str], *, by: str) -> None:
         NotOurs: if it is not.
     """
     root = Path(folder)
+    if (file := in_the_way(root)) is not None:
+        raise NotOurs(f"{str(file)!r} is a file, expected a folder: choose another output_dir.")
     if root.is_symlink() or root.exists():
-        if not root.is_dir():
-            raise NotOurs(f"{str(root)!r} is a file, expected a folder: choose another output_dir.")
         others = sorted(path.name for path in root.iterdir())
         if others and not any(stamp[0] == by for stamps in _listing(root).values() for stamp in stamps):
             raise NotOurs(
@@ -49,12 +49,21 @@ def claim(folder: str | os.PathLike[str], *, by: str) -> None:
             )
 
 
+def in_the_way(folder: str | os.PathLike[str]) -> Path | None:
+    """What keeps a folder of this path from being there or being made: the file that bears its name or that of one above it."""
+    root = Path(folder)
+    there = next((path for path in (root, *root.absolute().parents) if path.is_symlink() or path.exists()), root)
+    return None if there.is_dir() else there
+
+
 def check(folder: str | os.PathLike[str], *names: str, by: str) -> None:
     """Check that files and folders of these names may be written there by the command `by`. Nothing is touched.
 
     Raises:
-        NotOurs: if one of them is there and is not what `by` wrote.
+        NotOurs: if one of them is there and is not what `by` wrote, or a file is where the folder is to be.
     """
+    if (file := in_the_way(folder)) is not None:
+        raise NotOurs(f"{str(file)!r} is a file, expected a folder: choose another output_dir.")
     for name in names:
         if (stranger := _stranger(Path(folder), name, by)) is not None:
             raise NotOurs(

@@ -256,8 +256,9 @@ def test_output_dir_with_files_that_a_run_would_write_over_is_refused(tmp_path: 
     with pytest.raises(ValueError, match=f"holds '{name}', which a run may write over: choose another folder"):
         check_output_dir(tmp_path)
     check_output_dir(tmp_path, overwrite=True)
-    with pytest.raises(ValueError, match="is a file, expected a folder"):
-        check_output_dir(tmp_path / name, overwrite=True)
+    for place in (tmp_path / name, tmp_path / name / "below"):
+        with pytest.raises(ValueError, match=f"{name}' is a file, expected a folder"):
+            check_output_dir(place, overwrite=True)
 
 
 def test_best_checkpoint_is_named_where_it_lies(make_trainer: MakeTrainer, tmp_path: Path) -> None:
@@ -330,7 +331,9 @@ def test_a_run_that_resumes_into_another_runs_folder_leaves_what_is_there(
         target = tmp_path / "link"
         target.symlink_to(other)
     before = contents(other)
-    with pytest.raises(ValueError, match="holds another run .*: choose another folder, continue the run that is there"):
+    with pytest.raises(
+        ValueError, match="holds another run .*: choose another folder, continue the run that is there"
+    ):
         run(target, 3, mine / "checkpoint-1")
     assert contents(other) == before
     run(tmp_path / "new", 2, mine / "checkpoint-1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image as PILImage
 from hf_lingudistill.cli import main
 from hf_lingudistill.compatibility import UnreadableModelError
 from hf_lingudistill.labs.evaluation import Suite, evaluate_models, language, load_suite, plots, run
+from hf_lingudistill.labs.evaluation.data import image_items
 from hf_lingudistill.labs.evaluation.report import SCHEMA
 from hf_lingudistill.labs.evaluation.suite import GroundedTask, HarnessTasks, TextTask, VisionTask
 
@@ -317,6 +319,74 @@ def test_data_and_paths_that_do_not_fit_are_refused_before_any_model_is_loaded(
     with pytest.raises(ValueError) as raised:
         quiet({"original": models["original"]}, suite_file(only_images), tmp_path / "out")
     assert str(raised.value) == "Suite 'mine' is about images only, which none of original takes."
+
+
+@pytest.mark.parametrize(
+    ("log", "found"),
+    [
+        (None, "expected the trainer_state.json of a LinguDistill run, found No such file or directory."),
+        ("no json", "expected the trainer_state.json of a LinguDistill run, found a file that is not JSON."),
+        ("[1]", "holds no ce_loss: expected"),
+        ('{"log_history": [{"loss": 1.0}]}', "holds no ce_loss: expected"),
+        ('{"log_history": [{"ce_loss": 1.0}]}', "a model was loaded"),  # the control
+    ],
+)
+def test_a_training_log_that_cannot_be_drawn_is_refused_before_any_model_is_loaded(
+    models: dict[str, str],
+    suite: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    log: str | None,
+    found: str,
+) -> None:
+    if log is not None:
+        (tmp_path / "state.json").write_text(log)
+    monkeypatch.setattr(run, "load_scored", loaded)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(suite))
+    with pytest.raises((ValueError, AssertionError), match=re.escape(found)):
+        quiet(models, str(tmp_path / "mine.yaml"), tmp_path / "out", training_log=str(tmp_path / "state.json"))
+
+
+@pytest.mark.parametrize("where", ["", "below"])
+def test_an_output_dir_that_is_a_file_is_refused_before_any_model_is_loaded(
+    models: dict[str, str], suite: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr(run, "load_scored", loaded)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(suite))
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="out' is a file, expected a folder: choose another output_dir"):
+        quiet(models, str(tmp_path / "mine.yaml"), tmp_path / "out" / where)
+    assert (tmp_path / "out").read_text() == "mine"
+    with pytest.raises(AssertionError, match="a model was loaded"):  # the control
+        quiet(models, str(tmp_path / "mine.yaml"), tmp_path / "new" / where)
+
+
+def loaded(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("a model was loaded")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("column", ["image", "picture"])
+def test_a_single_file_is_data_and_its_images_lie_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, column: str
+) -> None:
+    """Control: in the working directory lies another image of that name."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data" / "pictures").mkdir(parents=True)
+    for folder, color in (("data/pictures", "red"), ("elsewhere", "blue")):
+        PILImage.new("RGB", (16, 16), color).save(tmp_path / folder / "a.png")
+    (tmp_path / "elsewhere" / "pictures").mkdir()
+    PILImage.new("RGB", (16, 16), "blue").save(tmp_path / "elsewhere" / "pictures" / "a.png")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    rows = [{column: "pictures/a.png", "question": f"What color? {i}", "answer": "red"} for i in range(4)]
+    file = tmp_path / "data" / f"rows.{kind}"
+    part = datasets.Dataset.from_list(rows)
+    {"jsonl": part.to_json, "csv": part.to_csv, "parquet": part.to_parquet}[kind](str(file))
+    for split, count in (("test", 4), ("train", 4), ("test[:3]", 3)):
+        items = image_items(VisionTask(name="t", path=str(file), split=split, image=column), 0)
+        assert [item.images[0].getpixel((3, 3)) for item in items] == [(255, 0, 0)] * count
+    named = VisionTask(name="t", path={"jsonl": "json"}.get(kind, kind), data_files=str(file), image=column)
+    assert image_items(named, 0)[0].images[0].getpixel((3, 3)) == (255, 0, 0)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ from ...compatibility import UnreadableModelError, check_compatibility
 from ...folders import check, replacing
 from ...hub.run_facts import SCHEMA as RECORD
 from ...hub.run_facts import model_fact, read_run_facts, write_run_facts
+from ...machine import device_of
 from ..diagnose.weights import weight_drift
 from ..evaluation import evaluate_models
 from ..evaluation.models import Made, Scored, fingerprint, load_scored, read_config, scoring_dtype, takes_images
+from ..evaluation.report import FILES as OF_EVALUATION
 from ..evaluation.report import GROUPS
 from ..evaluation.suite import Suite, load_suite
 from .condition import Condition, parse_condition, score_of, tasks_named
@@ -71,6 +73,8 @@ def blend(
         _check_score(name, suite)
     out = Path(output_dir)
     check(out, *FILES, by="blend")
+    check(out / "evaluation", *OF_EVALUATION, by="evaluate")
+    device_of(device)
     blends = _blends(weights, shares, original)
     _check_models(before, after, trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}

@@ -8,7 +8,8 @@ pubmedqa and contracts.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,9 @@ from PIL import Image as PILImage
 
 from ...bad_rows import BadRow
 from ...images import decode_image
+from ...mixtures import DistillSource
 from ...rgb import to_rgb
+from ...sources import load_source
 from .drawings import drawings
 from .fidelity import Question
 from .shapes import ShapeError, accepted_answers, choices_of, found, right_choices, text_of
@@ -30,6 +33,7 @@ Row = dict[str, Any]
 T = TypeVar("T")
 INSTRUCTIONS = Path(__file__).with_name("instructions.yaml")
 DRAWN = ("drawn_colors", "drawn_yes_no")
+_LONGEST_PATH = 1024  # a longer text is an image itself, in base64
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ def _row_images(values: list[Any], task: Data, key: str) -> tuple[PILImage.Image
         raise ValueError(
             f"Task {task.name!r}, item {key}: it has no image. Drop the row, or leave it out with `where`."
         )
-    return tuple(_image(value, task, key) for value in values)
+    return tuple(_image(value, task, key) for value in _with_whole_paths(values, task))
 
 
 def _image(image: Any, task: Data | None, key: str) -> PILImage.Image:
@@ -235,21 +239,46 @@ class Rows:
 
 
 def _load(task: Data) -> Any:
-    path, files = str(task.path), task.data_files
+    path, files = Path(str(task.path)), task.data_files
     if files is not None and not isinstance(files, Mapping):
         files = {task.split: list(files) if isinstance(files, tuple) else files}  # else `datasets` calls them "train"
+    # A file is one split, which `datasets` calls "train"; a part of it ("test[:50]") stays one
+    split = re.sub(r"^\w+", "train", task.split) if path.is_file() else task.split
     try:
-        if (Path(path) / "state.json").is_file():
-            return load_from_disk(path)
-        if (Path(path) / "dataset_dict.json").is_file():
-            return load_from_disk(str(Path(path) / task.split))
-        return load_dataset(path, task.config, split=task.split, data_files=files, revision=task.revision)
+        if (path / "state.json").is_file():
+            return load_from_disk(str(path))
+        if (path / "dataset_dict.json").is_file():
+            return load_from_disk(str(path / task.split))
+        if task.revision is not None:
+            return load_dataset(str(path), task.config, split=split, data_files=files, revision=task.revision)
+        return load_source(DistillSource(path=str(task.path), name=task.config, split=split, data_files=files))
     except Exception as error:  # of Arrow, httpx, the Hub, a loader's parser: each has a type of its own
         cause = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise ValueError(
             f"Task {task.name!r}: cannot read its data ({path}, split {task.split!r}): {cause[:300]}. Check `path`, `split`, `config` and "
             "`data_files` in the suite."
         ) from error
+
+
+def _flat(files: Any) -> list[str]:
+    if isinstance(files, Mapping):
+        files = list(files.values())
+    if isinstance(files, list | tuple):
+        return [name for part in files for name in _flat(part)]
+    return [] if files is None else [str(files)]
+
+
+def _with_whole_paths(images: Iterable[Any], task: Data) -> list[Any]:
+    """Images of a row, relative paths among them made whole: they begin at the file that names them, as in training."""
+    files = _flat(task.data_files) or [str(task.path)]
+    folders = [path.parent if path.is_file() else path for path in map(Path, files)]
+
+    def whole(image: Any) -> Any:
+        if not isinstance(image, str) or len(image) > _LONGEST_PATH:
+            return image
+        return next((str(folder / image) for folder in folders if (folder / image).is_file()), image)
+
+    return [whole(image) for image in images]
 
 
 def _draw(task: Data, keys: list[int], seed: int) -> list[int]:

@@ -163,16 +163,33 @@ def _crowd(points: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, An
     return near if len(near) * 2 >= len(values) else {}
 
 
+def training_history(trainer_state: str | Path) -> list[dict[str, Any]]:
+    """The log entries of a `trainer_state.json` that a LinguDistill run wrote.
+
+    Raises:
+        ValueError: if it does not exist, is none, or holds no such log.
+    """
+    expected = "expected the trainer_state.json of a LinguDistill run"
+    try:
+        found = json.loads(Path(trainer_state).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"training_log {str(trainer_state)!r}: {expected}, found {error.strerror}.") from error
+    except ValueError as error:
+        raise ValueError(f"training_log {str(trainer_state)!r}: {expected}, found a file that is not JSON.") from error
+    logged = found.get("log_history", []) if isinstance(found, dict) else []
+    history = [entry for entry in logged if "ce_loss" in entry]
+    if not history:
+        raise ValueError(f"training_log {str(trainer_state)!r} holds no ce_loss: {expected}.")
+    return history
+
+
 def plot_training(trainer_state: str | Path, path: Path) -> Path:
     """Losses and the share of distilled tokens over steps, from a `trainer_state.json`.
 
     Raises:
-        ValueError: if the file holds no log of a LinguDistill run.
+        ValueError: as `training_history`.
     """
-    history = json.loads(Path(trainer_state).read_text(encoding="utf-8")).get("log_history", [])
-    history = [entry for entry in history if "ce_loss" in entry]
-    if not history:
-        raise ValueError(f"{trainer_state} holds no ce_loss: expected the trainer_state.json of a LinguDistill run.")
+    history = training_history(trainer_state)
     plt = _pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
     curves = {

@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from ..._version import __version__
 from ...folders import check
-from ...machine import machine
+from ...machine import device_of, machine
 from ..statistics import Bootstrap
 from .cache import digest
 from .checks import check_roles
@@ -36,6 +36,7 @@ from .models import (
     release_memory,
     takes_images,
 )
+from .plots import training_history
 from .report import FILES, build_report, write_report
 from .scoring import read_items, score
 from .suite import HarnessTasks, Suite, load_suite
@@ -79,7 +80,7 @@ def evaluate_models(
     Returns the report.
 
     Raises:
-        ValueError, FileNotFoundError: for a suite, a dataset, names or a reference that do not fit, before a model is loaded.
+        ValueError, FileNotFoundError: for a suite, a dataset, names, a reference, a device or a log that do not fit, before a model is loaded.
         UnreadableModelError: for a model that cannot be loaded; a config that cannot be read, before the first is.
         ModuleNotFoundError: if the suite needs a package that is not installed, saying which and how to install it.
         NotOurs: if output_dir holds a file of a name to be written that no evaluation wrote, before a model is loaded.
@@ -87,6 +88,9 @@ def evaluate_models(
     suite = load_suite(suite) if isinstance(suite, str) else suite
     out = Path(output_dir)
     check(out, *FILES, by="evaluate")
+    device_of(device)
+    if training_log is not None:
+        training_history(training_log)
     if not models:
         raise ValueError("No model to score: pass at least one, as {name: path}.")
     made = made or {}
