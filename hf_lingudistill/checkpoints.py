@@ -75,12 +75,28 @@ def flaw(checkpoint: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def newest(run: str | os.PathLike[str]) -> Path | None:
-    """The complete checkpoint of a run's folder with the most steps, or None."""
+def newest(run: str | os.PathLike[str], *, own: bool = False) -> Path | None:
+    """The complete checkpoint of a run's folder with the most steps, or None. own: of those that the run in it wrote."""
     found = {
         int(p.name.rpartition("-")[2]): p for p in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_numbered(p)
     }
+    if own:
+        found = {step: path for step, path in found.items() if is_ours(run, path.name, by=BY)}
     return next((found[step] for step in sorted(found, reverse=True) if flaw(found[step]) is None), None)
+
+
+def go_on(run: str | os.PathLike[str], begun_from: Path | None = None) -> str:
+    """The last complete checkpoint of a run, and how to go on from it.
+
+    Args:
+        run: its folder, which may hold checkpoints of others.
+        begun_from: the checkpoint that it was resumed from.
+    """
+    last = newest(run, own=True) or begun_from
+    if last is None:
+        return "there is no complete checkpoint: start again"
+    value = "true" if last == newest(run) else str(last)
+    return f"the last complete checkpoint is {str(last)!r}: go on with --resume_from_checkpoint {value}"
 
 
 def to_resume(wanted: str | bool, run: str | os.PathLike[str]) -> str:

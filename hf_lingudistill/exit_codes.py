@@ -7,6 +7,7 @@
 | 2 | bad input, said in one sentence; nothing was trained, nothing of the user's was changed |
 | 3 | not published. After a training: the model is saved, and the sentence names the command that goes on |
 | 4 | stopped at a loss, gradient or teacher that is not finite (`on_nan`) |
+| 130 | interrupted (Ctrl-C). A training says at which step, and which checkpoint to go on from |
 
 `LINGUDISTILL_DEBUG=1` shows the traceback behind a sentence.
 """
@@ -16,8 +17,9 @@ DOES_NOT_FIT = 1
 BAD_INPUT = 2
 NOT_PUBLISHED = 3
 NOT_FINITE = 4
+INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
 
 SUMMARY = (
     "Exit codes: 0 done, or it fits; 1 it does not fit (check, plan, blend); 2 bad input, said in one sentence (LINGUDISTILL_DEBUG=1 "
-    "shows the traceback); 3 not published (after a training: saved); 4 stopped at a step that is not finite."
+    "shows the traceback); 3 not published (after a training: saved); 4 stopped at a step that is not finite; 130 interrupted."
 )

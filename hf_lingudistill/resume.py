@@ -12,6 +12,7 @@ from .checkpoints import (
     STATE,
     check_output_dir,
     continues,
+    go_on,
     put_back,
     read_measured,
     rotate,
@@ -63,6 +64,10 @@ class ResumingMixin(_Trainer):
             start_afresh(out)
         self._resumed_from = None if checkpoint is None else Path(checkpoint)
         return super().train(checkpoint, *args, **kwargs)
+
+    def interrupted(self) -> str:
+        """Where a training stood that Ctrl-C ended, and how it goes on."""
+        return f"Interrupted at step {self.state.global_step}; {go_on(self.args.output_dir, self._resumed_from)}."
 
     def _get_output_dir(self, trial: Any) -> str:
         """`Trainer._get_output_dir`; while a checkpoint is written, the folder beside its place."""

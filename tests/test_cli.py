@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import types
@@ -178,6 +179,19 @@ def test_a_folder_that_is_no_model_is_said_to_be_none(
     (tmp_path / "docs").mkdir()
     assert main([command, "--student", str(tmp_path / "docs")]) == 2
     assert f"The student folder {str(tmp_path / 'docs')!r} holds no config.json." in capsys.readouterr().err
+
+
+def test_ctrl_c_is_a_sentence_and_exit_code_130(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "hf_lingudistill.compatibility.check_compatibility", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT)
+    )
+    assert run(models) == 130
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("lingudistill: interrupted; the same command begins again")
+    monkeypatch.undo()
+    assert run(models) == 0  # the control
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from trl import get_peft_config
 
 from hf_lingudistill.labs.demo import recipe
 from hf_lingudistill.options import DistillOptions
+from hf_lingudistill.pace import Pace
 from hf_lingudistill.scripts import distill as script
 from hf_lingudistill.scripts import preflight
 from hf_lingudistill.scripts.distill import main, parse
@@ -210,6 +212,71 @@ def test_resuming_into_another_runs_folder_is_refused_before_data_and_weights_ar
     for out in (mine, tmp_path / "new"):  # the control
         run(saved_pair, data, out, *steps, "3", *resume)
         assert asked.pop() == "data"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Ctrl-C
+# --------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["checkpoints", "no checkpoint", "resumed elsewhere", "another's", "on-policy"])
+def test_an_interrupted_training_says_where_it_stood_and_how_it_goes_on(
+    saved_pair: tuple[Path, Path],
+    data: Path,
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, steps = tmp_path / "out", ("--per_device_train_batch_size", "4", "--max_steps", "4", "--save_steps", "1")
+    saving = ("--save_strategy", "no" if kind in ("no checkpoint", "resumed elsewhere", "another's") else "steps")
+    more: tuple[str, ...] = {
+        "on-policy": ("--on_policy", "--max_completion_length", "4"),
+        "another's": ("--overwrite_output_dir", "true"),
+    }.get(kind, ())
+    if kind in ("resumed elsewhere", "another's"):
+        folder = tmp_path / "first" if kind == "resumed elsewhere" else out
+        assert run(saved_pair, data, folder, *steps, "--save_strategy", "steps", "--max_steps", "1") == 0
+    if kind == "resumed elsewhere":
+        more = ("--resume_from_checkpoint", str(tmp_path / "first" / "checkpoint-1"))
+
+    def interrupt(self: Pace, args: object, state: object, control: object, **kwargs: object) -> None:
+        self.started = True
+        if state.global_step == 2:  # type: ignore[attr-defined]
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pace, "on_step_begin", interrupt)
+        assert run(saved_pair, data, out, *steps, *saving, *more) == 130
+    (*_, said) = capsys.readouterr().err.strip().splitlines()
+    found = {"checkpoints": out / "checkpoint-2", "on-policy": out / "checkpoint-2"}
+    found["resumed elsewhere"] = tmp_path / "first" / "checkpoint-1"
+    if kind not in found:  # without one, or with one that another run left there
+        assert said == "Interrupted at step 2; there is no complete checkpoint: start again."
+        return
+    value = found[kind] if kind == "resumed elsewhere" else "true"
+    assert said == (
+        f"Interrupted at step 2; the last complete checkpoint is {str(found[kind])!r}: go on with --resume_from_checkpoint {value}."
+    )
+    assert run(saved_pair, data, out, *steps, *saving, *more[:3], "--resume_from_checkpoint", str(value)) == 0
+
+
+@pytest.mark.parametrize("of", ["load_data", "save"])
+def test_ctrl_c_before_and_after_the_steps_is_a_sentence_too(
+    saved_pair: tuple[Path, Path],
+    data: Path,
+    tmp_path: Path,
+    of: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(script, of, lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+    steps = ("--per_device_train_batch_size", "4", "--max_steps", "1", "--save_steps", "1", "--save_strategy", "steps")
+    assert run(saved_pair, data, tmp_path / "out", *steps) == 130
+    error = capsys.readouterr().err
+    said = {
+        "load_data": "Interrupted before the first step: nothing was trained",
+        "save": "Interrupted at step 1; the",
+    }
+    assert error.strip().splitlines()[-1].startswith(said[of]) and "Traceback" not in error
 
 
 EARLY: dict[str, tuple[tuple[str, ...], str]] = {

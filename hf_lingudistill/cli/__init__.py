@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 from .._quiet import hush_libraries
 from .._version import __version__
-from ..exit_codes import SUMMARY
+from ..exit_codes import INTERRUPTED, SUMMARY
 from ..progress import calm_other_bars
 from . import blend, check, convert_nanovlm, diagnose, distill, evaluate, plan, publish, score_mix
 from .command import TrlCommand
@@ -47,7 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(command, TrlCommand) and arguments[:1] == [command.name]:
             return command.main(arguments[1:])  # argparse must not take any of them for its own
     args = _parser().parse_args(arguments)
-    code: int = args.run(args)
+    try:
+        code: int = args.run(args)
+    except KeyboardInterrupt:
+        print(
+            "lingudistill: interrupted; the same command begins again, or goes on where it keeps what it has.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
     return code
 
 

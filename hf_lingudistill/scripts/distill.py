@@ -22,12 +22,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._quiet import hush_libraries
-from ..exit_codes import BAD_INPUT, DONE, NOT_FINITE, NOT_PUBLISHED
+from ..exit_codes import BAD_INPUT, DONE, INTERRUPTED, NOT_FINITE, NOT_PUBLISHED
 from ..progress import calm_other_bars, watched
 from ..sentences import one_sentence, typed
 from .arguments import parse
@@ -48,6 +49,10 @@ if TYPE_CHECKING:
 
 class BadInput(ValueError):
     """Something kept a training from its first step. The message is one sentence."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in the middle of a training. The message says what is left of it."""
 
 
 def load_data(
@@ -162,6 +167,7 @@ def distill(
 
     Raises:
         BadInput: for whatever happens before the first step.
+        Interrupted: by Ctrl-C, once the training has begun.
     """
     from ..hub.publish import Published
 
@@ -171,21 +177,32 @@ def distill(
         say = trainer.accelerator.print
         say("LinguDistill\n" + startup_summary(trainer, str(model_args.model_name_or_path)))
         started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        with _interruptible(trainer):
+            trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
         seconds = time.perf_counter() - started
     except Exception as error:
         if trainer is not None and trainer.pace.started:
             raise
         raise BadInput(one_sentence(error)) from error
-    save(trainer, merge_adapter=script_args.merge_adapter)
-    say(end_summary(trainer, seconds))
-    try:
-        if config.push_to_hub and isinstance(published := trainer.push_to_hub(save=False), Published):
-            say(f"Published: {published.url} (tag {published.tag})")
-    finally:
-        if hasattr(trainer, "end"):  # not before transformers 5.18
-            trainer.end()  # type: ignore[no-untyped-call]
+    with _interruptible(trainer):
+        save(trainer, merge_adapter=script_args.merge_adapter)
+        say(end_summary(trainer, seconds))
+        try:
+            if config.push_to_hub and isinstance(published := trainer.push_to_hub(save=False), Published):
+                say(f"Published: {published.url} (tag {published.tag})")
+        finally:
+            if hasattr(trainer, "end"):  # not before transformers 5.18
+                trainer.end()  # type: ignore[no-untyped-call]
     return trainer
+
+
+@contextmanager
+def _interruptible(trainer: Trainer) -> Iterator[None]:
+    """Ctrl-C in here says where the training stood."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(trainer.interrupted()) from None
 
 
 def prepare(
@@ -299,6 +316,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             _demo(*arguments)
         else:
             distill(*arguments)
+    except KeyboardInterrupt as stop:
+        print(
+            str(stop) or "Interrupted before the first step: nothing was trained, nothing was written.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
     except Exception as error:
         return _reported(error)
     return DONE
