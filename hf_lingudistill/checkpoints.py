@@ -161,6 +161,23 @@ def check_output_dir(output_dir: str | os.PathLike[str], *, overwrite: bool = Fa
         )
 
 
+def check_apart(output_dir: str | os.PathLike[str], *, what: str = "output_dir", **models: str | None) -> None:
+    """Check that a folder is not that of a model that is read, nor in it, whatever may be overwritten.
+
+    Args:
+        output_dir: the folder. what: its name in the message. models: {role: folder or Hub id}.
+
+    Raises:
+        ValueError: if it is.
+    """
+    folder = Path(output_dir).resolve()
+    for role, name in models.items():
+        if name and Path(name).is_dir() and folder.is_relative_to(Path(name).resolve()):
+            raise ValueError(
+                f"{what} {str(output_dir)!r} is the folder of the {role}, or lies in it, and would be written over: choose another folder."
+            )
+
+
 def start_afresh(run: str | os.PathLike[str]) -> None:
     """A new run begins in this folder: checkpoints of an earlier one, if any, are not its own, and `rotate` leaves them."""
     put_back(run)

@@ -10,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoints import (
     STATE,
+    check_apart,
     check_output_dir,
     continues,
     go_on,
@@ -35,7 +36,7 @@ else:
 class ResumingMixin(_Trainer):
     """`Trainer`'s checkpoints, staged and with what was measured since the last log.
 
-    Relies on the watchers below, and on `_metrics` and `_total_train_tokens` of TRL's trainers. Call `_resuming` at the end of
+    Relies on the watchers and the teacher's name below, and on `_metrics` and `_total_train_tokens` of TRL's trainers. Call `_resuming` at the end of
     `__init__`.
     """
 
@@ -43,6 +44,7 @@ class ResumingMixin(_Trainer):
     meter: Meter
     policy: StepPolicy
     first_batch: FirstBatch
+    teacher_name_or_path: str
     _staging: str | None = None
     _resumed_from: Path | None = None
 
@@ -53,6 +55,8 @@ class ResumingMixin(_Trainer):
         """`Trainer.train`, after checking that `output_dir` does not hold another run (unless this resumes it)."""
         out = str(self.args.output_dir)
         wanted = wanted_checkpoint(resume_from_checkpoint or self.args.resume_from_checkpoint)
+        student = getattr(getattr(self.model, "config", None), "_name_or_path", None)
+        check_apart(out, student=student, teacher=self.teacher_name_or_path)
         own = continues(wanted, out)
         if not own:
             check_output_dir(out, overwrite=self.args.overwrite_output_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hf_lingudistill.cli import main
+from hf_lingudistill.folders import record
 from hf_lingudistill.hub.card import render_card
 from hf_lingudistill.hub.run_facts import SCHEMA, read_run_facts, write_run_facts
 from hf_lingudistill.labs.blend import Blend, NotBlendable, blend, parse_condition
@@ -362,3 +364,17 @@ def test_a_model_that_is_made_is_scored_as_one_in_a_folder(
             assert task["scores"]["before"]["value"] != pytest.approx(made, rel=1e-2)  # control
             return
     raise AssertionError("the score of language is not in the report")
+
+
+@pytest.mark.parametrize("role", ["before", "after"])
+def test_a_blend_is_never_saved_over_a_model_that_it_is_made_of(
+    models: dict[str, str], tmp_path: Path, role: str
+) -> None:
+    """An earlier blend's own folder, which a later one could replace, is one of the two. Control: with others it goes on."""
+    shutil.copytree(models["after"], tmp_path / "out" / "model")
+    record(tmp_path / "out", "model", by="blend")
+    pair = {"before": models["before"], "after": models["after"], role: str(tmp_path / "out" / "model")}
+    with pytest.raises(ValueError, match=f"the blend's folder '.*model' is the folder of the {role}, or lies in it"):
+        blend(*pair.values(), "quick", "vision >= before", tmp_path / "out", progress=False)
+    with pytest.raises(ValueError, match="weights"):
+        blend(models["before"], models["after"], "quick", "vision >= before", tmp_path / "out", weights=[2.0])

@@ -261,6 +261,23 @@ def test_output_dir_with_files_that_a_run_would_write_over_is_refused(tmp_path: 
             check_output_dir(place, overwrite=True)
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("where", ["", "run"])
+def test_a_run_never_writes_to_the_folder_of_a_model_that_it_reads(
+    make_trainer: MakeTrainer, saved_pair: tuple[Path, Path], tmp_path: Path, role: str, where: str
+) -> None:
+    """Whatever may be overwritten. Control: the same models, and a folder beside theirs."""
+    shutil.copytree(saved_pair[0], tmp_path / "student")
+    shutil.copytree(saved_pair[1], tmp_path / "teacher")
+    pair = {"model": str(tmp_path / "student"), "teacher_model": str(tmp_path / "teacher")}
+    before = contents(tmp_path / role)
+    trainer = make_trainer(**pair, output_dir=str(tmp_path / role / where), overwrite_output_dir=True)
+    with pytest.raises(ValueError, match=f"is the folder of the {role}, or lies in it, and would be written over"):
+        trainer.train()
+    assert contents(tmp_path / role) == before
+    make_trainer(**pair, output_dir=str(tmp_path / f"{role}-distilled"), overwrite_output_dir=True).train()
+
+
 def test_best_checkpoint_is_named_where_it_lies(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     trainer = make_trainer(
         **SETTINGS, eval_dataset=tiny.make_dataset(4), eval_strategy="steps", eval_steps=2, load_best_model_at_end=True

@@ -282,7 +282,17 @@ def test_ctrl_c_before_and_after_the_steps_is_a_sentence_too(
 EARLY: dict[str, tuple[tuple[str, ...], str]] = {
     "swapped models": (("--student", "TEACHER", "--teacher", "STUDENT"), "look swapped"),
     "a student that is a folder of something else": (("--student", "DATA"), "holds no config.json"),
-    "an output_dir in use": (("--output_dir", "STUDENT"), "holds another run (model.safetensors)"),
+    "an output_dir in use": (("--output_dir", "USED"), "holds another run (model.safetensors)"),
+    "the student's own folder": (("--output_dir", "STUDENT"), "is the folder of the student, or lies in it"),
+    "the student's, to be overwritten": (
+        ("--output_dir", "STUDENT", "--overwrite_output_dir", "true"),
+        "is the folder of the student, or lies in it",
+    ),
+    "a folder in the student's": (("--output_dir", "IN_STUDENT"), "is the folder of the student, or lies in it"),
+    "the teacher's, to be overwritten": (
+        ("--output_dir", "TEACHER", "--overwrite_output_dir", "true"),
+        "is the folder of the teacher, or lies in it",
+    ),
     "an option that nobody reads": (("--lora_r", "4"), "lora_r=4 has no effect without use_peft"),
     "a package that is missing": (("--use_liger_kernel", "true"), "liger-kernel"),
 }
@@ -300,7 +310,11 @@ def test_what_can_be_known_is_said_before_data_and_weights_are_loaded(
     asked: list[str] = []
     monkeypatch.setattr(script, "load_data", lambda *arguments: asked.append("data"))
     flags, sentence = EARLY[case]
-    names = {"STUDENT": saved_pair[0], "TEACHER": saved_pair[1], "DATA": data}
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "model.safetensors").touch()
+    (tmp_path / "recipe.yaml").write_text("max_steps: 1.5")
+    names = {"STUDENT": saved_pair[0], "TEACHER": saved_pair[1], "DATA": data, "USED": tmp_path / "used"}
+    names |= {"IN_STUDENT": saved_pair[0] / "distilled", "RECIPE": tmp_path / "recipe.yaml"}
     assert run(saved_pair, data, tmp_path / "out", *(str(names.get(flag, flag)) for flag in flags)) == 2
     assert sentence in capsys.readouterr().err and asked == []
     run(saved_pair, data, tmp_path / "out")

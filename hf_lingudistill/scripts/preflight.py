@@ -6,7 +6,7 @@ import re
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints import check_output_dir, continues, to_resume, wanted_checkpoint
+from ..checkpoints import check_apart, check_output_dir, continues, to_resume, wanted_checkpoint
 from ..compatibility import check_compatibility, named_teacher
 from .unread import check_unread
 
@@ -78,7 +78,7 @@ def check_run(
 
     Raises:
         ModuleNotFoundError: if a package is missing that an option asks for.
-        ValueError: if the run cannot start: no model, no data, no steps, an option that nothing reads, an output_dir in use, a checkpoint that cannot be
+        ValueError: if the run cannot start: no model, no data, no steps, an option that nothing reads, an output_dir in use or of a model, a checkpoint that cannot be
             resumed from, models that do not fit.
     """
     name = student.model_name_or_path
@@ -94,12 +94,14 @@ def check_run(
             f"num_train_epochs must be above 0 (or set max_steps); got {config.num_train_epochs:g}, which trains nothing."
         )
     out, wanted = str(config.output_dir), wanted_checkpoint(config.resume_from_checkpoint)
+    check_apart(out, student=name, teacher=config.teacher_model_name_or_path)
     if wanted is not None:
         to_resume(wanted, out)
     if not continues(wanted, out):
         check_output_dir(out, overwrite=config.overwrite_output_dir)
     check_packages(config, student)
     teacher = config.teacher_model_name_or_path or named_teacher(name, trust_remote_code=config.trust_remote_code)
+    check_apart(out, teacher=teacher)
     check_compatibility(
         name,
         teacher,

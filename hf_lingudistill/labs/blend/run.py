@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ...checkpoints import check_apart
 from ...compatibility import UnreadableModelError, check_compatibility
 from ...folders import check, replacing
 from ...hub.run_facts import SCHEMA as RECORD
@@ -73,6 +74,7 @@ def blend(
         _check_score(name, suite)
     out = Path(output_dir)
     check(out, *FILES, by="blend")
+    check_apart(out / MODEL, what="the blend's folder", before=before, after=after, original=original)
     check(out / "evaluation", *OF_EVALUATION, by="evaluate")
     device_of(device)
     blends = _blends(weights, shares, original)
