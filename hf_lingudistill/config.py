@@ -28,6 +28,7 @@ from .options import (
     SHARDING_CHOICES,
     DistillOptions,
     OnPolicyOptions,
+    check_numbers,
     parameters,
     shown,
 )
@@ -86,6 +87,14 @@ if TYPE_CHECKING:
 
 else:
     _Config = object  # at run time a config of TRL's stands behind the mixin
+
+
+# Numbers whose sentences say more than that
+_CHECKED_HERE = {
+    *(option.name for option in fields(DistillOptions)),
+    "max_completion_length",
+    "label_smoothing_factor",
+}
 
 
 class DistillChecks(_Config):
@@ -170,6 +179,7 @@ class DistillChecks(_Config):
                 setattr(self, name, float(value))
             except OverflowError:
                 raise ValueError(f"{name} must be a number that a float can hold; got {shown(value)}.") from None
+        check_numbers(self, but=_CHECKED_HERE)
         for name in (
             "measure_teacher_quantization",
             "anchor_cache",

@@ -8,9 +8,14 @@ Flags, YAML keys, docstrings and `lingudistill distill --help` are made from the
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import textwrap
+import typing
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cache
+from numbers import Integral, Real
 from typing import Any
 
 from trl import ModelConfig, ScriptArguments
@@ -35,6 +40,57 @@ def shown(value: Any) -> str:
     except ValueError:
         return f"{type(value).__name__} of more digits than can be printed"
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+# Options of transformers, TRL and PEFT whose least value they check late or never
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_length": 1,
+    "lora_r": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "max_grad_norm": 0,
+    "dataloader_num_workers": 0,
+    "lora_dropout": 0,
+}
+_MAY_BE_INFINITE = ("max_grad_norm",)  # measured, and never clipped
+
+
+def check_numbers(options: Any, *, but: Collection[str] = ()) -> None:
+    """Check every number among the fields of a dataclass. A recipe in YAML, or Python, may give a fraction of a step, or NaN.
+
+    but: fields that are checked elsewhere.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    kind: Any = type(options)
+    for name, whole in _numbers(kind).items():
+        value = getattr(options, name)
+        if (
+            name in but or value is None or isinstance(value, str)
+        ):  # a text is read as a number by whoever parses the options
+            continue
+        if not isinstance(value, Integral if whole else Real) or isinstance(value, bool):
+            raise ValueError(f"{name} must be a {'whole ' if whole else ''}number; got {shown(value)}.")
+        if not whole and not (math.isfinite(value) or (value == math.inf and name in _MAY_BE_INFINITE)):
+            raise ValueError(f"{name} must be a finite number; got {shown(value)}.")
+        if value < _LEAST.get(name, -math.inf):
+            raise ValueError(f"{name} must be at least {_LEAST[name]}; got {shown(value)}.")
+
+
+@cache
+def _numbers(options: Any) -> dict[str, bool]:
+    """{field: whether it is whole} of the fields that hold a number and nothing else (or None)."""
+    hints = typing.get_type_hints(options)
+    kinds = {
+        option.name: set(typing.get_args(hints[option.name]) or (hints[option.name],)) - {type(None)}
+        for option in dataclasses.fields(options)
+    }
+    return {name: kind == {int} for name, kind in kinds.items() if kind and kind <= {int, float}}
 
 
 def _choice(default: str | None, choices: tuple[str, ...], help: str) -> Any:
@@ -249,6 +305,7 @@ class StudentArguments(ModelConfig):
         if not isinstance(self.model_name_or_path, str | None):
             raise ValueError(f"model_name_or_path must be a name, or left out; got {shown(self.model_name_or_path)}.")
         super().__post_init__()  # type: ignore[no-untyped-call]
+        check_numbers(self)
         # TRL makes one name a text, which PEFT takes for a pattern of whole paths, and finds nothing
         name = self.lora_target_modules
         if isinstance(name, str) and re.fullmatch(r"[\w.]+", name):

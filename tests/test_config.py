@@ -78,6 +78,17 @@ INVALID = [
     ),
     ({"distill_margin": math.inf}, "distill_margin must be a finite number of nats; got inf."),
     ({"distill_margin": math.nan}, "distill_margin must be a finite number of nats; got nan."),
+    # Of transformers, which looks at them when the models are loaded, or never
+    ({"max_steps": 1.5}, "max_steps must be a whole number; got 1.5."),
+    ({"seed": True}, "seed must be a whole number; got True."),
+    ({"learning_rate": math.nan}, "learning_rate must be a finite number; got nan."),
+    ({"learning_rate": -1e-5}, "learning_rate must be at least 0; got -1e-05."),
+    ({"num_train_epochs": math.inf}, "num_train_epochs must be a finite number; got inf."),
+    ({"weight_decay": [0.1]}, "weight_decay must be a number; got [0.1]."),
+    ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1; got 0."),
+    ({"per_device_eval_batch_size": -4}, "per_device_eval_batch_size must be at least 1; got -4."),
+    ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1; got 0."),
+    ({"dataloader_num_workers": 0.5}, "dataloader_num_workers must be a whole number; got 0.5."),
     ({"distill_column": ""}, "distill_column must name a dataset column; got ''."),
     (
         {"loss_type": "dft"},
@@ -108,6 +119,8 @@ EDGES = [
     {"beta": 1},
     {"temperature": 1e-6},
     {"temperature": 100.0},
+    {"max_grad_norm": math.inf},  # measured, and never clipped
+    {"learning_rate": 0.0, "max_steps": 1, "num_train_epochs": 2, "gradient_accumulation_steps": 1},
     {"distill_weight": 0.0, "ce_weight": 1e-6},
     {"distill_weight": 1e-6, "ce_weight": 0.0},
     {"distill_margin": -3.0},

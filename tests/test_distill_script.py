@@ -293,6 +293,16 @@ EARLY: dict[str, tuple[tuple[str, ...], str]] = {
         ("--output_dir", "TEACHER", "--overwrite_output_dir", "true"),
         "is the folder of the teacher, or lies in it",
     ),
+    "a fraction of a step": (("--config", "RECIPE"), "max_steps must be a whole number; got 1.5."),
+    "a learning rate that is no number": (
+        ("--learning_rate", "nan"),
+        "learning_rate must be a finite number; got nan.",
+    ),
+    "batches of nothing": (
+        ("--per_device_train_batch_size", "0"),
+        "per_device_train_batch_size must be at least 1; got 0.",
+    ),
+    "an adapter of rank 0": (("--use_peft", "--lora_r", "0"), "lora_r must be at least 1; got 0."),
     "an option that nobody reads": (("--lora_r", "4"), "lora_r=4 has no effect without use_peft"),
     "a package that is missing": (("--use_liger_kernel", "true"), "liger-kernel"),
 }
