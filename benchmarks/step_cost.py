@@ -201,7 +201,7 @@ class Stepper:
             batch["distill"] = torch.full_like(batch["distill"], sharing is not None)
             trainer.step.sharing = sharing or MODES_BY_NAME["prompt"]
             trainer.step.source = trainer.before if before else None
-            batch["queries"] = trainer.step.plan(batch)  # the collator's work
+            batch["queries"] = trainer.step.planner(batch)  # the collator's work
         trainer.training_step(trainer.model, batch, num_items_in_batch=torch.tensor(self.labels))
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()

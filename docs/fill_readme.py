@@ -84,11 +84,20 @@ ARM_TITLES = {
     "vision_parents": "`vision_parents`, no text rows",
     "parents": "`parents` (the better parent of every token), no text rows",
     "parents_people": "`parents`, people's texts (4 of 16 rows)",
+    "ce_long": "CE, 160 steps",
+    "none_long": "`none`, 160 steps",
+    "vision_before_ce05_long": "the default, 160 steps",
+    "ce_07": "CE, then .3 of the original mixed in",
+    "none_07": "`none`, then .3 of the original mixed in",
+    "vision_before_ce05_07": "the default, then .3 of the original mixed in",
+    "vision_before_ce05_05": "the default, then .5 of the original mixed in",
 }
 PAIRS = {
     "aligned-no-0": "aligned tower, no drift",
     "aligned-severe-0": "aligned tower, severe drift",
     "polished-severe-0": "polished tower, severe drift",
+    "turned-severe-0": "turned tower, severe drift",
+    "joint-severe-0": "joint tower (150 steps, blind), severe drift",
 }
 # (title, metric, digits)
 ARM_COLUMNS = [
@@ -295,13 +304,16 @@ def five_artists_modes() -> str:
         return NOT_YET
     readers = next(iter(modes.values()))["readers"]
     lines = [
-        "| pair | tokens | " + " | ".join(f"`{reader}`" for reader in readers) + " |",
-        "|" + "---|" * (len(readers) + 2),
+        "| pair | tokens | " + " | ".join(f"`{reader}`" for reader in readers) + " | `diagnose` says |",
+        "|" + "---|" * (len(readers) + 3),
     ]
-    for pair, found in modes.items():
+    for pair in (pair for pair in PAIRS if pair in modes):
+        found = modes[pair]
+        said = found.get("diagnose", {}).get("recommended")
         for part in ("dependent", "rest", "all"):
             cells = [f"{found['readers'][reader][part]:.3f}" for reader in readers]
-            lines.append("| " + " | ".join([PAIRS.get(pair, pair), part, *cells]) + " |")
+            advice = f"`{said}`" if said and part == "all" else ""
+            lines.append("| " + " | ".join([PAIRS[pair], part, *cells, advice]) + " |")
     return "\n".join(lines)
 
 
@@ -500,7 +512,35 @@ def five_artists_cpu_says() -> str:
         f"*The better parent of every token* ({of('parents')}) does not beat a parent per row ({of('vision_parents')}), and on texts that people "
         f"wrote it is {of('parents_people')}, against {of('vision_people')} where the LM judges all of such a row.",
     ]
+
+    def below(arm: str, other: str, metric: str) -> str:
+        return f"{1 - arms[arm][metric]['mean'] / arms[other][metric]['mean']:.0%}"
+
+    default, longer = "vision_before_ce05", "vision_before_ce05_long"
+    if {longer, "ce_long", "none_long"} <= set(arms):
+        lines.append(
+            f"*Three and a half times as many steps* (160, each answer once) help every arm on text and on pictures: the default {of(longer)} and "
+            f"{of(longer, 'image_kl')}, cross-entropy {of('ce_long')} and {of('ce_long', 'image_kl')}, `none` {of('none_long')} and "
+            f"{of('none_long', 'image_kl')}. About pictures the default is then {below(longer, 'ce_long', 'image_kl')} below cross-entropy "
+            f"({below(default, 'ce', 'image_kl')} after 45 steps), and names {of(longer, 'naming_seen', 2)} against {of('ce_long', 'naming_seen', 2)}. "
+            f"IFEval does not come back with them: {of(longer, 'ifeval_strict')}, {of('ce_long', 'ifeval_strict')} and "
+            f"{of('none_long', 'ifeval_strict')} on 495 prompts."
+        )
+    mixed = "vision_before_ce05_07"
+    if {mixed, "ce_07", "none_07"} <= set(arms):
+        lines.append(
+            f"*Mixing .3 of the original's weights in afterwards*, which costs nothing: the default from {of(default)} to {of(mixed)} on text, from "
+            f"{of(default, 'image_kl')} to {of(mixed, 'image_kl')} about pictures, names from {of(default, 'naming_seen', 2)} to "
+            f"{of(mixed, 'naming_seen', 2)}; cross-entropy to {of('ce_07')}, {of('ce_07', 'image_kl')} and {of('ce_07', 'naming_seen', 2)}, `none` "
+            f"to {of('none_07')}, {of('none_07', 'image_kl')} and {of('none_07', 'naming_seen', 2)}."
+        )
     return "\n".join(f"- {line}" for line in lines)
+
+
+def five_artists_turned() -> str:
+    """Every arm of the tower whose image tokens are no words: seed 0 alone."""
+    arms = _read(ON_A_CPU)["towers"].get("turned", {}).get("P", {}).get("severe", {})
+    return _arms_table(arms, sorted(arms, key=lambda arm: arms[arm]["text_kl"]["mean"])) if arms else NOT_YET
 
 
 def five_artists_lengths() -> str:
@@ -825,6 +865,7 @@ BLOCKS = {
     "five_artists_cpu_replay": five_artists_cpu_replay,
     "five_artists_cpu_arms": five_artists_cpu_arms,
     "five_artists_cpu_says": five_artists_cpu_says,
+    "five_artists_turned": five_artists_turned,
     "five_artists_lengths": five_artists_lengths,
     "gpu_cost": gpu_cost,
     "gpu_claim": gpu_claim,

@@ -66,6 +66,7 @@ class DistillCollator:
     vision: bool = True
     prefix_lm: bool = False
     answers_only: bool = True
+    completion_only: bool = True
     conversations: Conversations | None = field(default=None, init=False, repr=False)
     _of_texts: Callable[[list[Row]], dict[str, Any]] | None = field(default=None, init=False, repr=False)
     plan: Callable[[dict[str, Any]], Any] | None = None
@@ -78,7 +79,11 @@ class DistillCollator:
             self.inner.max_length = None
         if self.vision and isinstance(self.inner, DataCollatorForVisionLanguageModeling):
             self.conversations = Conversations(
-                self.inner.processor, self.inner.chat_template, self.answers_only, self.image_token_ids
+                self.inner.processor,
+                self.inner.chat_template,
+                self.answers_only,
+                self.image_token_ids,
+                self.completion_only,
             )
             self._of_texts = replace(
                 self.inner, completion_only_loss=False, assistant_only_loss=False, dataset_text_field="text"

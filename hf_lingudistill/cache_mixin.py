@@ -95,7 +95,7 @@ class CacheMixin(_Trainer):
             self.data_collator.answers = keys_of
             live = [self._fill(name, dataset, before) for name, dataset in sets.items()]
         self.data_collator.answers = LookUp(
-            self.anchor_cached, self.teacher_cached, args.kv_source == "before", self.step.plan
+            self.anchor_cached, self.teacher_cached, args.kv_source == "before", self.step.planner
         )
         self._say()
         if args.teacher_cache and not any(live):
@@ -256,7 +256,7 @@ class CacheMixin(_Trainer):
         own = own_inputs({**inputs, "use_cache": False})
         asked = for_anchor[plan.other_rows]
         rows, positions = plan.other_rows[asked], plan.other_positions[asked]
-        queries = self.step.plan({**inputs, "distill": for_teacher.to(device)}).to(device)
+        queries = self.step.planner({**inputs, "distill": for_teacher.to(device)}).to(device)
         reads_before = self.args.kv_source == "before" and bool(for_teacher.any())
         shared = None
         with self.accelerator.autocast():

@@ -46,6 +46,7 @@ class Conversations:
         processor: the student's processor, or its tokenizer.
         chat_template: another than the processor's own.
         answers_only: train on the assistant's turns of `messages` alone, where the template allows.
+        completion_only: train on the completion of a `prompt` alone.
         image_ids: tokens that an image is made of.
     """
 
@@ -53,6 +54,7 @@ class Conversations:
     chat_template: str | None = None
     answers_only: bool = True
     image_ids: Collection[int] = ()
+    completion_only: bool = True
     _warned: bool = field(default=False, init=False, repr=False)
 
     @property
@@ -104,7 +106,8 @@ class Conversations:
             )
             prompt, completion = texts["prompt"], texts["completion"]
         if as_text:
-            return Rendered({**more, "text": prompt + completion}, [(len(prompt), len(prompt + completion))])
+            spans = [(len(prompt), len(prompt + completion))] if self.completion_only else None
+            return Rendered({**more, "text": prompt + completion}, spans)
         return Rendered({**more, "prompt": prompt, "completion": completion})
 
     def say_what_is_labelled(self, row: Row) -> None:
@@ -172,7 +175,8 @@ class Conversations:
             raise
         except Exception as error:
             raise cannot_be_processed(name, error) from error
-        start = len(os.path.commonprefix([asked, ids]))  # the prompt alone may end otherwise than before its answer
+        # The prompt alone may end otherwise than before its answer
+        start = len(os.path.commonprefix([asked, ids])) if self.completion_only else 0
         return {"input_ids": ids, "labels": [-100] * start + ids[start:]}
 
     def _ids(self, content: Any, **options: Any) -> list[int]:

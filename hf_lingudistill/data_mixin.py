@@ -78,6 +78,7 @@ class DataMixin(_Trainer):
             vision=self._is_vision_dataset,
             prefix_lm=prefix_lm,
             answers_only=args.answers_only or args.assistant_only_loss,
+            completion_only=args.completion_only_loss is not False,
         )
         if args.skip_bad_rows and self._is_vision_dataset:
             drop = partial(drop_bad_rows, collator=self.data_collator, num_proc=args.dataset_num_proc)
@@ -110,7 +111,10 @@ class DataMixin(_Trainer):
     ) -> Any:
         """`SFTTrainer._prepare_dataset`; conversations come to it as tokens and labels, and what goes wrong names its row."""
         conversations = Conversations(
-            processing_class, self.chat_template, args.answers_only or args.assistant_only_loss
+            processing_class,
+            self.chat_template,
+            args.answers_only or args.assistant_only_loss,
+            completion_only=args.completion_only_loss is not False,
         )
         given = dataset
         if formatting_func is None and _is_ours(dataset):

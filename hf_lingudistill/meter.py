@@ -43,11 +43,19 @@ class Meter(Watcher):
 
     accelerator: reduces the sums over processes. distill_tokens: the config's, for a warning about a poor teacher; None
     where labels are the student's own samples. follows_student: whether what the teacher reads is trained, for a warning when it gets
-    worse.
+    worse. joins_rows: whether a batch is one row made of several.
     """
 
-    def __init__(self, accelerator: Accelerator, *, distill_tokens: str | None, follows_student: bool = False) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        *,
+        distill_tokens: str | None,
+        follows_student: bool = False,
+        joins_rows: bool = False,
+    ) -> None:
         self.accelerator, self.distill_tokens, self.follows_student = accelerator, distill_tokens, follows_student
+        self.joins_rows = joins_rows
         precision = torch.float32 if accelerator.device.type == "mps" else torch.float64
         self._train = torch.zeros(len(_SUMS), dtype=precision, device=accelerator.device)
         self._step, self._eval = torch.zeros_like(self._train), torch.zeros_like(self._train)
@@ -59,23 +67,39 @@ class Meter(Watcher):
     ) -> None:
         """Count a batch, without reading anything back."""
         ce, chosen = scores.cross_entropy, scores.chosen
-        asked = slice(0, chosen.numel())
+        N = chosen.numel()
+        counted = torch.ones_like(ce) if training else self._counted(plan).to(ce)
+        asked, others = counted[:N], counted[N:][: scores.anchored.numel()]
         sums = torch.stack(
             [
-                torch.ones_like(ce).sum(),
-                ce.sum(),
-                torch.ones_like(scores.divergence).sum(),
-                chosen.sum(),
-                scores.divergence.sum(),
-                -scores.teacher_log_prob.sum(),
-                ce[asked].sum(),
-                scores.agrees.sum(),
-                scores.teacher_entropy.sum(),
-                scores.anchored.sum(),
-                scores.anchor_kl.sum(),
+                counted.sum(),
+                (ce * counted).sum(),
+                asked.sum(),
+                (chosen * asked).sum(),
+                (scores.divergence * asked).sum(),
+                -(scores.teacher_log_prob * asked).sum(),
+                (ce[:N] * asked).sum(),
+                (scores.agrees * asked).sum(),
+                (scores.teacher_entropy * asked).sum(),
+                (scores.anchored * others).sum(),
+                (scores.anchor_kl * others).sum(),
             ]
         )
         (self._step if training else self._eval).add_(sums)
+
+    def _counted(self, plan: QueryPlan) -> torch.Tensor:
+        """(M,) whether each label counts in an evaluation. accelerate fills the last batch of uneven processes with rows that were there
+        before; `gather_for_metrics` leaves them out by the same rule."""
+        state = self.accelerator.gradient_state
+        if (
+            self.joins_rows
+            or not state.end_of_dataloader
+            or state.remainder <= 0
+            or self.accelerator.num_processes == 1
+        ):
+            return torch.ones_like(plan.label_rows, dtype=torch.bool)
+        real: torch.Tensor = plan.label_rows + self.accelerator.process_index * plan.batch < state.remainder
+        return real
 
     def accepted(self) -> None:
         """The step under way took place."""

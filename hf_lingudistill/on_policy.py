@@ -27,7 +27,7 @@ from .losses import Weights
 from .pace import Pace
 from .prompts import PromptCollator, drop_bad_prompts, open_prompts
 from .resume import ResumingMixin
-from .step_mixin import StepMixin
+from .step_mixin import StepMixin, check_best_metric
 from .teacher_mixin import as_dict
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
         self.choose_teacher(model, teacher_model, teacher_tokenizer, args, kwargs)
         opened, vision = open_prompts(train_dataset, eval_dataset, args)
         self.has_distill_column, self.distill_share = opened.has_distill_column, opened.distill_share
+        check_best_metric(args, opened.evaluation)
         if args.anchor == "none" and self.distill_share not in (None, 1.0):
             raise ValueError(
                 f"anchor='none' leaves {1 - self.distill_share:.0%} of the rows without a judge, those that column "

@@ -76,7 +76,7 @@ def open_datasets(train: Any, evaluation: Any, args: LinguDistillConfig, *, chec
     )
     if not opened.has_distill_column and train.column_names is None:
         opened.has_distill_column = None  # a later row may have it
-    _check_packing(args, bool(opened.has_distill_column))
+    _check_packing(args, bool(opened.has_distill_column), opened.distill_share)
     if args.packing and train.column_names is None:
         train = train.map(_refuse_flag(args.distill_column))
     train, *rest = _with_like_columns([train, *parts.values()], args)
@@ -230,11 +230,17 @@ def check_distill_column(
     return True, share
 
 
-def _check_packing(args: LinguDistillConfig, has_distill_column: bool) -> None:
-    if (args.packing or args.padding_free) and not sharing(args.kv_sharing).keeps_documents_apart:
+def _check_packing(args: LinguDistillConfig, has_distill_column: bool, distill_share: float | None) -> None:
+    joined = [name for name in ("packing", "eval_packing", "padding_free") if getattr(args, name)]
+    if joined and not sharing(args.kv_sharing).keeps_documents_apart:
         raise ValueError(
             f"kv_sharing='{args.kv_sharing}' cannot keep packed documents apart (the teacher makes its own pass over the rows): use "
-            "'prompt' or 'full', or set packing=False and padding_free=False."
+            f"'prompt' or 'full', or set {' and '.join(f'{name}=False' for name in joined)}."
+        )
+    if args.padding_free and distill_share not in (None, 0.0, 1.0):
+        raise ValueError(
+            f"padding_free joins rows, and column {args.distill_column!r} differs between them ({distill_share:.0%} are marked): set "
+            "padding_free=False, or drop the column."
         )
     if args.packing and has_distill_column:
         raise ValueError(

@@ -184,6 +184,33 @@ class QueryPlan:
         return (states if self.rectangular else states.index_select(0, self.flat))[None]
 
 
+@dataclass(frozen=True)
+class Planner:
+    """Makes the plans of a run; it holds no model, so that it can travel to a dataloader's worker.
+
+    at_least_one, any_label: see `plan_queries`.
+    """
+
+    sharing: Sharing
+    vocabulary: Vocabulary
+    at_least_one: bool = False
+    any_label: bool = False
+
+    def __call__(self, batch: dict[str, Any]) -> QueryPlan:
+        """The queries of a batch, from its `input_ids`, `labels`, `distill` and `attention_mask` (each (B, T), or (B,))."""
+        plan: QueryPlan = plan_queries(
+            batch["input_ids"],
+            batch["labels"],
+            batch.get("distill"),
+            sharing=self.sharing,
+            vocabulary=self.vocabulary,
+            attention_mask=batch.get("attention_mask"),
+            at_least_one=self.at_least_one,
+            any_label=self.any_label,
+        )
+        return plan
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def plan_queries(
     input_ids: torch.Tensor,

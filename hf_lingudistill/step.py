@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from .anchor import Before
 from .cached import CachedAnswers
 from .engines import SameModules, head_unsharded
 from .losses import Anchor, Scores, Weights, score
-from .queries import QueryPlan, plan_queries
+from .queries import Planner, QueryPlan
 from .router import ASK, routed, router_loss
 from .sharing import Sharing
 from .student_kv import SharedKV, recording
@@ -54,24 +55,20 @@ class DistillStep:
     sampled: bool = False
     watchers: list[Watcher] = field(default_factory=list)
 
-    def plan(self, batch: dict[str, Any]) -> QueryPlan:
-        """The queries of a batch, from its `input_ids`, `labels`, `distill` and `attention_mask` (each (B, T), or (B,))."""
-        plan: QueryPlan = plan_queries(
-            batch["input_ids"],
-            batch["labels"],
-            batch.get("distill"),
-            sharing=self.sharing,
-            vocabulary=self.teacher.vocabulary,
-            attention_mask=batch.get("attention_mask"),
-            at_least_one=self.sharded,
-            any_label=self.sampled,
-        )
-        return plan
+    @property
+    def planner(self) -> Planner:
+        """What says where the teacher is asked about a batch."""
+        return Planner(self.sharing, self.teacher.vocabulary, at_least_one=self.sharded, any_label=self.sampled)
 
     def install(self) -> None:
         """Let the student's forward be this step where it is called with `fused_lm_head=True` and labels, as TRL does for its
-        loss."""
-        student, before = self.student, self.student.forward
+        loss.
+
+        The student does not keep the step: once its trainer is gone, so are the teacher and the VLM before.
+        """
+        student = self.student
+        before = getattr(student.forward, "before_the_step", student.forward)  # of a trainer that was there first
+        alive = weakref.ref(self)
 
         # Keep the original signature: `generate` validates its arguments against it
         @functools.wraps(type(student).forward)
@@ -85,13 +82,15 @@ class DistillStep:
         ) -> Any:
             if model is not student:  # a deep copy takes this along, and is a model of its own
                 return type(model).forward(model, *args, **kwargs)
-            if distill is None or not kwargs.get("fused_lm_head"):
+            step = alive()
+            if step is None or distill is None or not kwargs.get("fused_lm_head"):
                 return before(*args, **kwargs)
             kwargs |= {"distill": distill, "queries": queries, "cached": cached, "use_cache": False}
             del kwargs["fused_lm_head"]
             with head_unsharded(student):
-                return self(kwargs)
+                return step(kwargs)
 
+        forward.before_the_step = before  # type: ignore[attr-defined]
         student.forward = types.MethodType(forward, student)
 
     # Not traced itself, its callees are: the record of K/V is a side effect
@@ -103,7 +102,7 @@ class DistillStep:
         of it before training, or None.
         """
         training, device = self.student.training, inputs["input_ids"].device
-        plan: QueryPlan = (inputs.get("queries") or self.plan(inputs)).to(device)
+        plan: QueryPlan = (inputs.get("queries") or self.planner(inputs)).to(device)
         plan.check(inputs["labels"], inputs["distill"])
         cached: CachedAnswers = (inputs.get("cached") or CachedAnswers()).to(device)
         queries = cached.live or plan

@@ -41,6 +41,7 @@ class StepMixin(TeacherMixin):
     teacher_arithmetic: str | None
     has_distill_column: bool | None
     distill_share: float | None
+    _evaluated = "eval"  # the evaluation set at work, as transformers names it: `eval`, or `eval_NAME`
 
     def prepare_step(self, weights: Weights, *, sampled: bool = False) -> None:
         """Make the step, and check that the pair can share.
@@ -80,16 +81,17 @@ class StepMixin(TeacherMixin):
         mode.check(student, self.teacher.model)
         offload = offload and not is_sharded  # a sharded teacher's pieces come to the device by themselves
         self.before = self._make_before(student, sampled=sampled)
+        packed = bool(getattr(args, "packing", False) or getattr(args, "padding_free", False))
         measured, quantised = args.measure_teacher_quantization, is_quantised(self.teacher.model)
         self.meter = Meter(
             accelerator,
             distill_tokens=None if sampled else args.distill_tokens,
             # Of samples, the teacher's loss says as much about the student as about the teacher
             follows_student=mode.reads_student and args.kv_source == "student" and not sampled,
+            joins_rows=packed,
         )
         watch = FiniteWatch(accelerator, getattr(self.processing_class, "tokenizer", self.processing_class))
         self.policy = StepPolicy(watch, args.on_nan)
-        packed = getattr(args, "packing", False) or getattr(args, "padding_free", False)
         self.first_batch = FirstBatch(
             mode,
             self.teacher,
@@ -193,19 +195,37 @@ class StepMixin(TeacherMixin):
             metrics["skipped_steps"] = self.skipped_steps
         if metrics and self.teacher_quantization_kl is not None:
             metrics["teacher_quantization_kl"] = self.teacher_quantization_kl
+        # TRL says `eval_` itself; of several evaluation sets, each value names its own
+        of = "" if training else f"{self._evaluated}_".removeprefix("eval_")
         for name, value in metrics.items():
-            self._metrics["train" if training else "eval"][name] = [value]
+            self._metrics["train" if training else "eval"][of + name] = [value]
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.evaluation_loop`, whose result also names the cross-entropy alone: unlike the loss, it does not move with what
         the teacher lets through, so that the best checkpoint is chosen by it."""
         self.meter.reset_evaluation()
+        self._evaluated = prefix = kwargs.get("metric_key_prefix", "eval")
         output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
         if (ce := self.meter.evaluated_ce()) is not None and output.metrics is not None:
             output.metrics[f"{prefix}_ce_loss"] = ce
         return output
 
     def _plain_student(self) -> PreTrainedModel:
         return self.model.get_base_model() if is_peft_model(self.model) else self.model  # type: ignore[no-any-return]
+
+
+def check_best_metric(args: Any, evaluation: Any) -> None:
+    """Of several evaluation sets, the best checkpoint is chosen by one. evaluation: one set, several by name, or None.
+
+    Raises:
+        ValueError: if `metric_for_best_model` names none of several.
+    """
+    metric = args.metric_for_best_model or ("loss" if args.load_best_model_at_end else None)
+    if metric is None or not isinstance(evaluation, dict) or not evaluation:
+        return
+    if not any(metric.removeprefix("eval_").startswith(f"{name}_") for name in evaluation):
+        raise ValueError(
+            f"metric_for_best_model={metric!r} names none of the evaluation sets {', '.join(map(repr, evaluation))}, each of which has a "
+            f"value of its own: set it to {next(iter(evaluation)) + '_ce_loss'!r}, say."
+        )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ._internals import keep_image_dtype
 from .adapter import with_targets
@@ -29,6 +30,16 @@ else:
     _Trainer = object  # at run time a trainer class stands behind the mixin
 
 logger = logging.getLogger(__name__)
+
+
+def chat_template_at(path: str | None) -> str | None:
+    """The template that `chat_template_path` names: a jinja file, or the tokenizer of a folder or Hub id."""
+    if path is None:
+        return None
+    if Path(path).is_file():
+        return Path(path).read_text(encoding="utf-8")
+    template = AutoTokenizer.from_pretrained(path).chat_template
+    return template if isinstance(template, str) else None
 
 
 class TeacherMixin(_Trainer):
@@ -82,6 +93,13 @@ class TeacherMixin(_Trainer):
                     "that the VLM was built from or, where there was none, the VLM that it was tuned from."
                 )
             logger.warning("Teacher guessed from the student's config or card: %s", teacher_ref)
+        given: Any = model
+        plain = given.get_base_model() if not isinstance(model, str) and is_peft_model(model) else model
+        if not isinstance(teacher_ref, str) and teacher_ref in (model, plain):
+            raise ValueError(
+                "teacher_model is the student itself, which training would change with it: pass the folder or Hub id that it was loaded "
+                "from, or another copy."
+            )
         self._teacher_ref, self._teacher_processing = teacher_ref, teacher_tokenizer
         self.teacher_name_or_path = teacher_ref if isinstance(teacher_ref, str) else _reference(teacher_ref)
         processing_class = kwargs.get("processing_class")
@@ -94,6 +112,7 @@ class TeacherMixin(_Trainer):
             student_revision=as_dict(args.model_init_kwargs).get("revision") if isinstance(model, str) else None,
             teacher_revision=args.teacher_model_revision,
             kv_sharing=args.kv_sharing,
+            student_chat_template=chat_template_at(getattr(args, "chat_template_path", None)),
         )
         self.compatibility.raise_for_misfit()
 

@@ -22,7 +22,7 @@ from .losses import Weights
 from .pace import Pace
 from .resume import ResumingMixin
 from .router import prepare_router
-from .step_mixin import StepMixin
+from .step_mixin import StepMixin, check_best_metric
 from .teacher_mixin import as_dict
 
 
@@ -80,11 +80,18 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
             )
         self.choose_teacher(model, teacher_model, teacher_tokenizer, args, kwargs)
         train_dataset, eval_dataset = self.open_data(train_dataset, eval_dataset, args, kwargs)
+        check_best_metric(args, eval_dataset)
         if isinstance(model, str):
             # SFTConfig owns the mapping; weights load from safetensors only
             args.model_init_kwargs = {"use_safetensors": True, **as_dict(args.model_init_kwargs)}
         kwargs["peft_config"] = self.adapter_of(model, args, kwargs.get("peft_config"))
+        # Each process reads its own part of a stream, of the evaluation's too: rows that differ in length cannot be handed out
+        loading: Any = args.accelerator_config
+        if loading.dispatch_batches is None:
+            loading.dispatch_batches = False
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        # Many VLM classes say that they do not take `num_items_in_batch`, and transformers then counts no labels. The step takes them.
+        self.model_accepts_loss_kwargs = True
         prepare_router(self._plain_student())
         self.collate_rows(
             self.compatibility.image_token_ids, prefix_lm=self._plain_student().config.model_type == "paligemma"
@@ -100,7 +107,7 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
         self.prepare_step(weights)
         if self._is_vision_dataset:
             self.share_towers(self.data_collator.inner)
-        self.data_collator.plan = None if self._splits_batches() else self.step.plan
+        self.data_collator.plan = None if self._splits_batches() else self.step.planner
         self.step.install()
         self.prepare_caches()
         self._resuming()
@@ -112,7 +119,7 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
     # ----------------------------------------------------------------------------------------------------------------
     def _splits_batches(self) -> bool:
         """Whether one process reads batches and hands each of the others a slice: a plan cannot be sliced."""
-        return self.accelerator.num_processes > 1 and isinstance(self.train_dataset, IterableDataset)
+        return bool(self.accelerator.dispatch_batches) and self.accelerator.num_processes > 1
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """`Trainer.get_batch_samples`, which also tells the step whether some process has an image."""

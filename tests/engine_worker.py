@@ -75,7 +75,7 @@ ON_POLICY: dict[str, Any] = {
     "log_completions": False,
 }
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
-# name -> settings of the config, and: rows (see `mixed`), tied, adapter, teacher (in memory or a folder), wrong, stream, on_policy
+# name -> settings of the config, and: rows (see `mixed`), tied, adapter, teacher (in memory or a folder), wrong, stream, on_policy, silent
 SCENARIOS: dict[str, dict[str, Any]] = {
     "prompt": {},
     "full": {"kv_sharing": "full"},
@@ -123,6 +123,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "kv_sharing": "vision",
         "kv_source": "before",
     },
+    "a class that counts no labels": {"silent": True},
+    "streamed evaluation": EVALUATED,
     "wrong normalisation": {"wrong": True},
 }
 # They ask the whole student on every process before training
@@ -149,8 +151,9 @@ def shard_on_cpu(config: LinguDistillConfig) -> None:
 
 def make_trainer(folder: Path, name: str, *, accumulation: int, processes: int) -> Any:
     settings = {"rows": "split", "tied": True, **(SCENARIOS | UNEVEN | FATAL)[name]}
-    rows, tied, adapter, teacher, wrong, stream, on_policy = (
-        settings.pop(key, False) for key in ("rows", "tied", "adapter", "teacher", "wrong", "stream", "on_policy")
+    rows, tied, adapter, teacher, wrong, stream, on_policy, silent = (
+        settings.pop(key, False)
+        for key in ("rows", "tied", "adapter", "teacher", "wrong", "stream", "on_policy", "silent")
     )
     torch.manual_seed(0)
     # As where loading spares memory: what the other processes have is not the student
@@ -192,15 +195,21 @@ def make_trainer(folder: Path, name: str, *, accumulation: int, processes: int) 
         lm = str(path)
     if on_policy:
         dataset = dataset.remove_columns("completion")
+    evaluated: Any = dataset.select(range(GLOBAL_BATCH)) if "evaluation" in name else None
+    if name == "streamed evaluation":
+        evaluated = evaluated.to_iterable_dataset()
+    student = tiny.make_vlm(strange or 0, tie_word_embeddings=tied)
+    if silent:  # as Qwen2.5-VL and others say of themselves
+        student.accepts_loss_kwargs = False
     trainer_class = OnPolicyLinguDistillTrainer if on_policy else LinguDistillTrainer
     return (WrongNormalisation if wrong else trainer_class)(
-        model=tiny.make_vlm(strange or 0, tie_word_embeddings=tied),
+        model=student,
         teacher_model=lm,
         teacher_tokenizer=tiny.make_tokenizer(extra=False),
         processing_class=tiny.make_processor(),
         args=config,
         train_dataset=dataset.to_iterable_dataset() if stream else dataset,
-        eval_dataset=dataset.select(range(GLOBAL_BATCH)) if "evaluation" in name else None,
+        eval_dataset=evaluated,
         peft_config=lora() if adapter else None,
     )
 

@@ -52,7 +52,7 @@ TINY: dict[str, Any] = {
     "measure": {"test_texts": 6, "test_images": 6, "passages": 1, "naming": 8, "yes_no": 4, "exchanged": 4},
     "ifeval": {"prompts": 3, "max_new_tokens": 4, "from_seed": 1, "of": [["aligned", "P", "severe"]], "arms": ["before", "ce", "vision"]},
     "lengths": {"prompts": 3, "max_new_tokens": 4, "from_seed": 1, "of": [["aligned", "P", "severe"]], "arms": ["before"]},
-    "modes": {"test_images": 6},
+    "modes": {"test_images": 6, "diagnose": 6},
     "regimes": {"P": {"short": 2, "long": 2, "text": 0}, "M": {"short": 1, "long": 1, "text": 2}},
 }  # fmt: skip
 
@@ -240,7 +240,7 @@ def test_the_parent_that_gives_a_label_more_probability_teaches_it(place: stages
         for weight in trainer.model.parameters():
             weight.mul_(1.05)
     batch = next(iter(trainer.get_train_dataloader()))
-    plan = trainer.step.plan(batch)
+    plan = trainer.step.planner(batch)
     trainer.model.eval()
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "distill", "queries")}
     with torch.no_grad():
@@ -338,6 +338,15 @@ def test_every_sharing_mode_is_read_and_none_is_the_blind_one(place: stages.Plac
     )
     assert set(drifted["readers"]) == {"student", *MODES}
     assert drifted["n"] == 6 and drifted["tokens"] > 6
+    # And what `diagnose` says of the pair, which sees neither captions nor tests
+    for found in (drifted, whole):
+        asked = found["diagnose"]
+        assert asked["recommended"] in MODES and asked["n"] == 6
+        assert (
+            set(asked["losses"]) == {"student", "full", "prompt", "vision", "none"}
+            and min(asked["losses"].values()) > 0
+        )
+    assert drifted["diagnose"]["losses"]["student"] != whole["diagnose"]["losses"]["student"]
     # What the teacher reads by itself does not depend on the student's drift; what it is given does
     assert drifted["readers"]["none"] == pytest.approx(whole["readers"]["none"], abs=2e-3)
     assert drifted["readers"]["full"]["all"] != pytest.approx(whole["readers"]["full"]["all"], abs=2e-3)

@@ -102,7 +102,7 @@ def test_the_vlm_before_runs_over_the_columns_that_are_read_and_over_no_row_of_t
     rows = tiny.make_rows(4)
     rows[0]["distill"] = True
     batch = mixed_batch(trainer, rows)
-    plan = trainer.step.plan(batch)
+    plan = trainer.step.planner(batch)
     image = batch["input_ids"] >= len(
         tiny.make_tokenizer(extra=False)
     )  # with the marks around it, which the LM lacks too
@@ -131,7 +131,7 @@ def test_a_single_query_is_no_text_to_try_it_on(make_trainer: MakeTrainer) -> No
     batch = mixed_batch(trainer, [rows[0]])
     scored = (batch["labels"] != -100).nonzero()
     batch["labels"][:, int(scored[1, 1]) :] = -100  # one label, far from the end of the row
-    plan = trainer.step.plan(batch)
+    plan = trainer.step.planner(batch)
     assert plan.num_queries == 1 and 0 < plan.columns_read < 0.9 * plan.length
     with counted(trainer.before.model.base_model) as calls:
         step(trainer, batch)
@@ -165,7 +165,7 @@ def test_no_row_loses_an_image_token(make_trainer: MakeTrainer) -> None:
     late["distill"] = False
     rows[0]["distill"] = True
     batch = mixed_batch(trainer, [rows[0], late])
-    plan = trainer.step.plan(batch)
+    plan = trainer.step.planner(batch)
     image = batch["input_ids"] >= len(tiny.make_tokenizer(extra=False))
     last = [int((image[row] & (batch["labels"][row] == -100)).nonzero().max()) + 1 for row in (0, 1)]
     assert last[1] > last[0] and plan.columns_read == max(last)

@@ -29,15 +29,16 @@ def meter_beside(ce_elsewhere: list[float], *, training: bool) -> Meter:
 
     def seen(accelerator: Any, ce: list[float]) -> Meter:
         meter = Meter(accelerator, distill_tokens="all")
-        meter.scored({}, None, None, scored(ce), training)  # type: ignore[arg-type]
+        plan: Any = SimpleNamespace(label_rows=torch.zeros(len(ce), dtype=torch.long), batch=1)
+        meter.scored({}, plan, None, scored(ce), training)  # type: ignore[arg-type]
         meter.accepted()
         return meter
 
-    device = torch.device("cpu")
-    elsewhere = seen(SimpleNamespace(device=device), ce_elsewhere)
+    device, one = torch.device("cpu"), {"gradient_state": SimpleNamespace(end_of_dataloader=False)}
+    elsewhere = seen(SimpleNamespace(device=device, **one), ce_elsewhere)
     theirs = elsewhere._train if training else elsewhere._eval
     reduce = lambda ours, reduction: ours + theirs[: len(ours)] if reduction == "sum" else ours  # noqa: E731
-    return seen(SimpleNamespace(device=device, reduce=reduce), [1.0, 3.0])
+    return seen(SimpleNamespace(device=device, reduce=reduce, **one), [1.0, 3.0])
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -48,3 +49,29 @@ def test_means_are_over_the_tokens_of_all_processes(training: bool) -> None:
     read = meter.read(training=training)
     assert read["ce_loss"] == pytest.approx(5.0) and read["answer_tokens"] == 5
     assert meter_beside([], training=training).read(training=training)["ce_loss"] == pytest.approx(2.0)  # control
+
+
+@pytest.mark.parametrize(
+    ("state", "process", "counted"),
+    [
+        ({"end_of_dataloader": True, "remainder": 3}, 0, [True, True]),
+        ({"end_of_dataloader": True, "remainder": 3}, 1, [True, False]),
+        ({"end_of_dataloader": True, "remainder": 1}, 1, [False, False]),
+        ({"end_of_dataloader": True, "remainder": 0}, 1, [True, True]),
+        ({"end_of_dataloader": True, "remainder": -1}, 1, [True, True]),
+        ({"end_of_dataloader": False, "remainder": 1}, 1, [True, True]),
+    ],
+)
+def test_rows_that_fill_the_last_batch_do_not_count(state: dict[str, Any], process: int, counted: list[bool]) -> None:
+    """Two processes with batches of two rows; the second row has two labels."""
+    accelerator: Any = SimpleNamespace(
+        device=torch.device("cpu"), gradient_state=SimpleNamespace(**state), num_processes=2, process_index=process
+    )
+    plan: Any = SimpleNamespace(label_rows=torch.tensor([0, 1, 1]), batch=2)
+    of_labels = [counted[0], counted[1], counted[1]]
+    assert Meter(accelerator, distill_tokens=None)._counted(plan).tolist() == of_labels
+    assert (
+        Meter(accelerator, distill_tokens=None, joins_rows=True)._counted(plan).all()
+    )  # which row is which is not known there
+    alone: Any = SimpleNamespace(**{**vars(accelerator), "num_processes": 1})
+    assert Meter(alone, distill_tokens=None)._counted(plan).all()  # control

@@ -313,7 +313,7 @@ def test_the_end_is_among_what_is_judged(make: Make) -> None:
     inputs["completion_ids"][:, 5] = end = trainer._tokenizer.eos_token_id
     inputs["completion_mask"][:, 6:] = 0
     batch = trainer._batch(inputs)
-    plan = trainer.step.plan(batch)
+    plan = trainer.step.planner(batch)
     at = batch["labels"][plan.label_rows, plan.label_positions + 1]
     judged = at[: plan.num_loss]
     assert (judged == end).sum() == 2 and (at[plan.num_loss :] == end).sum() == 2
@@ -354,7 +354,7 @@ def test_where_the_models_name_the_end_differently_it_is_one_event(
     rows = [{**row, "distill": True} for row in prompts(4, images=False)]
     inputs = sampled(trainer, rows)
     batch = trainer._batch(inputs)
-    plan = trainer.step.plan(batch)
+    plan = trainer.step.planner(batch)
     readable = oracle.readable_tokens(batch, unreadable_token_ids=(IMAGE_TOKEN,), shared_vocab_size=SHARED_VOCAB)
     if aliased:  # as the teacher reads them
         readable |= batch["attention_mask"].bool() & (batch["input_ids"] == trainer._tokenizer.eos_token_id)

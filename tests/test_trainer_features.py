@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
+import pickle
 import sqlite3
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from peft import PrefixTuningConfig, PromptTuningConfig
@@ -337,9 +341,31 @@ def test_several_evaluation_sets_are_measured_each_for_itself(make_trainer: Make
         (entry,) = logs[name]
         alone = make_trainer(eval_dataset=dataset).evaluate()
         for metric in TEACHER_METRICS:
-            assert entry[f"eval_{metric}"] == alone[f"eval_{metric}"], (name, metric)
-        values[name] = entry["eval_kd_loss"]
+            assert entry[f"eval_{name}_{metric}"] == alone[f"eval_{metric}"], (name, metric)
+        assert entry[f"eval_{name}_ce_loss"] == alone["eval_ce_loss"] and "eval_ce_loss" not in entry
+        values[name] = entry[f"eval_{name}_kd_loss"]
     assert values["first"] != values["second"]
+
+
+def test_of_several_evaluation_sets_one_is_named_to_choose_the_best_checkpoint(make_trainer: MakeTrainer) -> None:
+    sets = {"first": tiny.make_dataset(4, seed=1), "second": tiny.make_dataset(4, seed=2)}
+    best = {
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+    }
+    for metric in (None, "ce_loss", "eval_loss", "third_ce_loss"):
+        with pytest.raises(
+            ValueError, match="names none of the evaluation sets 'first', 'second', .* set it to 'first_ce_loss'"
+        ):
+            make_trainer(eval_dataset=sets, metric_for_best_model=metric, **best)
+    trainer = make_trainer(eval_dataset=sets, metric_for_best_model="second_ce_loss", greater_is_better=False, **best)
+    trainer.train()
+    assert trainer.state.best_metric == logs_with(trainer, "eval_second_ce_loss")[0]["eval_second_ce_loss"]
+    assert trainer.state.best_metric != logs_with(trainer, "eval_first_ce_loss")[0]["eval_first_ce_loss"]
+    make_trainer(eval_dataset=sets["first"], **best)  # control: of one set there is no question
 
 
 def test_prediction_leaves_no_trace_in_the_next_evaluation(make_trainer: MakeTrainer) -> None:
@@ -736,3 +762,88 @@ def test_config_of_another_trainer_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(TypeError, match="args must be a LinguDistillConfig, got SFTConfig"):
         LinguDistillTrainer(model=tiny.make_vlm(0), args=SFTConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What outlives a trainer, and what travels
+# --------------------------------------------------------------------------------------------------------------------
+def test_a_student_keeps_neither_its_teacher_nor_an_earlier_trainer(make_trainer: MakeTrainer) -> None:
+    student: Any = tiny.make_vlm(0)
+    gone = []
+    for _ in range(2):
+        trainer = make_trainer(model=student, kv_sharing="vision", kv_source="before")
+        gone += [weakref.ref(trainer.step.teacher.model), weakref.ref(trainer.before.model), weakref.ref(trainer.step)]
+        trainer.train()
+        assert all(ref() is not None for ref in gone[-3:])  # control: while it is there, so are they
+        del trainer
+        gc.collect()
+        assert not any(ref() for ref in gone)
+    row = tiny.make_processor()(text="hello", return_tensors="pt")
+    assert (
+        torch.isfinite(student.eval()(**row).logits).all() and student.generate(**row, max_new_tokens=2).shape[1] > 2
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_sharing": "none", "teacher_cache": True}], ids=["plain", "cached"])
+def test_a_collator_travels_to_a_worker_that_is_spawned(make_trainer: MakeTrainer, options: dict[str, Any]) -> None:
+    """macOS, Windows and later Pythons start workers anew: what they get is pickled."""
+    trainer = make_trainer(**options)
+    rows = [trainer.train_dataset[0], trainer.train_dataset[1]]
+    ours, theirs = trainer.data_collator(rows), pickle.loads(pickle.dumps(trainer.data_collator))(rows)
+    assert torch.equal(ours["labels"], theirs["labels"]) and torch.equal(ours["queries"].rows, theirs["queries"].rows)
+    assert len(pickle.dumps(trainer.data_collator.plan)) < 10_000  # no model goes with it
+
+
+def test_a_template_of_the_run_says_how_a_turn_ends(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    template = tiny.CHATML.replace("<|im_end|>", "<end_of_utterance>")
+    (tmp_path / "t.jinja").write_text(template)
+    own = tiny.make_processor()
+    own.chat_template = own.tokenizer.chat_template = template
+    texts = tiny.make_dataset(4, images=False)
+    expected = make_trainer(processing_class=own, train_dataset=texts, kv_sharing="vision")
+    given = make_trainer(chat_template_path=str(tmp_path / "t.jinja"), train_dataset=texts, kv_sharing="vision")
+    assert given.teacher.vocabulary.aliases == expected.teacher.vocabulary.aliases != ()
+    assert make_trainer(train_dataset=texts).teacher.vocabulary.aliases == ()  # control: the template without it
+    plan, whole = (trainer.data_collator([trainer.train_dataset[0]])["queries"] for trainer in (given, expected))
+    assert plan.num_loss == whole.num_loss == plan.num_labels
+
+
+def test_a_teacher_that_is_the_student_is_refused(make_trainer: MakeTrainer) -> None:
+    student: Any = tiny.make_vlm(0)
+    with pytest.raises(ValueError, match="^teacher_model is the student itself"):
+        make_trainer(model=student, teacher_model=student, teacher_tokenizer=tiny.make_processor())
+    make_trainer(model=student, teacher_model=tiny.make_vlm(0), teacher_tokenizer=tiny.make_processor())  # control
+
+
+@pytest.mark.parametrize("joining", ["padding_free", "eval_packing"])
+def test_rows_are_joined_only_where_that_can_be_held(make_trainer: MakeTrainer, joining: str) -> None:
+    texts = tiny.make_dataset(4, images=False)
+    with pytest.raises(ValueError, match=f"cannot keep packed documents apart .*{joining}=False"):
+        make_trainer(train_dataset=texts, kv_sharing="none", max_length=64, **{joining: True})
+    if joining == "padding_free":
+        half = texts.map(lambda _, number: {"distill": number % 2 == 0}, with_indices=True)
+        with pytest.raises(
+            ValueError, match="padding_free joins rows, and column 'distill' differs between them \\(50% are marked"
+        ):
+            make_trainer(train_dataset=half, kv_sharing="prompt", max_length=None, padding_free=True)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["all of it", "the completion"])
+def test_a_completion_beside_conversations_is_labelled_as_it_is_alone(make_trainer: MakeTrainer, whole: bool) -> None:
+    pair = {"prompt": "tell me about the sea.", "completion": " the sea is deep"}
+    turns = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "it is"}]
+    rows: list[dict[str, Any]] = [{**pair, "messages": None}, {"prompt": None, "completion": None, "messages": turns}]
+    common = {"completion_only_loss": not whole, "per_device_train_batch_size": 1}
+    mixed = make_trainer(train_dataset=Dataset.from_list(rows), **common).train_dataset[0]
+    alone = make_trainer(train_dataset=Dataset.from_list([pair]), **common).train_dataset[0]
+    assert mixed["labels"] == alone["labels"] and (mixed["labels"] == mixed["input_ids"]) is whole
+
+
+@pytest.mark.parametrize("dispatched", [None, True], ids=["each reads its own", "one reads for all"])
+def test_batches_that_are_handed_out_in_slices_are_planned_by_the_step(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, dispatched: bool | None
+) -> None:
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    trainer = make_trainer(accelerator_config={"dispatch_batches": dispatched})
+    assert trainer.accelerator.dispatch_batches is bool(dispatched)
+    assert (trainer.data_collator.plan is None) is bool(dispatched)

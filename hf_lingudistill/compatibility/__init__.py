@@ -66,6 +66,7 @@ def check_compatibility(
     student_revision: str | None = None,
     teacher_revision: str | None = None,
     kv_sharing: str | None = None,
+    student_chat_template: str | None = None,
 ) -> CompatibilityReport:
     """Check whether `teacher` can teach `student` with shared K/V.
 
@@ -78,11 +79,13 @@ def check_compatibility(
         student_revision: branch, tag or commit on the Hub.
         teacher_revision: likewise.
         kv_sharing: the mode that is to be used, where it is known: with `images`, other things must agree.
+        student_chat_template: that the student will be trained with, where it is not its tokenizer's.
 
     Raises:
         UnreadableModelError: if a config cannot be read.
     """
     s = Side.load("student", student, student_tokenizer, trust_remote_code, student_revision)
+    s.given_template = student_chat_template
     t = Side.load("teacher", teacher, teacher_tokenizer, trust_remote_code, teacher_revision)
 
     sees = kv_sharing is not None and sharing(kv_sharing).sees

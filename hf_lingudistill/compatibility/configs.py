@@ -47,6 +47,7 @@ class Side:
     revision: str | None
     processing: Any = None  # tokenizer or processor
     tokenizer_error: str = ""
+    given_template: str | None = None  # in place of its own
 
     @classmethod
     def load(
@@ -93,6 +94,8 @@ class Side:
 
     @property
     def template(self) -> str | None:
+        if self.given_template is not None:
+            return self.given_template
         template = getattr(self.processing, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
         if isinstance(template, dict):
             template = template.get("default")

@@ -84,7 +84,7 @@ def distilled_share_of_tokens(trainer: LinguDistillTrainer, rows: int = 32) -> f
 
     offered = total = 0
     for row in islice(iter(trainer.train_dataset), rows):
-        plan = trainer.step.plan(trainer.data_collator([row]))
+        plan = trainer.step.planner(trainer.data_collator([row]))
         offered += plan.num_loss
         total += plan.num_labels
     return offered / max(total, 1)

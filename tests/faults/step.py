@@ -66,10 +66,42 @@ FAULTS = (
     Fault(
         "student-ce-of-all",
         "meter.py",
-        "ce[asked].sum(),",
+        "(ce[:N] * asked).sum(),",
         "ce.sum(),",
         "student and teacher are compared on different tokens",
         (f"{TRAINER}::test_metrics_are_token_means_over_micro_batches_of_unequal_size",),
+    ),
+    Fault(
+        "eval-counts-filled-rows",
+        "meter.py",
+        "counted = torch.ones_like(ce) if training else self._counted(plan).to(ce)",
+        "counted = torch.ones_like(ce)",
+        "an evaluation counts the rows that fill the last batch of uneven processes",
+        ("tests/test_meter.py",),
+    ),
+    Fault(
+        "eval-fill-of-first-process",
+        "meter.py",
+        "plan.label_rows + self.accelerator.process_index * plan.batch < state.remainder",
+        "plan.label_rows < state.remainder",
+        "every process takes itself for the first where rows fill the last batch",
+        ("tests/test_meter.py::test_rows_that_fill_the_last_batch_do_not_count",),
+    ),
+    Fault(
+        "class-says-how-labels-count",
+        "trainer.py",
+        "self.model_accepts_loss_kwargs = True",
+        "pass",
+        "VLM classes that take no label count are trained on means of micro-batches",
+        (f"{TRAINER}::test_accumulation_changes_neither_loss_nor_weights",),
+    ),
+    Fault(
+        "student-keeps-the-step",
+        "step.py",
+        "alive = weakref.ref(self)",
+        "alive = lambda: self",
+        "a student keeps its teacher alive after the trainer is gone",
+        ("tests/test_trainer_features.py::test_a_student_keeps_neither_its_teacher_nor_an_earlier_trainer",),
     ),
     # ---- finite.py
     Fault(

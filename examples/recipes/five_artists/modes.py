@@ -1,4 +1,5 @@
-"""What each sharing mode gives its teacher, before any cure: the frozen original's KL to the captioned original, by mode.
+"""What each sharing mode gives its teacher, before any cure: the frozen original's KL to the captioned original, by mode; and what
+`lingudistill diagnose` makes of the pair, which knows neither captions nor tests, only the rows that would be trained on.
 
 Zero would mean that the student's keys and values tell the teacher as much as the caption does. `none` is a teacher that does not
 see; a mode above it hurts. The same for the student itself ("student").
@@ -6,6 +7,7 @@ see; a mode above it hurts. The same for the student itself ("student").
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import torch
 
 from hf_lingudistill._internals import head_of
 from hf_lingudistill.compatibility import check_compatibility
+from hf_lingudistill.labs.diagnose import diagnose
+from hf_lingudistill.labs.diagnose.prompts import Prompts, prompt_of
 from hf_lingudistill.labs.evaluation.fidelity import Reference
 from hf_lingudistill.labs.evaluation.models import load_scored, user_turn
 from hf_lingudistill.labs.evaluation.reading import answer_inputs, logits
@@ -76,3 +80,16 @@ def teachers(
         total, count = (sum(part[index] for part in parts.values()) for index in (0, 1))
         result[reader]["all"] = round(total / count, 4)
     return {"readers": result, "n": len(questions), "tokens": sum(part[1] for part in sums["student"].values())}
+
+
+def diagnosed(rows: Sequence[Mapping[str, Any]], student: Path, original: Path) -> dict[str, Any]:
+    """What `lingudistill diagnose` recommends on these rows, and the loss of each reader on their answers in nats per token."""
+    prompts = Prompts(
+        tuple(prompt_of(row, f"row {number}") for number, row in enumerate(rows)), "long answers of the recipe"
+    )
+    report = diagnose(str(student), str(original), prompts=prompts, dtype=torch.float32, progress=False)
+    perplexity = report["perplexity"]["about"]
+    losses = {
+        reader: round(math.log(found["value"]), 4) for reader, found in perplexity.items() if isinstance(found, dict)
+    }
+    return {"recommended": report["recommendation"]["mode"], "losses": losses, "n": len(rows)}

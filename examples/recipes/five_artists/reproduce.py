@@ -46,6 +46,7 @@ from stages import Place, answers, drift, is_done, tower  # noqa: E402
 from world_rows import CUT, SETS, answers_of, ask, training_rows  # noqa: E402
 
 from hf_lingudistill.labs.evaluation.models import release_memory  # noqa: E402
+from hf_lingudistill.labs.world.questions import row_of  # noqa: E402
 from hf_lingudistill.machine import machine  # noqa: E402
 
 Run = tuple[str, str, str, int, list[str]]  # tower, regime, drift, seed, arms
@@ -152,28 +153,19 @@ def trained(place: Place, run: Run, name: str, sets: dict[str, Any]) -> tuple[Pa
     if (path / "trained.json").is_file():  # by an arm before, or a call that was cut off
         return path, json.loads((path / "trained.json").read_text(encoding="utf-8"))
     from training import train
-    from transformers import AutoTokenizer
 
-    settings = place.settings["answers"]
-    tokenizer = AutoTokenizer.from_pretrained(place.original)
-    said: dict[str, list[tuple[Any, str]]] = {}
-    for name_of_set in ("long", "text"):
-        written = answers_of(name_of_set, sets[name_of_set], settings, place.answers)
-        if written is None:  # regime P needs no `text`
-            said[name_of_set] = []
-            continue
-        pairs = [(one, written[one.question.key]) for one in sets[name_of_set]]
-        texts = [(one, tokenizer.decode(w.ids[:-1] if w.stopped else w.ids), w.stopped) for one, w in pairs]
-        said[name_of_set] = [(one, text if stopped else text + CUT) for one, text, stopped in texts if text.strip()]
     per_step = rows_per_step(place, regime, name)
     training = place.settings["training"]
     arguments = training | {name: spec[name] for name in ("learning_rate", "max_steps") if name in spec}
     rows, keys = training_rows(
-        place.world(), said["long"], said["text"], per_step=per_step, steps=arguments["max_steps"], seed=seed,
+        place.world(), said(place, sets, "long", CUT), said(place, sets, "text", CUT), per_step=per_step, steps=arguments["max_steps"], seed=seed,
         texts=spec.get("texts", "original"),
     )  # fmt: skip
     told: list[list[int] | None] | None = None
     if spec["kind"] == "caption":
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(place.original)
         by_key = {one.question.key: one.question for one in [*sets["long"], *sets["text"]]}
         told = [None if key is None else _told(tokenizer, by_key[key].told()) for key in keys]
     record = train(
@@ -182,6 +174,20 @@ def trained(place: Place, run: Run, name: str, sets: dict[str, Any]) -> tuple[Pa
     )  # fmt: skip
     write_json(path / "trained.json", record)
     return path, record
+
+
+def said(place: Place, sets: dict[str, Any], name: str, cut: str = "") -> list[tuple[Any, str]]:
+    """(question, what the original answered) of a set, in order; cut: what is put behind an answer that was cut. Empty answers are left
+    out, and all of a set that is not written: regime P needs no `text`."""
+    from transformers import AutoTokenizer
+
+    written = answers_of(name, sets[name], place.settings["answers"], place.answers)
+    if written is None:
+        return []
+    tokenizer = AutoTokenizer.from_pretrained(place.original)
+    pairs = [(one, written[one.question.key]) for one in sets[name]]
+    texts = [(one, tokenizer.decode(w.ids[:-1] if w.stopped else w.ids), w.stopped) for one, w in pairs]
+    return [(one, text if stopped else text + cut) for one, text, stopped in texts if text.strip()]
 
 
 def rows_per_step(place: Place, regime: str, arm: str) -> dict[str, int]:
@@ -198,30 +204,37 @@ def _told(tokenizer: Any, text: str) -> list[int]:
 def modes(place: Place, tower_name: str, kind: str, seed: int) -> None:
     """What each sharing mode gives its teacher on a drifted VLM, or on an undrifted one (kind `no`)."""
     path = place.out / "modes" / f"{tower_name}-{kind}-{seed}.json"
-    if path.is_file():
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "diagnose" in known:
         return
     if kind == "no":
         tower(place, tower_name)
     else:
         drift(place, tower_name, kind, seed)
-    answers(place, ("test_images",))
+    answers(place, ("test_images", "long"))
     from measure import Measures
-    from modes import teachers
+    from modes import diagnosed, teachers
 
     sets = ask(place.world(), place.settings["answers"])
-    measures = Measures(
-        place.world(),
-        sets,
-        place.settings["answers"],
-        place.original,
-        place.answers,
-        place.settings["modes"],
-        names=("test_images",),
-    )
     student = place.tower(tower_name) if kind == "no" else place.start(tower_name, kind, seed)
-    found = teachers(measures.references["test_images"], measures.depends, student, place.original)
+    if "readers" not in known:
+        measures = Measures(
+            place.world(),
+            sets,
+            place.settings["answers"],
+            place.original,
+            place.answers,
+            place.settings["modes"],
+            names=("test_images",),
+        )
+        known = teachers(measures.references["test_images"], measures.depends, student, place.original)
+    rows = [
+        row_of(one.question.instruction, text, picture=one.picture)
+        for one, text in said(place, sets, "long")[: place.settings["modes"]["diagnose"]]
+    ]
+    found = known | {"diagnose": diagnosed(rows, student, place.original)}
     write_json(path, found)
-    print(f"modes of {path.stem}: {json.dumps(found['readers'])}", flush=True)
+    print(f"modes of {path.stem}: {json.dumps(found['readers'])}, {json.dumps(found['diagnose'])}", flush=True)
 
 
 def write_json(path: Path, value: Any) -> None:
