@@ -309,10 +309,15 @@ def five_artists_modes() -> str:
     ]
     for pair in (pair for pair in PAIRS if pair in modes):
         found = modes[pair]
-        said = found.get("diagnose", {}).get("recommended")
+        asked = found.get("diagnose", {})
         for part in ("dependent", "rest", "all"):
             cells = [f"{found['readers'][reader][part]:.3f}" for reader in readers]
-            advice = f"`{said}`" if said and part == "all" else ""
+            losses = asked.get("losses")
+            advice = (
+                f"`{asked['recommended']}` ({losses['vision']:.3f}; `none` {losses['none']:.3f})"
+                if losses and part == "all"
+                else ""
+            )
             lines.append("| " + " | ".join([PAIRS[pair], part, *cells, advice]) + " |")
     return "\n".join(lines)
 

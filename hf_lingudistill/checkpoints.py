@@ -106,6 +106,10 @@ def to_resume(wanted: str | bool, run: str | os.PathLike[str]) -> str:
         ValueError: if there is none, or the named one is incomplete.
     """
     last = newest(run)
+    if last is None:  # a run that was killed while it replaced its only one
+        with suppress(OSError):
+            put_back(run)
+        last = newest(run)
     if isinstance(wanted, bool) or wanted.lower() == "true":
         if last is None:
             half = get_last_checkpoint(run) if Path(run).is_dir() else None

@@ -14,6 +14,7 @@ from datasets.table import InMemoryTable, concat_tables
 from .bad_rows import ROW_COLUMN, AnyDataset, Row
 from .formats import CONVERSATION_COLUMNS, pairs_column
 from .images import IMAGE_COLUMNS
+from .options import DistillOptions
 from .turns import PAYLOADS, embeds_images
 
 LOOKED_AT = 64  # rows of a stream that does not tell its columns
@@ -24,6 +25,20 @@ def columns_of(dataset: AnyDataset) -> list[str]:
     if dataset.column_names is not None:
         return list(dataset.column_names)
     return list(dict.fromkeys(column for row in islice(iter(dataset), LOOKED_AT) for column in row))
+
+
+def check_named_column(name: str, *parts: AnyDataset, source: str) -> None:
+    """Check that a flag column that somebody named (it is not the default) is in one of these.
+
+    Raises:
+        ValueError: naming the column, and those that are there.
+    """
+    found = {column for part in parts for column in part.column_names or ()}
+    if name != DistillOptions.distill_column and name not in found:
+        raise ValueError(
+            f"distill_column={name!r} names no column of the data ({source}), found {', '.join(sorted(found))}: name the column that "
+            "holds the flags, or leave distill_column out."
+        )
 
 
 def has_images(columns: Sequence[str]) -> bool:

@@ -70,6 +70,12 @@ class DataMixin(_Trainer):
     def collate_rows(self, image_token_ids: tuple[int, ...], *, prefix_lm: bool) -> None:
         """Put our collator around TRL's, and leave bad rows out where that is asked for. See `DistillCollator`."""
         args = self.args
+        # A sentence of its own, before TRL's collator fails on a row, which would be blamed for it
+        if args.pad_to_multiple_of and self._is_vision_dataset and "prompt" in columns_of(self.train_dataset):
+            raise ValueError(
+                "pad_to_multiple_of does not go with prompts and completions that have images (TRL joins the two itself): leave it out, or "
+                "give the rows as `messages`."
+            )
         self.data_collator: Any = DistillCollator(
             self.data_collator,
             distill_column=args.distill_column,

@@ -13,7 +13,7 @@ from trl import DatasetMixtureConfig
 
 from ._internals import DatasetConfig
 from .bad_rows import AnyDataset, BadRow, Row
-from .columns import embeds_images_anywhere, has_images, resolved, undecoded, with_messages
+from .columns import check_named_column, embeds_images_anywhere, has_images, resolved, undecoded, with_messages
 from .config import shown
 from .formats import as_trl_row, column_images
 from .images import IMAGE_COLUMNS
@@ -113,20 +113,6 @@ def load_mixture(mixture: DistillMixtureConfig, distill_column: str = _FLAG) -> 
         _check_test_split(mixture)
         return combined.train_test_split(test_size=mixture.test_split_size)
     return DatasetDict({"train": combined})
-
-
-def check_named_column(name: str, *parts: AnyDataset, source: str) -> None:
-    """Check that a flag column that somebody named (it is not the default) is in one of these.
-
-    Raises:
-        ValueError: naming the column, and those that are there.
-    """
-    found = {column for part in parts for column in part.column_names or ()}
-    if name != _FLAG and name not in found:
-        raise ValueError(
-            f"distill_column={name!r} names no column of the data ({source}), found {', '.join(sorted(found))}: name the column that "
-            "holds the flags, or leave distill_column out."
-        )
 
 
 def _is_number(value: Any) -> bool:

@@ -17,6 +17,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from .bad_rows import AnyDataset, BadRow, Row, flag_of, row_name, without_bad_rows
 from .columns import (
+    check_named_column,
     columns_of,
     embeds_images_anywhere,
     has_images,
@@ -76,6 +77,8 @@ def open_datasets(train: Any, evaluation: Any, args: LinguDistillConfig, *, chec
     )
     if not opened.has_distill_column and train.column_names is None:
         opened.has_distill_column = None  # a later row may have it
+    elif not opened.has_distill_column:
+        check_named_column(args.distill_column, train, source="train_dataset")
     _check_packing(args, bool(opened.has_distill_column), opened.distill_share)
     if args.packing and train.column_names is None:
         train = train.map(_refuse_flag(args.distill_column))

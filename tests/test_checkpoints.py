@@ -173,6 +173,16 @@ def test_what_a_killed_run_left_is_cleared_and_what_it_had_put_aside_comes_back(
     assert (tmp_path / "checkpoint-2" / "new").exists()
 
 
+def test_a_checkpoint_that_was_put_aside_is_found_before_anything_is_loaded(run: Path) -> None:
+    """A run that was killed between the two moves that replace its only checkpoint."""
+    shutil.rmtree(run / "checkpoint-2")
+    (run / STAGING).mkdir(exist_ok=True)
+    (run / STAGING / MARKER).touch()
+    (run / "checkpoint-4").rename(run / STAGING / "replaced-checkpoint-4")
+    assert newest(run) is None  # control
+    assert to_resume(True, run) == str(run / "checkpoint-4")
+
+
 def test_folder_that_only_bears_the_name_of_a_half_written_checkpoint_is_left(tmp_path: Path) -> None:
     (tmp_path / STAGING).mkdir()
     (tmp_path / STAGING / "mine").write_text("precious")

@@ -75,3 +75,49 @@ def test_rows_that_fill_the_last_batch_do_not_count(state: dict[str, Any], proce
     )  # which row is which is not known there
     alone: Any = SimpleNamespace(**{**vars(accelerator), "num_processes": 1})
     assert Meter(alone, distill_tokens=None)._counted(plan).all()  # control
+
+
+def test_an_evaluation_leaves_out_the_rows_that_fill_its_last_batch() -> None:
+    def evaluated(*, end: bool) -> dict[str, float]:
+        accelerator: Any = SimpleNamespace(
+            device=torch.device("cpu"),
+            gradient_state=SimpleNamespace(end_of_dataloader=end, remainder=1),
+            num_processes=2,
+            process_index=0,
+            reduce=lambda sums, reduction: sums,
+        )
+        meter = Meter(accelerator, distill_tokens="all")
+        # Labels of rows 0, 1 and 1; the first two are distilled, the third is judged by the VLM before
+        scores: Any = SimpleNamespace(
+            cross_entropy=torch.tensor([1.0, 3.0, 8.0]),
+            divergence=torch.tensor([0.5, 0.7]),
+            chosen=torch.tensor([True, True]),
+            teacher_log_prob=torch.tensor([-2.0, -4.0]),
+            agrees=torch.tensor([True, False]),
+            teacher_entropy=torch.tensor([1.0, 2.0]),
+            anchored=torch.tensor([True]),
+            anchor_kl=torch.tensor([0.9]),
+        )
+        plan: Any = SimpleNamespace(label_rows=torch.tensor([0, 1, 1]), batch=2)
+        meter.scored({}, plan, None, scores, False)  # type: ignore[arg-type]
+        return meter.read(training=False)
+
+    assert evaluated(end=True) == pytest.approx(
+        {
+            "ce_loss": 1.0,
+            "answer_tokens": 1.0,
+            "distilled_tokens": 1.0,
+            "kd_loss": 0.5,
+            "teacher_ce": 2.0,
+            "student_ce": 1.0,
+            "teacher_agreement": 1.0,
+            "teacher_entropy": 1.0,
+            "confident_share": 1.0,
+        }
+    )
+    whole = evaluated(end=False)  # control
+    assert (
+        whole["answer_tokens"] == 3
+        and whole["ce_loss"] == pytest.approx(4.0)
+        and whole["anchor_kl"] == pytest.approx(0.9)
+    )

@@ -847,3 +847,22 @@ def test_batches_that_are_handed_out_in_slices_are_planned_by_the_step(
     trainer = make_trainer(accelerator_config={"dispatch_batches": dispatched})
     assert trainer.accelerator.dispatch_batches is bool(dispatched)
     assert (trainer.data_collator.plan is None) is bool(dispatched)
+
+
+def test_padding_to_multiples_is_refused_where_trl_cannot(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(
+        ValueError, match="^pad_to_multiple_of does not go with prompts and completions that have images"
+    ):
+        make_trainer(pad_to_multiple_of=8)
+    turns = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "it is"}]
+    rows = [{"messages": turns, "images": row["images"]} for row in tiny.make_rows(2)]
+    trainer = make_trainer(train_dataset=rows, pad_to_multiple_of=8)  # control
+    assert trainer.data_collator([trainer.train_dataset[0]])["input_ids"].shape[1] % 8 == 0
+
+
+def test_a_flag_column_that_was_named_must_be_there(make_trainer: MakeTrainer) -> None:
+    rows = tiny.make_dataset(4).rename_column("distill", "is_long")
+    with pytest.raises(ValueError, match="^distill_column='is_lng' names no column of the data .*, found .*is_long"):
+        make_trainer(train_dataset=rows, distill_column="is_lng")
+    assert make_trainer(train_dataset=rows, distill_column="is_long").has_distill_column
+    assert make_trainer(train_dataset=rows).has_distill_column is False  # control: nobody named one

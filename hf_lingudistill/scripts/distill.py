@@ -214,8 +214,8 @@ def prepare(
     """Check, load the data, load the models. -> a trainer that can begin."""
     from trl import get_peft_config, get_quantization_config
 
+    from ..columns import check_named_column
     from ..hub.run_facts import recipe_of
-    from ..mixtures import check_named_column
     from .preflight import check_run
 
     check_run(script_args, config, model_args, mixture)

@@ -74,8 +74,12 @@ def _arms(arms: Mapping[str, Any], settings: Mapping[str, Any], path: Path) -> P
 
 def _modes(modes: Mapping[str, Any], path: Path) -> Path:
     """What each sharing mode gives its teacher, a panel per pair."""
-    figure, panels = plt.subplots(1, len(modes), figsize=(3.4 * len(modes), 3.6), sharey=True, squeeze=False)
-    for axes, (name, found) in zip(panels[0], modes.items(), strict=True):
+    columns = min(len(modes), 3)
+    rows = -(-len(modes) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(3.4 * columns, 3.2 * rows), sharey=True, squeeze=False)
+    for axes in panels.flat[len(modes) :]:
+        axes.set_axis_off()
+    for axes, (name, found) in zip(panels.flat, modes.items(), strict=False):
         readers = [reader for reader in found["readers"] if reader != "student"]
         for shift, part, color in ((-0.2, "dependent", DISTILLED), (0.2, "rest", REFERENCE)):
             heights = [found["readers"][reader][part] for reader in readers]
@@ -85,7 +89,8 @@ def _modes(modes: Mapping[str, Any], path: Path) -> Path:
         tower, drift, _ = name.split("-")
         axes.set_title(f"{tower} tower, {drift} drift", fontsize=9)
         axes.tick_params(axis="y", labelsize=8)
-    panels[0][0].set_ylabel("nats per token", fontsize=8)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("nats per token", fontsize=8)
     tallest = max(reader["dependent"] for found in modes.values() for reader in list(found["readers"].values())[1:])
     panels[0][0].set_ylim(0, 1.25 * tallest)  # room for the legend
     panels[0][0].legend(
