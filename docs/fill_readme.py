@@ -524,12 +524,13 @@ def five_artists_cpu_says() -> str:
     default, longer = "vision_before_ce05", "vision_before_ce05_long"
     if {longer, "ce_long", "none_long"} <= set(arms):
         lines.append(
-            f"*Three and a half times as many steps* (160, each answer once) help every arm on text and on pictures: the default {of(longer)} and "
-            f"{of(longer, 'image_kl')}, cross-entropy {of('ce_long')} and {of('ce_long', 'image_kl')}, `none` {of('none_long')} and "
-            f"{of('none_long', 'image_kl')}. About pictures the default is then {below(longer, 'ce_long', 'image_kl')} below cross-entropy "
-            f"({below(default, 'ce', 'image_kl')} after 45 steps), and names {of(longer, 'naming_seen', 2)} against {of('ce_long', 'naming_seen', 2)}. "
-            f"IFEval does not come back with them: {of(longer, 'ifeval_strict')}, {of('ce_long', 'ifeval_strict')} and "
-            f"{of('none_long', 'ifeval_strict')} on 495 prompts."
+            f"*Three and a half times as many steps* (160, each answer once): on text the default goes from {of(default)} to {of(longer)}, `none` "
+            f"from {of('none')} to {of('none_long')}, cross-entropy from {of('ce')} to {of('ce_long')}; about pictures from "
+            f"{of(default, 'image_kl')} to {of(longer, 'image_kl')}, {of('none', 'image_kl')} to {of('none_long', 'image_kl')} and "
+            f"{of('ce', 'image_kl')} to {of('ce_long', 'image_kl')}. The default is then {below(longer, 'ce_long', 'text_kl')} below "
+            f"cross-entropy on text and {below(longer, 'ce_long', 'image_kl')} about pictures ({below(default, 'ce', 'text_kl')} and "
+            f"{below(default, 'ce', 'image_kl')} after 45 steps), and names as many. IFEval does not come back with more steps: "
+            f"{of(longer, 'ifeval_strict')}, {of('none_long', 'ifeval_strict')} and {of('ce_long', 'ifeval_strict')} on 495 prompts."
         )
     mixed = "vision_before_ce05_07"
     if {mixed, "ce_07", "none_07"} <= set(arms):

@@ -10,8 +10,9 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,14 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[Callable[..., Any]]:
+    """Press Ctrl-C, whatever is called with. A shell's background jobs begin with SIGINT ignored, and Python then has no handler."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda *_, **__: signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers_for_tests import PARTS_TEMPLATE, TEXT_TEMPLATE, word_tokenizer
@@ -182,11 +182,9 @@ def test_a_folder_that_is_no_model_is_said_to_be_none(
 
 
 def test_ctrl_c_is_a_sentence_and_exit_code_130(
-    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    models: Path, ctrl_c: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        "hf_lingudistill.compatibility.check_compatibility", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT)
-    )
+    monkeypatch.setattr("hf_lingudistill.compatibility.check_compatibility", ctrl_c)
     assert run(models) == 130
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("lingudistill: interrupted; the same command begins again")

@@ -6,10 +6,11 @@ import dataclasses
 import logging
 import os
 import re
-import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -223,6 +224,7 @@ def test_an_interrupted_training_says_where_it_stood_and_how_it_goes_on(
     data: Path,
     tmp_path: Path,
     kind: str,
+    ctrl_c: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -241,7 +243,7 @@ def test_an_interrupted_training_says_where_it_stood_and_how_it_goes_on(
     def interrupt(self: Pace, args: object, state: object, control: object, **kwargs: object) -> None:
         self.started = True
         if state.global_step == 2:  # type: ignore[attr-defined]
-            signal.raise_signal(signal.SIGINT)
+            ctrl_c()
 
     with monkeypatch.context() as patch:
         patch.setattr(Pace, "on_step_begin", interrupt)
@@ -265,10 +267,11 @@ def test_ctrl_c_before_and_after_the_steps_is_a_sentence_too(
     data: Path,
     tmp_path: Path,
     of: str,
+    ctrl_c: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(script, of, lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(script, of, ctrl_c)
     steps = ("--per_device_train_batch_size", "4", "--max_steps", "1", "--save_steps", "1", "--save_strategy", "steps")
     assert run(saved_pair, data, tmp_path / "out", *steps) == 130
     error = capsys.readouterr().err
