@@ -345,7 +345,7 @@ def five_artists_claim() -> str:
         f"lost language back. It ends {less(name, 'text_kl')} closer to the original on text than cross-entropy on the same rows, "
         f"{less(name, 'image_kl')} about pictures; a blind teacher {less('none', 'text_kl')} and {less('none', 'image_kl')} "
         "([second recipe](examples/recipes/five_artists/README.md)). Instruction following (IFEval) did not come "
-        "back. Mixing weights towards the original is nearer on text and loses sight (one seed)."
+        "back. Mixing in the original's weights loses sight; a little after distilling helps (one seed)."
     )
 
 

@@ -129,7 +129,7 @@ class DataMixin(_Trainer):
                 dataset = _within(
                     dataset, args.max_length, self.skipped_rows if args.skip_bad_rows else None, dataset_name
                 )
-        elif formatting_func is None:
+        elif formatting_func is None and not args.skip_bad_rows:  # else they are gone
             dataset = _answered(dataset, dataset_name)
         try:
             prepared = super()._prepare_dataset(
@@ -164,6 +164,8 @@ class DataMixin(_Trainer):
             return
         limit = args.max_length
         for number, row in enumerate(dataset):
+            if "labels" not in row and "input_ids" in row:
+                break  # its labels come of masks, and which they are is TRL's to know
             labels = row["labels"] if "labels" in row else conversations.tokens(row, "")["labels"]
             first = _first_label(labels)
             if first is not None and first >= limit:

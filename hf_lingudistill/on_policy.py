@@ -21,7 +21,7 @@ from trl import DistillationTrainer
 from ._internals import DataCollatorForVisionLanguageModeling, RepeatSampler, is_vllm_available
 from .bad_rows import ROW_COLUMN
 from .config import OnPolicyLinguDistillConfig
-from .engines import gathered_for_sampling, head_unsharded
+from .engines import gathered_for_sampling, head_unsharded, sharding_of
 from .hub.mixin import PublishingMixin
 from .losses import Weights
 from .pace import Pace
@@ -126,6 +126,11 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
         ):  # as TRL 1.16: a batch of texts leaves the vision tower without gradients
             args.ddp_find_unused_parameters = not as_dict(args.gradient_checkpointing_kwargs).get("use_reentrant")
         super().__init__(model=model, args=args, train_dataset=opened.train, eval_dataset=opened.evaluation, **kwargs)
+        if args.torch_compile and self.accelerator.num_processes > 1 and sharding_of(self.accelerator) is None:
+            raise ValueError(
+                "torch_compile on-policy on several processes needs an engine that shards weights: TRL's loss goes past a compiled DDP, which "
+                "then does not join the gradients of the processes. Leave torch_compile out, or train under FSDP2."
+            )
         check_student(self._plain_student())
         self.data_collator: Any = PromptCollator(
             args.distill_column,

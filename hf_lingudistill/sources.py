@@ -128,18 +128,19 @@ def _tables(folder: Path) -> dict[str, list[str]] | None:
     Raises:
         ValueError: for tables of several kinds.
     """
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in _NO_ROWS]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _may_hold_rows(path, folder)]
     tables = [path for path in files if _kind(path) not in (None, "text")]
+    on_top = [path for path in tables if path.parent == folder]
     kinds = {kind: path.relative_to(folder) for path in reversed(tables) if (kind := _kind(path))}
     has_images = any(path.suffix.lower() in _IMAGES for path in files)
-    if any(path.stem == "metadata" for path in files):
+    if _says_its_files(folder) or any(path.stem == "metadata" for path in on_top or tables):
         return None
     if len(kinds) > 1:
         raise ValueError(
             f"holds tables of several kinds ({', '.join(str(path) for path in sorted(kinds.values()))}), of which one alone would be read: "
             "name the file, or move the others out of the folder"
         )
-    tables = [path for path in tables if path.parent == folder] or tables
+    tables = on_top or tables
     if not tables or not has_images:
         return None
     found: dict[str, list[str]] = {}
@@ -155,6 +156,17 @@ def _tables(folder: Path) -> dict[str, list[str]] | None:
             "; ".join(f"{split}: {', '.join(names)}" for split, names in found.items()),
         )
     return found
+
+
+def _may_hold_rows(path: Path, folder: Path) -> bool:
+    """Neither a file of datasets' own nor hidden, such as the cache of a download."""
+    return path.name not in _NO_ROWS and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _says_its_files(folder: Path) -> bool:
+    """Whether the card of a dataset that was downloaded names its data files: datasets goes by that."""
+    card = folder / "README.md"
+    return card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace")
 
 
 def _kind(path: Path) -> str | None:

@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from accelerate import Accelerator
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
 from planning import KV_SHARING_MODES
@@ -669,3 +670,14 @@ def test_what_the_command_cannot_do_is_one_sentence(
     assert main([*models, *given, *quiet, *flags]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert sentence in error
+
+
+def test_a_compiled_student_is_refused_where_gradients_would_not_be_joined(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under DDP each process went its own way, without a word: `test_engines.py` found it."""
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    make(train_dataset=prompts(), **compiled)  # control: one process
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(ValueError, match="^torch_compile on-policy on several processes needs an engine that shards"):
+        make(train_dataset=prompts(), **compiled)

@@ -171,6 +171,19 @@ def test_tables_of_several_kinds_in_a_folder_are_not_left_out_silently(elsewhere
     assert len(opened(folder / "b.csv")) == 1
 
 
+def test_what_a_download_brings_along_holds_no_rows(elsewhere: Path) -> None:
+    lines(elsewhere / "train.jsonl", [{"messages": TURNS, "images": ["pictures/a.png"]}])
+    (elsewhere / ".cache").mkdir()
+    (elsewhere / ".cache" / "x.csv").write_text("a,b\n1,2\n")
+    lines(elsewhere / "pictures" / "metadata.jsonl", [{"file_name": "a.png"}])  # the table on top counts
+    assert seeds(opened(elsewhere)) == [0]
+    (elsewhere / "pictures" / "metadata.jsonl").unlink()
+    (elsewhere / "scores.csv").write_text("a,b\n1,2\n")
+    assert "several kinds" in refused(elsewhere)  # control
+    (elsewhere / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n")
+    assert len(opened(elsewhere)) == 1
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["dataset", "stream"])
 def test_a_part_of_a_saved_split_is_read_as_load_dataset_reads_it(elsewhere: Path, streaming: bool) -> None:
     rows = [{"prompt": str(number), "completion": "x"} for number in range(10)]
