@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from .anchor import Before, evaluating, make_before
 from .bad_rows import ROW_COLUMN
-from .cached import LookUp, keys_of, still_rows
+from .cached import LookUp, flat_readings, keys_of, still_rows
 from .engines import sharding_of
 from .first_batch import FirstBatch
 from .hub.run_facts import public_name
@@ -26,7 +26,7 @@ from .losses import top_k
 from .progress import progress_bar
 from .queries import QueryPlan
 from .row_cache import RowCache, weights_digest
-from .step import DistillStep, own_inputs
+from .step import DistillStep, ask_teacher, own_inputs
 from .student_kv import SharedKV
 from .teacher import Teacher, head_alone, on_device
 
@@ -167,6 +167,7 @@ class CacheMixin(_Trainer):
             "computed in": f"{self.teacher_arithmetic}, {self._compute_dtype}",
             "kv_sharing": mode.name,
             "kv_source": args.kv_source,
+            **({"reads twice": True} if args.blind_weight else {}),
             "vocabulary": _digest(vars(self.teacher.vocabulary)),
         }
         if args.kv_source == "before" or mode.sees:
@@ -285,11 +286,12 @@ class CacheMixin(_Trainer):
             if shared is None:
                 shared = self._read(own)
             with on_device(self.teacher, device, offload=self.step.offload):
-                states = mode.teacher_pass(self.teacher.model, shared, queries)
+                states = ask_teacher(mode, self.teacher.model, shared, queries)
                 self.first_batch.answered(shared, queries, states)
             states = states.to("cpu")
             for b, part in _by_row(queries.loss_rows.to("cpu")):
-                self.teacher_cached.add(keys[b], {"states": states[part]}, {"tokens": float(part.numel())})
+                found = flat_readings(states[part], once=bool(plan.text_only[b]))
+                self.teacher_cached.add(keys[b], {"states": found}, {"tokens": float(part.numel())})
 
     def _read(self, own: dict[str, Any]) -> SharedKV:
         """What a teacher finds of the student: on text rows, masks and positions."""

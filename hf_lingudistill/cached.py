@@ -23,8 +23,8 @@ class CachedAnswers:
     """Of one batch; M labelled positions, N of them distilled, as in its plan.
 
     anchor: (M - N, k), the VLM before at the other positions; None where it is asked live, or not at all. anchored: (M - N,) bool,
-    whether a position is. teacher: (C, H_t), hidden states at the loss positions of rows that were kept; None where the teacher
-    is asked live. kept: (N,) bool, these positions. live: what the teacher is still asked.
+    whether a position is. teacher: (C, H_t), hidden states at the loss positions of rows that were kept, or (C, 2, H_t) where it read
+    some of them twice; None where the teacher is asked live. kept: (N,) bool, these positions. live: what the teacher is still asked.
     """
 
     anchor: TopK | None = None
@@ -50,14 +50,34 @@ class CachedAnswers:
         return None if self.anchor is None or self.anchored is None else KeptAnchor(self.anchor, self.anchored)
 
     def with_live(self, answered: torch.Tensor) -> torch.Tensor:
-        """(N, H_t): what was kept, and what the teacher has answered of the other positions, in order."""
+        """(N, H_t), or (N, 2, H_t): what was kept, and what the teacher has answered of the other positions, in order."""
         if self.teacher is None or self.kept is None:
             return answered
         if not answered.shape[0]:
             return self.teacher
-        hidden = answered.new_empty(self.kept.shape[0], answered.shape[1])
-        hidden[self.kept], hidden[~self.kept] = self.teacher.to(answered.dtype), answered
+        kept, answered = same_readings([self.teacher.to(answered.dtype), answered])
+        hidden = answered.new_empty(self.kept.shape[0], *answered.shape[1:])
+        hidden[self.kept], hidden[~self.kept] = kept, answered
         return hidden
+
+
+def same_readings(states: list[torch.Tensor]) -> list[torch.Tensor]:
+    """(n, H) and (n, 2, H) -> all of one shape: one reading is both."""
+    if len({part.dim() for part in states}) < 2:
+        return states
+    return [part if part.dim() == 3 else part[:, None].expand(-1, 2, -1) for part in states]
+
+
+def flat_readings(states: torch.Tensor, *, once: bool) -> torch.Tensor:
+    """(n, H) or (n, 2, H) of one row -> (n, H), or (2n, H), one reading behind the other. once: the two are one."""
+    if states.dim() == 2:
+        return states
+    return states[:, 0].clone() if once else states.transpose(0, 1).flatten(0, 1)
+
+
+def readings(kept: torch.Tensor, count: int) -> torch.Tensor:
+    """What `flat_readings` made of a row with so many loss positions -> (n, H) or (n, 2, H)."""
+    return kept if len(kept) == count else kept.unflatten(0, (2, count)).transpose(0, 1)
 
 
 def keys_of(batch: dict[str, Any], images: list[list[Any]]) -> Rows:
@@ -101,8 +121,12 @@ class LookUp:
         if self.teacher is not None:
             still = still_rows(plan.sharing, plan, stands_still=self.stands_still)
             kept = still[plan.loss_rows]
-            states = [_found(self.teacher, keys, batch, b)["states"] for b in plan.loss_rows[kept].unique().tolist()]
-            teacher = torch.cat(states) if states else None
+            rows, counts = plan.loss_rows[kept].unique(return_counts=True)
+            states = [
+                readings(_found(self.teacher, keys, batch, b)["states"], count)
+                for b, count in zip(rows.tolist(), counts.tolist(), strict=True)
+            ]
+            teacher = torch.cat(same_readings(states)) if states else None
             live = self.plan({**batch, "distill": marked & ~still})
             found |= {"teacher": teacher, "kept": kept, "live": live}
         return CachedAnswers(**found)

@@ -89,6 +89,9 @@ else:
     _Config = object  # at run time a config of TRL's stands behind the mixin
 
 
+# Options that make one row of several
+JOINING = ("packing", "eval_packing", "padding_free")
+
 # Numbers whose sentences say more than that
 _CHECKED_HERE = {
     *(option.name for option in fields(DistillOptions)),
@@ -123,6 +126,7 @@ class DistillChecks(_Config):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {shown(value)}.")
+        self._choose_blind_weight()
         if self.kv_source == "before" and not MODES[self.kv_sharing].reads_student:
             raise ValueError(
                 f"kv_source='before' says whose keys and values the teacher reads, and with kv_sharing={self.kv_sharing!r} it reads none: "
@@ -168,11 +172,42 @@ class DistillChecks(_Config):
                 f"{self.label_smoothing_factor}."
             )
 
+    def _choose_blind_weight(self) -> None:
+        mode = MODES[self.kv_sharing]
+        joined = [name for name in JOINING if getattr(self, name, False)]
+        if self.blind_weight is None:
+            self.blind_weight = 0.0 if joined else mode.blind
+        if not 0.0 <= self.blind_weight < 1.0:
+            raise ValueError(
+                f"blind_weight must be at least 0 and below 1 (for 1, set kv_sharing='none'); got {self.blind_weight}."
+            )
+        if self.blind_weight and not mode.reads_student:
+            raise ValueError(
+                f"blind_weight is the weight of what the teacher says without the image beside what it says with it, and with "
+                f"kv_sharing={self.kv_sharing!r} it answers once: leave blind_weight out, or set another kv_sharing."
+            )
+        if self.blind_weight and joined:
+            raise ValueError(
+                f"{joined[0]}=True joins rows, which a teacher without the image cannot keep apart: leave blind_weight out, or set "
+                f"{joined[0]}=False."
+            )
+
     def _check_types(self) -> None:
         """A recipe in YAML, or Python, may hold anything; argparse checks the command line alone. Numbers become floats and
         paths texts, which is what loggers and records can write."""
-        for name in ("beta", "temperature", "distill_weight", "ce_weight", "distill_margin", "anchor_weight"):
+        numbers = (
+            "blind_weight",
+            "beta",
+            "temperature",
+            "distill_weight",
+            "ce_weight",
+            "distill_margin",
+            "anchor_weight",
+        )
+        for name in numbers:
             value = getattr(self, name)
+            if name == "blind_weight" and value is None:
+                continue
             if not isinstance(value, Real) or isinstance(value, bool):
                 raise ValueError(f"{name} must be a number; got {shown(value)}.")
             try:

@@ -50,15 +50,14 @@ class FirstBatch(Watcher):
     def answered(self, shared: SharedKV, plan: QueryPlan, teacher_hidden: torch.Tensor) -> None:
         """Mean KL(full-precision teacher || quantised teacher) in nats, while the student's K/V are still there.
 
-        teacher_hidden: (N, H_t) of the quantised teacher.
+        teacher_hidden: (N, H_t) of the quantised teacher, or (N, 2, H_t), whose second reading is left aside.
         """
         if self.quantization_measured or self.whole_teacher is None or not plan.num_loss:
             return
         self.quantization_measured = True
         whole = self.whole_teacher()
-        kl = divergence(
-            teacher_hidden, self.teacher.head, self.mode.teacher_pass(whole.model, shared, plan), whole.head
-        )
+        first = teacher_hidden if teacher_hidden.dim() == 2 else teacher_hidden[:, 0]
+        kl = divergence(first, self.teacher.head, self.mode.teacher_pass(whole.model, shared, plan), whole.head)
         self.quantization_kl = float(kl.mean())
         logger.info("KL(full-precision teacher || quantised teacher) = %.4f nats per token", self.quantization_kl)
 

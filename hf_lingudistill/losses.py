@@ -36,7 +36,8 @@ class Weights:
     At distilled tokens `cross_entropy * CE + divergence * D`, at anchored ones `(1 - anchor) * CE + anchor * A`, elsewhere `unjudged *
     CE`. margin: distil only where the teacher gives the label at least the student's probability plus this many nats; None =
     everywhere. beta: 0 = KL(teacher || student), 1 = KL(student || teacher), between: beta-mixture JSD (TRL's meaning).
-    temperature: divides both models' logits in the divergence D, without a factor of its square. anchor_beta, anchor_temperature:
+    temperature: divides both models' logits in the divergence D, without a factor of its square. blind: the share of the teacher's
+    second reading in its distribution, where there is one. anchor_beta, anchor_temperature:
     the same of the divergence A to the VLM before; left at 0 and 1, A = KL(VLM before || student).
     """
 
@@ -45,6 +46,7 @@ class Weights:
     margin: float | None = None
     beta: float = 0.0
     temperature: float = 1.0
+    blind: float = 0.0
     anchor: float = 0.0
     anchor_beta: float = 0.0
     anchor_temperature: float = 1.0
@@ -112,7 +114,8 @@ def score(
     Args:
         hidden: (M, H_s) of the student. With a head that is not one matrix (see `Head.of_logits`), its raw logits (M, V).
         labels: (M,) token ids.
-        teacher_hidden: (N, H_t), N <= M. Both heads have the same V.
+        teacher_hidden: (N, H_t), N <= M; or (N, 2, H_t) of a teacher that has read everything twice: it then says `(1 - blind) p_1 +
+            blind p_2`, a mixture of probabilities. Both heads have the same V.
         marked: (N,) bool; where false, a position keeps cross-entropy whatever the teacher says. None = all true.
         anchor: the VLM before, for the other positions. Where it was kept, A is KL(VLM before || student) at temperature 1.
     """
@@ -228,6 +231,27 @@ def _softened(
     return log_p, log_p.exp()
 
 
+def _teacher_says(
+    hidden: torch.Tensor, head: Head, weights: Weights
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """(n, H) or (n, 2, H) -> log-probabilities and probabilities (n, V) at temperature 1, and at that of the divergence."""
+    T, readings = weights.temperature, [hidden] if hidden.dim() == 2 else hidden.unbind(dim=1)
+    logits = [_finish(_raw_logits(reading, head), head) for reading in readings]
+    log_p = _mixed([torch.log_softmax(scores, dim=-1) for scores in logits], weights.blind)
+    sharp = log_p, log_p.exp()
+    if T == 1.0:
+        return sharp, sharp
+    log_p = _mixed([torch.log_softmax(scores / T, dim=-1) for scores in logits], weights.blind)
+    return sharp, (log_p, log_p.exp())
+
+
+def _mixed(log_p: list[torch.Tensor], second: float) -> torch.Tensor:
+    """One or two log-probabilities (n, V) -> that of their mixture; second: the share of the second. Writes to them."""
+    if len(log_p) == 1 or second == 0.0:
+        return log_p[0]
+    return torch.logaddexp(log_p[0].add_(math.log1p(-second)), log_p[1].add_(math.log(second)), out=log_p[0])
+
+
 def _divergence(log_s: torch.Tensor, p_s: torch.Tensor, log_t: torch.Tensor, p_t: torch.Tensor, beta: float) -> Any:
     """(n, V) log-probabilities and probabilities -> divergence (n,) and its gradient in the student's logits (n, V)."""
     if beta == 0.0:
@@ -295,9 +319,7 @@ class _Score(torch.autograd.Function):
                 asked = slice(part.start, min(part.stop, N))
                 n = max(asked.stop - asked.start, 0)
                 if n:
-                    teacher = _finish(_raw_logits(teacher_hidden[asked], teacher_head), teacher_head)
-                    log_t = torch.log_softmax(teacher, dim=-1)
-                    p_t = log_t.exp()
+                    (log_t, p_t), theirs = _teacher_says(teacher_hidden[asked], teacher_head, weights)
                     teacher_log_prob[asked] = log_t.gather(1, label[:n])[:, 0]
                     teacher_entropy[asked] = -_dot(p_t, log_t)
                     agrees[asked] = log_t.argmax(dim=-1) == top[:n]
@@ -306,9 +328,9 @@ class _Score(torch.autograd.Function):
                         passed = passed & confident_tokens(teacher_log_prob[asked], -ce[:n], weights.margin)
                     kd = passed * weights.divergence
                     ce_weight[:n] = torch.where(passed, weights.cross_entropy, weights.unjudged)
-                    softened = _softened(logits[:n], log_s[:n], p_s[:n], T), _softened(teacher, log_t, p_t, T)
-                    del teacher
-                    value[asked], added = _divergence(*softened[0], *softened[1], weights.beta)
+                    value[asked], added = _divergence(
+                        *_softened(logits[:n], log_s[:n], p_s[:n], T), *theirs, weights.beta
+                    )
                     chosen[asked] = passed
                 n_anchor = 0 if anchor is None else part.stop - max(part.start, N)
                 if anchor is not None and n_anchor > 0:

@@ -151,6 +151,11 @@ class DistillOptions:
         "Whose keys and values the teacher reads: the student's, which training moves, or those of the VLM before. Left out: before with "
         "vision, unless an adapter changes the weights under it; else student.",
     )
+    blind_weight: float | None = _option(
+        None,
+        "In [0, 1). On rows with an image the teacher answers twice, with the student's keys and values and without the image; this is the "
+        "weight of the second answer in the mean of both. Left out: 0.",
+    )
     beta: float = _option(0.0, "Generalised JSD in [0, 1]: 0 = KL(teacher || student), 1 = KL(student || teacher).")
     temperature: float = _option(
         1.0, "Both distributions are softened by it; > 0. As in TRL, no factor of temperature squared."
@@ -234,6 +239,11 @@ NEEDS_LABELS = (
 class OnPolicyOptions(DistillOptions):
     """The same options for answers that the student samples: other defaults, and some without a meaning (`NEEDS_LABELS`)."""
 
+    blind_weight: float | None = _option(
+        0.0,
+        "In [0, 1). On rows with an image the LM answers twice, with the student's keys and values and without the image; this is the weight "
+        "of the second answer in the mean of both.",
+    )
     beta: float = _option(
         1.0, "Generalised JSD in [0, 1], of both judges: 1 = KL(student || judge), 0 = KL(judge || student)."
     )

@@ -96,6 +96,9 @@ class QueryPlan:
     label_positions: torch.Tensor
     marked: torch.Tensor
     text_only: torch.Tensor
+    # What the teacher reads a second time, without images, and which of the N loss positions those are, (K,); None: nothing
+    blind: QueryPlan | None = field(default=None)
+    blind_loss: torch.Tensor | None = field(default=None)
     # Known without asking a device: whether some loss position lies in a row without an image, whether some row that is not marked
     # has a label, and how many columns hold all that the teacher reads of the student, and every image token of every row
     has_text_loss: bool = field(default=False)
@@ -152,7 +155,10 @@ class QueryPlan:
 
     def _each(self, change: Any) -> QueryPlan:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: change(t) for n, t in tensors.items() if isinstance(t, torch.Tensor)})
+        changed = {n: change(t) for n, t in tensors.items() if isinstance(t, torch.Tensor)}
+        if self.blind is not None:
+            changed["blind"] = self.blind._each(change)
+        return replace(self, **changed)
 
     def check(self, labels: torch.Tensor, distill: torch.Tensor) -> None:
         """That labels (B, T) and distill (B,) are those that the plan was made from. Rows may have lost their mark since.
@@ -188,21 +194,32 @@ class QueryPlan:
 class Planner:
     """Makes the plans of a run; it holds no model, so that it can travel to a dataloader's worker.
 
-    at_least_one, any_label: see `plan_queries`.
+    at_least_one, any_label: see `plan_queries`. blind: the mode in which the teacher reads rows with images a second time; None: once.
     """
 
     sharing: Sharing
     vocabulary: Vocabulary
     at_least_one: bool = False
     any_label: bool = False
+    blind: Sharing | None = None
 
     def __call__(self, batch: dict[str, Any]) -> QueryPlan:
         """The queries of a batch, from its `input_ids`, `labels`, `distill` and `attention_mask` (each (B, T), or (B,))."""
+        plan = self._plan(batch, self.sharing, batch.get("distill"))
+        if self.blind is None:
+            return plan
+        seen = ~plan.text_only
+        loss = seen[plan.loss_rows].nonzero().flatten()
+        if not loss.numel() and not self.at_least_one:
+            return plan
+        return replace(plan, blind=self._plan(batch, self.blind, plan.marked.to(seen.device) & seen), blind_loss=loss)
+
+    def _plan(self, batch: dict[str, Any], sharing: Sharing, distill: torch.Tensor | None) -> QueryPlan:
         plan: QueryPlan = plan_queries(
             batch["input_ids"],
             batch["labels"],
-            batch.get("distill"),
-            sharing=self.sharing,
+            distill,
+            sharing=sharing,
             vocabulary=self.vocabulary,
             attention_mask=batch.get("attention_mask"),
             at_least_one=self.at_least_one,

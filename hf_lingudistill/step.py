@@ -23,11 +23,13 @@ from .engines import SameModules, head_unsharded
 from .losses import Anchor, Scores, Weights, score
 from .queries import Planner, QueryPlan
 from .router import ASK, routed, router_loss
-from .sharing import Sharing
+from .sharing import MODES, Sharing
 from .student_kv import SharedKV, recording
 from .teacher import Teacher, on_device
 from .watcher import Watcher
 
+# How the teacher reads an answer about a picture a second time
+BLIND = MODES["none"]
 _OF_THE_STEP = ("labels", "distill", "queries", "cached", ASK)
 
 
@@ -58,7 +60,13 @@ class DistillStep:
     @property
     def planner(self) -> Planner:
         """What says where the teacher is asked about a batch."""
-        return Planner(self.sharing, self.teacher.vocabulary, at_least_one=self.sharded, any_label=self.sampled)
+        return Planner(
+            self.sharing,
+            self.teacher.vocabulary,
+            at_least_one=self.sharded,
+            any_label=self.sampled,
+            blind=BLIND if self.weights.blind > 0.0 else None,
+        )
 
     def install(self) -> None:
         """Let the student's forward be this step where it is called with `fused_lm_head=True` and labels, as TRL does for its
@@ -111,15 +119,15 @@ class DistillStep:
         # First, while the student's activations take no memory; not where a few columns do, which need the student's masks
         anchor, shared = self._before(inputs, plan, queries) if columns is None else (None, None)
         if shared is not None:
-            answered, teacher_head = self._teach(shared, queries)
+            taught, teacher_head = self._teach(shared, queries)
             backbone, router_logits = self._backbone(inputs)
         else:
             with self._recording(queries, lent=columns is not None) as shared:
                 backbone, router_logits = self._backbone(inputs)
             if columns and self.source is not None:
                 self.source.lend(shared, own_inputs(inputs), columns)
-            answered, teacher_head = self._teach(shared, queries)
-        teacher_hidden = cached.with_live(answered)
+            taught, teacher_head = self._teach(shared, queries)
+        teacher_hidden = cached.with_live(taught)
 
         rows, positions = plan.label_rows, plan.label_positions
         labels = inputs["labels"][rows, positions + 1]
@@ -185,10 +193,10 @@ class DistillStep:
         return anchor, None if source is None else shared
 
     def _teach(self, shared: SharedKV, plan: QueryPlan) -> tuple[torch.Tensor, Head]:
-        """The teacher's hidden states at the loss positions (N, H_t), and its head; the record is dropped, before the backward pass and
-        before the logits."""
+        """The teacher's hidden states at the loss positions, (N, H_t), or (N, 2, H_t) where it reads some twice, and its head; the record
+        is dropped, before the backward pass and before the logits."""
         with on_device(self.teacher, plan.label_rows.device, offload=self.offload) as head:
-            hidden = self.sharing.teacher_pass(self.teacher.model, shared, plan)
+            hidden = ask_teacher(self.sharing, self.teacher.model, shared, plan)
         for watcher in self.watchers:
             watcher.answered(shared, plan, hidden)
         shared.release()
@@ -215,6 +223,16 @@ class DistillStep:
             label_mask=labels != -100,
             aux_loss=aux_loss,
         )
+
+
+def ask_teacher(sharing: Sharing, teacher: PreTrainedModel, shared: SharedKV, plan: QueryPlan) -> torch.Tensor:
+    """What a teacher says at the plan's loss positions, as hidden states: (N, H_t); with a blind reading (N, 2, H_t), where rows without
+    an image have one reading twice."""
+    hidden = sharing.teacher_pass(teacher, shared, plan)
+    if plan.blind is None or plan.blind_loss is None:
+        return hidden
+    alone = BLIND.teacher_pass(teacher, SharedKV(), plan.blind)
+    return torch.stack([hidden, hidden.index_copy(0, plan.blind_loss, alone.to(hidden.dtype))], dim=1)
 
 
 def own_inputs(inputs: dict[str, Any]) -> dict[str, Any]:

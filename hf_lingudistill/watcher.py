@@ -16,7 +16,8 @@ class Watcher:
     """Told about each batch, in this order. What it does not want to know it leaves out."""
 
     def answered(self, shared: SharedKV, plan: QueryPlan, teacher_hidden: torch.Tensor) -> None:
-        """The teacher has run; the student's keys and values are about to be dropped. teacher_hidden: (N, H_t)."""
+        """The teacher has run; the student's keys and values are about to be dropped. teacher_hidden: (N, H_t), or (N,
+        2, H_t)."""
 
     def scored(
         self, inputs: dict[str, Any], plan: QueryPlan, teacher_head: Head, scores: Scores, training: bool

@@ -170,6 +170,8 @@ def _method(run_facts: Facts) -> str:
     reads = "may read the student's keys and values" if mode is None else mode.in_words
     if settings.get("kv_source") == "before":
         reads += " (those of the VLM before training, which stand still)"
+    if isinstance(weight := settings.get("blind_weight"), int | float) and weight > 0:
+        reads += f", and answers a second time without the image, which has a weight of {weight:g} in the mean of both"
     others = "the others are trained with cross-entropy"
     if settings.get("distill_tokens") == "confident":
         others = "the others, and tokens whose label it finds less likely than the student does, are trained with cross-entropy"

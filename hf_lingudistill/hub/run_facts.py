@@ -47,6 +47,7 @@ _NOT_RECIPE = {
 SETTINGS = (
     "kv_sharing",
     "kv_source",
+    "blind_weight",
     "distill_tokens",
     "distill_margin",
     "ce_weight",

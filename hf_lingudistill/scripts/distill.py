@@ -112,7 +112,9 @@ def startup_summary(trainer: Trainer, model_name: str) -> str:
         "Student": f"{model_name} ({size / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained)",
         "Teacher": f"{trainer.teacher_title} ({args.teacher_quantization}, "
         f"computed in {trainer.teacher_arithmetic}, {trainer.teacher.footprint / 2**20:.1f} MiB, {fit})",
-        "Sharing": f"kv_sharing={args.kv_sharing}, kv_source={args.kv_source}, distill_tokens={args.distill_tokens}",
+        "Sharing": f"kv_sharing={args.kv_sharing}, kv_source={args.kv_source}, "
+        + (f"blind_weight={args.blind_weight:g}, " if args.blind_weight else "")
+        + f"distill_tokens={args.distill_tokens}",
         "Loss": loss,
         "Rows": f"{rows}; marked for distillation: {marked}; {share}",
         "Device": f"{trainer.accelerator.device}, {trainer.accelerator.num_processes} process(es), "

@@ -41,6 +41,8 @@ class Sharing:
     # Whose it reads where `kv_source` is left out, as measured: with `vision` alone the VLM before is the better one (docs/parents.md)
     source: ClassVar[str] = "student"
     keeps_documents_apart: ClassVar[bool] = True
+    # The weight of what the teacher says without the image, where `blind_weight` is left out
+    blind: ClassVar[float] = 0.0
     # Whether student and teacher may differ in hidden size
     any_width: ClassVar[bool] = True
     # Whether the teacher is a VLM, run whole on the images themselves

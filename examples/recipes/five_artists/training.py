@@ -26,7 +26,7 @@ from hf_lingudistill.config import LocalSFTConfig
 from hf_lingudistill.labs.world.questions import as_dataset
 from hf_lingudistill.machine import machine
 
-OPTIONS = ("kv_sharing", "kv_source", "distill_tokens", "ce_weight", "anchor")
+OPTIONS = ("kv_sharing", "kv_source", "blind_weight", "distill_tokens", "ce_weight", "anchor")
 
 
 def load(path: Path) -> tuple[Any, Any]:
