@@ -236,12 +236,15 @@ def _teacher_says(
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """(n, H) or (n, 2, H) -> log-probabilities and probabilities (n, V) at temperature 1, and at that of the divergence."""
     T, readings = weights.temperature, [hidden] if hidden.dim() == 2 else hidden.unbind(dim=1)
-    logits = [_finish(_raw_logits(reading, head), head) for reading in readings]
-    log_p = _mixed([torch.log_softmax(scores, dim=-1) for scores in logits], weights.blind)
+    made: Any = (_finish(_raw_logits(reading, head), head) for reading in readings)
+    if T != 1.0:
+        made = list(made)
+    # At temperature 1 one reading's logits are gone before the other's are made
+    log_p = _mixed([torch.log_softmax(logits, dim=-1) for logits in made], weights.blind)
     sharp = log_p, log_p.exp()
     if T == 1.0:
         return sharp, sharp
-    log_p = _mixed([torch.log_softmax(scores / T, dim=-1) for scores in logits], weights.blind)
+    log_p = _mixed([torch.log_softmax(logits / T, dim=-1) for logits in made], weights.blind)
     return sharp, (log_p, log_p.exp())
 
 

@@ -151,7 +151,7 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
             divergence=args.distill_weight,
             beta=args.beta,
             temperature=args.temperature,
-            blind=args.blind_weight,
+            blind=args.blind_weight or 0.0,
             anchor=1.0,
             anchor_beta=args.beta,
             anchor_temperature=args.temperature,

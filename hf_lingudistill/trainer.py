@@ -102,7 +102,7 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
             margin=args.distill_margin if args.distill_tokens == "confident" else None,
             beta=args.beta,
             temperature=args.temperature,
-            blind=args.blind_weight,
+            blind=args.blind_weight or 0.0,
             anchor=args.anchor_weight,
         )
         self.prepare_step(weights)

@@ -36,7 +36,8 @@ Result = dict[str, Any]
 
 def mixed(order: str) -> Any:
     """24 rows. alternating: image, text, image, ... marked: the same, all of them distilled. split: in each 8 rows four with an image, none of them distilled, then
-    four of text, so that with two processes one has nothing to distil and the other has no image. text: no image column."""
+    four of text, so that with two processes one has nothing to distil and the other has no image; "split, marked": the same, all of them
+    distilled. text: no image column."""
     if order == "text":
         return tiny.make_dataset(GLOBAL_BATCH * STEPS, images=False)
     dataset = tiny.make_dataset(GLOBAL_BATCH * STEPS)
@@ -49,7 +50,10 @@ def mixed(order: str) -> Any:
     for step in range(STEPS):
         part = slice(step * GLOBAL_BATCH // 2, (step + 1) * GLOBAL_BATCH // 2)
         indices += [*images[part], *texts[part]]
-    return dataset.select(indices)
+    dataset = dataset.select(indices)
+    if order == "split, marked":
+        return dataset.remove_columns("distill").add_column("distill", [True] * len(dataset))
+    return dataset
 
 
 def lora() -> LoraConfig:
@@ -108,6 +112,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "default": {"rows": "marked", "kv_sharing": "vision"},
     "the student's KV": {"rows": "marked", "kv_sharing": "vision", "kv_source": "student"},
     "before's KV": {"kv_sharing": "prompt", "kv_source": "before", "anchor": "before", "rows": "alternating"},
+    "read twice": {"rows": "marked", "kv_sharing": "vision", "blind_weight": 0.4, "teacher": True},
+    "read twice, by one process": {"rows": "split, marked", "kv_sharing": "vision", "blind_weight": 0.4, "teacher": True},
     "the first process's weights": {"rows": "marked", "kv_sharing": "vision", "anchor": "before"},
     "cached": {"anchor": "before", "anchor_cache": True, "kv_sharing": "none", "teacher_cache": True},
     "cached teacher": {"kv_sharing": "none", "teacher_cache": True, "teacher": True, "teacher_sharding": "replicate"},

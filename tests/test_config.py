@@ -173,6 +173,7 @@ EVERY_OWN_FIELD = {
     "measure_teacher_quantization": True,
     "kv_sharing": "inputs",
     "kv_source": "student",
+    "blind_weight": 0.25,
     "beta": 0.3,
     "temperature": 2.0,
     "distill_weight": 0.5,
@@ -234,8 +235,8 @@ def test_yaml_reaches_every_field_and_flags_win_over_it(parse: Any, tmp_path: Pa
     config = parse("--config", str(recipe))
     assert own_values(config) == EVERY_OWN_FIELD
     assert config.learning_rate == 0.125
-    config = parse("--config", str(recipe), "--kv_sharing", "none", "--beta", "0.75")
-    assert own_values(config) == {**EVERY_OWN_FIELD, "kv_sharing": "none", "beta": 0.75}
+    config = parse("--config", str(recipe), "--kv_sharing", "vision", "--beta", "0.75")
+    assert own_values(config) == {**EVERY_OWN_FIELD, "kv_sharing": "vision", "beta": 0.75}
 
 
 def test_an_invalid_value_in_yaml_is_refused(parse: Any, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ CHOICES = {
 }
 FLAGS = ("answers_only", "measure_teacher_quantization", "skip_bad_rows", "self_check", "overwrite_output_dir")
 FLAGS += ("anchor_cache", "teacher_cache")
-NUMBERS = ("beta", "temperature", "distill_weight", "ce_weight", "distill_margin", "anchor_weight")
+NUMBERS = ("blind_weight", "beta", "temperature", "distill_weight", "ce_weight", "distill_margin", "anchor_weight")
 NAMES = ("teacher_model_name_or_path", "teacher_model_revision", "cache_dir")
 # What an option needs beside it
 WITH = {"anchor_cache": {"anchor": "before"}, "teacher_cache": {"kv_sharing": "none"}}
@@ -69,7 +69,7 @@ def is_number(value: Any) -> bool:
 
 def is_valid(name: str, value: Any) -> bool:
     """The documentation of each field, in code."""
-    if name == "kv_source" and value is None:
+    if name in ("kv_source", "blind_weight") and value is None:
         return True
     if name in CHOICES:
         return isinstance(value, str) and value in CHOICES[name]
@@ -90,6 +90,8 @@ def is_valid(name: str, value: Any) -> bool:
         return False
     ranges = {"beta": (0, 1), "anchor_weight": (0, 1), "distill_margin": (-math.inf, math.inf)}
     lowest, highest = ranges.get(name, (0, math.inf))
+    if name == "blind_weight":
+        return 0 <= value < 1
     return lowest <= value <= highest and (name != "temperature" or value > 0)
 
 
@@ -128,6 +130,8 @@ def judge(name: str, value: Any) -> bool:
             value = json.loads(value)
         if name == "kv_source" and value is None:
             value = MODES[found.kv_sharing].source
+        if name == "blind_weight" and value is None:
+            value = MODES[found.kv_sharing].blind
         kept = getattr(found, name)
         assert kept == (str(value) if isinstance(value, Path) else float(value) if name in NUMBERS else value)
         # what a logger and a record write, and what a recipe gives back

@@ -26,13 +26,14 @@ from hf_lingudistill._internals import decoder_of
 from hf_lingudistill.cli import main
 from hf_lingudistill.config import LinguDistillConfig
 from hf_lingudistill.labs.diagnose import Prompts, as_text, diagnose, load_prompts, write_report
-from hf_lingudistill.labs.diagnose.measure import READERS, Reading, measure, read
+from hf_lingudistill.labs.diagnose.measure import READERS, TWICE, Reading, measure, read
 from hf_lingudistill.labs.diagnose.prompts import Prompt
 from hf_lingudistill.labs.diagnose.recommend import Recommendation, default_mode, recommend, rule
 from hf_lingudistill.labs.diagnose.run import _keep_pictures_whole
 from hf_lingudistill.labs.diagnose.states import STATES, recording_own
 from hf_lingudistill.labs.evaluation.models import Scored, load_scored
 from hf_lingudistill.labs.statistics import Bootstrap
+from hf_lingudistill.sharing import MODES
 from hf_lingudistill.teacher import Teacher
 
 LAYERS = 4
@@ -323,6 +324,7 @@ def made_up(
 ) -> dict[str, Any]:
     """Items of each reader: nats per token, so many tokens per prompt; with `spread`, every other prompt is that much off."""
     means = dict.fromkeys(READERS, 2.0) | {"student": student} | modes
+    means |= {twice: modes.get(f"{mode}_twice", means[mode]) for mode, twice in TWICE.items()}
     return {
         reader: {
             f"{tokens}-{i}": (tokens * (mean + (spread * (-1) ** i if reader != "prompt" else 0.0)), float(tokens))
@@ -404,7 +406,7 @@ def test_the_documentation_states_the_rule_that_is_applied() -> None:
 
 
 def test_the_notes_say_what_the_teacher_is_good_for() -> None:
-    known, sees = decide(text=made_up(3.0), about=made_up(1.0)).notes
+    known, sees, _ = decide(text=made_up(3.0), about=made_up(1.0)).notes
     assert known.endswith("student 20.1. The teacher knows better: this is what distillation can bring back.")
     assert "set distill_tokens=confident and keep ce_weight above 0" in sees
     assert decide(text=made_up(1.0)).notes[0].endswith("such text has nothing to bring back.")
@@ -414,10 +416,21 @@ def test_the_notes_say_what_the_teacher_is_good_for() -> None:
         .endswith("That is no difference to build on (20 prompts, +0.000 to +0.000 nats per token).")
     )
     assert "a teacher that sees nothing reads better still (none: 2.72)" in decide(about=made_up(none=1.0)).notes[1]
-    assert len(decide(about=made_up()).notes) == 1  # control
+    assert len(decide(about=made_up()).notes) == 2  # control: and the second reading
     assert decide(drifted=False, text=made_up(2.0)).notes == (
         "No drift: every weight is the original's up to the rounding of bf16. There is nothing to restore, and no mode to choose.",
     )
+
+
+def test_a_second_reading_is_recommended_where_it_reads_better() -> None:
+    better, same, worse = (decide(default="vision", about=made_up(vision_twice=nats)) for nats in (1.9, 2.0, 2.1))
+    assert [found.blind_weight for found in (better, same, worse)] == [0.5, MODES["vision"].blind, 0.0]
+    assert better.notes[-1] == (
+        "Answering a second time without the image, the mean of both (vision and none) has a loss of 1.900 against 2.000 nats per token, "
+        "-0.100, 95 % interval -0.100 to -0.100: blind_weight=0.5."
+    )
+    assert decide(about=made_up(vision=1.8, vision_twice=1.7)).blind_weight == 0.5  # of the mode that is recommended
+    assert decide(default="vision", text=made_up(vision_twice=1.0)).blind_weight == MODES["vision"].blind  # no image
 
 
 def test_no_prompt_is_an_error() -> None:

@@ -122,6 +122,7 @@ def test_the_vlm_before_is_read_under_every_engine(
     """The control of the scenarios about it: the teacher that reads it is another one than that which reads the student."""
     assert difference(launched["default"], launched["the student's KV"]) > 10 * TOLERANCE
     assert difference(launched["default"], single("default")) < TOLERANCE
+    assert difference(launched["default"], launched["read twice"]) > 10 * TOLERANCE
 
 
 @pytest.mark.slow

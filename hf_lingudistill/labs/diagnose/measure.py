@@ -10,6 +10,7 @@ differs is drift. (Image tokens have no counterpart in a model that cannot see, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +29,13 @@ from .states import layer_outputs, recording_own, state_drift
 
 READ_IN = tuple(name for name, mode in MODES.items() if mode.any_width and not mode.sees)
 READERS = ("student", *READ_IN)
+# A teacher that answers with the student's keys and values and without the image, and says the mean of both probabilities
+TWICE = {mode: f"{mode}, read twice" for mode in READ_IN if MODES[mode].reads_student}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a batch says. nats: reader (the student, or the teacher in a sharing mode) -> (N,) at the answers' tokens. drift:
+    """What a batch says. nats: reader (the student, or the teacher in a sharing mode, or twice, see `TWICE`) -> (N,) at the answers' tokens. drift:
     (L, 3, 2), relative distance and cosine of keys, values, hidden states (NaN where widths differ), averaged over the P tokens that
     the teacher reads."""
 
@@ -97,6 +100,8 @@ def read(student: PreTrainedModel, teacher: Teacher, inputs: dict[str, Any], lab
         else:
             hidden = sharing(mode).teacher_pass(teacher.model, shared, plan)
         nats[mode] = label_nll(hidden, teacher.head, targets)
+    for mode, twice in TWICE.items():
+        nats[twice] = math.log(2) - torch.logaddexp(-nats[mode], -nats["none"])
     return Reading(nats, drift, plans["vision"].num_queries)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from ...config import LinguDistillConfig
 from ...sharing import MODES
 from ..statistics import Bootstrap, Items
+from .measure import TWICE
 from .prompts import CONDITIONS
 
 SAME = 1e-3  # nats per token; below it, two modes differ by rounding
@@ -40,9 +41,11 @@ def rule(default: str) -> str:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """mode: the value for `kv_sharing`. condition: the prompts that decided. reason: a sentence. notes: what else follows."""
+    """mode: the value for `kv_sharing`. blind_weight: .5 or 0. condition: the prompts that decided. reason: a sentence. notes: what else
+    follows."""
 
     mode: str
+    blind_weight: float
     condition: str
     reason: str
     notes: tuple[str, ...]
@@ -84,7 +87,25 @@ def recommend(
     reason = (
         f"{told} {_reason(gains[best], best, default) if rivals else f'So {default}: there is no other to choose.'}"
     )
-    return Recommendation(mode, condition, reason, _notes(perplexity, mode, drifted, bootstrap))
+    notes = _notes(perplexity, mode, drifted, bootstrap)
+    blind_weight, note = _blind_weight(items, mode, condition, bootstrap) if drifted else (0.0, None)
+    return Recommendation(mode, blind_weight, condition, reason, (*notes, note) if note else notes)
+
+
+def _blind_weight(
+    items: Mapping[str, Items], mode: str, condition: str, bootstrap: Bootstrap
+) -> tuple[float, str | None]:
+    """Whether the teacher should answer a second time without the image, and why."""
+    if condition == "text" or mode not in TWICE:
+        return MODES[mode].blind, None
+    twice = items[TWICE[mode]]
+    gap = bootstrap.difference(twice, items[mode])
+    found = {"lower": 0.5, "higher": 0.0}.get(tell(gap), MODES[mode].blind)
+    losses = f"{bootstrap.score(twice)['value']:.3f} against {bootstrap.score(items[mode])['value']:.3f} nats per token"
+    return found, (
+        f"Answering a second time without the image, the mean of both ({mode} and none) has a loss of {losses}, {gap['value']:+.3f}, 95 % "
+        f"interval {gap['low']:+.3f} to {gap['high']:+.3f}: blind_weight={found:g}."
+    )
 
 
 def _long(items: Mapping[str, Items]) -> dict[str, Items]:

@@ -18,7 +18,7 @@ from ...progress import progress_bar
 from ...teacher import prepare_teacher, vocabulary_of
 from ..evaluation.models import Scored, describe, load_scored
 from ..statistics import Bootstrap, Items
-from .measure import READERS, Measured, measure
+from .measure import READERS, TWICE, Measured, measure
 from .prompts import CONDITIONS, Prompts, load_prompts
 from .recommend import default_mode, recommend, rule
 from .states import STATES
@@ -101,7 +101,7 @@ def _items(measured: Sequence[Measured]) -> dict[str, dict[str, Items]]:
     return {
         condition: {
             reader: {m.key: (m.nats[reader], float(m.tokens)) for m in measured if m.condition == condition}
-            for reader in READERS
+            for reader in (*READERS, *TWICE.values())
         }
         for condition in present
     }
@@ -122,7 +122,7 @@ def _states(measured: Sequence[Measured], condition: str) -> dict[str, dict[str,
 def _perplexity(items: Mapping[str, Items], bootstrap: Bootstrap) -> dict[str, Any]:
     """reader -> {"value", "low", "high", "n"}, and the number of tokens."""
     found: dict[str, Any] = {"tokens": int(sum(weight for _, weight in items["student"].values()))}
-    for reader in READERS:
+    for reader in (*READERS, *TWICE.values()):
         score = bootstrap.score(items[reader])
         found[reader] = {key: math.exp(score[key]) for key in ("value", "low", "high")} | {"n": score["n"]}
     return found

@@ -58,6 +58,11 @@ def _step_work(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> tuple[
         if MODES[setup.kv_sharing].records_kv:  # layers without attention run over the whole row, asked or not
             added += teacher.text.mixer_work * max(0, setup.tokens - setup.queries)
         more += _LAUNCHES_OF_TEACHER * teacher.text.layers
+    if setup.blind_queries:
+        added += student.vocab * teacher.text.hidden * setup.labels
+        if not setup.teacher_is_gone:
+            added += _forward_work(teacher.text, setup.blind_queries, setup.seq_len / 2)
+            more += _LAUNCHES_OF_TEACHER * teacher.text.layers
     if teacher.vision is not None and not setup.teacher_is_gone:
         patches = setup.image_tokens * teacher.patches_per_token
         added += _forward_work(teacher.vision, setup.batch * patches, patches)

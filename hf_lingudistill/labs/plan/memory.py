@@ -133,7 +133,8 @@ def cached_bytes(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> int:
     """On disk, per label: what is kept of the VLM before (token ids and fp32 logs, and one of the rest) or of the teacher; the more
     of the two."""
     anchor = 8 * min(setup.anchor_cache_k, student.vocab) + 4 if setup.anchor_cache else 0
-    return max(anchor, teacher.text.hidden * setup.compute_bytes if setup.teacher_cache else 0)
+    readings = 2 if setup.blind_queries else 1
+    return max(anchor, readings * teacher.text.hidden * setup.compute_bytes if setup.teacher_cache else 0)
 
 
 def _teacher_on_device(teacher: ModelFacts, vocab: int, setup: Setup) -> int:

@@ -62,6 +62,9 @@ class Setup:
         "Whose they are: the student's, or the VLM's before (a copy, or the adapter's base). Left out: as the trainer chooses.",
         *KV_SOURCES,
     )
+    blind_weight: float | None = _option(
+        None, "Above 0, the teacher reads rows with images twice. Left out: as the trainer chooses."
+    )
     anchor: str = _option(
         "none", "Whether the VLM before judges the unmarked rows: a copy, or the adapter's base.", *ANCHORS
     )
@@ -110,6 +113,13 @@ class Setup:
             raise PlanError(
                 f"kv_sharing={self.kv_sharing!r} runs the teacher whole on every device, and {self.engine} splits it: choose single, ddp "
                 "or zero2."
+            )
+        if self.blind_weight is not None and not 0.0 <= self.blind_weight < 1.0:
+            raise PlanError(f"blind_weight must be at least 0 and below 1, got {self.blind_weight}.")
+        if self.blind_weight and not MODES[self.kv_sharing].reads_student:
+            raise PlanError(
+                f"blind_weight is about a second reading without the image, and with kv_sharing={self.kv_sharing!r} there is one: leave it "
+                "out."
             )
         self._check_caches()
         if self.gpu_memory <= 0:
@@ -160,6 +170,15 @@ class Setup:
             return self.kv_source
         saves = self.anchor_cache and not self.teacher_cache
         return "student" if saves else MODES[self.kv_sharing].source
+
+    @property
+    def blind_queries(self) -> int:
+        """Positions that the teacher computes once more, without the image; 0 where it reads once."""
+        left_out = 0.0 if self.on_policy else MODES[self.kv_sharing].blind
+        weight = left_out if self.blind_weight is None else self.blind_weight
+        if not weight or not self.image_tokens:
+            return 0
+        return self.batch * MODES["none"].queries_per_row(self.seq_len, self.image_tokens, self.response_tokens)
 
     @property
     def splits(self) -> bool:
