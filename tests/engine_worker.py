@@ -113,7 +113,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "the student's KV": {"rows": "marked", "kv_sharing": "vision", "kv_source": "student"},
     "before's KV": {"kv_sharing": "prompt", "kv_source": "before", "anchor": "before", "rows": "alternating"},
     "read twice": {"rows": "marked", "kv_sharing": "vision", "blind_weight": 0.4, "teacher": True},
-    "read twice, by one process": {"rows": "split, marked", "kv_sharing": "vision", "blind_weight": 0.4, "teacher": True},
+    "read twice, by one process": {
+        "rows": "split, marked",
+        "kv_sharing": "vision",
+        "blind_weight": 0.4,
+        "teacher": True,
+    },
     "the first process's weights": {"rows": "marked", "kv_sharing": "vision", "anchor": "before"},
     "cached": {"anchor": "before", "anchor_cache": True, "kv_sharing": "none", "teacher_cache": True},
     "cached teacher": {"kv_sharing": "none", "teacher_cache": True, "teacher": True, "teacher_sharding": "replicate"},

@@ -29,6 +29,7 @@ from hf_lingudistill.teacher import prepare_teacher, vocabulary_of
 BATCH = 8
 # An LM has no eyes of its own
 MODES = {name: mode for name, mode in ALL_MODES.items() if not mode.sees}
+TWICE = "vision and none"  # the mean of both probabilities, as `blind_weight` .5 makes it
 
 
 @torch.no_grad()
@@ -43,7 +44,7 @@ def teachers(
     )
     teacher = prepare_teacher(lm.model, vocabulary_of(vlm.model, fit))
     head = reference.head_on(vlm.model.device)
-    sums = {reader: {"dependent": [0.0, 0], "rest": [0.0, 0]} for reader in ("student", *MODES)}
+    sums = {reader: {"dependent": [0.0, 0], "rest": [0.0, 0]} for reader in ("student", *MODES, TWICE)}
     questions = reference.questions
     size = reference.head.weight.size(0)
     for start in range(0, len(questions), BATCH):
@@ -69,6 +70,7 @@ def teachers(
             states = mode.teacher_pass(teacher.model, shared, plan)
             # In the plan's order: row by row, as the answers are
             found[name] = logits(states, head)
+        found[TWICE] = torch.logaddexp(*(found[name].log_softmax(dim=-1) for name in ("vision", "none")))
         for reader, scores in found.items():
             gap = (target.exp() * (target - scores.log_softmax(dim=-1))).sum(dim=-1)
             for part, chosen in (("dependent", flags), ("rest", ~flags)):
@@ -92,4 +94,5 @@ def diagnosed(rows: Sequence[Mapping[str, Any]], student: Path, original: Path) 
     losses = {
         reader: round(math.log(found["value"]), 4) for reader, found in perplexity.items() if isinstance(found, dict)
     }
-    return {"recommended": report["recommendation"]["mode"], "losses": losses, "n": len(rows)}
+    found = report["recommendation"]
+    return {"recommended": found["mode"], "blind_weight": found["blind_weight"], "losses": losses, "n": len(rows)}

@@ -205,19 +205,19 @@ def modes(place: Place, tower_name: str, kind: str, seed: int) -> None:
     """What each sharing mode gives its teacher on a drifted VLM, or on an undrifted one (kind `no`)."""
     path = place.out / "modes" / f"{tower_name}-{kind}-{seed}.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if "diagnose" in known:
+    from measure import Measures
+    from modes import TWICE, diagnosed, teachers
+
+    if "diagnose" in known and TWICE in known["readers"]:
         return
     if kind == "no":
         tower(place, tower_name)
     else:
         drift(place, tower_name, kind, seed)
     answers(place, ("test_images", "long"))
-    from measure import Measures
-    from modes import diagnosed, teachers
-
     sets = ask(place.world(), place.settings["answers"])
     student = place.tower(tower_name) if kind == "no" else place.start(tower_name, kind, seed)
-    if "readers" not in known:
+    if TWICE not in known.get("readers", {}):
         measures = Measures(
             place.world(),
             sets,

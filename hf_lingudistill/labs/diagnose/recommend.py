@@ -101,7 +101,9 @@ def _blind_weight(
     twice = items[TWICE[mode]]
     gap = bootstrap.difference(twice, items[mode])
     found = {"lower": 0.5, "higher": 0.0}.get(tell(gap), MODES[mode].blind)
-    losses = f"{bootstrap.score(twice)['value']:.3f} against {bootstrap.score(items[mode])['value']:.3f} nats per token"
+    losses = (
+        f"{bootstrap.score(twice)['value']:.3f} against {bootstrap.score(items[mode])['value']:.3f} nats per token"
+    )
     return found, (
         f"Answering a second time without the image, the mean of both ({mode} and none) has a loss of {losses}, {gap['value']:+.3f}, 95 % "
         f"interval {gap['low']:+.3f} to {gap['high']:+.3f}: blind_weight={found:g}."

@@ -116,7 +116,9 @@ def _language_lost(lost: Report, text: Report) -> str:
 
 def _recommendation(report: Report) -> list[str]:
     found = report["recommendation"]
-    twice = f", blind_weight={found['blind_weight']:g}" if "blind_weight" in found else ""  # reports of before it have none
+    twice = (
+        f", blind_weight={found['blind_weight']:g}" if "blind_weight" in found else ""
+    )  # reports of before it have none
     lines = [f"Recommended: kv_sharing={found['mode']}{twice}", *_wrap(found["reason"], "  ")]
     for note in found["notes"]:
         lines += _wrap(f"- {note}", "  ", hanging="    ")
