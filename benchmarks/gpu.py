@@ -33,7 +33,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "1.7B": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32, num_key_value_heads=32, vocab=49152),
     "7B": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab=152064),
 }  # fmt: skip
-ARMS = ("sft", "sft_compact", "full", "prompt", "vision", "vision_before", "none", "inputs")
+ARMS = ("sft", "sft_compact", "full", "prompt", "vision", "vision_before", "vision_before_twice", "none", "inputs")
 LORA = ("7B",)  # whose weights, gradients and optimizer states do not fit a device twice
 # In the order in which a budget is spent: first what the documents quote
 CASES = [
@@ -89,7 +89,7 @@ def measure(case: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
     for kind in ("sft", "sft_compact"):
         empty = held()
         steppers[kind] = step_cost.make_stepper(kind, folder, args, before=kind != "sft")
-        steppers[kind].step(None)  # its optimizer states
+        steppers[kind].step(kind)  # its optimizer states
         kept[kind] = held() - empty
     ours = steppers["sft_compact"].trainer
     teacher, before = ours.teacher.footprint, getattr(ours.before, "footprint", 0)
@@ -98,7 +98,7 @@ def measure(case: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
         """Bytes on the device that the arm does not need."""
         if arm == "sft":
             return kept["sft_compact"]
-        unused = 0 if arm == "vision_before" else before
+        unused = 0 if step_cost.reads_before(arm) else before
         return kept["sft"] + unused + (teacher if arm == "sft_compact" else 0)
 
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
@@ -106,19 +106,18 @@ def measure(case: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
     for index in range(rounds + 1):
         for arm in ARMS:
             step = steppers["sft" if arm == "sft" else "sft_compact"].step
-            mode, reads_before = step_cost.mode_of(arm), arm.endswith("_before")
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
-                step(mode, before=reads_before)
+                step(arm)
                 end.record()
                 torch.cuda.synchronize()
                 taken = begin.elapsed_time(end) / 1000
                 peaks[arm] = (torch.cuda.max_memory_allocated() - idle(arm)) / 2**20
             else:
                 started = time.process_time()
-                step(mode, before=reads_before)
+                step(arm)
                 taken = time.process_time() - started
             if index:
                 seconds[arm].append(taken)
@@ -154,8 +153,8 @@ def planned(case: dict[str, Any], arm: str) -> float:
         seq_len=case["length"], image_tokens=(case["image_size"] // step_cost.PATCH) ** 2, response_tokens=case["response"],
         batch=case["batch"], dtype="bfloat16" if case["shape"] in LORA else "float32", mixed_precision="bf16",
         gradient_checkpointing=case["checkpointing"], lora_rank=16 if case["shape"] in LORA else 0,
-        teacher_quantization=case["teacher"], kv_sharing=arm.removesuffix("_before"),
-        kv_source="before" if arm.endswith("_before") else "student", gpu_memory=80,
+        teacher_quantization=case["teacher"], kv_sharing=arm.partition("_")[0], blind_weight=0.5 if arm.endswith("_twice") else 0.0,
+        kv_source="before" if step_cost.reads_before(arm) else "student", gpu_memory=80,
     )  # fmt: skip
     return make_plan(model_facts(student, "vlm"), model_facts(lm, "lm"), setup).peak / 2**20
 

@@ -379,7 +379,9 @@ def check_cost() -> dict[str, Any]:
     vlm.vision_config.intermediate_size = 384
     student, teacher = model_facts(vlm), model_facts(lm)
     rows = {}
-    for arm in ("full", "prompt", "vision", "vision_before", "none", "inputs"):
+    for arm in ("full", "prompt", "vision", "vision_before", "vision_before_twice", "none", "inputs"):
+        if arm not in result["arms"]:
+            continue
         setup = Setup(
             seq_len=shape["length"],
             image_tokens=shape["image_tokens"],
@@ -388,8 +390,9 @@ def check_cost() -> dict[str, Any]:
             mixed_precision="no",
             gradient_checkpointing=shape["gradient_checkpointing"],
             teacher_quantization=shape["teacher_quantization"],
-            kv_sharing=arm.removesuffix("_before"),
-            kv_source="before" if arm.endswith("_before") else "student",
+            kv_sharing=arm.partition("_")[0],
+            kv_source="before" if "_before" in arm else "student",
+            blind_weight=0.5 if arm.endswith("_twice") else 0.0,
             device="cpu",
         )
         row = result["arms"][arm]

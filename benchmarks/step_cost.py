@@ -11,6 +11,7 @@ VLM collator, a whole optimizer step each (forward, backward, AdamW), interleave
     sft_compact  the same loss with our head, over the labelled positions alone: no row is marked. `ratio` is to it.
     full, prompt, vision, none, inputs   LinguDistillTrainer in each sharing mode
     vision_before  the default: `vision`, of the keys and values of the VLM before (a forward more)
+    vision_before_twice  the same with `blind_weight`: the teacher answers once more, without the image
     full_length  the teacher run over the full length with all its logits, as TRL's GKD trainer does
     prompt_long  a text row of 1,024 tokens, every one of them distilled; its ratios are to `sft_long` and `sft_compact_long`
 
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,17 @@ from hf_lingudistill.sharing import MODES as MODES_BY_NAME
 from hf_lingudistill.sharing import Sharing
 
 MODES = ("full", "prompt", "vision", "none", "inputs")
-ARMS = ("sft", "sft_compact", *MODES, "vision_before", "full_length", "sft_long", "sft_compact_long", "prompt_long")
+ARMS = (
+    "sft",
+    "sft_compact",
+    *MODES,
+    "vision_before",
+    "vision_before_twice",
+    "full_length",
+    "sft_long",
+    "sft_compact_long",
+    "prompt_long",
+)
 IMAGE_SIZE, PATCH = 448, 16  # 28 x 28 = 784 image tokens
 RESPONSE_TOKENS, LENGTH = 64, 1024
 EXTRA = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
@@ -193,14 +205,16 @@ class Stepper:
         self.batch = next(iter(trainer.get_train_dataloader()))
         self.labels = int((self.batch["labels"][:, 1:] != -100).sum())
 
-    def step(self, sharing: Sharing | None, *, before: bool = False) -> None:
-        """One optimizer step. sharing: how the teacher runs; None for plain cross-entropy. before: it reads the VLM before."""
+    def step(self, arm: str) -> None:
+        """One optimizer step of an arm."""
+        sharing = mode_of(arm)
         trainer = self.trainer
         batch = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.batch.items() if k != "queries"}
         if isinstance(trainer, LinguDistillTrainer):
             batch["distill"] = torch.full_like(batch["distill"], sharing is not None)
             trainer.step.sharing = sharing or MODES_BY_NAME["prompt"]
-            trainer.step.source = trainer.before if before else None
+            trainer.step.source = trainer.before if reads_before(arm) else None
+            trainer.step.weights = replace(trainer.step.weights, blind=0.5 if arm.endswith("_twice") else 0.0)
             batch["queries"] = trainer.step.planner(batch)  # the collator's work
         trainer.training_step(trainer.model, batch, num_items_in_batch=torch.tensor(self.labels))
         trainer.optimizer.step()
@@ -246,20 +260,24 @@ def make_stepper(arm: str, folder: Path, args: argparse.Namespace, *, before: bo
 def mode_of(arm: str) -> Sharing | None:
     if arm.startswith("sft"):
         return None
-    return FULL_LENGTH if arm == "full_length" else MODES_BY_NAME[arm.removesuffix("_long").removesuffix("_before")]
+    return FULL_LENGTH if arm == "full_length" else MODES_BY_NAME[arm.partition("_")[0]]
+
+
+def reads_before(arm: str) -> bool:
+    return "_before" in arm
 
 
 def run_arm(stepper: Stepper, arm: str) -> tuple[float, float]:
     """Seconds of one step: (what the ratios are of, wall)."""
     wall, cpu = time.perf_counter(), time.process_time()
-    stepper.step(mode_of(arm), before=arm.endswith("_before"))
+    stepper.step(arm)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return wall if machine().gpus > 0 else cpu, wall
 
 
 def peak_of(arm: str, folder: Path, args: argparse.Namespace) -> None:
     """Run two steps of one arm in this process and print its peak memory in MiB."""
-    stepper = make_stepper(arm, folder, args, before=arm.endswith("_before"))
+    stepper = make_stepper(arm, folder, args, before=reads_before(arm))
     for _ in range(2):
         run_arm(stepper, arm)
     if machine().accelerated:
@@ -302,7 +320,7 @@ def main() -> None:
         kind = {arm: (arm.startswith("sft") and "compact" not in arm, arm.endswith("_long")) for arm in args.arms}
         by_kind = {key: [arm for arm in args.arms if kind[arm] == key] for key in set(kind.values())}
         steppers = {
-            key: make_stepper(arms[0], folder, args, before=any(arm.endswith("_before") for arm in arms))
+            key: make_stepper(arms[0], folder, args, before=any(map(reads_before, arms)))
             for key, arms in by_kind.items()
         }
         length = next(iter(steppers.values())).batch["input_ids"].shape[1]
@@ -315,7 +333,7 @@ def main() -> None:
                 if round_index:  # the first round warms up
                     seconds[arm].append(taken)
                     walls[arm].append(wall)
-                print(f"round {round_index} {arm:<16} {taken:8.3f} s", file=sys.stderr, flush=True)
+                print(f"round {round_index} {arm:<20} {taken:8.3f} s", file=sys.stderr, flush=True)
         load_after = os.getloadavg()[0]
         steppers.clear()
         arms: dict[str, dict[str, float]] = {}
@@ -354,11 +372,11 @@ def main() -> None:
         "rounds": args.rounds,
         "arms": arms,
     }
-    print(f"{'arm':<16} {'seconds':>8} {'ratio':>7} {'min - max':>15} {'to TRL':>7} {'peak MiB':>9} {'teacher':>8}")
+    print(f"{'arm':<20} {'seconds':>8} {'ratio':>7} {'min - max':>15} {'to TRL':>7} {'peak MiB':>9} {'teacher':>8}")
     for arm, row in arms.items():
         nan = float("nan")
         print(
-            f"{arm:<16} {row['seconds']:8.3f} {row.get('ratio', nan):7.3f} {row.get('ratio_min', nan):7.3f}-{row.get('ratio_max', nan):.3f} "
+            f"{arm:<20} {row['seconds']:8.3f} {row.get('ratio', nan):7.3f} {row.get('ratio_min', nan):7.3f}-{row.get('ratio_max', nan):.3f} "
             f"{row.get('ratio_trl', nan):8.3f} {row.get('peak_mb', nan):9.0f} {row.get('teacher_mb', nan):8.0f}"
         )
     write_result(result, args.json)

@@ -309,6 +309,13 @@ def test_the_cost_of_a_step_tends_to_the_share_of_the_response(small: tuple[Mode
     assert step_cost(light[0], light[1], replace(text, kv_source=None)) == pytest.approx(
         1 + (4096 + 3072) / (3 * 4096), rel=1e-9
     )
+    # A second reading is of all text too, and of rows without an image there is none
+    twice = replace(text, blind_weight=0.5)
+    assert step_cost(light[0], light[1], twice) == pytest.approx(1 + 2 * 3072 / (3 * 4096), rel=1e-9)
+    assert step_cost(light[0], light[1], replace(twice, image_tokens=0)) == step_cost(
+        light[0], light[1], replace(text, image_tokens=0)
+    )
+    assert replace(text, on_policy=True).blind_queries == 0 == replace(text, blind_weight=0.0).blind_queries
     split = replace(text, kv_source=None, engine="fsdp2", gpus=2)
     assert step_cost(light[0], light[1], split) == step_cost(light[0], light[1], replace(text, kv_source=None))
 
@@ -486,6 +493,10 @@ def test_what_is_asked_once_takes_no_memory_and_no_time(small: tuple[ModelFacts,
     both = Setup(kv_sharing="vision", kv_source="before", teacher_cache=True)
     assert make_plan(*small, both).lines["VLM before"] == 0 and not both.asks_before
     assert make_plan(*small, Setup(teacher_cache=True)).lines == make_plan(*small, both).lines, "the trainer's default"
+    once, twice = (make_plan(*small, replace(both, blind_weight=weight)) for weight in (0.0, 0.5))
+    assert (
+        twice.cached == 2 * once.cached == 4 * teacher.text.hidden and once.cost < twice.cost
+    )  # the head is asked of both
     images = make_plan(*small, Setup(kv_sharing="vision", teacher_cache=True, **read))
     assert images.saved == 0 and "rows with images still ask the teacher" in str(images)
     assert make_plan(*small, Setup(kv_sharing="vision", teacher_cache=True, image_tokens=0, **read)).saved > 0
@@ -506,6 +517,8 @@ def test_what_is_asked_once_takes_no_memory_and_no_time(small: tuple[ModelFacts,
             "teacher_cache with kv_sharing='vision' needs the whole",
         ),
         ({"anchor_cache_k": 0}, "anchor_cache_k must be at least 1, got 0."),
+        ({"blind_weight": 1.0}, "blind_weight must be at least 0 and below 1, got 1.0"),
+        ({"blind_weight": 0.5, "kv_sharing": "none"}, "with kv_sharing='none' there is one: leave it out"),
     ],
 )
 def test_caches_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
