@@ -66,4 +66,12 @@ FAULTS = (
         "rows that the teacher is asked about live are looked for among those that were kept",
         (f"{CACHES}::test_a_teacher_that_reads_nothing_that_moves_is_asked_once[vision]",),
     ),
+    Fault(
+        "one-reading-for-two",
+        "cache_mixin.py",
+        '**({"reads twice": True} if args.blind_weight else {}),',
+        "",
+        "a cache of one reading is taken for one of two",
+        ("tests/test_blind.py::test_cached_answers_are_both_readings",),
+    ),
 )

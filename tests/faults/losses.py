@@ -156,4 +156,12 @@ FAULTS = (
         "the loss scale does not reach the gradient",
         (f"{LOSSES}::test_the_gradient_follows_what_the_loss_is_multiplied_by_once",),
     ),
+    Fault(
+        "readings-exchanged",
+        "losses.py",
+        "log_p[0].add_(math.log1p(-second)), log_p[1].add_(math.log(second))",
+        "log_p[0].add_(math.log(second)), log_p[1].add_(math.log1p(-second))",
+        "the blind reading gets the weight of the other",
+        ("tests/test_blind.py::test_the_teacher_says_the_mixture_of_its_two_readings",),
+    ),
 )

@@ -136,6 +136,22 @@ FAULTS = (
         "a skipped step's gradient reaches the optimizer",
         ("tests/test_finite.py::test_skipped_step_leaves_weights_and_moments_alone",),
     ),
+    Fault(
+        "second-reading-lost",
+        "step.py",
+        "hidden.index_copy(0, plan.blind_loss, alone.to(hidden.dtype))",
+        "hidden",
+        "the teacher's answer without the image counts for nothing",
+        ("tests/test_blind.py::test_loss_and_gradients_are_those_of_the_mixture",),
+    ),
+    Fault(
+        "text-read-twice",
+        "queries.py",
+        "seen = ~plan.text_only",
+        "seen = torch.ones_like(plan.text_only)",
+        "rows without an image are read a second time for the same answer",
+        ("tests/test_blind.py::test_rows_of_text_are_read_once",),
+    ),
     # ---- first_batch.py
     Fault(
         "comparison-inverted",
@@ -148,8 +164,8 @@ FAULTS = (
     Fault(
         "kl-direction",
         "first_batch.py",
-        "            teacher_hidden, self.teacher.head, self.mode.teacher_pass(whole.model, shared, plan), whole.head\n",
-        "            self.mode.teacher_pass(whole.model, shared, plan), whole.head, teacher_hidden, self.teacher.head\n",
+        "divergence(first, self.teacher.head, self.mode.teacher_pass(whole.model, shared, plan), whole.head)",
+        "divergence(self.mode.teacher_pass(whole.model, shared, plan), whole.head, first, self.teacher.head)",
         "the cost of quantisation is the KL of the other direction",
         ("tests/test_first_batch.py",),
     ),
