@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -125,16 +126,15 @@ class DataMixin(_Trainer):
         given = dataset
         if formatting_func is None and _is_ours(dataset):
             dataset = _tokenised(dataset, conversations, dataset_name, args.dataset_num_proc)
-            if isinstance(dataset, IterableDataset) and args.max_length is not None and not packing:
-                dataset = _within(
-                    dataset, args.max_length, self.skipped_rows if args.skip_bad_rows else None, dataset_name
-                )
         elif formatting_func is None and not args.skip_bad_rows:  # else they are gone
             dataset = _answered(dataset, dataset_name)
+        # A stream has no length by which dropped rows could be missed: it is cut here
+        cut_here = isinstance(dataset, IterableDataset) and args.max_length is not None and not packing
+        how = copy(args) if cut_here else args
+        if cut_here:
+            how.max_length = None
         try:
-            prepared = super()._prepare_dataset(
-                dataset, processing_class, args, packing, formatting_func, dataset_name
-            )
+            prepared = super()._prepare_dataset(dataset, processing_class, how, packing, formatting_func, dataset_name)
         except BadRow:
             raise
         except Exception as error:
@@ -147,6 +147,8 @@ class DataMixin(_Trainer):
             raise ValueError(
                 f"The {dataset_name} dataset cannot be tokenised ({type(error).__name__}: {why})."
             ) from error
+        if cut_here:
+            return _within(prepared, args, self.skipped_rows if args.skip_bad_rows else None, dataset_name)
         if isinstance(prepared, Dataset) and not packing and (lost := len(given) - len(prepared)) > 0:
             self._say_what_was_cut(given, lost, conversations, args, dataset_name)
         return prepared
@@ -214,19 +216,30 @@ def _first_label(labels: list[int]) -> int | None:
     return next((place for place, label in enumerate(labels) if label != -100), None)
 
 
-def _within(dataset: IterableDataset, limit: int, skipped: Any, name: str) -> IterableDataset:
-    """A stream of tokens and labels; a row whose answer begins behind the limit is refused, or counted in skipped (TRL then drops it)."""
+def _within(dataset: IterableDataset, args: Any, skipped: Any, name: str) -> IterableDataset:
+    """A stream of tokens and labels, cut to `max_length` as TRL cuts; a row without a label there is refused, or left out and counted in
+    skipped."""
+    limit = args.max_length
+    kept = slice(-limit, None) if args.truncation_mode == "keep_end" else slice(limit)
 
-    def checked(row: Row, index: int) -> Row:
+    def usable(row: Row, index: int) -> bool:
+        if _first_label(row["labels"][kept]) is not None:
+            return True
         first = _first_label(row["labels"])
-        if first is not None and first >= limit:
-            if skipped is None:
-                raise no_label_within(_name(index, name), first, first + 1, limit)
-            if isinstance(skipped, SharedCounts):
-                skipped.add("no label")
-        return row
+        if isinstance(skipped, SharedCounts):
+            skipped.add("no label")
+        elif skipped is None:
+            if first is None:
+                raise BadRow(
+                    "no label", f"{_name(index, name)} has no token to train on: all of its labels are masked."
+                )
+            raise no_label_within(_name(index, name), first, first + 1, limit)
+        return False
 
-    return dataset.map(checked, with_indices=True, features=dataset.features)
+    def cut(row: Row) -> Row:
+        return {column: row[column][kept] for column in ("input_ids", "labels")}
+
+    return dataset.filter(usable, with_indices=True).map(cut)
 
 
 def _answered(dataset: AnyDataset, name: str) -> AnyDataset:

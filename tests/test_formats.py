@@ -468,10 +468,8 @@ def test_a_part_that_holds_an_image_and_a_text_loses_neither(part: Row, collate:
     assert_same(collate([{"messages": answered, "images": []}]), collate([{"messages": expected, "images": [PNG]}]))
 
 
-# Of a stream, those that we tokenise: TRL's own has no length to miss rows by
-@pytest.mark.parametrize(
-    ("kind", "streamed"), [("messages", False), ("messages", True), ("texts", False), ("turns", False)]
-)
+@pytest.mark.parametrize("streamed", [False, True], ids=["map-style", "stream"])
+@pytest.mark.parametrize("kind", ["messages", "texts", "turns"])
 def test_a_text_row_whose_prompt_fills_max_length_is_named_or_counted(
     make_trainer: MakeTrainer, kind: str, streamed: bool
 ) -> None:
@@ -494,6 +492,30 @@ def test_a_text_row_whose_prompt_fills_max_length_is_named_or_counted(
     assert len(list(whole.train_dataset)) == 3
     skipping = make_trainer(train_dataset=data, skip_bad_rows=True, **options)
     assert len(list(skipping.train_dataset)) == 2 and dict(skipping.skipped_rows) == {"no label": 1}
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated")
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_a_stream_is_cut_as_trl_cuts(make_trainer: MakeTrainer, mode: str) -> None:
+    """The rows that are left, token by token, against plain SFT on the same rows in memory."""
+    rows = [
+        {"prompt": "why? " * length, "completion": ANSWER + " and so on" * more}
+        for length, more in ((1, 1), (30, 40), (2, 90), (6, 2))
+    ]
+    options = {"per_device_train_batch_size": 1, "max_length": 48, "truncation_mode": mode}
+    data = Dataset.from_list(rows)
+    ours = list(make_trainer(train_dataset=data.to_iterable_dataset(), skip_bad_rows=True, **options).train_dataset)
+    trls = list(make_trainer(SFTTrainer, train_dataset=data, **options).train_dataset)
+    assert [(row["input_ids"], row["labels"]) for row in ours] == [(row["input_ids"], row["labels"]) for row in trls]
+    assert len(ours) == (4 if mode == "keep_end" else 3) and max(len(row["labels"]) for row in ours) == 48
+
+
+def test_a_streamed_row_whose_labels_are_all_masked_is_named(make_trainer: MakeTrainer) -> None:
+    rows = [{"input_ids": [5, 6, 7], "labels": labels} for labels in ([5, 6, 7], [-100] * 3, [-100, 6, 7])]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    with pytest.raises(ValueError, match="^Row 1 has no token to train on: all of its labels are masked"):
+        list(make_trainer(train_dataset=stream).train_dataset)
+    assert len(list(make_trainer(train_dataset=stream, skip_bad_rows=True).train_dataset)) == 2
 
 
 def test_images_named_twice_are_one(collate: Callable[[list[Row]], Any]) -> None:
