@@ -22,10 +22,11 @@ import tiny
 import torch
 import yaml
 from planning import KV_SHARING_MODES, plan_queries, prepare_teacher
+from test_trainer import counted
 
-from hf_lingudistill import LinguDistillConfig
+from hf_lingudistill import LinguDistillConfig, engines
 from hf_lingudistill._internals import loaded_by_every_process
-from hf_lingudistill.engines import blank_image, is_teacher_sharded, sharding_of, vision_on
+from hf_lingudistill.engines import SameModules, blank_image, is_teacher_sharded, sharding_of, vision_on
 from hf_lingudistill.teacher import on_device
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -311,6 +312,34 @@ def test_a_blank_image_reaches_every_weight_of_the_vision_tower_and_changes_no_l
     student.zero_grad()
     student(**text).logits.sum().backward()  # control, and the hook is gone
     assert all(p.grad is None for p in vision)
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_where_an_unused_weight_keeps_its_last_gradient_all_are_used(
+    make_trainer: Any, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """Of a step of text alone, DeepSpeed's ZeRO-3 applies the gradient that the tower had in the step before."""
+    trainer = make_trainer(train_sampling_strategy="sequential")
+    student, image = trainer.model.train(), blank_image(trainer.data_collator.inner, trainer.model)
+    text = {"input_ids": torch.arange(3, 13)[None], "attention_mask": torch.ones(1, 10, dtype=torch.long)}
+    monkeypatch.setattr(engines, "sharding_of", lambda _: engine)
+
+    def gradients_of_the_tower() -> list[Any]:
+        same = SameModules(student, image, trainer.accelerator)
+        same.look_at([text])
+        student.zero_grad()
+        with same.for_batch(text):
+            student(**text).logits.sum().backward()
+        return [p.grad for name, p in student.named_parameters() if "vision_model" in name or "connector" in name]
+
+    found = gradients_of_the_tower()
+    assert found and all((p is not None and not p.any()) if engine == "zero3" else p is None for p in found)
+    for name, weight in student.named_parameters():
+        weight.requires_grad_("vision_model" not in name and "connector" not in name)
+    with counted(student.model.vision_model) as calls:
+        assert (
+            all(p is None for p in gradients_of_the_tower()) and not calls
+        )  # nothing of a frozen one is left to apply
 
 
 def test_every_process_loads_the_teacher_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from engine_worker import mixed
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -198,6 +199,22 @@ def test_deepspeed_saves_the_student_that_one_process_does_and_resumes(
     )
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert gap(tmp_path / "again", expected) < 1e-5
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_under_deepspeed_a_step_of_text_does_not_move_the_tower(
+    arguments: list[str], deepspeed_config: Path, tmp_path: Path, accumulation: int
+) -> None:
+    """Steps with images and steps without in turns. ZeRO-3 keeps the gradient of a weight that is not used, and applies it again."""
+    mixed("split, marked").save_to_disk(tmp_path / "data")
+    given = [*arguments, "--blind_weight", "0.4"]
+    given[given.index("--dataset_name") + 1] = str(tmp_path / "data")
+    given[given.index("--max_steps") + 1] = str(STEPS // accumulation)
+    given += ["--gradient_accumulation_steps", str(accumulation)]
+    for out, config, processes in (("alone", "single", 1), ("out", str(deepspeed_config), 2)):
+        run = launch(given, tmp_path / out, processes=processes, config=config)
+        assert run.returncode == 0, run.stderr[-3000:]
+    assert gap(tmp_path / "out", tmp_path / "alone") < 1e-5
 
 
 def test_skipping_steps_is_refused_under_deepspeed(
