@@ -9,7 +9,9 @@ Blocks look like `<!-- results:NAME -->` ... `<!-- /results -->`; NAME is a func
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
+import inspect
 import json
 import re
 import sys
@@ -855,8 +857,47 @@ def recipes() -> str:
     return str(writer.index())
 
 
+def suite_keys() -> str:
+    """Every key of a suite, from the classes that read it."""
+    from hf_lingudistill.labs.evaluation import suite
+
+    parts = {
+        "every task": suite.Data,
+        "`texts`": suite.TextTask,
+        "`vision`": suite.VisionTask,
+        "`grounded`": suite.GroundedTask,
+        "`fidelity`": suite.FidelityTask,
+        "`ifeval`": suite.IfevalTask,
+        "`lm_eval`, `lmms_eval`": suite.HarnessTasks,
+    }
+    common = {option.name for option in dataclasses.fields(suite.Data)}
+    lines = ["| in | key, and its value where it is left out | meaning |", "|---|---|---|"]
+    for part, kind in parts.items():
+        said, grouped = _parameters(inspect.getdoc(kind) or ""), {}  # keys that one sentence is about share a row
+        for option in dataclasses.fields(kind):
+            if option.name in said and (kind is suite.Data or option.name not in common):
+                needed = option.default is dataclasses.MISSING
+                key = f"`{option.name}`" + (" (needed)" if needed else f": `{json.dumps(option.default)}`")
+                grouped.setdefault(said[option.name], []).append(key)
+        for meaning, keys in grouped.items():
+            lines.append(f"| {part} | {', '.join(keys)} | {meaning} |")
+    return "\n".join(lines)
+
+
+def _parameters(doc: str) -> dict[str, str]:
+    """{name: what is said of it} of a docstring's `Parameters:`; names that share a sentence share it."""
+    found: dict[str, str] = {}
+    body = doc.partition("Parameters:")[2]
+    for entry in re.split(r"\n    (?=\S)", body):
+        names, _, meaning = " ".join(entry.split()).partition(":")
+        for name in re.sub(r"\([^)]*\)", "", names).split(","):
+            found[name.strip()] = meaning.strip()
+    return found
+
+
 BLOCKS = {
     "answers_once": answers_once,
+    "suite_keys": suite_keys,
     "recipes": recipes,
     "demo": demo,
     "demo_table": demo_table,

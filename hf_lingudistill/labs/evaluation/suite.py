@@ -106,7 +106,7 @@ class VisionTask(Data):
     """Answers written by greedy decoding, scored by a metric of `metrics/`.
 
     Parameters:
-        image, question, answer, choices: columns; `shapes` says what they may hold. `image` may be a list of columns, of which a
+        image, question, answer, choices: columns; see "What the columns may hold" in docs/evaluate.md. `image` may be a list of columns, of which a
             row leaves the unused ones null.
         answer_is: with `choices`: whether the column `answer` holds a choice's `text`, `letter`, `index` or `label`, where the
             column does not show it by itself.
