@@ -6,6 +6,7 @@ divides the sum by the number of labels in the global batch.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from .resume import ResumingMixin
 from .router import prepare_router
 from .step_mixin import StepMixin, check_best_metric
 from .teacher_mixin import as_dict
+
+logger = logging.getLogger(__name__)
 
 
 class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, ResumingMixin, SFTTrainer):  # type: ignore[override]  # what others set is measured here
@@ -108,6 +111,8 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
         self.prepare_step(weights)
         if self._is_vision_dataset:
             self.share_towers(self.data_collator.inner)
+        elif args.blind_weight and self.accelerator.is_main_process:
+            logger.warning("blind_weight=%g changes nothing: the training set has no images.", args.blind_weight)
         self.data_collator.plan = None if self._splits_batches() else self.step.planner
         self.step.install()
         self.prepare_caches()

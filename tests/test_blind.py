@@ -141,6 +141,15 @@ def test_rows_of_text_are_read_once(make_trainer: MakeTrainer) -> None:
     assert len(calls) == 2 * len(of_text) == 2
 
 
+def test_without_images_it_is_said_to_change_nothing(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_trainer(kv_sharing="vision", blind_weight=0.5)
+    assert "blind_weight" not in caplog.text
+    make_trainer(kv_sharing="vision", blind_weight=0.5, train_dataset=tiny.make_dataset(8, images=False))
+    assert "blind_weight=0.5 changes nothing: the training set has no images." in caplog.text
+
+
 def test_the_plan_is_made_by_the_collator_and_travels_whole(make_trainer: MakeTrainer) -> None:
     trainer = moved(make_trainer(kv_sharing="vision", distill_tokens="all", blind_weight=0.5))
     rows = tiny.make_rows(4)
