@@ -193,7 +193,7 @@ def write(made: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
         "elected": default,
         "decisive": chosen,
         "regimes": main,
-        "paired": paired(results, "aligned"),
+        "paired": paired(results, "aligned", ("ce", "none", "before", shipped)),
         "replay": replay(results, shipped),
         "modes": {
             path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((made / "modes").glob("*.json"))
