@@ -545,7 +545,7 @@ def five_artists_cpu_says() -> str:
             "*Mixing the original's weights in after distilling*, which costs nothing: the default with .3 of the original goes from "
             f"{of(default)} to {of(mixed)} on text, from {of(default, 'image_kl')} to {of(mixed, 'image_kl')} about pictures, names from "
             f"{of(default, 'naming_seen', 2)} to {of(mixed, 'naming_seen', 2)}; with .5 of it to {of(half)}, {of(half, 'image_kl')} and "
-            f"{of(half, 'naming_seen', 2)}."
+            f"{of(half, 'naming_seen', 2)}; IFEval to {of(mixed, 'ifeval_strict')} and {of(half, 'ifeval_strict')}."
             + (
                 f" It helps every arm: `none` comes to {of('none_07')}, {of('none_07', 'image_kl')} and names {of('none_07', 'naming_seen', 2)}, "
                 f"cross-entropy to {of('ce_07')}, {of('ce_07', 'image_kl')} and {of('ce_07', 'naming_seen', 2)}; the default stays "
