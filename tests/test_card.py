@@ -507,6 +507,8 @@ def test_a_card_says_how_each_mode_reads() -> None:
     assert all(mode.in_words in said[name] for name, mode in MODES.items() if not mode.sees)
     assert MODES["full"].in_words not in said["vision"]  # control
     assert "may read the student's keys and values" in str(render_card({"settings": {"kv_sharing": "other"}}, {}))
+    once, twice = (str(render_card({"settings": {"kv_sharing": "vision", "blind_weight": w}}, {})) for w in (0.0, 0.3))
+    assert "teaches the mean of both (0.3 of the second)" in twice and "mean of both" not in once
 
 
 # --------------------------------------------------------------------------------------------------------------------

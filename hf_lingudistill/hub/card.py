@@ -168,20 +168,23 @@ def _method(run_facts: Facts) -> str:
     settings = run_facts.get("settings") or {}
     mode = MODES.get(str(settings.get("kv_sharing")))
     reads = "may read the student's keys and values" if mode is None else mode.in_words
+    more = ""
     if settings.get("kv_source") == "before":
-        reads += " (those of the VLM before training, which stand still)"
+        more += " Those of the student are the VLM's before training, which stand still."
     if isinstance(weight := settings.get("blind_weight"), int | float) and weight > 0:
-        reads += f", and answers a second time without the image, which has a weight of {weight:g} in the mean of both"
+        more += (
+            f" It answers a second time without the image, and teaches the mean of both ({weight:g} of the second)."
+        )
     others = "the others are trained with cross-entropy"
     if settings.get("distill_tokens") == "confident":
         others = "the others, and tokens whose label it finds less likely than the student does, are trained with cross-entropy"
     if settings.get("anchor") == "before":
         others += "; on rows that are not marked, the VLM before is a second teacher"
-    who = f"The frozen language model has never seen an image: layer by layer it {reads}."
+    who = f"The frozen language model has never seen an image: layer by layer it {reads}.{more}"
     if (part := (run_facts.get("teacher") or {}).get("part")) == "whole" or settings.get("kv_sharing") == "images":
         who = "The frozen teacher is a VLM that reads the images itself; nothing of the student is shared with it."
     elif part == "text half":
-        who = f"The frozen teacher is the text half of a VLM, without its tower: layer by layer it {reads}."
+        who = f"The frozen teacher is the text half of a VLM, without its tower: layer by layer it {reads}.{more}"
     if run_facts.get("sampling"):
         seen = " On rows that are not marked, the VLM before judges them." if has_two_judges(run_facts) else ""
         return (
