@@ -307,7 +307,9 @@ def five_artists_modes() -> str:
     modes = _summary().get("modes", {})
     if not modes:
         return NOT_YET
-    readers = next(iter(modes.values()))["readers"]
+    readers = [
+        name for name in next(iter(modes.values()))["readers"] if all(name in one["readers"] for one in modes.values())
+    ]
     lines = [
         "| pair | tokens | " + " | ".join(f"`{reader}`" for reader in readers) + " | `diagnose` says |",
         "|" + "---|" * (len(readers) + 3),
@@ -319,12 +321,18 @@ def five_artists_modes() -> str:
             cells = [f"{found['readers'][reader][part]:.3f}" for reader in readers]
             losses = asked.get("losses")
             advice = (
-                f"`{asked['recommended']}` ({losses['vision']:.3f}; `none` {losses['none']:.3f})"
+                f"`{asked['recommended']}` ({losses['vision']:.3f}; `none` {losses['none']:.3f}{_twice_said(asked)})"
                 if losses and part == "all"
                 else ""
             )
             lines.append("| " + " | ".join([PAIRS[pair], part, *cells, advice]) + " |")
     return "\n".join(lines)
+
+
+def _twice_said(asked: dict[str, Any]) -> str:
+    """What `diagnose` says of a second reading; nothing in results of before it."""
+    loss = asked["losses"].get("vision, read twice")
+    return "" if loss is None else f"; both {loss:.3f}: `blind_weight` {asked['blind_weight']:g}"
 
 
 def five_artists_severe() -> str:
