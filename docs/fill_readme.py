@@ -66,6 +66,8 @@ ARM_TITLES = {
     "ce": "CE on the same rows",
     "ce_tenth": "CE at a tenth of the learning rate",
     "ce_half": "CE at half the learning rate",
+    "ce_anchor": "CE, half of it KL to the VLM before (ASFT)",
+    "none_ce05": "`none` and CE (`ce_weight` .5)",
     "ce_replay_25": "CE, 4 of 16 rows are text",
     "interpolate_03": "interpolation .3 (nearer to the original), no training",
     "interpolate_07": "interpolation .7, no training",

@@ -168,8 +168,9 @@ def trained(place: Place, run: Run, name: str, sets: dict[str, Any]) -> tuple[Pa
         tokenizer = AutoTokenizer.from_pretrained(place.original)
         by_key = {one.question.key: one.question for one in [*sets["long"], *sets["text"]]}
         told = [None if key is None else _told(tokenizer, by_key[key].told()) for key in keys]
+    teacher = start if spec.get("teacher") == "before" else place.original
     record = train(
-        start, place.original, rows, path, arguments, kind=spec["kind"], batch_size=sum(per_step.values()), seed=seed,
+        start, teacher, rows, path, arguments, kind=spec["kind"], batch_size=sum(per_step.values()), seed=seed,
         distill=spec.get("args"), lora=spec.get("lora"), told=told, freeze_tower=place.settings["freeze_tower"],
     )  # fmt: skip
     write_json(path / "trained.json", record)

@@ -26,7 +26,7 @@ from hf_lingudistill.config import LocalSFTConfig
 from hf_lingudistill.labs.world.questions import as_dataset
 from hf_lingudistill.machine import machine
 
-OPTIONS = ("kv_sharing", "kv_source", "blind_weight", "distill_tokens", "ce_weight", "anchor")
+OPTIONS = ("kv_sharing", "kv_source", "blind_weight", "distill_tokens", "ce_weight", "distill_weight", "anchor")
 
 
 def load(path: Path) -> tuple[Any, Any]:
@@ -88,7 +88,7 @@ class CaptionTold(SFTTrainer):
 
 def train(
     start: Path,
-    original: Path,
+    teacher: Path,
     rows: list[dict[str, Any]],
     out: Path,
     arguments: dict[str, Any],
@@ -103,7 +103,8 @@ def train(
 ) -> dict[str, Any]:
     """Train the VLM in `start` on the rows in order and save it to out; -> a record.
 
-    freeze_tower: tower and connector stand still, as in most VLMs' later stages.
+    teacher: the original LM's folder; of an arm whose teacher is the VLM before, start. freeze_tower: tower and connector stand still, as in
+        most VLMs' later stages.
     kind: `ce` (trl.SFTTrainer), `distill` (LinguDistillTrainer with `distill`'s options), `on_policy` (its on-policy sibling, likewise),
         `per_token` (`parents.PerTokenTrainer`, likewise), or `caption` (`CaptionTold`).
     """
@@ -127,7 +128,7 @@ def train(
         if kind in ("distill", "per_token"):
             config = LinguDistillConfig(**common, teacher_quantization="none", **(distill or {}))
             trainer_class = LinguDistillTrainer if kind == "distill" else PerTokenTrainer
-            trainer: Any = trainer_class(args=config, teacher_model=str(original), **kwargs)
+            trainer: Any = trainer_class(args=config, teacher_model=str(teacher), **kwargs)
         elif kind == "on_policy":
             given = {
                 name: value for name, value in common.items() if name not in ("max_length", "train_sampling_strategy")
@@ -136,11 +137,11 @@ def train(
                 **given, teacher_quantization="none", log_completions=False, **(distill or {})
             )
             kwargs["train_dataset"] = kwargs["train_dataset"].remove_columns("completion")
-            trainer = OnPolicyLinguDistillTrainer(args=sampling, teacher_model=str(original), **kwargs)
+            trainer = OnPolicyLinguDistillTrainer(args=sampling, teacher_model=str(teacher), **kwargs)
         elif kind == "caption":
             from transformers import AutoModelForCausalLM
 
-            lm = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+            lm = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
             assert told is not None
             trainer = CaptionTold(args=LocalSFTConfig(**common), original=lm, told=told, **kwargs)
         else:
