@@ -571,3 +571,23 @@ def test_all_options_are_listed_when_asked_for(capsys: pytest.CaptureFixture[str
         main(["--help_all"])
     text = capsys.readouterr().out
     assert leave.value.code == 0 and "--adam_beta1" in text and "--kv_sharing" in text and "--lora_r " in text
+
+
+def test_a_run_that_is_done_leaves_its_process_group_and_one_that_failed_does_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where one process has failed, the others are still in it."""
+    from torch import distributed
+
+    left: list[str] = []
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: left.append("left"))
+    given = ["--student", str(tmp_path), "--teacher", str(tmp_path), "--dataset_name", "d", "--output_dir", "o"]
+
+    def fails(*_: Any) -> None:
+        raise ValueError("on purpose")
+
+    monkeypatch.setattr(script, "distill", fails)
+    assert main(given) == 2 and not left and "on purpose" in capsys.readouterr().err
+    monkeypatch.setattr(script, "distill", lambda *_: None)
+    assert main(given) == 0 and left == ["left"]

@@ -326,7 +326,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         return _reported(error)
+    _leave_the_others()
     return DONE
+
+
+def _leave_the_others() -> None:
+    """Of several processes that are done: end the threads that talk to the others. Left to the end of Python, they may end it with a
+    signal (DeepSpeed on CPUs, a busy machine), and a finished run counts as failed."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _demo(
