@@ -538,6 +538,17 @@ def five_artists_cpu_says() -> str:
     def below(arm: str, other: str, metric: str) -> str:
         return f"{1 - arms[arm][metric]['mean'] / arms[other][metric]['mean']:.0%}"
 
+    if "ce_anchor" in arms:
+        lines.append(
+            "*Cross-entropy beside a KL anchor* (ASFT), half and half: to the VLM before it holds on to what drift did, text "
+            f"{of('ce_anchor')}, pictures {of('ce_anchor', 'image_kl')}, names {of('ce_anchor', 'naming_seen', 2)}"
+            + (
+                f"; to the original, which is `none` with `ce_weight` .5, {of('none_ce05')}, {of('none_ce05', 'image_kl')} and "
+                f"{of('none_ce05', 'naming_seen', 2)}."
+                if "none_ce05" in arms
+                else "."
+            )
+        )
     default, longer = "vision_before_ce05", "vision_before_ce05_long"
     if {longer, "ce_long", "none_long"} <= set(arms):
         lines.append(
@@ -595,8 +606,19 @@ def _read_twice(arms: dict[str, Any]) -> list[str]:
         line += (
             f" After 160 steps (seed 0) pictures {arms[longer]['image_kl']['mean']:.3f} ({arms['vision_before_ce05_long']['image_kl']['mean']:.3f} "
             f"reading once), {below:.0%} below cross-entropy after as many, and text {arms[longer]['text_kl']['mean']:.3f}."
+            + _and_seed_1(longer)
         )
     return [line]
+
+
+def _and_seed_1(longer: str) -> str:
+    """The same of the second seed; nothing without both of its arms."""
+    rows = (json.loads(line) for line in (ON_A_CPU.parent / "arms.jsonl").read_text(encoding="utf-8").splitlines())
+    found = {row["arm"].rpartition("/")[2]: row for row in rows if row["arm"].startswith("aligned/P/severe/1/")}
+    if not {longer, "ce_long"} <= set(found):
+        return ""
+    pictures, ce = found[longer]["image_kl"], found["ce_long"]["image_kl"]
+    return f" Seed 1: pictures {pictures:.3f} against {ce:.3f}, {1 - pictures / ce:.0%} below, and text {found[longer]['text_kl']:.3f}."
 
 
 def five_artists_turned() -> str:
