@@ -309,9 +309,7 @@ def five_artists_modes() -> str:
     modes = _summary().get("modes", {})
     if not modes:
         return NOT_YET
-    readers = [
-        name for name in next(iter(modes.values()))["readers"] if all(name in one["readers"] for one in modes.values())
-    ]
+    readers = list(dict.fromkeys(name for found in modes.values() for name in found["readers"]))
     lines = [
         "| pair | tokens | " + " | ".join(f"`{reader}`" for reader in readers) + " | `diagnose` says |",
         "|" + "---|" * (len(readers) + 3),
@@ -320,7 +318,8 @@ def five_artists_modes() -> str:
         found = modes[pair]
         asked = found.get("diagnose", {})
         for part in ("dependent", "rest", "all"):
-            cells = [f"{found['readers'][reader][part]:.3f}" for reader in readers]
+            known = found["readers"]
+            cells = [f"{known[reader][part]:.3f}" if reader in known else "-" for reader in readers]
             losses = asked.get("losses")
             advice = (
                 f"`{asked['recommended']}` ({losses['vision']:.3f}; `none` {losses['none']:.3f}{_twice_said(asked)})"

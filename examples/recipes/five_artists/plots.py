@@ -85,7 +85,7 @@ def _modes(modes: Mapping[str, Any], path: Path) -> Path:
             heights = [found["readers"][reader][part] for reader in readers]
             axes.bar([index + shift for index in range(len(readers))], heights, width=0.38, color=color, label=part)
         axes.axhline(found["readers"]["none"]["dependent"], color=DISTILLED, linewidth=0.8, linestyle=":")
-        axes.set_xticks(range(len(readers)), readers, rotation=35, fontsize=8)
+        axes.set_xticks(range(len(readers)), readers, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
         tower, drift, _ = name.split("-")
         axes.set_title(f"{tower} tower, {drift} drift", fontsize=9)
         axes.tick_params(axis="y", labelsize=8)
