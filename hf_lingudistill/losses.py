@@ -236,16 +236,19 @@ def _teacher_says(
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """(n, H) or (n, 2, H) -> log-probabilities and probabilities (n, V) at temperature 1, and at that of the divergence."""
     T, readings = weights.temperature, [hidden] if hidden.dim() == 2 else hidden.unbind(dim=1)
-    made: Any = (_finish(_raw_logits(reading, head), head) for reading in readings)
-    if T != 1.0:
-        made = list(made)
-    # At temperature 1 one reading's logits are gone before the other's are made
-    log_p = _mixed([torch.log_softmax(logits, dim=-1) for logits in made], weights.blind)
-    sharp = log_p, log_p.exp()
-    if T == 1.0:
+
+    def logits_of(reading: torch.Tensor) -> torch.Tensor:
+        return _finish(_raw_logits(reading, head), head)
+
+    if T == 1.0:  # no name holds one reading's logits while the other's are made
+        log_p = _mixed([torch.log_softmax(logits_of(reading), dim=-1) for reading in readings], weights.blind)
+        sharp = log_p, log_p.exp()
         return sharp, sharp
-    log_p = _mixed([torch.log_softmax(logits / T, dim=-1) for logits in made], weights.blind)
-    return sharp, (log_p, log_p.exp())
+    both = [logits_of(reading) for reading in readings]
+    at_one, softened = (
+        _mixed([torch.log_softmax(logits / t, dim=-1) for logits in both], weights.blind) for t in (1.0, T)
+    )
+    return (at_one, at_one.exp()), (softened, softened.exp())
 
 
 def _mixed(log_p: list[torch.Tensor], second: float) -> torch.Tensor:

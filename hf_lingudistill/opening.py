@@ -26,7 +26,7 @@ from .columns import (
     with_images,
     with_messages,
 )
-from .config import LinguDistillConfig
+from .config import JOINING, LinguDistillConfig
 from .formats import CONVERSATION_COLUMNS, as_trl_row, check_answer
 from .options import DistillOptions
 from .sharing import sharing
@@ -234,7 +234,7 @@ def check_distill_column(
 
 
 def _check_packing(args: LinguDistillConfig, has_distill_column: bool, distill_share: float | None) -> None:
-    joined = [name for name in ("packing", "eval_packing", "padding_free") if getattr(args, name)]
+    joined = [name for name in JOINING if getattr(args, name)]
     if joined and not sharing(args.kv_sharing).keeps_documents_apart:
         raise ValueError(
             f"kv_sharing='{args.kv_sharing}' cannot keep packed documents apart (the teacher makes its own pass over the rows): use "
