@@ -6,7 +6,7 @@ import copy
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from scipy import stats
 
 from hf_lingudistill import LinguDistillConfig
 from hf_lingudistill.labs.evaluation import ifeval
+from hf_lingudistill.labs.evaluation.suite import IfevalTask
 from hf_lingudistill.labs.world import align
 from hf_lingudistill.labs.world.art import ARTISTS
 from hf_lingudistill.labs.world.pictures import SEEN, Picture, World
@@ -32,6 +33,7 @@ import reproduce  # noqa: E402
 import stages  # noqa: E402
 import summary  # noqa: E402
 import world_rows  # noqa: E402
+from instructions import instructions  # noqa: E402
 
 TINY: dict[str, Any] = {
     "model": {"image_size": 32, "patch_size": 8, "scale_factor": 2, "vision_hidden_size": 32, "vision_layers": 1, "vision_heads": 2},
@@ -46,6 +48,7 @@ TINY: dict[str, Any] = {
         "temperature": 1.0,
         "long": {"n": 12, "max_new_tokens": 6},
         "text": {"n": 8, "max_new_tokens": 6},
+        "instructions": {"n": 8, "max_new_tokens": 6},
         "test_images": {"n": 6, "max_new_tokens": 6},
         "test_texts": {"n": 6, "max_new_tokens": 6},
     },
@@ -99,14 +102,44 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> stages.Place:
 # ---------------------------------------------------------------------------------------------------------------- rows
 def test_the_sets_share_no_instruction_no_source_and_no_thing_that_only_tests_may_show(place: stages.Place) -> None:
     sets = world_rows.ask(world(), place.settings["answers"])
-    instructions = {name: {one.question.instruction for one in asked} for name, asked in sets.items()}
-    assert not instructions["long"] & instructions["test_images"]
-    assert not instructions["text"] & instructions["test_texts"]
+    of = {name: {one.question.instruction for one in asked} for name, asked in sets.items()}
+    assert not of["long"] & of["test_images"]
+    assert not (of["text"] | of["instructions"]) & of["test_texts"]
     assert {one.picture.split for one in sets["long"]} == {"long"}
     assert Counter(one.picture.split for one in sets["test_images"]) == {"long": 2, "short": 2, "test": 2}
     assert {one.picture.artist for one in sets["test_images"]} <= set(SEEN)
     assert sets["test_images"][0].question.told().startswith("The picture shows a ")
     assert sets["test_texts"][0].question.told() == sets["test_texts"][0].question.instruction
+
+
+def test_no_training_instruction_is_of_ifeval() -> None:
+    trained = instructions(640)
+    assert len(set(trained)) == 640 and instructions(640) == trained != instructions(640, seed=1)
+    assert not [one for one in trained if "{" in one]
+
+    def phrases(texts: Iterable[str]) -> set[tuple[str, ...]]:
+        """Every ten words in a row."""
+        words = [text.lower().split() for text in texts]
+        return {tuple(text[start : start + 10]) for text in words for start in range(len(text) - 9)}
+
+    asked = [one.prompt for one in ifeval.read_prompts(IfevalTask())]
+    shared = {" ".join(phrase) for phrase in phrases(trained) & phrases(asked)}
+    assert not shared, shared
+    assert phrases([*trained, asked[0]]) & phrases(asked)  # the control
+
+
+def test_an_arm_needs_the_answers_that_its_rows_come_from(place: stages.Place) -> None:
+    always = ["long", "test_images", "test_texts"]
+    for regime, arm, more in (
+        ("P", "ce", []),
+        ("M", "ce", ["text"]),
+        ("M", "ce_people", []),
+        ("M", "ce_07", ["text"]),
+        ("P", "ce_replay_10", ["text"]),
+        ("M", "none_instructions", ["instructions"]),
+    ):
+        assert reproduce.sets_needed(place, regime, [arm]) == always + more, arm
+    assert reproduce.sets_needed(place, "M", ["ce", "ce_instructions"]) == [*always, "text", "instructions"]
 
 
 def test_an_answer_that_was_cut_is_rendered_without_an_end() -> None:
@@ -134,7 +167,7 @@ def test_every_step_holds_its_share_of_each_sort() -> None:
     again, _ = world_rows.training_rows(world(), long, text, per_step=per_step, steps=3, seed=0)
     other, _ = world_rows.training_rows(world(), long, text, per_step=per_step, steps=3, seed=1)
     assert rows == again != other
-    people, keys = world_rows.training_rows(world(), long, text, per_step=per_step, steps=3, seed=0, texts="people")
+    people, keys = world_rows.training_rows(world(), long, text, per_step=per_step, steps=3, seed=0, people=True)
     assert not any("text answer" in row["completion"][0]["content"] for row in people)
     assert sum(key is not None for key in keys) == 3
 

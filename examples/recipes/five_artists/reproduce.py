@@ -84,8 +84,7 @@ def arms(place: Place, run: Run) -> None:
     if not todo:
         return
     drift(place, tower_name, kind, seed)
-    needs_text = any(rows_per_step(place, regime, name)["text"] for name in todo)
-    answers(place, SETS if needs_text else SETS[:-1])
+    answers(place, sets_needed(place, regime, todo))
     sets, measures = ask(place.world(), place.settings["answers"]), references(place)
     of_run = {name: place.settings[name] for name in ("ifeval", "lengths") if follows(place.settings[name], run)}
     for index, name in enumerate(todo):
@@ -157,16 +156,17 @@ def trained(place: Place, run: Run, name: str, sets: dict[str, Any]) -> tuple[Pa
     per_step = rows_per_step(place, regime, name)
     training = place.settings["training"]
     arguments = training | {name: spec[name] for name in ("learning_rate", "max_steps") if name in spec}
+    asked = text_set(place, regime, name)
     rows, keys = training_rows(
-        place.world(), said(place, sets, "long", CUT), said(place, sets, "text", CUT), per_step=per_step, steps=arguments["max_steps"], seed=seed,
-        texts=spec.get("texts", "original"),
+        place.world(), said(place, sets, "long", CUT), said(place, sets, asked, CUT) if asked else [], per_step=per_step,
+        steps=arguments["max_steps"], seed=seed, people=spec.get("texts") == "people",
     )  # fmt: skip
     told: list[list[int] | None] | None = None
     if spec["kind"] == "caption":
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(place.original)
-        by_key = {one.question.key: one.question for one in [*sets["long"], *sets["text"]]}
+        by_key = {one.question.key: one.question for one in [*sets["long"], *(sets[asked] if asked else [])]}
         told = [None if key is None else _told(tokenizer, by_key[key].told()) for key in keys]
     teacher = start if spec.get("teacher") == "before" else place.original
     record = train(
@@ -194,6 +194,21 @@ def said(place: Place, sets: dict[str, Any], name: str, cut: str = "") -> list[t
 def rows_per_step(place: Place, regime: str, arm: str) -> dict[str, int]:
     found: dict[str, int] = place.settings["arms"][arm].get("rows") or place.settings["regimes"][regime]
     return found
+
+
+def text_set(place: Place, regime: str, arm: str) -> str | None:
+    """The set that an arm's text rows come from; None if it has none or if people wrote them."""
+    spec = place.settings["arms"][arm]
+    if "of" in spec:
+        return text_set(place, regime, spec["of"])
+    texts: str = spec.get("texts", "text")
+    return texts if texts != "people" and rows_per_step(place, regime, arm)["text"] else None
+
+
+def sets_needed(place: Place, regime: str, names: Iterable[str]) -> list[str]:
+    """The sets that some arms are trained and measured on, in the order of SETS."""
+    wanted = {"long", "test_images", "test_texts"} | {text_set(place, regime, name) for name in names}
+    return [name for name in SETS if name in wanted]
 
 
 def _told(tokenizer: Any, text: str) -> list[int]:

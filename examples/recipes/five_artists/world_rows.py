@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from instructions import instructions
+
 from hf_lingudistill.labs.demo.models import CHAT_TEMPLATE
 from hf_lingudistill.labs.demo.text import language_rows, questions
 from hf_lingudistill.labs.evaluation.cache import ItemCache, digest
@@ -21,8 +23,8 @@ from hf_lingudistill.labs.evaluation.reading import Written
 from hf_lingudistill.labs.world.pictures import SEEN, Picture, World
 from hf_lingudistill.labs.world.questions import HELD_OUT_INSTRUCTIONS, LONG_INSTRUCTIONS, TOLD, row_of, short_rows
 
-# In the order in which they are needed: `text` by regime M alone
-SETS = ("long", "test_images", "test_texts", "text")
+# In the order in which they are needed: the last two by regime M alone
+SETS = ("long", "test_images", "test_texts", "text", "instructions")
 
 # Sources of unseen text instructions; regime M's text rows come from others
 TEST_TEXTS = ("truthfulqa", "piqa")
@@ -61,7 +63,7 @@ class Asked:
 
 
 def ask(world: World, settings: Mapping[str, Any]) -> dict[str, list[Asked]]:
-    """The questions of each set: `long` and `text` are trained on, `test_images` and `test_texts` are not."""
+    """The questions of each set: `long`, `text` and `instructions` are trained on, `test_images` and `test_texts` are not."""
     rng = random.Random(0)
     known = world.pictures(("long",), SEEN)
     # A third of the test pictures show things of each split: answers about what was trained on count no more than others
@@ -81,6 +83,10 @@ def ask(world: World, settings: Mapping[str, Any]) -> dict[str, list[Asked]]:
         ],
         "test_texts": texts(TEST_TEXTS, settings["test_texts"]["n"], rng),
         "text": texts(TRAINING_TEXTS, settings["text"]["n"], rng),
+        "instructions": [
+            Asked(Told(f"instruction-{index}", one))
+            for index, one in enumerate(instructions(settings["instructions"]["n"]))
+        ],
     }
 
 
@@ -105,7 +111,7 @@ def write(original: Scored, name: str, asked: Sequence[Asked], settings: Mapping
         [one.question for one in asked],
         max_new_tokens=settings[name]["max_new_tokens"],
         temperature=settings["temperature"],
-        seed={"long": 1, "text": 2, "test_images": 3, "test_texts": 4}[name],
+        seed={"long": 1, "text": 2, "test_images": 3, "test_texts": 4, "instructions": 5}[name],
         batch_size=32,
         cache=ItemCache(folder / f"{name}.jsonl", _header(name, asked, settings)),
     )
@@ -139,12 +145,12 @@ def training_rows(
     per_step: Mapping[str, int],
     steps: int,
     seed: int,
-    texts: str = "original",
+    people: bool = False,
 ) -> tuple[list[dict[str, Any]], list[str | None]]:
     """Rows in order, and for each the key of its question if the original wrote its answer. Every step holds `per_step` rows of
     each sort: `short` questions (CE), `long` answers about pictures and `text` (both distilled).
 
-    texts: who wrote the answers of the text rows, the `original` or `people`.
+    text: what the original answered to texts. people: the text rows are what people wrote instead.
     """
     rng = random.Random(seed + 100)
     short = short_rows(world.pictures(("long", "short"), SEEN), per_step["short"] * steps, seed=seed)
@@ -155,7 +161,7 @@ def training_rows(
         for one, answer in chosen
     ]
     wanted = per_step["text"] * steps
-    if texts == "people":
+    if people:
         pool["text"] = [(row, None) for row in language_rows(wanted, seed=seed + 13)] if wanted else []
     else:
         pool["text"] = [
