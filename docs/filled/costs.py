@@ -1,0 +1,125 @@
+"""What a step costs."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from .files import ANSWERS_ONCE, GPU_COST, ON_POLICY_COST, STEP_COST, read
+
+
+def step_cost() -> str:
+    """Time and memory of one step."""
+    return _step_cost(read(STEP_COST))
+
+
+def step_cost_152k() -> str:
+    """The same with a vocabulary as large as Qwen's."""
+    return _step_cost(read(STEP_COST.with_name("step_cost_152k.json")))
+
+
+def _step_cost(result: dict[str, Any]) -> str:
+    arms, shape, machine = result["arms"], result["shape"], result["machine"]
+    base = arms["sft"].get("peak_mb")
+    lines = [
+        "| arm | step | over compact SFT (min - max) | over TRL's SFT | peak memory over TRL's SFT |",
+        "|---|---|---|---|---|",
+    ]
+    for arm, row in arms.items():
+        memory = f"{row['peak_mb'] - base:+.0f} MiB" if base and "peak_mb" in row else "not measured"
+        lines.append(
+            f"| `{arm}` | {row['seconds']:.2f} s | {row['ratio']:.3f} ({row['ratio_min']:.3f} - {row['ratio_max']:.3f}) "
+            f"| {row['ratio_trl']:.3f} | {memory} |"
+        )
+    lines += [
+        "",
+        f"Medians of {result['rounds']} interleaved rounds; {shape['length']} tokens, {shape['image_tokens']} of them image, "
+        f"{shape['response_tokens']} response; LM of {shape['lm_parameters'] / 1e6:.0f}M parameters, teacher in "
+        f"{shape['teacher_quantization']}, one copy of K/V is {shape['kv_mb']:.0f} MiB; {machine['device']}, "
+        f"{machine['dtype']}, load {machine['load_before']} to {machine['load_after']}.",
+    ]
+    if "sft_compact" not in arms:
+        lines += ["", "_Measured before the step was rewritten: the new step is not in this table yet._"]
+    return "\n".join(lines)
+
+
+def gpu_cost() -> str:
+    """Time and memory of one step on a GPU, of the cases that were measured."""
+    result = read(GPU_COST)
+    lines = [
+        "| student | batch | arm | step | over compact SFT (min - max) | over TRL's SFT | peak memory | over TRL's SFT |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    done = [case for case in result["cases"] if "arms" in case]
+    for case in done:
+        base = case["arms"]["sft"]["peak_mb"]
+        for arm, row in case["arms"].items():
+            lines.append(
+                f"| {case['shape']} | {case['batch']} | `{arm}` | {row['seconds']:.3f} s | {row['ratio']:.3f} ({row['ratio_min']:.3f} - "
+                f"{row['ratio_max']:.3f}) | {row['ratio_trl']:.3f} | {row['peak_mb'] / 1024:.1f} GiB | {row['peak_mb'] - base:+.0f} MiB |"
+            )
+    first = done[0]
+    lines += [
+        "",
+        f"{result['device']}, torch {result['torch']}, {result['dtype']}; medians of {result['rounds']} interleaved rounds (the first "
+        f"discarded), {first['length']} tokens, {first['response']} of them response, checkpointing on, teacher in {first['teacher']}, "
+        "full fine-tuning with AdamW. `python benchmarks/gpu.py --out OUT` measures more cases where there is time.",
+    ]
+    return "\n".join(lines)
+
+
+def gpu_claim() -> str:
+    """README's half sentence: what a step costs in the cheapest and in the default mode, at the largest size that was measured."""
+    case = next(case for case in read(GPU_COST)["cases"] if "arms" in case)
+    low, default = (case["arms"][arm]["ratio_trl"] for arm in ("full", "vision_before"))
+    return (
+        f"A step costs {low - 1:.0%} (`full`) to {default - 1:.0%} (the default) more than TRL's own fine-tuning, on an H100 at "
+        f"{case['shape']} ([every mode](docs/cost.md))."
+    )
+
+
+def on_policy_cost() -> str:
+    """What sampling adds to a step."""
+    result = read(ON_POLICY_COST)
+    seconds, shape, machine = result["seconds"], result["shape"], result["machine"]
+    return (
+        f"{machine['device']}, {machine['dtype']}, a 135M LM, {shape['batch_size']} rows of {shape['length']} tokens with "
+        f"{shape['answer_tokens']['given'] // shape['batch_size']} in each answer: {seconds['given']:.2f} s for a step on given answers, "
+        f"{seconds['on_policy']:.2f} s on-policy, {seconds['sampling']:.2f} s of it for sampling with transformers; "
+        f"{result['ratio']['median']:.1f} times ({result['ratio']['min']:.1f} to {result['ratio']['max']:.1f}, {result['rounds']} rounds). "
+        "`python benchmarks/on_policy_cost.py --layers 30 --bf16 --batch_size 8`."
+    )
+
+
+def answers_once() -> str:
+    """What asking once costs, and what it saves."""
+    if not ANSWERS_ONCE.is_file():
+        return (
+            "_Not measured yet: run `python benchmarks/answers_once.py --json benchmarks/results/answers_once.json`._"
+        )
+    found = read(ANSWERS_ONCE)
+    rows = ["| | rows, labels | s per million labels | MiB per million labels |", "|---|---|---|---|"]
+    for name in ("anchor_cache", "teacher_cache"):
+        one = found[name]
+        rows.append(
+            f"| `{name}` | {one['rows']}, {one['labels']:,} | {one['seconds_per_million_labels']:,.0f} | "
+            f"{one['mib_per_million_labels']:,.0f} |"
+        )
+    held, machine, lost = found["held_mib"], found["machine"], found["anchor_cache"]["lost"]
+    said = (
+        f"SmolLM2-135M-Instruct and a SmolVLM around it, {found['batch_size']} rows a batch, {machine['dtype']}, {machine['device']}, "
+        f"{machine['threads']} thread, CPU time of the process; k = {found['anchor_cache']['k']}, {lost:.1%} of the probability outside of it (a "
+        f"VLM that has seen no image yet). The run holds {held['cached']:,.0f} MiB of the two models (the teacher's head) in place of "
+        f"{held['live']:,.0f}, and a step takes {found['step_ratio']:.2f} of its time."
+    )
+    return "\n".join([*rows, "", *textwrap.wrap(said, 130)])
+
+
+BLOCKS = {
+    "step_cost": step_cost,
+    "step_cost_152k": step_cost_152k,
+    "gpu_cost": gpu_cost,
+    "gpu_claim": gpu_claim,
+    "on_policy_cost": on_policy_cost,
+    "answers_once": answers_once,
+}
