@@ -256,11 +256,19 @@ class DistillChecks(_Config):
 
 @dataclass
 class LinguDistillConfig(DistillChecks, DistillOptions, LocalSFTConfig):
-    __doc__ = f"""Configuration of [`LinguDistillTrainer`]. Every field of [`~trl.SFTConfig`] keeps its meaning; with
-    `push_to_hub=True` the finished model alone is published (`hub_strategy="end"`), never a checkpoint.
+    __doc__ = f"""Configuration of [`LinguDistillTrainer`]. Every field of [`~trl.SFTConfig`] keeps its meaning; `max_length` is 4096 where it
+    is left out, and with `push_to_hub=True` the finished model alone is published (`hub_strategy="end"`), never a checkpoint.
 
     {parameters(DistillOptions)}
     """
+
+    max_length: int | None = field(
+        default=4096,
+        metadata={
+            "help": "Tokens per row, those of its images among them. What is longer is cut, but for images: such a row is refused. None: no limit. "
+            "TRL's default of 1024 is below what one picture of SmolVLM takes (1,088)."
+        },
+    )
 
     _VALID_DICT_FIELDS = [*LocalSFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 

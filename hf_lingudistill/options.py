@@ -149,7 +149,7 @@ class DistillOptions:
         None,
         KV_SOURCE_CHOICES,
         "Whose keys and values the teacher reads: the student's, which training moves, or those of the VLM before. Left out: before with "
-        "vision, unless an adapter changes the weights under it; else student.",
+        "vision, unless an adapter changes the weights under it or anchor_cache is set without teacher_cache; else student.",
     )
     blind_weight: float | None = _option(
         None,

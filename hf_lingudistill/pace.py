@@ -11,6 +11,10 @@ from transformers import TrainerCallback
 from .progress import EVERY
 
 
+class NothingLeft(ValueError):
+    """The checkpoint to resume from is at the last step."""
+
+
 class Pace(TrainerCallback):
     """Says once a minute how far a training is, where its bar is switched off; refuses one that takes no step.
 
@@ -27,12 +31,12 @@ class Pace(TrainerCallback):
         self.started, self._first_step = False, state.global_step
         self._began = self._said = time.monotonic()
         if state.global_step >= state.max_steps:
-            where = (
-                f"The checkpoint is at step {state.global_step} of {state.max_steps}"
-                if state.global_step
-                else "0 steps"
+            step, raised = state.global_step, "Raise max_steps or num_train_epochs."
+            if not step:
+                raise ValueError(f"0 steps: nothing is left to train. {raised}")
+            raise NothingLeft(
+                f"The checkpoint is at step {step} of {state.max_steps}: nothing is left to train. {raised}"
             )
-            raise ValueError(f"{where}: nothing is left to train. Raise max_steps or num_train_epochs.")
         if _length(train_dataloader) == 0:
             rows = _length(train_dataloader.dataset)
             raise ValueError(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from .checkpoints import (
     STATE,
@@ -25,7 +28,11 @@ from .checkpoints import (
 )
 from .finite import StepPolicy
 from .first_batch import FirstBatch
+from .hub.run_facts import read_run_facts
 from .meter import Meter
+from .pace import NothingLeft
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from trl import SFTTrainer as _Trainer
@@ -52,7 +59,14 @@ class ResumingMixin(_Trainer):
         self.add_callback(_Restore(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.train`, after checking that `output_dir` does not hold another run (unless this resumes it)."""
+        """`Trainer.train`, after checking that `output_dir` does not hold another run (unless this resumes it).
+
+        A run that was killed between its last checkpoint and the saving of its model is resumed without a step: the model is as the checkpoint
+        has it, and the train loss of the output is NaN.
+
+        Raises:
+            NothingLeft: for a checkpoint of the last step, where `output_dir` holds the model already.
+        """
         out = str(self.args.output_dir)
         wanted = wanted_checkpoint(resume_from_checkpoint or self.args.resume_from_checkpoint)
         student = getattr(getattr(self.model, "config", None), "_name_or_path", None)
@@ -67,7 +81,28 @@ class ResumingMixin(_Trainer):
         if not own and self.accelerator.is_local_main_process:
             start_afresh(out)
         self._resumed_from = None if checkpoint is None else Path(checkpoint)
-        return super().train(checkpoint, *args, **kwargs)
+        try:
+            return super().train(checkpoint, *args, **kwargs)
+        except NothingLeft:
+            # The first process decides: others may have a disk of their own
+            (saved,) = broadcast_object_list([_saved_steps(out) == self.state.global_step])
+            if saved or not own:
+                raise
+            return self._ended()
+
+    def _ended(self) -> TrainOutput:
+        """What follows the last step, of a run that a checkpoint brought there."""
+        step = self.state.global_step
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "The checkpoint is at step %d of %d, and %s holds no model of that step: the run ends here without another step.",
+                step, self.state.max_steps, self.args.output_dir,
+            )  # fmt: skip
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self.is_in_train = False
+        return TrainOutput(step, math.nan, {})
 
     def interrupted(self) -> str:
         """Where a training stood that Ctrl-C ended, and how it goes on."""
@@ -133,3 +168,12 @@ class _Restore(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._restore_measured()
+
+
+def _saved_steps(out: str) -> int | None:
+    """The steps of the model that a run saved at its end, None before that: its facts are written after its weights."""
+    try:
+        steps: int | None = read_run_facts(out).get("training", {}).get("steps")
+    except ValueError:  # cut off
+        return None
+    return steps

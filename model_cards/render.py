@@ -11,18 +11,19 @@ trained.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hf_lingudistill.hub.card import PLOTS, render_card
-from hf_lingudistill.hub.run_facts import read_run_facts
+from hf_lingudistill.hub.run_facts import SETTINGS, read_run_facts
 from hf_lingudistill.hub.usage import Usage
+from hf_lingudistill.options import DistillOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
@@ -112,12 +113,14 @@ def facts_of(file: Path, report: dict[str, Any]) -> dict[str, Any]:
     if "arm" not in report:
         return read_run_facts(file.parent)
     total = sum(report["rows"].values())
+    left_out = {field.name: field.default for field in dataclasses.fields(DistillOptions) if field.name in SETTINGS}
     return {
+        "student": {"prose": "a SmolVLM whose language was lost to short questions about pictures"},
         "teacher": {"id": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"},
         "datasets": [
             {"name": f"{name}, {rows} of {total} rows of a batch"} for name, rows in report["rows"].items() if rows
         ],
-        "settings": {**report["arm"], "per_device_train_batch_size": total},
+        "settings": {**left_out, **report["arm"], "per_device_train_batch_size": total},
         "training": {"steps": report["steps"]},
         "hardware": {"device": report["device"], "precision": "bf16"},
     }
@@ -134,7 +137,7 @@ def card(name: str, file: Path, command: str | None, root: Path = ROOT) -> str:
     plots = {title: f"{link}/{stem}.png" for stem, title in PLOTS.items() if (folder / f"{stem}.png").is_file()}
     usage = Usage(f"outputs/{name}/after", made_by="the folder that the command under *Reproduce* makes")
     if "arm" in report:  # its weights lie in a folder per seed and arm
-        usage = replace(
+        usage = dataclasses.replace(
             usage,
             source="OUT",
             made_by="the folder of an arm under `outputs/`, which the command under *Reproduce* makes",

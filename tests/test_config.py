@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from trl import SFTConfig, TrlParser
 
 from hf_lingudistill import config as config_module
@@ -138,8 +140,16 @@ def test_a_value_at_the_edge_of_its_range_is_kept(make: Any, values: dict[str, A
 def test_the_defaults_are_valid_and_leave_sft_as_it_is(make: Any, tmp_path: Path) -> None:
     machine = {"use_cpu": True, "bf16": False}
     config, sft = make(**machine), SFTConfig(output_dir=str(tmp_path / "run"), report_to="none", **machine)
-    for field in dataclasses.fields(SFTConfig):
-        assert getattr(config, field.name) == getattr(sft, field.name), field.name
+    differ = {
+        field.name: (getattr(config, field.name), getattr(sft, field.name))
+        for field in dataclasses.fields(SFTConfig)
+        if getattr(config, field.name) != getattr(sft, field.name)
+    }
+    assert differ == {"max_length": (4096, 1024)}
+    # SmolVLM's settings: a square picture becomes 4 x 4 tiles and the whole, of 64 tokens each
+    tiles = Idefics3ImageProcessorPil(size={"longest_edge": 2048}, max_image_size={"longest_edge": 512})
+    picture = tiles(Image.new("RGB", (640, 640)), return_tensors="pt")["pixel_values"]
+    assert sft.max_length < 64 * picture.shape[1] < config.max_length
 
 
 def test_a_check_of_sft_config_still_holds(make: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import re
@@ -190,6 +191,41 @@ def test_a_finished_run_that_is_resumed_says_so_and_stays(
     assert "error: The checkpoint is at step 1 of 1: nothing is left to train." in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == stamps
     assert run(saved_pair, data, out, *steps, "--max_steps", "2", "--resume_from_checkpoint", "true") == 0
+
+
+def test_a_run_that_was_killed_before_its_model_was_saved_is_resumed_without_a_step(
+    saved_pair: tuple[Path, Path], data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The end of the run as it would have been. The control: a model of fewer steps, of a run that was lengthened."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    steps = (
+        "--per_device_train_batch_size",
+        "4",
+        "--save_steps",
+        "1",
+        "--save_strategy",
+        "steps",
+        "--lr_scheduler_type",
+        "constant",
+    )
+    assert run(saved_pair, data, out, *steps, "--max_steps", "2") == 0
+    whole = (out / "model.safetensors").read_bytes()
+    for lost in (("model.safetensors", "lingudistill.json", "config.json"), ("lingudistill.json",)):
+        for name in lost:
+            (out / name).unlink()
+        caplog.clear()
+        assert run(saved_pair, data, out, *steps, "--max_steps", "2", "--resume_from_checkpoint", "true") == 0
+        assert "holds no model of that step: the run ends here without another step" in caplog.text
+        assert (out / "model.safetensors").read_bytes() == whole
+        assert json.loads((out / "lingudistill.json").read_text())["training"]["steps"] == 2
+    assert run(saved_pair, data, other, *steps, "--max_steps", "1") == 0
+    shorter = {name: (other / name).read_bytes() for name in ("model.safetensors", "lingudistill.json")}
+    assert run(saved_pair, data, other, *steps, "--max_steps", "2", "--resume_from_checkpoint", "true") == 0
+    longer = (other / "model.safetensors").read_bytes()
+    for name, content in shorter.items():
+        (other / name).write_bytes(content)
+    assert run(saved_pair, data, other, *steps, "--max_steps", "2", "--resume_from_checkpoint", "true") == 0
+    assert (other / "model.safetensors").read_bytes() == longer != shorter["model.safetensors"]
 
 
 def test_resuming_into_another_runs_folder_is_refused_before_data_and_weights_are_loaded(

@@ -74,7 +74,7 @@ def gpu_claim() -> str:
     low, default = (case["arms"][arm]["ratio_trl"] for arm in ("full", "vision_before"))
     return (
         f"A step costs {low - 1:.0%} (`full`) to {default - 1:.0%} (the default) more than TRL's own fine-tuning, on an H100 at "
-        f"{case['shape']} ([every mode](docs/cost.md))."
+        f"{case['shape']}, batch {case['batch']} ([every mode](docs/cost.md))."
     )
 
 

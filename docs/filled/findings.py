@@ -24,11 +24,11 @@ def five_artists_claim() -> str:
     seeds = paired[f"{name} - ce"]["text_kl"]["seeds"]
     back = arms[name]["recovered_text_kl"]
     return (
-        f"- **Measured** ({seeds} seeds, {found['device'].split(' ')[1]}, 135M): the default brings {back['mean']:.0%} ± {back['half']:.0%} of the "
+        f"- **Measured** ({seeds} seeds, {found['device'].split(' ')[1]}, 135M, towers frozen): the default brings {back['mean']:.0%} ± {back['half']:.0%} of the "
         f"lost language back. It ends {less(name, 'text_kl')} closer to the original on text than cross-entropy on the same rows, "
         f"{less(name, 'image_kl')} about pictures; a blind teacher {less('none', 'text_kl')} and {less('none', 'image_kl')} "
         "([second recipe](examples/recipes/five_artists/README.md)). Instruction following (IFEval) did not come "
-        f"back. {_longer()}Interpolating weights instead loses sight."
+        f"back. {_longer()}Interpolating weights half-way instead brings {arms['interpolate_05']['recovered_text_kl']['mean']:.0%} back."
     )
 
 
@@ -175,8 +175,8 @@ def five_artists_cpu_says() -> str:
         "their prefixes count.",
         f"*Cross-entropy at half the learning rate* is a better rival ({of('ce_half')}; {of('ce')} at the full one, {of('ce_tenth')} at a tenth, LoRA "
         f"{of('ce_lora')}).",
-        f"*Interpolating nearer to the original* (.3) is lower on text than every arm that trains without text rows ({of('interpolate_03')}), for nothing, "
-        f"and pays with sight: names {of('interpolate_03', 'naming_seen', 2)} against {of('before', 'naming_seen', 2)} before, pictures "
+        f"*Interpolating nearer to the original* (.3) is lower on text than every arm that trains without text rows ({of('interpolate_03')}), without "
+        f"training, and names fewer pictures: {of('interpolate_03', 'naming_seen', 2)} against {of('before', 'naming_seen', 2)} before, pictures "
         f"{of('interpolate_03', 'image_kl')} against {of('vision_before_ce05', 'image_kl')} for the default. `lingudistill blend --keep` looks "
         "for such points.",
         f"*LoRA* (rank 16, at 5e-4) brings back less than full training, distilled ({of('vision_before_lora')}) or not ({of('ce_lora')}).",

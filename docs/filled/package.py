@@ -44,7 +44,7 @@ def demo_prompts() -> str:
 def modes() -> str:
     """The sharing modes, from the objects that run them."""
     lines = [
-        "| `kv_sharing` | the teacher reads the student's keys and values | it computes | choose it when |",
+        "| `kv_sharing` | the teacher reads the VLM's keys and values | it computes | choose it when |",
         "|---|---|---|---|",
     ]
     for name, mode in MODES.items():
@@ -178,7 +178,7 @@ def families_known() -> str:
     release = ".".join(_families()["transformers"].split(".")[:2])
     types = sum(map(len, fate.values()))
     return (
-        f"{len(fits)} of transformers {release}'s {types} VLM types fit as [tiny models](docs/families.md): {names(fits)}, ... Refused: "
+        f"{len(fits)} of transformers {release}'s {types} VLM types fit, as [tiny random models](docs/families.md): {names(fits)}, ... Refused: "
         f"{names(refused)}, ..."
     )
 

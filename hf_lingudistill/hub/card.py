@@ -170,7 +170,7 @@ def _method(run_facts: Facts) -> str:
     reads = "may read the student's keys and values" if mode is None else mode.in_words
     more = ""
     if settings.get("kv_source") == "before":
-        more += " Those of the student are the VLM's before training, which stand still."
+        more += " These are the keys and values of the VLM before training; they do not change."
     if isinstance(weight := settings.get("blind_weight"), int | float) and weight > 0:
         more += (
             f" It answers a second time without the image, and teaches the mean of both ({weight:g} of the second)."

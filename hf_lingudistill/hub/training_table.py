@@ -21,6 +21,7 @@ def training_rows(run_facts: Facts) -> list[tuple[str, str]]:
         "answers": _answers(sampling),
         "distilled share": _shares(training),
         "`kv_sharing`": settings.get("kv_sharing"),
+        "`kv_source`": settings.get("kv_source"),
         "`distill_tokens`": None if sampling else _tokens(settings),
         "loss": _loss_on_policy(settings, run_facts) if sampling else _loss(settings, run_facts.get("anchor") or {}),
         "steps": _count(training.get("steps")),
