@@ -137,6 +137,11 @@ def continues(wanted: str | bool | None, run: str | os.PathLike[str]) -> bool:
     return wanted is True or (isinstance(wanted, str) and Path(wanted).resolve().parent == Path(run).resolve())
 
 
+def has_written(run: str | os.PathLike[str], name: str) -> bool:
+    """Whether the run in a folder has written its checkpoint of that name, and it is whole."""
+    return is_ours(run, name, by=BY) and flaw(Path(run) / name) is None
+
+
 def _is_numbered(path: Path) -> bool:
     return path.name.rpartition("-")[2].isdecimal()
 

@@ -104,6 +104,7 @@ class DistillChecks(_Config):
     """What every distilling config checks. Mixed in first, before the options and a config of TRL's."""
 
     kv_source_left_out = False
+    kv_source_gave_way = False  # in the trainer that these options are of: it could not have the VLM before
 
     def __post_init__(self) -> None:
         self._check_types()

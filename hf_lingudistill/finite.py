@@ -6,6 +6,7 @@ processes per optimizer step makes all of them decide alike.
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +80,10 @@ class FiniteWatch(Watcher):
         """Whether no batch has been seen since the last verdict."""
         return not self._batches
 
+    def begin(self) -> None:
+        """A training begins: batches of one before it, that was broken off, are not of it."""
+        self._batches = []
+
     def open(self, input_ids: torch.Tensor, row: torch.Tensor | None) -> None:
         """Begin a batch. input_ids: (B, T). row: (B,) row numbers, -1 where unknown."""
         fine = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
@@ -141,13 +146,22 @@ class StepPolicy:
 
     def __init__(self, watch: FiniteWatch, on_nan: str) -> None:
         self.watch, self.on_nan = watch, on_nan
+        self.begin_training()
+
+    def begin_training(self) -> None:
         self.skipped_steps = self._in_a_row = 0
-        self._metrics_before: dict[str, int] = {}
+        self._metrics_before: dict[str, list[float]] = {}
+        self._before: dict[str, Any] = {}
+        self.watch.begin()
 
     def begin(self, trainer: Any, input_ids: torch.Tensor, rows: torch.Tensor | None) -> None:
         """A batch of a training step begins. input_ids: (B, T). rows: (B,) row numbers, -1 where unknown."""
         if self.watch.starts_step:
-            self._metrics_before = {name: len(values) for name, values in trainer._metrics["train"].items()}
+            self._metrics_before = {name: list(values) for name, values in trainer._metrics["train"].items()}
+            # The sums that this step's batches go into before it is judged
+            self._before = {
+                name: copy.deepcopy(getattr(trainer, name, None)) for name in ("_tr_loss", "_total_train_tokens")
+            }
         self.watch.open(input_ids, rows)
 
     def judge(self, trainer: Any, model: torch.nn.Module, grad_norm: Any = None) -> None:
@@ -162,12 +176,8 @@ class StepPolicy:
             self._in_a_row = 0
             return
         trainer.meter.dropped()
-        known = trainer._metrics["train"]
-        for name in list(known):
-            if kept := known[name][: self._metrics_before.get(name, 0)]:
-                known[name] = kept
-            else:
-                del known[name]
+        trainer._metrics["train"].clear()
+        trainer._metrics["train"].update(self._metrics_before)
         trainer.optimizer.zero_grad(
             set_to_none=True
         )  # without gradients the optimizer leaves weights and moments alone
@@ -184,7 +194,9 @@ class StepPolicy:
             raise NotFinite(message + "Go back to a checkpoint from before, or load another model.")
         saved = trainer.args.save_strategy != "no" and step > 0
         if saved:
-            trainer._save_checkpoint(model, trial=None)
+            for name, value in self._before.items():
+                setattr(trainer, name, value)
+            trainer.keep_checkpoint(model)
         message += f"The weights are those of step {step}{f', saved in checkpoint-{step}' if saved else ''}. "
         persists = self._in_a_row > IN_A_ROW
         if persists:

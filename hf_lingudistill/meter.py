@@ -101,6 +101,11 @@ class Meter(Watcher):
         real: torch.Tensor = plan.label_rows + self.accelerator.process_index * plan.batch < state.remainder
         return real
 
+    def begin(self) -> None:
+        """A training begins: what one before it has left, that was broken off, is not of it."""
+        self._train.zero_()
+        self._step.zero_()
+
     def accepted(self) -> None:
         """The step under way took place."""
         self._train += self._step

@@ -27,7 +27,7 @@ from .losses import Weights
 from .pace import Pace
 from .prompts import PromptCollator, drop_bad_prompts, open_prompts
 from .resume import ResumingMixin
-from .step_mixin import StepMixin, check_best_metric
+from .step_mixin import StepMixin, all_marked, check_best_metric
 from .teacher_mixin import as_dict
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
         self.choose_teacher(model, teacher_model, teacher_tokenizer, args, kwargs)
         opened, vision = open_prompts(train_dataset, eval_dataset, args)
         self.has_distill_column, self.distill_share = opened.has_distill_column, opened.distill_share
-        check_best_metric(args, opened.evaluation)
+        check_best_metric(args, opened.evaluation, computed=True)  # TRL's values of samples are many
         if args.anchor == "none" and self.distill_share not in (None, 1.0):
             raise ValueError(
                 f"anchor='none' leaves {1 - self.distill_share:.0%} of the rows without a judge, those that column "
@@ -207,6 +207,12 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
                 raise ValueError(
                     "The evaluation set has images and the training set has none: pass it as eval_dataset when the trainer is made."
                 )
+            if self.args.anchor == "before" and self.step.judge is None:
+                if not all_marked(opened.evaluation, self.args.distill_column):
+                    raise ValueError(
+                        f"The evaluation set has rows that column {self.args.distill_column!r} marks false, and no VLM before is there to judge "
+                        "them, since the training set has none: pass it as eval_dataset when the trainer is made."
+                    )
             eval_dataset = opened.evaluation
         return super().evaluate(eval_dataset, *args, **kwargs)
 

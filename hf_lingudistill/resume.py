@@ -17,6 +17,7 @@ from .checkpoints import (
     check_output_dir,
     continues,
     go_on,
+    has_written,
     put_back,
     read_measured,
     rotate,
@@ -30,9 +31,27 @@ from .finite import StepPolicy
 from .first_batch import FirstBatch
 from .hub.run_facts import read_run_facts
 from .meter import Meter
+from .options import shown
 from .pace import NothingLeft
 
 logger = logging.getLogger(__name__)
+
+# What a resumed run may not change. A learning rate would not even change: the checkpoint's schedule holds it
+OF_THE_LOSS = (
+    "kv_sharing",
+    "kv_source",
+    "blind_weight",
+    "distill_tokens",
+    "distill_margin",
+    "ce_weight",
+    "distill_weight",
+    "beta",
+    "temperature",
+    "anchor",
+    "anchor_weight",
+    "learning_rate",
+    "seed",
+)
 
 if TYPE_CHECKING:
     from trl import SFTTrainer as _Trainer
@@ -78,6 +97,8 @@ class ResumingMixin(_Trainer):
             put_back(out)
         self.accelerator.wait_for_everyone()  # all have looked, and what was put aside is back
         checkpoint = None if wanted is None else to_resume(wanted, out)
+        if checkpoint is not None:
+            self._check_same(Path(checkpoint))
         if not own and self.accelerator.is_local_main_process:
             start_afresh(out)
         self._resumed_from = None if checkpoint is None else Path(checkpoint)
@@ -89,6 +110,22 @@ class ResumingMixin(_Trainer):
             if saved or not own:
                 raise
             return self._ended()
+
+    def _check_same(self, checkpoint: Path) -> None:
+        """Resumed with another loss, another teacher or other rows, a run would be neither of two, and its record would speak of one.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        facts = read_run_facts(checkpoint)
+        kept, now = facts.get("settings") or {}, vars(self.args)
+        differ = [name for name in OF_THE_LOSS if name in kept and name in now and kept[name] != now[name]]
+        if differ:
+            was, found = (", ".join(f"{name}={shown(of[name])}" for name in differ) for of in (kept, now))
+            raise ValueError(
+                f"The checkpoint {str(checkpoint)!r} was trained with {was}; found {found}. Resume it with the options it had, or begin a new "
+                "run in another folder with that checkpoint as the student (without --resume_from_checkpoint)."
+            )
 
     def _ended(self) -> TrainOutput:
         """What follows the last step, of a run that a checkpoint brought there."""
@@ -107,6 +144,10 @@ class ResumingMixin(_Trainer):
     def interrupted(self) -> str:
         """Where a training stood that Ctrl-C ended, and how it goes on."""
         return f"Interrupted at step {self.state.global_step}; {go_on(self.args.output_dir, self._resumed_from)}."
+
+    def stopped(self) -> str:
+        """Likewise of one that an error ended."""
+        return f"Stopped in step {self.state.global_step + 1}; {go_on(self.args.output_dir, self._resumed_from)}"
 
     def _get_output_dir(self, trial: Any) -> str:
         """`Trainer._get_output_dir`; while a checkpoint is written, the folder beside its place."""
@@ -132,6 +173,13 @@ class ResumingMixin(_Trainer):
                 self._staging = None
         if self.args.should_save:
             rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def keep_checkpoint(self, model: Any) -> None:
+        """Write the checkpoint of the last step that took place, unless this run has it already. Called by every process."""
+        run, name = self._get_output_dir(None), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        (written,) = broadcast_object_list([has_written(run, name)])
+        if not written:
+            self._save_checkpoint(model, trial=None)
 
     def _measured(self) -> dict[str, Any]:
         """What this process has measured since the last log, and what it does only once: a checkpoint between two logs holds it,
@@ -161,13 +209,18 @@ class ResumingMixin(_Trainer):
 
 
 class _Restore(TrainerCallback):
-    """Gives a resumed run what its checkpoint had measured, after `Trainer` has begun its own sums at zero."""
+    """Begins every sum at zero, as `Trainer` does its own, and gives a resumed run what its checkpoint had measured."""
 
     def __init__(self, trainer: ResumingMixin) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._restore_measured()
+        trainer = self.trainer
+        trainer.meter.begin()
+        trainer.policy.begin_training()
+        trainer._metrics["train"].clear()
+        trainer._total_train_tokens = 0
+        trainer._restore_measured()
 
 
 def _saved_steps(out: str) -> int | None:

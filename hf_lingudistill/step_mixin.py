@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -102,7 +103,7 @@ class StepMixin(TeacherMixin):
         )
         if measured and not quantised:
             self.first_batch.quantization_kl = 0.0
-        judged = args.anchor == "before" and not args.anchor_cache and not (sampled and self._all_marked)
+        judged = args.anchor == "before" and not args.anchor_cache and not (sampled and self._lm_judges_all)
         return DistillStep(
             student,
             self.teacher,
@@ -120,13 +121,18 @@ class StepMixin(TeacherMixin):
     def _all_marked(self) -> bool:
         return self.has_distill_column is False or self.distill_share == 1.0
 
+    @property
+    def _lm_judges_all(self) -> bool:
+        """On-policy: whether neither training nor evaluation has rows that are left to the VLM before."""
+        return self._all_marked and all_marked(self.eval_dataset, self.args.distill_column)
+
     def _make_before(self, student: PreTrainedModel, *, sampled: bool) -> Before | None:
         """The VLM before, where `anchor` or `kv_source` asks for it."""
         args = self.args
         asking = [name for name in ("kv_source", "anchor") if getattr(args, name) == "before"]
-        if sampled and self._all_marked and "anchor" in asking:
+        if sampled and self._lm_judges_all and "anchor" in asking:
             asking.remove("anchor")  # there it is the default, for whatever rows are not marked
-        if self._all_marked and "anchor" in asking:
+        if self._all_marked and "anchor" in asking and not sampled:
             logger.warning(
                 "anchor='before' changes nothing: it judges rows that are marked false, and there are none."
             )
@@ -142,7 +148,7 @@ class StepMixin(TeacherMixin):
             if asking != ["kv_source"] or not args.kv_source_left_out:
                 raise
             logger.warning("The teacher reads the student's own keys and values, which training moves: %s", error)
-            args.kv_source = "student"
+            args.kv_source, args.kv_source_gave_way = "student", True
             return None
         logger.info("The VLM before (%s): %.1f MiB beside the student", " and ".join(asking), before.footprint / 2**20)
         return before
@@ -215,14 +221,63 @@ class StepMixin(TeacherMixin):
         return self.model.get_base_model() if is_peft_model(self.model) else self.model  # type: ignore[no-any-return]
 
 
-def check_best_metric(args: Any, evaluation: Any) -> None:
-    """Of several evaluation sets, the best checkpoint is chosen by one. evaluation: one set, several by name, or None.
+def all_marked(given: Any, column: str) -> bool:
+    """Whether every row of one set, or of several by name, is known to be marked. A stream that has the column, or does not tell its
+    columns, is not."""
+    sets = given.values() if isinstance(given, dict) else [] if given is None else [given]
+    return all(
+        column not in (one.column_names or [column]) or (hasattr(one, "__len__") and all(one[column])) for one in sets
+    )
+
+
+# What an evaluation gives without `compute_metrics`: TRL's, then ours
+EVALUATED = (
+    *(
+        "loss",
+        "entropy",
+        "mean_token_accuracy",
+        "num_tokens",
+        "aux_loss",
+        "runtime",
+        "model_preparation_time",
+        "samples_per_second",
+        "steps_per_second",
+    ),
+    *(
+        "ce_loss",
+        "kd_loss",
+        "teacher_ce",
+        "student_ce",
+        "teacher_agreement",
+        "teacher_entropy",
+        "confident_share",
+        "anchor_kl",
+    ),
+    *("distilled_tokens", "anchored_tokens", "answer_tokens"),
+)
+
+
+def check_best_metric(args: Any, evaluation: Any, *, computed: bool) -> None:
+    """What the best checkpoint is chosen by: a value that an evaluation gives, and of several evaluation sets that of one.
+
+    Args:
+        evaluation: one set, several by name, or None. computed: whether `compute_metrics` or a subclass gives values that are
+            not known here.
 
     Raises:
-        ValueError: if `metric_for_best_model` names none of several.
+        ValueError: if `metric_for_best_model` names none.
     """
     metric = args.metric_for_best_model or ("loss" if args.load_best_model_at_end else None)
-    if metric is None or not isinstance(evaluation, dict) or not evaluation:
+    if metric is None or not evaluation:
+        return
+    if not isinstance(evaluation, dict):
+        plain = metric.removeprefix("eval_")
+        if not computed and plain not in EVALUATED:
+            near = difflib.get_close_matches(plain, EVALUATED, n=1)
+            meant = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(EVALUATED)}."
+            raise ValueError(
+                f"metric_for_best_model={metric!r} is none of the values that an evaluation gives: {meant}"
+            )
         return
     if not any(metric.removeprefix("eval_").startswith(f"{name}_") for name in evaluation):
         raise ValueError(

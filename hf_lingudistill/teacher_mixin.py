@@ -76,6 +76,8 @@ class TeacherMixin(_Trainer):
         Raises:
             ValueError: if no teacher is named, or student and teacher do not fit, or the adapter is none that it can follow.
         """
+        if args.kv_source_gave_way and args.kv_source == "student":  # in another trainer
+            args.kv_source, args.kv_source_gave_way = "before", False
         adapter = kwargs.get("peft_config")
         if not isinstance(model, str) and is_peft_model(model):
             adapter = model.active_peft_config

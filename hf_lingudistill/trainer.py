@@ -83,7 +83,8 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
             )
         self.choose_teacher(model, teacher_model, teacher_tokenizer, args, kwargs)
         train_dataset, eval_dataset = self.open_data(train_dataset, eval_dataset, args, kwargs)
-        check_best_metric(args, eval_dataset)
+        own_values = kwargs.get("compute_metrics") is not None or type(self) is not LinguDistillTrainer
+        check_best_metric(args, eval_dataset, computed=own_values)
         if isinstance(model, str):
             # SFTConfig owns the mapping; weights load from safetensors only
             args.model_init_kwargs = {"use_safetensors": True, **as_dict(args.model_init_kwargs)}

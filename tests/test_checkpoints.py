@@ -327,6 +327,36 @@ def test_log_between_whose_entries_a_checkpoint_fell_is_that_of_the_whole_run(
     assert resumed.state.log_history[-1]["train_loss"] > 0
 
 
+def test_a_run_is_resumed_with_the_loss_and_the_rows_that_it_had(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """The control goes on: the same options, more steps, another batch, and a checkpoint of before the options were kept."""
+    settings: dict[str, Any] = {**SETTINGS, "max_steps": 2, "save_steps": 1, "output_dir": str(tmp_path / "run")}
+    settings |= {"train_dataset": tiny.make_dataset(12), "kv_sharing": "vision", "kv_source": "student"}
+    make_trainer(**settings).train()
+    before = contents(tmp_path / "run")
+    for changed in (
+        {"kv_sharing": "none"},
+        {"kv_source": "before"},
+        {"ce_weight": 0.25},
+        {"distill_margin": 0.5},
+        {"temperature": 2.0},
+        {"anchor": "before"},
+        {"learning_rate": 0.5},
+        {"seed": 7},
+    ):
+        ((name, value),) = changed.items()
+        trainer = make_trainer(**{**settings, "max_steps": 3, **changed})
+        with pytest.raises(
+            ValueError, match=f"was trained with {name}=.*; found {name}={value!r}. Resume it with the options"
+        ):
+            trainer.train(resume_from_checkpoint=True)
+        assert contents(tmp_path / "run") == before
+    make_trainer(**{**settings, "max_steps": 3, "per_device_train_batch_size": 2}).train(resume_from_checkpoint=True)
+    (tmp_path / "run/checkpoint-3/lingudistill.json").unlink()
+    trainer = make_trainer(**{**settings, "max_steps": 4, "learning_rate": 0.5})
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import tiny
 import yaml
+from datasets import Dataset
 from peft.tuners.tuners_utils import check_target_module_exists
 from trl import get_peft_config
 
+from hf_lingudistill import LinguDistillTrainer
 from hf_lingudistill.labs.demo import recipe
 from hf_lingudistill.options import DistillOptions
 from hf_lingudistill.pace import Pace
@@ -175,6 +177,40 @@ def test_debug_shows_the_traceback(
     monkeypatch.setenv("LINGUDISTILL_DEBUG", "1")
     with pytest.raises(ValueError, match="max_steps must be above 0"):
         run(saved_pair, data, tmp_path / "out", "--max_steps", "0")
+
+
+def test_an_error_in_the_middle_says_where_the_run_stands(
+    saved_pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that cannot be used, and an error that nobody foresaw. The control is the same run without either."""
+    rows = tiny.make_rows(48)
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    tiny.make_dataset(48).save_to_disk(good)
+    rows[44]["images"] = [{"bytes": b"no picture", "path": None}]
+    Dataset.from_list(rows, features=tiny.make_dataset(2).features).save_to_disk(bad)
+    flags = ("--per_device_train_batch_size", "8", "--save_strategy", "steps", "--save_steps", "2", "--max_steps", "6")
+    flags += ("--train_sampling_strategy", "sequential")
+    assert run(saved_pair, tmp_path, tmp_path / "whole", *flags, dataset="good") == 0
+    capsys.readouterr()
+    out = tmp_path / "out"
+    assert run(saved_pair, tmp_path, out, *flags, dataset="bad") == 2
+    stands = f"the last complete checkpoint is '{out / 'checkpoint-4'}': go on with --resume_from_checkpoint true."
+    assert re.search(r"error: Row 44.* Stopped in step [56]; " + re.escape(stands), capsys.readouterr().err)
+    assert (
+        run(saved_pair, tmp_path, out, *flags, "--resume_from_checkpoint", "true", "--skip_bad_rows", dataset="good")
+        == 0
+    )
+
+    def fails(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 3:
+            raise RuntimeError("CUDA out of memory")
+        return compute_loss(self, *args, **kwargs)
+
+    compute_loss = LinguDistillTrainer.compute_loss
+    monkeypatch.setattr(LinguDistillTrainer, "compute_loss", fails)
+    with pytest.raises(RuntimeError) as caught:
+        run(saved_pair, tmp_path, tmp_path / "third", *flags, dataset="good")
+    assert "Stopped in step 4; the last complete checkpoint is" in caught.value.__notes__[0]
 
 
 def test_a_finished_run_that_is_resumed_says_so_and_stays(

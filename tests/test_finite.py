@@ -108,6 +108,93 @@ def test_run_goes_on_from_where_it_stopped(make_trainer: MakeTrainer, tmp_path: 
     assert all(torch.isfinite(p).all() for p in mended.model.parameters())
 
 
+@pytest.mark.parametrize("save_steps", [1, 100])
+def test_what_a_stop_leaves_counts_nothing_of_the_step_that_was_dropped(
+    make_trainer: MakeTrainer, tmp_path: Path, save_steps: int
+) -> None:
+    """A checkpoint that the run has written already stays as it is; one that the stop writes holds the sums of the steps before it. The
+    gradient alone is spoilt, so that the dropped step's loss is a number."""
+    whole = make_trainer(
+        **SETTINGS, save_strategy="steps", save_steps=1, logging_steps=STEPS, output_dir=str(tmp_path / "whole")
+    )
+    whole.train()
+    expected = json.loads((tmp_path / "whole/checkpoint-1/lingudistill_measured_0.json").read_text())
+    settings = {**SETTINGS, "save_strategy": "steps", "save_steps": save_steps, "logging_steps": STEPS}
+    trainer = make_trainer(**settings, output_dir=str(tmp_path / "stopped"))
+    trainer.add_callback(SpoiltGradient(trainer.model))
+    with pytest.raises(NotFinite, match="the gradient is not finite, .* saved in checkpoint-1"):
+        trainer.train()
+    found = json.loads((tmp_path / "stopped/checkpoint-1/lingudistill_measured_0.json").read_text())
+    assert found == expected and found["loss"] > 0 and found["tokens"] > 0
+    resumed = make_trainer(**settings, output_dir=str(tmp_path / "stopped"))
+    resumed.train(resume_from_checkpoint=True)
+    ours, theirs = (run.state.log_history[0] for run in (resumed, whole))
+    assert {name: ours[name] for name in ("loss", "num_tokens", "ce_loss")} == {
+        name: theirs[name] for name in ("loss", "num_tokens", "ce_loss")
+    }
+
+
+class SpoiltGradient(TrainerCallback):
+    """Makes a gradient of the second step infinite."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.now = 0
+        next(p for p in model.parameters() if p.requires_grad).register_hook(
+            lambda gradient: gradient * math.inf if self.now == BAD_STEP else gradient
+        )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.now = state.global_step + 1
+
+
+class BreaksOff(TrainerCallback):
+    """Ends the first training between the micro-batches of a step, of which one was not finite."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step + 1 == BAD_STEP and not self.done:
+            self.done = True
+            raise RuntimeError("out of memory, say")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_training_after_one_that_broke_off_counts_and_judges_its_own_batches(
+    make_trainer: MakeTrainer, tmp_path: Path, resume: bool
+) -> None:
+    """The broken step's first batch was not finite; the same trainer is then trained again, and logs what a new one does."""
+    settings = {
+        **SETTINGS,
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "logging_steps": STEPS,
+    }
+    # What an optimizer and a schedule remember stays with a trainer
+    settings |= {"train_dataset": tiny.make_dataset(16), "optim": "sgd", "lr_scheduler_type": "constant"}
+
+    def make(name: str, **more: Any) -> Any:
+        return make_trainer(**settings, output_dir=str(tmp_path / name), overwrite_output_dir=True, **more)
+
+    trainer, broken = make("again"), BreaksOff()
+    poison = Poisoned(trainer._plain_student())
+    trainer.add_callback(poison)
+    trainer.add_callback(broken)
+    start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="out of memory, say"):
+        trainer.train()
+    poison.steps = ()
+    if not resume:
+        trainer.model.load_state_dict(start)
+    trainer.train(resume_from_checkpoint=resume or None)
+    whole = make("whole")
+    whole.train()
+    ours, theirs = (run.state.log_history[0] for run in (trainer, whole))
+    for name in ("loss", "num_tokens", "ce_loss", "answer_tokens", "distilled_tokens", "entropy"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
 def test_skipped_step_leaves_weights_and_moments_alone(

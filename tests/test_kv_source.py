@@ -18,7 +18,7 @@ from test_anchor import WEIGHT, log_of, lora, make_batch, two_models
 from test_trainer import TOLERANCE, counted, difference, gradients_of, mixed_batch, reference, step
 from tiny import moved
 
-from hf_lingudistill import LinguDistillConfig
+from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
 from hf_lingudistill.anchor import Before, make_before
 from hf_lingudistill.meter import LED_ASTRAY, Meter
 from hf_lingudistill.student_kv import recording
@@ -259,6 +259,12 @@ def test_left_out_it_gives_way_to_an_adapter_that_changes_the_weights_under_it(
     assert "The teacher reads the student's own keys and values, which training moves" in caplog.text
     with pytest.raises(ValueError, match="changes the weights under the adapter"):  # control: where it was asked for
         make_trainer(kv_sharing="vision", kv_source="before", peft_config=pissa)
+    # The same options in another trainer: what gave way to the adapter holds for that trainer alone
+    models = {"processing_class": tiny.make_processor(), "teacher_tokenizer": tiny.make_tokenizer(extra=False)}
+    again = LinguDistillTrainer(
+        tiny.make_vlm(0), trainer.args, teacher_model=tiny.make_lm(1), train_dataset=tiny.make_dataset(4), **models
+    )
+    assert again.args.kv_source == "before" and again.step.source is not None
 
 
 def test_a_teacher_that_is_led_astray_is_noticed(caplog: pytest.LogCaptureFixture) -> None:

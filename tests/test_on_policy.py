@@ -467,6 +467,31 @@ def test_evaluation_samples_as_well(make: Make) -> None:
         texts.evaluate(prompts())
 
 
+def test_rows_of_an_evaluation_that_are_not_marked_have_a_judge(make: Make) -> None:
+    """All rows of the training set are marked. The control is a training set that has both: the same judges, the same loss."""
+    marked, unmarked = (
+        [{**row, "distill": True} for row in prompts()],
+        [row for row in prompts(8) if not row["distill"]],
+    )
+
+    def evaluated(train: list[dict[str, Any]], evaluation: Any) -> dict[str, float]:
+        trainer = tiny.moved(make(train_dataset=train, eval_dataset=evaluation))
+        torch.manual_seed(5)
+        found: dict[str, float] = trainer.evaluate()
+        return found
+
+    alone, control = evaluated(marked, unmarked), evaluated(prompts(), unmarked)
+    assert alone["eval_loss"] == pytest.approx(control["eval_loss"], rel=1e-6) and alone["eval_loss"] > 0
+    assert make(train_dataset=marked, eval_dataset={"one": marked, "two": unmarked}).step.judge is not None
+    trainer = make(train_dataset=marked, eval_dataset=marked)
+    assert trainer.step.judge is None
+    with pytest.raises(
+        ValueError, match="marks false, and no VLM before is there to judge them, .* pass it as eval_dataset"
+    ):
+        trainer.evaluate(unmarked)
+    trainer.evaluate(marked)
+
+
 def test_the_vlm_before_is_there_for_rows_that_need_it_alone(make: Make, caplog: Any) -> None:
     unmarked = [{k: v for k, v in row.items() if k != "distill"} for row in prompts()]
     trainer = make(train_dataset=unmarked)

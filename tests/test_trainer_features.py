@@ -27,6 +27,7 @@ from trl import SFTTrainer
 
 import hf_lingudistill.teacher_mixin as teacher_module
 from hf_lingudistill import LinguDistillTrainer, check_compatibility
+from hf_lingudistill.step_mixin import EVALUATED
 
 MakeTrainer = Callable[..., Any]
 
@@ -366,6 +367,26 @@ def test_of_several_evaluation_sets_one_is_named_to_choose_the_best_checkpoint(m
     assert trainer.state.best_metric == logs_with(trainer, "eval_second_ce_loss")[0]["eval_second_ce_loss"]
     assert trainer.state.best_metric != logs_with(trainer, "eval_first_ce_loss")[0]["eval_first_ce_loss"]
     make_trainer(eval_dataset=sets["first"], **best)  # control: of one set there is no question
+
+
+def test_a_value_that_no_evaluation_gives_cannot_choose_the_best_checkpoint(make_trainer: MakeTrainer) -> None:
+    """The control: every value that one gives, and a value of the user's own."""
+    one = tiny.make_dataset(4, seed=1)
+    best = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True, "eval_dataset": one}
+    with pytest.raises(
+        ValueError, match="metric_for_best_model='eval_ce_los' is none of the values .*: did you mean 'ce_loss'"
+    ):
+        make_trainer(metric_for_best_model="eval_ce_los", **best)
+    with pytest.raises(
+        ValueError, match="'accuracy-of-mine' is none of the values that an evaluation gives: known are loss, "
+    ):
+        make_trainer(metric_for_best_model="accuracy-of-mine", **best)
+    make_trainer(
+        metric_for_best_model="accuracy-of-mine", compute_metrics=lambda prediction: {"accuracy-of-mine": 1.0}, **best
+    )
+    trainer = make_trainer(metric_for_best_model="eval_ce_loss", **best, anchor="before")
+    given = {name.removeprefix("eval_") for name in trainer.evaluate() if name != "epoch"}
+    assert given <= set(EVALUATED), given - set(EVALUATED)
 
 
 def test_prediction_leaves_no_trace_in_the_next_evaluation(make_trainer: MakeTrainer) -> None:

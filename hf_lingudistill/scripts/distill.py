@@ -171,6 +171,8 @@ def distill(
         BadInput: for whatever happens before the first step.
         Interrupted: by Ctrl-C, once the training has begun.
     """
+    from ..checkpoints import CheckpointError
+    from ..finite import NotFinite
     from ..hub.publish import Published
 
     trainer = None
@@ -183,9 +185,11 @@ def distill(
             trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
         seconds = time.perf_counter() - started
     except Exception as error:
-        if trainer is not None and trainer.pace.started:
-            raise
-        raise BadInput(one_sentence(error)) from error
+        if trainer is None or not trainer.pace.started:
+            raise BadInput(one_sentence(error)) from error
+        if not isinstance(error, NotFinite | CheckpointError):  # they say themselves where the run stands
+            error.add_note(f"{trainer.stopped()}.")
+        raise
     with _interruptible(trainer):
         save(trainer, merge_adapter=script_args.merge_adapter)
         say(end_summary(trainer, seconds))
@@ -371,7 +375,8 @@ def _reported(error: Exception) -> int:
     # OSError: also an unreachable Hub (ConnectionError) and a checkpoint that could not be written
     if not isinstance(error, ValueError | OSError | ImportError) or os.environ.get("LINGUDISTILL_DEBUG") == "1":
         raise error
-    print(f"error: {one_sentence(error)} (LINGUDISTILL_DEBUG=1 shows the traceback)", file=sys.stderr)
+    where = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
+    print(f"error: {one_sentence(error)}{where} (LINGUDISTILL_DEBUG=1 shows the traceback)", file=sys.stderr)
     return BAD_INPUT
 
 
