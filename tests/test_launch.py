@@ -141,6 +141,12 @@ def test_two_processes_killed_in_a_checkpoint_go_on_to_the_same_end(
     resumed = launch(arguments, out, "--resume_from_checkpoint", "true", processes=2)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert (out / "model.safetensors").read_bytes() == (together[0] / "model.safetensors").read_bytes()
+    # As if it had been killed once more, after its last checkpoint and while its model was saved
+    (out / "lingudistill.json").unlink()
+    (out / "model.safetensors").write_bytes(b"half")
+    ended = launch(arguments, out, "--resume_from_checkpoint", "true", processes=2)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert (out / "model.safetensors").read_bytes() == (together[0] / "model.safetensors").read_bytes()
 
 
 def test_a_bad_row_on_one_process_ends_both_with_its_name(arguments: list[str], tmp_path: Path) -> None:
