@@ -55,6 +55,8 @@ ARM_TITLES = {
     "ce_instructions": "CE, 8 of 16 rows are instructions",
     "none_instructions": "`none`, 8 of 16 rows are instructions",
     "vision_before_ce05_instructions": "the default, 8 of 16 rows are instructions",
+    "vision_before_ce05_instructions_07": "the default, 8 of 16 rows are instructions, then .3 of the original mixed in",
+    "vision_before_ce05_instructions_05": "the default, 8 of 16 rows are instructions, then .5 of the original mixed in",
     "ce_long": "CE, 160 steps",
     "none_long": "`none`, 160 steps",
     "vision_before_ce05_long": "the default, 160 steps",

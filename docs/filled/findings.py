@@ -225,7 +225,45 @@ def five_artists_cpu_says() -> str:
             )
         )
     lines += _read_twice(arms)
+    lines += _instructions(with_text)
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _instructions(arms: dict[str, Any]) -> list[str]:
+    """Whether text rows that demand a form bring instruction following back: regime M, seed 0."""
+    original = read(ON_A_CPU)["regimes"]["P"]["severe"]["original"]
+    default = "vision_before_ce05"
+    asked = f"{default}_instructions"
+    if not {default, asked} <= set(arms):
+        return []
+
+    def follows(arm: dict[str, Any]) -> str:
+        return (
+            f"{arm['ifeval_strict']['mean']:.3f} ({arm['ifeval_tokens']['mean']:.0f} tokens, {arm['ifeval_stopped']['mean']:.0%} of the answers "
+            "ended)"
+        )
+
+    line = (
+        f"*Text rows that ask for a form* (`*_instructions`: half of the rows are instructions of IFEval's kind, none of them IFEval's, answered by the "
+        f"original in up to 256 tokens). Of IFEval's prompts the original follows {follows(original)}, the default with short questions as text "
+        f"rows {follows(arms[default])}, with instructions {follows(arms[asked])}"
+    )
+    for arm, title in (
+        ("ce_instructions", "cross-entropy on the same rows"),
+        ("none_instructions", "a blind teacher"),
+    ):
+        if arm in arms:
+            line += f", {title} {follows(arms[arm])}"
+    line += "."
+    mixed = [(share, f"{asked}_{name}") for share, name in ((".3", "07"), (".5", "05")) if f"{asked}_{name}" in arms]
+    if mixed:
+        each = ", ".join(
+            f"{share} of it {arms[arm]['ifeval_strict']['mean']:.3f} (text {arms[arm]['text_kl']['mean']:.3f}, pictures "
+            f"{arms[arm]['image_kl']['mean']:.3f}, names {arms[arm]['naming_seen']['mean']:.2f})"
+            for share, arm in mixed
+        )
+        line += f" The default so trained, with the original's weights mixed in: {each}."
+    return [line]
 
 
 def _read_twice(arms: dict[str, Any]) -> list[str]:
