@@ -290,7 +290,7 @@ class CacheMixin(_Trainer):
                 self.first_batch.answered(shared, queries, states)
             states = states.to("cpu")
             for b, part in _by_row(queries.loss_rows.to("cpu")):
-                found = flat_readings(states[part], once=bool(plan.text_only[b]))
+                found = flat_readings(states[part], once=not plan.has_image[b])
                 self.teacher_cached.add(keys[b], {"states": found}, {"tokens": float(part.numel())})
 
     def _read(self, own: dict[str, Any]) -> SharedKV:

@@ -21,9 +21,9 @@ from .sharing import Sharing
 class Vocabulary:
     """What the tokens of a student mean to its teacher.
 
-    size: the student's vocabulary. shared_size: ids below it are the same token to both. unreadable: further ids that the
-    teacher cannot read: image placeholders inside the LM's vocabulary. aliases: student id -> teacher id of tokens that
-    mean the same under another name: the end of a turn.
+    size: the student's vocabulary. shared_size: ids below it are the same token to both. unreadable: the student's image
+    placeholders, which the teacher cannot read, wherever they lie; none where its config names none. aliases: student id -> teacher
+    id of tokens that mean the same under another name: the end of a turn.
     """
 
     size: int
@@ -39,6 +39,10 @@ class Vocabulary:
         for ours, _ in self.aliases:
             known |= ids == ours
         return known
+
+    def images(self, ids: torch.Tensor) -> torch.Tensor:
+        """Bool, like ids: a place of an image. Where no placeholder is known, whatever the teacher cannot read."""
+        return torch.isin(ids, torch.tensor(self.unreadable, device=ids.device)) if self.unreadable else ~self.readable(ids)
 
     def scorable(self, ids: torch.Tensor) -> torch.Tensor:
         """Bool, like ids: the teacher has a probability for this token as a label. A token that its turns end with speaks for
@@ -77,7 +81,7 @@ class QueryPlan:
     distilled. asked_rows: (R,) batch rows. slots: (R, W) queries of each row, the last repeated as padding. flat: (Q,) where each
     query lies in the flattened (R, W). label_rows, label_positions: (M,) positions t with a label at t + 1, the N loss
     positions first. batch, length: B and T. marked: (B,) bool, the rows to distil. text_only: (B,) bool, the row has no token that
-    the teacher cannot read.
+    the teacher cannot read. has_image: (B,) bool.
     """
 
     sharing: Sharing
@@ -96,6 +100,7 @@ class QueryPlan:
     label_positions: torch.Tensor
     marked: torch.Tensor
     text_only: torch.Tensor
+    has_image: torch.Tensor
     # What the teacher reads a second time, without images, and which of the N loss positions those are, (K,); None: nothing
     blind: QueryPlan | None = field(default=None)
     blind_loss: torch.Tensor | None = field(default=None)
@@ -208,7 +213,7 @@ class Planner:
         plan = self._plan(batch, self.sharing, batch.get("distill"))
         if self.blind is None:
             return plan
-        seen = ~plan.text_only
+        seen = plan.has_image
         loss = seen[plan.loss_rows].nonzero().flatten()
         if not loss.numel() and not self.at_least_one:
             return plan
@@ -269,8 +274,9 @@ def plan_queries(
     last = torch.where(loss, where, -1).amax(dim=1, keepdim=True)  # nothing after it can reach the loss
     own = sharing.own(readable, labelled, attended) & (where <= last)
     queried = loss | own
-    # No image token is a label
-    read = attended & ((~readable & ~labelled) | ((where <= last) & ~own))
+    # An image needs all its places, in rows that the teacher does not read too, and where they are labels (of running text)
+    images = vocabulary.images(input_ids) & attended
+    read = images | (attended & ((~readable & ~labelled) | ((where <= last) & ~own)))
     if at_least_one and not bool(queried.any()):
         queried[0, 0] = True
         own[0, 0] = sharing.own(readable | True, labelled, attended)[0, 0]
@@ -305,6 +311,7 @@ def plan_queries(
         label_positions=torch.cat([loss_at[1], other_at[1]]),
         marked=marked,
         text_only=text_only,
+        has_image=images.any(dim=1),
         has_text_loss=bool((loss.any(dim=1) & text_only).any()),
         has_unmarked_labels=distill is not None and bool((scored & ~marked.to(scored.device)[:, None]).any()),
         columns_read=int(torch.where(read, where + 1, 0).max()) if read.numel() else 0,

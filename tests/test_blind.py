@@ -125,7 +125,7 @@ def test_rows_of_text_are_read_once(make_trainer: MakeTrainer) -> None:
     trainer = moved(make_trainer(kv_sharing="vision", distill_tokens="all", blind_weight=0.5))
     batch = mixed_batch(trainer)
     plan = trainer.step.planner(batch)
-    image = (batch["input_ids"] >= len(tiny.make_tokenizer(extra=False))).any(dim=1)
+    image = torch.isin(batch["input_ids"], torch.tensor(trainer.compatibility.image_token_ids)).any(dim=1)
     assert plan.blind is not None and plan.blind_loss is not None
     assert plan.blind.asked_rows.tolist() == (image & batch["distill"]).nonzero().flatten().tolist() != []
     assert len(plan.blind_loss) == plan.blind.num_loss < plan.num_loss
@@ -139,6 +139,29 @@ def test_rows_of_text_are_read_once(make_trainer: MakeTrainer) -> None:
     with counted(decoder) as of_text:
         step(trainer, texts)
     assert len(calls) == 2 * len(of_text) == 2
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
+def test_a_text_with_a_word_of_the_vlms_own_has_no_image(
+    make_trainer: MakeTrainer, tmp_path: Path, cached: bool
+) -> None:
+    given = {"kv_sharing": "vision", "kv_source": "before", "teacher_cache": cached}
+    trainer = trainer_of(make_trainer, tmp_path / "twice", blind_weight=0.5, **given)
+    once = trainer_of(make_trainer, tmp_path / "once", blind_weight=0.0, **given)
+    rows = [row for row in trainer.train_dataset if row["distill"]]
+    batch = trainer.data_collator(rows)
+    plan, image = batch["queries"], torch.tensor([bool(row["images"]) for row in rows])
+    own = ~image & ~plan.text_only
+    assert own.any() and image.any()  # such a text is there, and images are
+    assert plan.has_image.tolist() == image.tolist()
+    assert plan.blind.asked_rows.tolist() == image.nonzero().flatten().tolist()
+    texts = [row for row, seen in zip(rows, image.tolist(), strict=True) if not seen]
+    losses = [step(one, one.data_collator([dict(row) for row in texts]))[0] for one in (trainer, once)]
+    assert losses[0] == losses[1]
+    # Control: rows with an image are told something else
+    seen = [row for row, has in zip(rows, image.tolist(), strict=True) if has]
+    losses = [step(one, one.data_collator([dict(row) for row in seen]))[0] for one in (trainer, once)]
+    assert abs(losses[0] - losses[1]) > 1e-5
 
 
 def test_without_images_it_is_said_to_change_nothing(

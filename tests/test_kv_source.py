@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -170,6 +171,44 @@ def test_no_row_loses_an_image_token(make_trainer: MakeTrainer) -> None:
     last = [int((image[row] & (batch["labels"][row] == -100)).nonzero().max()) + 1 for row in (0, 1)]
     assert last[1] > last[0] and plan.columns_read == max(last)
     step(trainer, batch)
+
+
+@pytest.mark.parametrize("kind", ["running text", "every turn"])
+def test_an_image_that_is_trained_on_keeps_its_places(
+    make_trainer: MakeTrainer, kind: str
+) -> None:
+    """Its tokens are labels, as in plain SFT. The first batch says that rows can be cut; in the second, a row that is not marked has its
+    image late."""
+    text = "wait and see what comes behind all of this text "
+
+    def row(late: bool, marked: bool) -> dict[str, Any]:
+        images = [row["images"][0] for row in tiny.make_rows(4) if row["images"]][:1]
+        if kind == "running text":
+            parts = [text * 2, "<image>", text] if late else ["<image>", text * 3]
+            return {"text": "".join(parts), "images": images, "distill": marked}
+        asked = [{"type": "image"}, {"type": "text", "text": "what?"}]
+        turns = [
+            {"role": "user", "content": [{"type": "text", "text": text * 2}, *asked] if late else asked},
+            {"role": "assistant", "content": [{"type": "text", "text": text * 2}]},
+        ]
+        return {"messages": turns, "images": images, "distill": marked}
+
+    rows = [row(late=False, marked=True), row(late=False, marked=False), row(False, True), row(late=True, marked=False)]
+    given = {"kv_source": "before", "kv_sharing": "vision", "distill_tokens": "all", "answers_only": kind != "every turn"}
+    trainer = make_trainer(train_dataset=rows, **given)
+    batches = [trainer.data_collator([trainer.train_dataset[i] for i in pair]) for pair in ((0, 1), (2, 3))]
+    images = torch.isin(batches[1]["input_ids"], torch.tensor(trainer.compatibility.image_token_ids))
+    assert (batches[1]["labels"][images] != -100).all() and images.any(dim=1).all()
+    last = int(images.any(dim=0).nonzero().max()) + 1
+    assert last <= batches[1]["queries"].columns_read < 0.9 * images.shape[1]
+    for batch in batches:
+        batch.pop("lingudistill_row", None)
+        step(trainer, batch)
+    assert trainer.step.lends
+    # Control: the places of images that are labels are left out
+    batches[1]["queries"] = replace(batches[1]["queries"], columns_read=int(images[0].nonzero().max()) + 2)
+    with pytest.raises(ValueError, match="[Ii]mage"):
+        step(trainer, batches[1])
 
 
 def test_inputs_are_those_of_the_vlm_before(make_trainer: MakeTrainer) -> None:

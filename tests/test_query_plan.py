@@ -368,3 +368,20 @@ def test_padded_text_is_text(side: str) -> None:
     padded = Rows([join(ids, pad), [IMAGE, 3, 4, 5, 3]], [join(labels, [-100] * 2)] * 2, [join(mask, [0, 0]), [1] * 5])
     plan = padded.plan("prompt")
     assert plan.text_only.tolist() == [True, False] and plan.has_text_loss
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("named", [False, True], ids=["no placeholder is named", "a placeholder is named"])
+def test_every_place_of_an_image_is_within_the_columns(labelled: bool, named: bool) -> None:
+    """Whether it is a label or not, in a row that the teacher does not read; a token of the student's own behind it is no image."""
+    image = IMAGE if named else VOCAB - 2
+    ids = torch.tensor([[image, 3, 4, 5, 3, 3], [3, 3, image, OWN_TOKEN, 3, 3], [3, OWN_TOKEN, 3, 3, 3, 3]])
+    labels = torch.full_like(ids, IGNORED)
+    labels[0, 2] = 4
+    labels[1:, 0 if labelled else 4 :] = ids[1:, 0 if labelled else 4 :]
+    marked = torch.tensor([True, False, False])
+    vocabulary = Vocabulary(VOCAB, SHARED, (IMAGE,) if named else ())
+    plan = queries.plan_queries(ids, labels, marked, sharing=sharing("vision"), vocabulary=vocabulary)
+    assert plan.columns_read == (3 if named and labelled else 4)
+    assert plan.has_image.tolist() == [True, True, not named]
+    assert plan.text_only.tolist() == [False, False, False]

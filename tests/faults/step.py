@@ -147,8 +147,8 @@ FAULTS = (
     Fault(
         "text-read-twice",
         "queries.py",
-        "seen = ~plan.text_only",
-        "seen = torch.ones_like(plan.text_only)",
+        "seen = plan.has_image",
+        "seen = torch.ones_like(plan.has_image)",
         "rows without an image are read a second time for the same answer",
         ("tests/test_blind.py::test_rows_of_text_are_read_once",),
     ),
