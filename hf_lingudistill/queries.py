@@ -42,7 +42,11 @@ class Vocabulary:
 
     def images(self, ids: torch.Tensor) -> torch.Tensor:
         """Bool, like ids: a place of an image. Where no placeholder is known, whatever the teacher cannot read."""
-        return torch.isin(ids, torch.tensor(self.unreadable, device=ids.device)) if self.unreadable else ~self.readable(ids)
+        return (
+            torch.isin(ids, torch.tensor(self.unreadable, device=ids.device))
+            if self.unreadable
+            else ~self.readable(ids)
+        )
 
     def scorable(self, ids: torch.Tensor) -> torch.Tensor:
         """Bool, like ids: the teacher has a probability for this token as a label. A token that its turns end with speaks for

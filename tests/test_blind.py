@@ -87,7 +87,7 @@ def expected_loss(model: Any, source: Any, batch: Any, mode: str, blind: float, 
     V = logits.shape[-1]
     sees, alone = (teacher_logits(tiny.make_lm(1), source, batch, name, V) for name in (mode, "none"))
     places = {place: index for index, place in enumerate(candidates(batch))}
-    has_image = (batch["input_ids"] >= len(tiny.make_tokenizer(extra=False))).any(dim=1)
+    has_image = (batch["input_ids"] == model.config.image_token_id).any(dim=1)  # not any token of the VLM's own
     total, count = torch.zeros(()).double(), 0
     for b, t in (labels[:, 1:] != -100).nonzero().tolist():
         ce = -logits[b, t].log_softmax(dim=-1)[labels[b, t + 1]]

@@ -240,7 +240,7 @@ FAULTS = (
     Fault(
         "images-of-other-rows-cut",
         "queries.py",
-        "read = attended & ((~readable & ~labelled) | ((where <= last) & ~own))",
+        "read = images | (attended & ((~readable & ~labelled) | ((where <= last) & ~own)))",
         "read = attended & ((where <= last) & ~own)",
         "rows that are not marked lose image tokens, and pixels have no place",
         (f"{KV_SOURCE}::test_no_row_loses_an_image_token",),
