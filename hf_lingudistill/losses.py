@@ -251,6 +251,13 @@ def _teacher_says(
     return (at_one, at_one.exp()), (softened, softened.exp())
 
 
+def _only_finite(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n, ...) -> the same with zeros for rows that are not finite, and which are, (n,) bool. A token that is not distilled has weight 0,
+    and 0 times NaN is NaN: cheaper here than over the vocabulary."""
+    sound = hidden.isfinite().flatten(1).all(dim=1)
+    return hidden.masked_fill(~sound.view(-1, *(1,) * (hidden.dim() - 1)), 0.0), sound
+
+
 def _mixed(log_p: list[torch.Tensor], second: float) -> torch.Tensor:
     """One or two log-probabilities (n, V) -> that of their mixture; second: the share of the second. Writes to them."""
     if len(log_p) == 1 or second == 0.0:
@@ -325,18 +332,18 @@ class _Score(torch.autograd.Function):
                 asked = slice(part.start, min(part.stop, N))
                 n = max(asked.stop - asked.start, 0)
                 if n:
-                    (log_t, p_t), theirs = _teacher_says(teacher_hidden[asked], teacher_head, weights)
-                    teacher_log_prob[asked] = log_t.gather(1, label[:n])[:, 0]
-                    teacher_entropy[asked] = -_dot(p_t, log_t)
+                    told, sound = _only_finite(teacher_hidden[asked])
+                    (log_t, p_t), theirs = _teacher_says(told, teacher_head, weights)
+                    teacher_log_prob[asked] = torch.where(sound, log_t.gather(1, label[:n])[:, 0], torch.nan)
+                    teacher_entropy[asked] = torch.where(sound, -_dot(p_t, log_t), torch.nan)
                     agrees[asked] = log_t.argmax(dim=-1) == top[:n]
                     passed = marked[asked]
                     if weights.margin is not None:
                         passed = passed & confident_tokens(teacher_log_prob[asked], -ce[:n], weights.margin)
-                    kd = passed * weights.divergence
+                    kd = torch.where(passed & ~sound, torch.nan, passed * weights.divergence)
                     ce_weight[:n] = torch.where(passed, weights.cross_entropy, weights.unjudged)
-                    value[asked], added = _divergence(
-                        *_softened(logits[:n], log_s[:n], p_s[:n], T), *theirs, weights.beta
-                    )
+                    apart, added = _divergence(*_softened(logits[:n], log_s[:n], p_s[:n], T), *theirs, weights.beta)
+                    value[asked] = torch.where(sound, apart, torch.nan)
                     chosen[asked] = passed
                 n_anchor = 0 if anchor is None else part.stop - max(part.start, N)
                 if anchor is not None and n_anchor > 0:
@@ -345,14 +352,15 @@ class _Score(torch.autograd.Function):
                     if isinstance(anchor, KeptAnchor):
                         kl, pull = divergence_from(anchor.kept[rest], *ours[1:])
                     else:
-                        before = _finish(_raw_logits(anchor.hidden[rest], anchor.head), anchor.head)
+                        hidden_b = anchor.hidden[rest].masked_fill(~asked_b[:, None], 0.0)
+                        before = _finish(_raw_logits(hidden_b, anchor.head), anchor.head)
                         log_b = torch.log_softmax(before, dim=-1)
                         theirs = _softened(before, log_b, log_b.exp(), T_b)
                         del before
                         kl, pull = _divergence(*_softened(*ours, T_b), *theirs, weights.anchor_beta)
                     anchor_kl[rest], anchored[rest] = torch.where(asked_b, kl, 0.0), asked_b
                     ce_weight[-n_anchor:] = torch.where(asked_b, 1.0 - weights.anchor, weights.unjudged)
-                # Not `kd * value` alone: what is not finite must not spoil a token that is not distilled
+                # Not `kd * value` alone: what is not finite must not spoil a token that is not distilled (nor its gradient, `_only_finite`)
                 loss[part] = ce_weight * ce
                 if n:
                     loss[asked] += torch.where(passed, weights.divergence * value[asked], 0.0)

@@ -15,7 +15,16 @@ from transformers.utils import is_triton_available
 
 from hf_lingudistill import losses
 from hf_lingudistill._internals import Head
-from hf_lingudistill.losses import UNSHARED_BIAS, Scores, Weights, confident_tokens, divergence, label_nll, score
+from hf_lingudistill.losses import (
+    UNSHARED_BIAS,
+    Anchor,
+    Scores,
+    Weights,
+    confident_tokens,
+    divergence,
+    label_nll,
+    score,
+)
 
 BETAS = (0.0, 0.3, 1.0)
 # Largest difference from the float64 reference as a share of the reference's largest entry: (value, gradient). In bf16
@@ -226,6 +235,49 @@ def test_a_divergence_that_is_not_finite_spoils_no_token_outside_the_gate() -> N
     assert torch.equal(said.chosen, fine) and said.divergence.isfinite().all()
     assert torch.equal(said.loss[1], said.cross_entropy[1]) and said.loss.isfinite().all()
     assert problem.score().loss.isfinite().tolist() == [*fine.tolist(), *[True] * (len(said.loss) - problem.count)]
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.7}, {"blind": 0.4}], ids=["plain", "temperature", "blind"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nor_its_gradient(bad: float, settings: dict[str, float], beta: float) -> None:
+    """Of a token that the gate leaves out, and of one in a row that has lost its mark."""
+    problem = make_problem()
+    if "blind" in settings:
+        problem.teacher_hidden = torch.stack([problem.teacher_hidden, problem.teacher_hidden.flip(0)], dim=1)
+    spoilt = dataclasses.replace(problem, teacher_hidden=problem.teacher_hidden.clone())
+    spoilt.teacher_hidden.view(problem.count, -1)[1, -1] = bad
+    out = torch.arange(problem.count) == 1
+
+    def scored(one: Problem, marked: torch.Tensor, margin: float | None) -> tuple[Any, list[torch.Tensor]]:
+        arguments = (one.hidden, one.head, one.labels, one.teacher_hidden, one.teacher_head)
+        said = score(*arguments, Weights(beta=beta, margin=margin, **settings), marked=marked)
+        return said, gradients(said.total, one)
+
+    expected, wanted = scored(problem, ~out, None)
+    for marked, margin in ((~out, None), (torch.ones_like(out), -1e3)):
+        said, found = scored(spoilt, marked, margin)
+        assert torch.equal(said.chosen, ~out) and torch.equal(said.loss, expected.loss)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+        assert said.teacher_log_prob.isnan().tolist() == out.tolist()  # which the watch asks for
+    # Control: what is distilled is told, in the loss and in the gradient
+    said, found = scored(spoilt, torch.ones_like(out), None)
+    assert said.loss[1].isnan() and not found[0][1].isfinite().any()
+
+
+def test_nor_does_the_vlm_before_where_it_is_not_asked() -> None:
+    problem = make_problem((8, 3, 37, 8, 6))
+    hidden, head, asked = torch.randn(5, 5), Head(torch.randn(37, 5)), torch.arange(5) % 3 != 1
+    arguments = (problem.hidden, problem.head, problem.labels, problem.teacher_hidden, problem.teacher_head)
+    results = []
+    for bad in (0.0, torch.nan):
+        hidden[~asked] = bad
+        said = score(*arguments, Weights(anchor=0.3), anchor=Anchor(hidden, head, asked))
+        results.append([said.loss, *gradients(said.total, problem)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and results[1][0].isfinite().all()
+    hidden[0] = torch.nan  # control
+    said = score(*arguments, Weights(anchor=0.3), anchor=Anchor(hidden, head, asked))
+    assert said.loss[problem.count].isnan() and gradients(said.total, problem)[0].isnan().any()
 
 
 def test_confident_tokens_are_those_whose_label_the_teacher_gives_at_least_the_students_probability() -> None:

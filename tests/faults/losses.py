@@ -127,8 +127,8 @@ FAULTS = (
     Fault(
         "teacher-entropy",
         "losses.py",
-        "teacher_entropy[asked] = -_dot(p_t, log_t)",
-        "teacher_entropy[asked] = -_dot(p_t, log_s[:n])",
+        "torch.where(sound, -_dot(p_t, log_t), torch.nan)",
+        "torch.where(sound, -_dot(p_t, log_s[:n]), torch.nan)",
         "the teacher's entropy is a cross-entropy",
         (f"{LOSSES}::test_what_is_said_of_both_models_is_that_of_the_definition",),
     ),
