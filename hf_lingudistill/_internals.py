@@ -91,6 +91,7 @@ CHECKPOINTING = {
 
 # What PEFT puts in place of a layer, or around it
 _ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+_UNDER_ADAPTER = ("base_layer", "original_module", "token_adapter")  # the way to the model's own
 _FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -101,6 +102,20 @@ def without_adapter(module: Any) -> Any:
     while isinstance(module, _ADAPTED):
         module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()
     return module
+
+
+def own_name(model: nn.Module, name: str) -> str | None:
+    """The name that a tensor of a model has without what PEFT put around modules; None where it is PEFT's own. By the modules that lie on
+    the way, not by their names: models have a `vision_adapter` and a `soft_emb_norm` of their own."""
+    found: list[str] = []
+    module: nn.Module | None = model
+    for part in name.split("."):
+        if not isinstance(module, _ADAPTED):
+            found.append(part)
+        elif part not in _UNDER_ADAPTER:
+            return None
+        module = None if module is None else module._modules.get(part)
+    return ".".join(found)
 
 
 def use_new_names(config: Any) -> None:

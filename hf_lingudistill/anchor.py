@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from ._internals import Head, decoder_of, gathered, head_of, keep_image_dtype
+from ._internals import Head, decoder_of, gathered, head_of, keep_image_dtype, own_name
 from .engines import SameModules, shard_model, sharding_of
 from .mixers import mixers_of
 from .sharing import Sharing
@@ -160,7 +160,7 @@ def make_before(
             "the cache out, so that it is asked in each step, or train under DDP or ZeRO-2."
         )
     if model is not student:
-        _check_adapter(model, asked_by, without)
+        _check_adapter(model, student, asked_by, without)
         return Before(student, lambda: _adapter_off(model), 0, sharded)
     if not kept:
         return Before(student, nullcontext, 0)
@@ -184,7 +184,7 @@ def make_before(
     return Before(frozen, nullcontext, sum(p.numel() * p.element_size() for p in frozen.parameters()))
 
 
-def _check_adapter(model: Any, asked_by: str, without: str) -> None:
+def _check_adapter(model: Any, student: nn.Module, asked_by: str, without: str) -> None:
     """Raise ValueError where the weights under an adapter are not those of the VLM before."""
     for config in model.peft_config.values():
         begins = getattr(config, "init_lora_weights", True)
@@ -193,8 +193,7 @@ def _check_adapter(model: Any, asked_by: str, without: str) -> None:
                 f"{asked_by}='before' takes the student with its adapter off for the VLM before, and init_lora_weights={begins!r} changes "
                 f"the weights under the adapter: use PEFT's default, or set {without}."
             )
-    own = (model.base_model.prefix, "modules_to_save", "trainable_tokens_")
-    under = [name for name, p in model.named_parameters() if p.requires_grad and not any(part in name for part in own)]
+    under = [name for name, p in student.named_parameters() if p.requires_grad and own_name(student, name) is not None]
     if under:
         raise ValueError(
             f"{asked_by}='before' takes the student with its adapter off for the VLM before, and {len(under)} parameters under the adapter "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,10 +20,11 @@ from .cached import LookUp, flat_readings, keys_of, still_rows
 from .engines import sharding_of
 from .first_batch import FirstBatch
 from .hub.run_facts import public_name
+from .identity import config_facts, digest, processor_facts, reading_digest, weights_digest
 from .losses import top_k
 from .progress import progress_bar
 from .queries import QueryPlan
-from .row_cache import RowCache, weights_digest
+from .row_cache import RowCache
 from .step import DistillStep, ask_teacher, own_inputs
 from .student_kv import SharedKV
 from .teacher import Teacher, head_alone, on_device
@@ -75,6 +74,11 @@ class CacheMixin(_Trainer):
         args = self.args
         if not (args.anchor_cache or args.teacher_cache):
             return
+        if self.data_collator.plan is None:
+            raise ValueError(
+                "anchor_cache and teacher_cache need every process to read its own batches, and dispatch_batches=True lets one read for all: "
+                "leave dispatch_batches out of accelerator_config, or leave the caches out."
+            )
         sets = self._sets()
         before = self._whole_before()
         folder = Path(args.cache_dir or Path(args.output_dir) / "caches")
@@ -93,7 +97,8 @@ class CacheMixin(_Trainer):
                 cache.check()
                 cache.read()
             self.data_collator.answers = keys_of
-            live = [self._fill(name, dataset, before) for name, dataset in sets.items()]
+            reading = reading_digest(self.data_collator, self.processing_class)
+            live = [self._fill(name, dataset, before, reading) for name, dataset in sets.items()]
         self.data_collator.answers = LookUp(
             self.anchor_cached, self.teacher_cached, args.kv_source == "before", self.step.planner
         )
@@ -152,43 +157,45 @@ class CacheMixin(_Trainer):
         student = self._plain_student()
         revision = (self.args.model_init_kwargs or {}).get("revision")
         name = str(getattr(student.config, "_name_or_path", "") or "")
-        images = getattr(self.processing_class, "image_processor", None)
         return {
-            "VLM before": _named(name, revision, student),
-            "image processor": None if images is None else _digest(images.to_dict()),
+            "VLM before": _named(name, revision, weights_digest(student)),
+            **config_facts("VLM before's config", student.config),
+            **processor_facts(self.processing_class),
         }
 
     def _of_teacher(self) -> dict[str, Any]:
-        args, mode = self.args, self.step.sharing
+        args, mode, model, vocabulary = self.args, self.step.sharing, self.teacher.model, self.teacher.vocabulary
+        weights = weights_digest(model, vocabulary=vocabulary.size)
         facts = {
-            "teacher": _named(self.teacher_name_or_path, args.teacher_model_revision, self.teacher.model),
+            "teacher": _named(self.teacher_name_or_path, args.teacher_model_revision, weights),
+            **config_facts("teacher's config", model.config),
             "part": self.teacher_part,
             "quantization": args.teacher_quantization,
             "computed in": f"{self.teacher_arithmetic}, {self._compute_dtype}",
             "kv_sharing": mode.name,
             "kv_source": args.kv_source,
             **({"reads twice": True} if args.blind_weight else {}),
-            "vocabulary": _digest(vars(self.teacher.vocabulary)),
+            "vocabulary": digest(vars(vocabulary)),
         }
-        if args.kv_source == "before" or mode.sees:
-            facts |= self._student_facts() if args.kv_source == "before" else {}
-            images = getattr(self.processing_class, "image_processor", None)
-            facts["image processor"] = None if images is None else _digest(images.to_dict())
+        if args.kv_source == "before":
+            facts |= self._student_facts()
+        elif mode.sees:
+            facts |= processor_facts(self.processing_class)
         elif mode.reads_student:  # of text rows: masks and rotary embedding
-            config = self._plain_student().config.get_text_config().to_dict()
-            facts["student's text config"] = _digest({k: v for k, v in config.items() if k not in _VOLATILE})
+            facts |= config_facts("student's text config", self._plain_student().config.get_text_config())
         return facts
 
     # ----------------------------------------------------------------------------------------------------------------
     # Asking
     # ----------------------------------------------------------------------------------------------------------------
-    def _fill(self, name: str, dataset: Dataset, before: Before | None) -> int:
-        """Ask about the rows of a dataset that are not in yet. -> number of rows that need the live teacher."""
+    def _fill(self, name: str, dataset: Dataset, before: Before | None, reading: str | None) -> int:
+        """Ask about the rows of a dataset that are not in yet; all are gone through unless they were before, and were read alike
+        (`reading_digest`). -> number of rows that need the live teacher."""
         args, accelerator = self.args, self.accelerator
-        title = f"{dataset._fingerprint}, {args.distill_column}, {args.max_length}"
+        title = None if reading is None else f"{dataset._fingerprint}, {reading}"
         dataset = self._remove_unused_columns(dataset, description=name)
         wanted = _asked_rows(dataset, args)
-        known = [cache.complete(title) for cache in self._caches]
+        known = [title and cache.complete(title) for cache in self._caches]
         if all(known):
             spread = wanted[:: max(1, len(wanted) // LOOKED_AT)]
             if self._go_through(dataset.select(spread), before, desc=None)[1] == 0:
@@ -198,7 +205,7 @@ class CacheMixin(_Trainer):
         for cache in self._caches:
             cache.flush()
         live = sum(gather_object([live]))
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and title is not None:
             for cache in self._caches:
                 cache.is_complete(title, {"rows": len(wanted), "live": live if cache is self.teacher_cached else 0})
         accelerator.wait_for_everyone()
@@ -360,17 +367,9 @@ class CacheMixin(_Trainer):
         )
 
 
-# Of a config, what says nothing about masks and positions
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation")
-
-
-def _named(name: str, revision: str | None, model: torch.nn.Module) -> str:
+def _named(name: str, revision: str | None, weights: str) -> str:
     where = (public_name(name) if name else "in memory") + (f" at {revision}" if revision else "")
-    return f"{where}, weights {weights_digest(model)}"
-
-
-def _digest(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return f"{where}, weights {weights}"
 
 
 def _asked_rows(dataset: Dataset, args: Any) -> list[int]:

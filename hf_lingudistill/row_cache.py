@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from .folders import claim, replacing
 
 HEADER, COMPLETE = "cache.json", "complete.json"
-FORMAT = 1
+FORMAT = 2
 PART_BYTES = 2**26
 Answer = dict[str, torch.Tensor]  # by name, each (tokens, ...)
 
@@ -42,20 +42,6 @@ def row_key(ids: torch.Tensor, labels: torch.Tensor, images: Iterable[Any]) -> b
         found.update(f"{image.mode}{image.size}".encode())
         found.update(image.tobytes())
     return found.digest()
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """A hash of a model's weights and lasting buffers, without what an adapter added."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, torch.Tensor) and not any(part in name for part in _ADDED):
-            found.update(f"{name.replace('.base_layer', '').replace('.original_module', '')}{tensor.dtype}".encode())
-            found.update(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
-
-
-# In the names of what PEFT adds to a model's state
-_ADDED = ("lora_", "modules_to_save", "trainable_tokens_", "adapter", "ia3_", "oft_", "vera_", "hada_", "lokr_")
 
 
 class RowCache:

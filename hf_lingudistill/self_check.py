@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ._internals import decoder_of, head_of
+from ._internals import decoder_of, head_of, own_name
 from .losses import head_error
 from .queries import QueryPlan, Vocabulary, plan_queries
 from .replay import replayed_pass
@@ -216,7 +216,8 @@ def _with_weights_of(student: PreTrainedModel, teacher: PreTrainedModel) -> PreT
         shell: PreTrainedModel = type(teacher)(config)
     decoder, state = decoder_of(shell), decoder_of(student).state_dict()
     wanted = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
-    found = {_without_adapter(name): tensor for name, tensor in state.items() if ".lora_" not in name}
+    owned = {name: own_name(decoder_of(student), name) for name in state}
+    found = {own: state[name] for name, own in owned.items() if own is not None}
     if odd := sorted(wanted.keys() ^ found.keys()):
         return f"only one of the two has {odd[0]} ({len(odd)} such)"
     for name, shape in wanted.items():
@@ -261,11 +262,6 @@ def _check_head(role: str, model: PreTrainedModel, shared: SharedKV, own: torch.
         f"rounding). {type(model).__name__} does more to its hidden states or logits than scale and soft-cap them, which the loss would "
         f"leave out: use another model. {SWITCH}"
     )
-
-
-def _without_adapter(name: str) -> str:
-    """`q_proj.base_layer.weight`, as PEFT has it, is `q_proj.weight`."""
-    return name.replace(".base_layer.", ".")
 
 
 @contextmanager

@@ -19,13 +19,20 @@ from test_anchor import log_of, lora
 from test_trainer import counted, difference, step
 from tiny import moved
 
-from hf_lingudistill import LinguDistillConfig, OnPolicyLinguDistillConfig, cache_mixin, losses, row_cache
+from hf_lingudistill import (
+    LinguDistillConfig,
+    LinguDistillTrainer,
+    OnPolicyLinguDistillConfig,
+    cache_mixin,
+    losses,
+    row_cache,
+)
 from hf_lingudistill._internals import Head
 from hf_lingudistill.folders import NotOurs
 from hf_lingudistill.hub.card import render_card
 from hf_lingudistill.hub.run_facts import gather_run_facts
 from hf_lingudistill.losses import Anchor, KeptAnchor, Weights, score
-from hf_lingudistill.row_cache import COMPLETE, HEADER, RowCache, StaleCache, row_key, weights_digest
+from hf_lingudistill.row_cache import COMPLETE, HEADER, RowCache, StaleCache, row_key
 from hf_lingudistill.top_k import TopK, divergence_from, top_k
 
 MakeTrainer = Callable[..., Any]
@@ -219,6 +226,23 @@ def test_with_the_eyes_of_the_vlm_before_nothing_live_is_left(
     assert not alike(live, reading)
 
 
+def test_a_teacher_with_padding_is_the_same_offloaded(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """Parked in CPU memory, it loses the rows of its head that the student has no tokens for."""
+
+    def make(where: str, lm: Any, offload: str) -> Any:
+        settings = {"kv_sharing": "none", "teacher_cache": True, "cache_dir": str(tmp_path / "kept")}
+        return trainer_of(make_trainer, tmp_path / where, teacher_model=lm, teacher_offload=offload, **settings)
+
+    size = len(tiny.make_tokenizer(extra=True)) + 8
+    one, two = (make(offload, tiny.make_lm(1, vocab_size=size), offload) for offload in ("none", "cpu"))
+    assert len(one.teacher_cached) == len(two.teacher_cached) and alike(one, two)
+    other = tiny.make_lm(1, vocab_size=size)
+    with torch.no_grad():
+        other.get_input_embeddings().weight[300] += 1.0
+    with pytest.raises(StaleCache, match="was computed with teacher = "):
+        make("other", other, "cpu")
+
+
 def test_an_offloaded_teacher_is_asked_once_too(make_trainer: MakeTrainer, tmp_path: Path, saved_pair: Any) -> None:
     settings = {"teacher_model": str(saved_pair[1]), "kv_sharing": "none", "teacher_offload": "cpu"}
     live = moved(trainer_of(make_trainer, tmp_path / "live", **settings))
@@ -391,8 +415,79 @@ def test_a_killed_write_leaves_no_part_and_a_dead_one_is_named(make_trainer: Mak
     assert len(again.anchor_cached) == 4
 
 
-def test_what_is_said_to_be_complete_is_looked_at(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    """Another chat template makes other tokens of the same dataset: they are asked about, not taken for known."""
+def long_mixture() -> Dataset:
+    """Many prompts and completions, and one conversation, of which `answers_only` decides what is trained on."""
+    turns = [
+        [
+            {"role": "user", "content": f"tell me of the sea {i}"},
+            {"role": "assistant", "content": "it is deep and wide."},
+        ]
+        for i in range(16)
+    ]
+    rows = [
+        {"prompt": pair[:1], "completion": pair[1:], "messages": None, "distill": True, "images": []} for pair in turns
+    ]
+    rows[5] |= {"prompt": None, "completion": None, "messages": turns[5]}
+    message = List({"role": Value("string"), "content": Value("string")})
+    names = {"prompt": message, "completion": message, "messages": message}
+    return Dataset.from_list(rows, features=Features({**names, "distill": Value("bool"), "images": List(Image())}))
+
+
+def test_a_finished_cache_is_gone_through_again_where_rows_are_read_otherwise(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row of many has other labels, and is none of those that are looked at."""
+    monkeypatch.setattr(cache_mixin, "LOOKED_AT", 2)
+    given = {"kv_sharing": "none", "teacher_cache": True, "train_dataset": long_mixture()}
+
+    def make(where: str, **settings: Any) -> Any:
+        return trainer_of(make_trainer, tmp_path / where, **given, **settings)
+
+    shared = {"cache_dir": str(tmp_path / "kept")}
+    assert len(make("one", **shared).teacher_cached) == 16
+    other = make("two", **shared, answers_only=False)
+    assert len(other.teacher_cached) == 17
+    scored(other, slice(4, 8))
+    # Control: without what says how rows are read, that row is missing when its turn comes
+    monkeypatch.setattr(cache_mixin, "reading_digest", lambda *_: "alike")
+    shared = {"cache_dir": str(tmp_path / "believed")}
+    make("three", **shared)
+    believed = make("four", **shared, answers_only=False)
+    with pytest.raises(ValueError, match="Row 5 is not in the teacher cache"):
+        scored(believed, slice(4, 8))
+
+
+def test_a_collator_of_the_callers_own_is_never_believed_to_read_alike(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_mixin, "LOOKED_AT", 2)
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling as Theirs
+
+    class Reader(Theirs):
+        """Of the caller's own."""
+
+        read = 0
+
+        def __call__(self, rows: list[Any]) -> Any:
+            Reader.read += len(rows)
+            return super().__call__(rows)
+
+    given = {"kv_sharing": "none", "teacher_cache": True, "cache_dir": str(tmp_path / "kept")}
+    counts = []
+    for where in ("one", "two"):
+        Reader.read = 0
+        processor = tiny.make_processor()
+        collator = Reader(processor, completion_only_loss=True)
+        made = trainer_of(make_trainer, tmp_path / where, processing_class=processor, data_collator=collator, **given)
+        counts.append((Reader.read, len(made.teacher_cached)))
+    assert counts[0] == counts[1] and not (tmp_path / "kept/teacher" / COMPLETE).exists()
+
+
+def test_what_is_said_to_be_complete_is_looked_at(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other tokens of the same dataset are asked about, not taken for known, even where nothing tells that rows are read otherwise."""
+    monkeypatch.setattr(cache_mixin, "reading_digest", lambda *_: "alike")
     settings = {**ANCHORED, "anchor_cache": True, "cache_dir": str(tmp_path / "kept")}
     trainer_of(make_trainer, tmp_path / "one", **settings)
     processor = tiny.make_processor()
@@ -400,6 +495,12 @@ def test_what_is_said_to_be_complete_is_looked_at(make_trainer: MakeTrainer, tmp
     other = trainer_of(make_trainer, tmp_path / "two", processing_class=processor, **settings)
     assert len(other.anchor_cached) == 8
     assert scored(other)[2]["anchored_tokens"] > 0
+
+
+def scaled(model: Any) -> Any:
+    """The same weights under another config."""
+    model.config.get_text_config().rope_parameters = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
+    return model
 
 
 @pytest.mark.parametrize(
@@ -423,9 +524,19 @@ def test_what_is_said_to_be_complete_is_looked_at(make_trainer: MakeTrainer, tmp
             "was computed with VLM before = 'student at a, weights .*', and this run has 'student, weights",
         ),
         ({"teacher_model_revision": "a"}, {}, "was computed with teacher = 'in memory at a, weights"),
-        ({}, {"image_size": 16}, "was computed with image processor = "),
+        ({}, {"image_size": 16}, "with processor: image_processor.size.longest_edge = 32, and this run has 16"),
+        (
+            {},
+            {"model": scaled(tiny.make_vlm(0))},
+            "was computed with VLM before's config: text_config.rope_parameters.rope_type = 'default', and this run has 'linear'",
+        ),
+        (
+            {},
+            {"teacher_model": scaled(tiny.make_lm(1))},
+            "was computed with teacher's config: rope_parameters.rope_type = 'default', and this run has 'linear'",
+        ),
     ],
-    ids=["k", "student", "teacher", "mode", "revision", "teacher's revision", "image processor"],
+    ids=["k", "student", "teacher", "mode", "revision", "teacher's revision", "images", "config", "teacher's config"],
 )
 def test_a_stale_cache_is_refused_in_a_sentence(
     make_trainer: MakeTrainer,
@@ -512,19 +623,6 @@ def test_a_row_is_known_by_what_it_holds_wherever_it_stands(make_trainer: MakeTr
     assert together == [trainer.data_collator([row])["cached"][0] for row in rows] and len(set(together)) == 4
 
 
-def test_weights_are_known_by_every_bit_and_without_their_adapter() -> None:
-    vlm = tiny.make_vlm(0)
-    digest = weights_digest(vlm)
-    assert digest == weights_digest(tiny.make_vlm(0)) != weights_digest(tiny.make_vlm(1))
-    from peft import get_peft_model
-
-    adapted = get_peft_model(tiny.make_vlm(0), lora())
-    assert weights_digest(adapted.get_base_model()) == digest
-    with torch.no_grad():
-        next(vlm.parameters()).view(-1)[-1] += 1e-6
-    assert weights_digest(vlm) != digest
-
-
 def test_two_rows_of_one_half_key_are_two_rows(tmp_path: Path) -> None:
     cache = RowCache(tmp_path / "c", "anchor cache", {})
     cache.begin()
@@ -537,7 +635,7 @@ def test_two_rows_of_one_half_key_are_two_rows(tmp_path: Path) -> None:
     for n, key in enumerate(keys):
         assert torch.equal(cache.get(key)["states"], torch.full((n + 1, 2), float(n)))
     assert cache.get(bytes([1] * 16)) is None and len(cache) == 4 and cache.measured == {"tokens": 10.0}
-    assert json.loads((tmp_path / "c" / HEADER).read_text()) == {"format": 1}
+    assert json.loads((tmp_path / "c" / HEADER).read_text()) == {"format": 2}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -584,6 +682,20 @@ def test_streams_and_sampled_answers_are_refused(make_trainer: MakeTrainer, tmp_
         )
     with pytest.raises(ValueError, match="teacher_cache has no meaning on-policy"):
         OnPolicyLinguDistillConfig(output_dir=str(tmp_path), teacher_cache=True)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"teacher_cache": True}, {**ANCHORED, "anchor_cache": True}], ids=["teacher", "anchor"]
+)
+def test_batches_that_one_process_reads_for_all_are_refused(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """As on two processes with `dispatch_batches`: such a batch has no plan."""
+    monkeypatch.setattr(LinguDistillTrainer, "_splits_batches", lambda _: True)
+    with pytest.raises(ValueError, match="dispatch_batches=True lets one read for all: leave dispatch_batches out of"):
+        trainer_of(make_trainer, tmp_path, kv_sharing="none", **settings)
+    assert not (tmp_path / "caches").exists()
+    trainer_of(make_trainer, tmp_path, kv_sharing="none")  # control
 
 
 def test_a_teacher_in_pieces_cannot_be_asked_by_each_process_for_itself(

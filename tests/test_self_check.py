@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from families import LM_VOCAB, build_family, randomise_
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, OFTConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AutoModelForCausalLM,
@@ -314,11 +314,19 @@ def test_the_trainer_refuses_unless_it_is_told_not_to_look(
     make_trainer(teacher_model=unfit_teacher, kv_sharing="none")  # nothing of the student's is read
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.1),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, trainable_token_indices=[1, 2]),
+        OFTConfig(target_modules=["q_proj", "v_proj"], oft_block_size=4, r=0, init_weights=False),
+    ],
+    ids=["LoRA", "LoRA and tokens", "OFT"],
+)
 def test_a_trained_adapter_is_left_aside_and_comes_back(
-    make_trainer: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    make_trainer: Callable[..., Any], caplog: pytest.LogCaptureFixture, adapter: Any
 ) -> None:
     torch.manual_seed(0)
-    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.1)
     student = get_peft_model(tiny.make_vlm(0), adapter)
     trainable = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     with caplog.at_level("INFO"):

@@ -35,11 +35,11 @@ FAULTS = (
     ),
     Fault(
         "weights-by-name",
-        "row_cache.py",
-        '            found.update(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data)\n',
+        "identity.py",
+        '            found.update(tensor.to("cpu").contiguous().flatten().view(torch.uint8).numpy().data)\n',
         "",
         "a tuned model is taken for the one that it was",
-        (f"{CACHES}::test_weights_are_known_by_every_bit_and_without_their_adapter",),
+        ("tests/test_identity.py::test_weights_are_known_by_every_bit",),
     ),
     Fault(
         "half-a-key",
