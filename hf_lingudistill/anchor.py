@@ -115,8 +115,10 @@ class Before:
 
 def _can_be_cut(inputs: Mapping[str, Any]) -> bool:
     """Whether every input with a value per token is known, and none speaks of packed documents."""
-    length = inputs["input_ids"].shape[1]
-    per_token = {name for name, value in inputs.items() if isinstance(value, torch.Tensor) and length in value.shape}
+    shape = inputs["input_ids"].shape
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    # (B, T, ...), or (3, B, T) as of M-RoPE's positions; not any that has T somewhere, as pixels may
+    per_token = {name for name, value in tensors.items() if shape in (value.shape[:2], value.shape[1:])}
     mask = inputs.get("attention_mask")
     packed = any(name.startswith("cu_seq_lens") for name in inputs)
     return per_token <= set(_COLUMNS) and not packed and (mask is None or mask.ndim == 2)

@@ -33,6 +33,7 @@ from .hub.run_facts import read_run_facts
 from .meter import Meter
 from .options import shown
 from .pace import NothingLeft
+from .step import DistillStep
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class ResumingMixin(_Trainer):
     args: Any
     meter: Meter
     policy: StepPolicy
+    step: DistillStep
     first_batch: FirstBatch
     teacher_name_or_path: str
     _staging: str | None = None
@@ -187,6 +189,7 @@ class ResumingMixin(_Trainer):
         return {
             "meter": self.meter.state(),
             "first_batch": self.first_batch.state(),
+            "lends": self.step.lends,
             "skipped_steps": self.policy.skipped_steps,
             "metrics": dict(self._metrics["train"]),
             "tokens": self._total_train_tokens,
@@ -199,6 +202,7 @@ class ResumingMixin(_Trainer):
             return
         self.meter.load(kept["meter"])
         self.first_batch.load(kept["first_batch"])
+        self.step.lends = kept.get("lends")  # None: of an older version
         self.policy.skipped_steps = kept["skipped_steps"]
         self._metrics["train"].update(kept["metrics"])
         self._total_train_tokens = kept["tokens"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +22,7 @@ from test_trainer import TOLERANCE, counted, difference, gradients_of, mixed_bat
 from tiny import moved
 
 from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
-from hf_lingudistill.anchor import Before, make_before
+from hf_lingudistill.anchor import Before, _can_be_cut, make_before
 from hf_lingudistill.meter import LED_ASTRAY, Meter
 from hf_lingudistill.student_kv import recording
 
@@ -152,6 +154,47 @@ def test_rows_with_an_input_that_is_not_known_are_not_cut(name: str) -> None:
     assert not before.can_lend(inputs, last - 1, text)  # what cannot run on cut rows is not cut
 
 
+def test_a_row_as_long_as_a_side_of_its_pixels_is_cut() -> None:
+    """A name says what has a value per token; where none is known, the shape does: (B, T, ...), or (3, B, T) of M-RoPE."""
+    ids = torch.arange(20, 52).expand(2, 32)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.zeros(2, 1, 3, 32, 32)}
+    assert _can_be_cut(given) and _can_be_cut({**given, "pixel_attention_mask": torch.ones(2, 1, 32, 32)})
+    assert not _can_be_cut({**given, "position_ids": ids.expand(3, 2, 32)})
+    assert not _can_be_cut({**given, "visual_mask": torch.ones(2, 32, 5)})
+
+
+def test_a_resumed_run_keeps_what_the_first_batch_decided(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole rows and cut ones differ in rounding, and a resumed run's first batch is another."""
+    rows = [row for row in tiny.make_rows(16) if row["images"]]
+    settings = {
+        "kv_source": "before",
+        "kv_sharing": "vision",
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    settings |= {"train_dataset": [{**row, "distill": True} for row in rows], "per_device_train_batch_size": 2}
+    with monkeypatch.context() as patched:
+        patched.setattr(Before, "can_lend", lambda *_: False)
+        whole = make_trainer(output_dir=str(tmp_path / "whole"), **settings)
+        whole.train()
+    resumed = make_trainer(output_dir=str(tmp_path / "cut"), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    assert resumed.step.lends is False
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    # Control: decided anew, it is another run
+    kept = tmp_path / "whole/checkpoint-2/lingudistill_measured_0.json"
+    facts = json.loads(kept.read_text())
+    assert facts["lends"] is False
+    kept.write_text(json.dumps({name: value for name, value in facts.items() if name != "lends"}))
+    anew = make_trainer(output_dir=str(tmp_path / "anew"), **settings)
+    anew.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    assert anew.step.lends is True
+
+
 def test_no_row_loses_an_image_token(make_trainer: MakeTrainer) -> None:
     """Of a row that is not marked the teacher reads nothing; its image must still have all its places."""
     trainer = make_trainer(kv_source="before", kv_sharing="vision", distill_tokens="all")
@@ -174,9 +217,7 @@ def test_no_row_loses_an_image_token(make_trainer: MakeTrainer) -> None:
 
 
 @pytest.mark.parametrize("kind", ["running text", "every turn"])
-def test_an_image_that_is_trained_on_keeps_its_places(
-    make_trainer: MakeTrainer, kind: str
-) -> None:
+def test_an_image_that_is_trained_on_keeps_its_places(make_trainer: MakeTrainer, kind: str) -> None:
     """Its tokens are labels, as in plain SFT. The first batch says that rows can be cut; in the second, a row that is not marked has its
     image late."""
     text = "wait and see what comes behind all of this text "
@@ -193,8 +234,18 @@ def test_an_image_that_is_trained_on_keeps_its_places(
         ]
         return {"messages": turns, "images": images, "distill": marked}
 
-    rows = [row(late=False, marked=True), row(late=False, marked=False), row(False, True), row(late=True, marked=False)]
-    given = {"kv_source": "before", "kv_sharing": "vision", "distill_tokens": "all", "answers_only": kind != "every turn"}
+    rows = [
+        row(late=False, marked=True),
+        row(late=False, marked=False),
+        row(False, True),
+        row(late=True, marked=False),
+    ]
+    given = {
+        "kv_source": "before",
+        "kv_sharing": "vision",
+        "distill_tokens": "all",
+        "answers_only": kind != "every turn",
+    }
     trainer = make_trainer(train_dataset=rows, **given)
     batches = [trainer.data_collator([trainer.train_dataset[i] for i in pair]) for pair in ((0, 1), (2, 3))]
     images = torch.isin(batches[1]["input_ids"], torch.tensor(trainer.compatibility.image_token_ids))
