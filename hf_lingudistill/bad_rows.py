@@ -56,8 +56,8 @@ def row_name(row: Row) -> str:
     return f"The row that begins {str(text)[:60]!r}"
 
 
-def flag_of(row: Row, column: str) -> bool:
-    """Whether a row is marked for distillation; True without the column.
+def flag_of(row: Row, column: str, name: str | None = None) -> bool:
+    """Whether a row is marked for distillation; True without the column. name: how messages name the row.
 
     Raises:
         BadRow: if the flag is not boolean.
@@ -66,7 +66,7 @@ def flag_of(row: Row, column: str) -> bool:
     if value not in (True, False):
         raise BadRow(
             "distill flag not boolean",
-            f"{row_name(row)}: column {column!r} must be true or false; found {value!r}.",
+            f"{name or row_name(row)}: column {column!r} must be true or false; found {value!r}. Repair it, or pass --skip_bad_rows.",
         )
     return bool(value)
 
@@ -148,6 +148,35 @@ def without_bad_rows(
 
         return dataset.filter(usable, with_indices=True), shared
 
+    reasons = _reasons(dataset, check, num_proc)
+    dropped = Counter(reason for reason in reasons if reason is not None)
+    keep = [index for index, reason in enumerate(reasons) if reason is None]
+    if not keep:
+        raise ValueError(f"No usable row is left of {len(dataset)}: {dict(dropped)}. Repair the dataset.")
+    return (dataset if not dropped else dataset.select(keep)), dropped
+
+
+def check_rows(dataset: Dataset, check: Callable[[Row], Any], name: str, num_proc: int | None = None) -> None:
+    """Go through a whole dataset. name: how messages name it. num_proc: see `without_bad_rows`.
+
+    Raises:
+        BadRow: what `check` raises for the first bad row, with the name of the dataset.
+    """
+    index = next((i for i, why in enumerate(_reasons(dataset, check, num_proc)) if why is not None), None)
+    if index is None:
+        return
+    try:
+        check(dataset[index])
+    except BadRow as error:
+        raise BadRow(error.reason, f"In {name}: {error}") from error
+    except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise BadRow("unreadable row", f"In {name}: Row {index} cannot be read ({why}).") from error
+
+
+def _reasons(dataset: Dataset, check: Callable[[Row], Any], num_proc: int | None) -> list[str | None]:
+    """Why each row is refused; None for those that are not."""
+
     def judged(_: Row, index: int) -> Row:
         try:
             row = dataset[index]
@@ -157,7 +186,7 @@ def without_bad_rows(
 
     # Over a column of its own, so that the rows are read inside `judged`, and not written again
     numbers = Dataset.from_dict({"reason": [""] * len(dataset)})
-    reasons = numbers.map(
+    found = numbers.map(
         judged,
         with_indices=True,
         num_proc=num_proc,
@@ -165,9 +194,5 @@ def without_bad_rows(
         keep_in_memory=True,
         load_from_cache_file=False,
         new_fingerprint="lingudistill-checked",
-    )["reason"]
-    dropped = Counter(reason for reason in reasons if reason is not None)
-    keep = [index for index, reason in enumerate(reasons) if reason is None]
-    if not keep:
-        raise ValueError(f"No usable row is left of {len(dataset)}: {dict(dropped)}. Repair the dataset.")
-    return (dataset if not dropped else dataset.select(keep)), dropped
+    )
+    return list(found["reason"])

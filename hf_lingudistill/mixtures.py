@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Json, List, Value, c
 from trl import DatasetMixtureConfig
 
 from ._internals import DatasetConfig
-from .bad_rows import AnyDataset, BadRow, Row
+from .bad_rows import AnyDataset, BadRow, Row, flag_of
 from .columns import check_named_column, embeds_images_anywhere, has_images, resolved, undecoded, with_messages
 from .config import shown
 from .formats import as_trl_row, column_images
@@ -83,14 +83,21 @@ def _check_source(index: int, source: DatasetConfig) -> None:
             raise ValueError(f"datasets[{index}].{name}: expected {what}, found {shown(value)}.")
 
 
-def load_mixture(mixture: DistillMixtureConfig, distill_column: str = _FLAG) -> DatasetDict:
+def load_mixture(
+    mixture: DistillMixtureConfig, distill_column: str = _FLAG, *, seed: int = 42, skip_bad_rows: bool = False
+) -> DatasetDict:
     """Load and concatenate the sources of a mixture. -> {"train"[, "test"]}.
 
     Every row gets the flag of its source in `distill_column`; where some sources have images, the others get an empty
     `images` column. Shares (`fraction`) and `test_split_size` mean what they mean in TRL.
 
+    Args:
+        seed: draws the rows of `test_split_size`; the same seed sets the same rows aside, on every process and after a resume.
+        skip_bad_rows: leave a flag that is not boolean out, for the trainer to skip and count its row.
+
     Raises:
-        ValueError: for a source that cannot be read, or a column of flags that was named and that no source has.
+        ValueError: for a source that cannot be read, a flag that is not boolean, or a column of flags that was named and that no
+            source has.
     """
     if not mixture.datasets:
         raise ValueError("The mixture is empty: list at least one source under `datasets:`.")
@@ -102,7 +109,9 @@ def load_mixture(mixture: DistillMixtureConfig, distill_column: str = _FLAG) -> 
         parts = _take_fractions(parts, fractions, mixture.streaming)
     names = [f"datasets[{index}] ({source.path})" for index, source in enumerate(mixture.datasets)]
     flagged = [
-        _with_columns(part, getattr(source, "distill", None), distill_column, features, name)
+        _with_columns(
+            part, getattr(source, "distill", None), distill_column, features, name, skip_bad_rows=skip_bad_rows
+        )
         for (part, features), source, name in zip(
             _with_common_features(parts, distill_column), mixture.datasets, names, strict=True
         )
@@ -111,7 +120,7 @@ def load_mixture(mixture: DistillMixtureConfig, distill_column: str = _FLAG) -> 
     combined = concatenate_datasets(flagged)
     if mixture.test_split_size is not None:
         _check_test_split(mixture)
-        return combined.train_test_split(test_size=mixture.test_split_size)
+        return combined.train_test_split(test_size=mixture.test_split_size, seed=seed)
     return DatasetDict({"train": combined})
 
 
@@ -174,11 +183,12 @@ def _with_common_features(parts: list[AnyDataset], distill_column: str) -> list[
 
 
 def _with_columns(
-    part: AnyDataset, flag: bool | None, distill_column: str, features: Features, name: str
+    part: AnyDataset, flag: bool | None, distill_column: str, features: Features, name: str, *, skip_bad_rows: bool
 ) -> AnyDataset:
     """A part with exactly these columns, and the flag of its source.
 
-    flag: of the source; None = its own column, else true.
+    flag: of the source; None = its own column, else true. skip_bad_rows: a flag of the column that is not boolean becomes null, which
+    is refused where rows are counted; else it is refused here, since a column of booleans would take it for true.
     """
     own_flag = flag is None and distill_column in part.column_names
     embeds = embeds_images_anywhere(part, _ROWS)
@@ -196,7 +206,14 @@ def _with_columns(
                 if embeds or error.reason != "images not a list":
                     raise
                 new["images"] = [row["images"]]
-        new[distill_column] = row[distill_column] if own_flag else flag is not False
+        try:
+            new[distill_column] = (
+                flag_of(row, distill_column, f"{name}, row {index}") if own_flag else flag is not False
+            )
+        except BadRow:
+            if not skip_bad_rows:
+                raise
+            new[distill_column] = None
         return new
 
     return part.map(completed, with_indices=True, remove_columns=part.column_names, features=features)

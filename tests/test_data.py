@@ -21,6 +21,7 @@ from trl import DatasetMixtureConfig, get_dataset
 from trl.scripts.utils import DatasetConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from hf_lingudistill.bad_rows import flag_of
 from hf_lingudistill.batch import (
     ROW_COLUMN,
     BadRow,
@@ -267,7 +268,10 @@ def test_the_flag_may_be_of_numpys_boolean_type() -> None:
 def test_a_flag_that_is_not_boolean_is_refused_and_the_row_named(value: Any) -> None:
     error = refusal_of(make_collator(), [vision_row(distill=True), vision_row(distill=value, **{ROW_COLUMN: 41})])
     assert error.reason == "distill flag not boolean"
-    assert str(error) == f"Row 41: column 'distill' must be true or false; found {value!r}."
+    assert (
+        str(error)
+        == f"Row 41: column 'distill' must be true or false; found {value!r}. Repair it, or pass --skip_bad_rows."
+    )
 
 
 def test_the_rows_of_the_dataset_stay_as_they_were() -> None:
@@ -751,6 +755,42 @@ def test_a_test_split_is_set_aside(sources: dict[str, Row]) -> None:
     parts = mixture(sources["text"], test_split_size=0.25)
     assert {name: len(part) for name, part in parts.items()} == {"train": 3, "test": 1}
     assert set(mixture(sources["text"])) == {"train"}
+
+
+def test_a_test_split_holds_out_the_same_rows_each_time(sources: dict[str, Row]) -> None:
+    """A run that resumes, and each process of a run, splits anew: rows that were trained on must not be evaluated on."""
+
+    def held_out(seed: int) -> list[str]:
+        np.random.seed(len(drawn))  # whatever else was drawn before
+        many = DistillMixtureConfig(datasets=[dict(sources["text"]) for _ in range(5)], test_split_size=8)
+        drawn.append([row["prompt"] for row in load_mixture(many, seed=seed)["test"]])
+        return drawn[-1]
+
+    drawn: list[list[str]] = []
+    assert held_out(0) == held_out(0) == held_out(0)
+    assert held_out(1) != held_out(0)  # control
+
+
+@STREAMING
+@pytest.mark.parametrize("flag", [0.3, 2, "false", None], ids=repr)
+def test_a_flag_of_a_source_is_read_as_that_of_a_single_dataset(flag: Any, tmp_path: Path, streaming: bool) -> None:
+    """A column of booleans would take 0.3, 2 and "false" for true."""
+    rows = [{"prompt": "a", "completion": "b", "distill": value} for value in (flag, flag)]
+    source = {"path": "json", "data_files": str(tmp_path / "rows.jsonl")}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    message = re.escape(
+        f"datasets[1] (json), row 0: column 'distill' must be true or false; found {flag!r}. Repair it"
+    )
+    with pytest.raises(ValueError, match=message):
+        list(
+            load_mixture(DistillMixtureConfig(datasets=[dict(source, distill=True), source], streaming=streaming))[
+                "train"
+            ]
+        )
+    config = DistillMixtureConfig(datasets=[dict(source, distill=True), dict(source)], streaming=streaming)
+    kept = [row["distill"] for row in load_mixture(config, skip_bad_rows=True)["train"]]
+    assert kept == [True, True, None, None]  # the trainer skips and counts them
+    assert [flag_of({"distill": value}, "distill") for value in (1, 0, 1.0)] == [True, False, True]  # control
 
 
 def refused_mixture(*chosen: Any, **settings: Any) -> str:

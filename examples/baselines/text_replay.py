@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = TrlParser((ScriptArguments, LocalSFTConfig, ModelConfig, DistillMixtureConfig))
     script_args, config, model_args, mixture = parser.parse_args_and_config(argv)
     check_output_dir(config.output_dir)
-    dataset = load_mixture(mixture)["train"].remove_columns("distill")
+    dataset = load_mixture(mixture, seed=config.seed)["train"].remove_columns("distill")
     if "images" in dataset.column_names:  # TRL's collator wants them decoded; ours does it itself
         dataset = dataset.cast_column("images", List(Image()))
     config.model_init_kwargs = {"use_safetensors": True, "dtype": model_args.dtype}

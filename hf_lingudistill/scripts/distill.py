@@ -67,7 +67,8 @@ def load_data(
     from ..sources import load_source
 
     if mixture.datasets:
-        parts: dict[str, Any] = dict(load_mixture(mixture, config.distill_column))
+        rows = load_mixture(mixture, config.distill_column, seed=config.seed, skip_bad_rows=config.skip_bad_rows)
+        parts: dict[str, Any] = dict(rows)
         return parts["train"], parts.get("test")
 
     def split(name: str) -> Dataset | IterableDataset:
