@@ -21,6 +21,7 @@ IMAGE_COLUMNS = ("images", "image")
 # Where a dict keeps its image: datasets' own two names first, then those of public datasets and chat formats
 _KEYS = ("bytes", "path", "image", "url", "base64", "data", "image_url")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
+_JPEG = "/9j/"  # how every JPEG begins in base64: not a folder
 _SHORTEST_BASE64 = 60  # of the smallest image file there is; a shorter text is a file's name
 
 
@@ -78,7 +79,8 @@ def _opened_text(text: str) -> Any:
             ) from error
     if os.path.isfile(text):
         return Path(text)
-    if len(text) >= _SHORTEST_BASE64 and _BASE64.fullmatch(text) and (os.sep not in text[:1] or len(text) > 1024):
+    is_path = text.startswith(os.sep) and len(text) <= 1024 and not text.startswith(_JPEG)
+    if len(text) >= _SHORTEST_BASE64 and _BASE64.fullmatch(text) and not is_path:
         return _from_base64(text, text)
     where = "" if os.path.isabs(text) else f", looked for in {os.getcwd()}"
     raise BadRow(

@@ -17,6 +17,7 @@ from datasets import (
     DatasetDict,
     Image,
     IterableDataset,
+    Json,
     LargeList,
     List,
     ReadInstruction,
@@ -81,7 +82,7 @@ def load_source(
     path = Path(source.path)
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            saved = load_from_disk(source.path)
+            saved = load_saved(source.path)
             # A single unnamed dataset is the training split: evaluation must not read it by accident
             splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
             dataset = _part(splits, source)
@@ -98,6 +99,18 @@ def load_source(
     if path.is_file() and source.data_dir:
         folders.append(Path(source.data_dir))
     return _with_whole_paths(dataset, [*folders, *_folders(source, path)])
+
+
+def load_saved(folder: str | Path) -> Dataset | DatasetDict:
+    """What `save_to_disk` wrote.
+
+    Raises:
+        ValueError: for a split without rows, of which there is no file to read.
+    """
+    try:
+        return load_from_disk(str(folder))
+    except IndexError:
+        raise ValueError("holds a split without rows: give it some, or save the others without it") from None
 
 
 def _loaded(source: DatasetConfig, path: Path, streaming: bool) -> AnyDataset:
@@ -262,6 +275,8 @@ def _holds_text(feature: Any) -> bool:
         return _holds_text(feature.feature)
     if isinstance(feature, dict):
         return any(_holds_text(value) for value in feature.values())
+    if isinstance(feature, Json):  # rows of several types, texts perhaps among them
+        return True
     return isinstance(feature, Value) and "string" in feature.dtype and not isinstance(feature, Image)
 
 
@@ -285,8 +300,8 @@ def _whole_path(text: str, folders: list[Path]) -> str:
     if len(text) > _LONGEST_PATH or "://" in text or text.startswith(("data:", "[")) or os.path.isabs(text):
         return text
     for folder in folders:
-        if (folder / text).is_file():
+        if os.path.isfile(folder / text):  # not Path's, which fails on a text that is longer than a file's name may be
             return str((folder / text).absolute())
-    if Path(text).is_file() or not Path(text).suffix:
+    if os.path.isfile(text) or not Path(text).suffix:
         return text
     return str((folders[0] / text).absolute())  # where it was looked for, for the message

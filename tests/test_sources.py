@@ -13,8 +13,11 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 
+from hf_lingudistill.formats import as_trl_row
 from hf_lingudistill.hub.run_facts import dataset_fact
 from hf_lingudistill.images import decode_image
+from hf_lingudistill.labs.evaluation.data import image_items, text_items
+from hf_lingudistill.labs.evaluation.suite import TextTask, VisionTask
 from hf_lingudistill.mixtures import DistillMixtureConfig, DistillSource, load_mixture
 from hf_lingudistill.sources import load_source
 
@@ -196,6 +199,50 @@ def test_a_part_of_a_saved_split_is_read_as_load_dataset_reads_it(elsewhere: Pat
     assert prompts("train[:1]+test[:1]") == "06"
     assert "has no part 'trian[:1]'" in refused(elsewhere / "saved", split="trian[:1]", streaming=streaming)
     assert "has no part 'train[:a]'" in refused(elsewhere / "saved", split="train[:a]", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["dataset", "stream"])
+def test_a_saved_split_without_rows_is_named(elsewhere: Path, streaming: bool) -> None:
+    rows = Dataset.from_list([{"messages": TURNS}])
+    DatasetDict(train=rows, test=rows.select([])).save_to_disk(elsewhere / "saved")
+    rows.select([]).save_to_disk(elsewhere / "one")
+    for name in ("saved", "one"):
+        assert "holds a split without rows: give it some" in refused(elsewhere / name, streaming=streaming)
+    with pytest.raises(ValueError, match="holds a split without rows"):
+        text_items(TextTask(name="t", path=str(elsewhere / "one"), column="text"), 0)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["dataset", "stream"])
+@pytest.mark.parametrize("column", ["images", "image"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("size", [200, 900, 3000])
+def test_an_image_in_base64_may_have_any_length(
+    elsewhere: Path, streaming: bool, column: str, kind: str, size: int
+) -> None:
+    """A text longer than the name of a file may be (255) makes `Path.is_file` fail; one of less than 1,024 may be a path."""
+    small = PILImage.new("RGB", (2, 2), "red")
+    small.save(elsewhere / "small", kind)
+    stored = (elsewhere / "small").read_bytes()
+    padded = stored + b"\xfb\xff" * ((size - len(stored) * 4 // 3) // 3)  # what follows the image is not read
+    text = base64.b64encode(padded).decode()
+    assert len(text) < 1024 or size > 1024
+    row = {"messages": TURNS, column: [text] if column == "images" else text, "question": "what?", "answer": "red"}
+    file = lines(elsewhere / "rows.jsonl", [row])
+    (found,) = opened(file, streaming=streaming)
+    value = found[column][0] if column == "images" else found[column]
+    assert np.abs(np.asarray(decode_image(value), int) - np.asarray(small, int)).max() < 4
+    (item,) = image_items(VisionTask(name="t", path=str(file), split="train", image=column), 0)
+    assert item.images[0].size == (2, 2)
+    with pytest.raises(ValueError, match="FileNotFoundError: '/data/"):  # control: a path is one
+        decode_image("/data/" + "folder/" * 20 + "name")
+
+
+def test_one_text_among_lists_of_images_leaves_the_others_paths(elsewhere: Path) -> None:
+    rows = [{"messages": TURNS, "images": images} for images in (["pictures/a.png"], "pictures/b.png", [])]
+    found = opened(lines(elsewhere / "rows.jsonl", rows))
+    assert seeds(found[:1]) == [0] and found[2]["images"] == []
+    with pytest.raises(ValueError, match="^Row 1: column 'images' must hold a list of images, found str"):
+        as_trl_row(found[1], "Row 1")
 
 
 def test_an_empty_file_has_no_rows(elsewhere: Path) -> None:

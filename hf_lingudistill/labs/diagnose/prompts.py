@@ -7,6 +7,7 @@ one of three conditions: `text` (no image), `behind` (the same text, with an ima
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -262,7 +263,9 @@ def _text_of(content: Any) -> str:
 def _decoded(images: list[Any], folder: Path | None, name: str) -> list[PILImage.Image]:
     try:
         return [
-            decode_image(folder / image if folder and isinstance(image, str) and (folder / image).is_file() else image)
+            decode_image(
+                folder / image if folder and isinstance(image, str) and os.path.isfile(folder / image) else image
+            )
             for image in images
         ]
     except BadRow as error:

@@ -7,6 +7,7 @@ pubmedqa and contracts.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,14 +17,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from datasets import ClassLabel, load_dataset, load_from_disk
+from datasets import ClassLabel, load_dataset
 from PIL import Image as PILImage
 
 from ...bad_rows import BadRow
 from ...images import decode_image
 from ...mixtures import DistillSource
 from ...rgb import to_rgb
-from ...sources import load_source
+from ...sources import load_saved, load_source
 from .drawings import drawings
 from .fidelity import Question
 from .shapes import ShapeError, accepted_answers, choices_of, found, right_choices, text_of
@@ -246,9 +247,9 @@ def _load(task: Data) -> Any:
     split = re.sub(r"^\w+", "train", task.split) if path.is_file() else task.split
     try:
         if (path / "state.json").is_file():
-            return load_from_disk(str(path))
+            return load_saved(path)
         if (path / "dataset_dict.json").is_file():
-            return load_from_disk(str(path / task.split))
+            return load_saved(path / task.split)
         if task.revision is not None:
             return load_dataset(str(path), task.config, split=split, data_files=files, revision=task.revision)
         return load_source(DistillSource(path=str(task.path), name=task.config, split=split, data_files=files))
@@ -276,7 +277,7 @@ def _with_whole_paths(images: Iterable[Any], task: Data) -> list[Any]:
     def whole(image: Any) -> Any:
         if not isinstance(image, str) or len(image) > _LONGEST_PATH:
             return image
-        return next((str(folder / image) for folder in folders if (folder / image).is_file()), image)
+        return next((str(folder / image) for folder in folders if os.path.isfile(folder / image)), image)
 
     return [whole(image) for image in images]
 
