@@ -15,6 +15,7 @@ from trl import TrlParser
 from ..exit_codes import SUMMARY
 from ..options import DistillOptions, DistillScriptArguments, StudentArguments, aliases, shown
 from ..sentences import did_you_mean
+from ..yaml_text import read_yaml
 
 if TYPE_CHECKING:
     from ..config import LinguDistillConfig, OnPolicyLinguDistillConfig
@@ -88,7 +89,7 @@ def read_recipe(path: str | Path, known: set[str]) -> dict[str, Any]:
         ValueError: naming the file, if it cannot be read or holds what is no option.
     """
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        found = read_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"The recipe {str(path)!r} does not exist.") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -86,6 +86,8 @@ def _unread(
         found += [(name, "without `datasets:`", instead) for name, instead in _OF_A_MIXTURE.items()]
     if config.eval_strategy == "no":
         found.append(("dataset_test_split", "with eval_strategy='no'", "pass --eval_strategy epoch"))
+        held_out = "with eval_strategy='no' but to keep rows from the training"
+        found.append(("test_split_size", held_out, "pass --eval_strategy epoch"))
     if script_args.on_policy:  # whose config refuses what follows whatever else is set
         return found
     if config.distill_tokens != "confident":

@@ -32,6 +32,7 @@ from typing import Any
 
 import yaml
 
+from ...yaml_text import read_yaml
 from .shapes import ANSWER_KINDS
 
 FORMS = ("plain", "chat")
@@ -317,9 +318,9 @@ def load_suite(name_or_path: str) -> Suite:
         known = ", ".join(sorted(file.stem for file in BUILT_IN.glob("*.yaml")))
         raise FileNotFoundError(f"No suite {name_or_path!r}: expected one of {known}, or the path of a YAML file.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path.name} is not YAML: {' '.join(str(error).split())}.") from error
+        raise ValueError(f"{path.name} is not YAML: {' '.join(str(error).split()).rstrip('.')}.") from error
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{path.name}: expected a mapping with `name`, `texts`, `vision` ...; found {type(content).__name__}."

@@ -15,6 +15,7 @@ from ...compatibility import UnreadableModelError
 from ...folders import check
 from ...mixtures import DistillMixtureConfig, DistillSource
 from ...sources import load_source
+from ...yaml_text import read_yaml
 from ..diagnose.prompts import Prompt, prompt_of
 from ..evaluation.cache import ItemCache, digest
 from ..evaluation.models import (
@@ -79,7 +80,7 @@ def _entries(name: str, split: str) -> list[DistillSource]:
     if not name.endswith((".yaml", ".yml")):
         return [DistillSource(path=name, split=split)]
     try:
-        recipe = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        recipe = read_yaml(Path(name).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"The recipe {name!r} cannot be read: {error}") from error
     if not isinstance(recipe, dict) or not recipe.get("datasets"):
