@@ -37,13 +37,7 @@ class Pace(TrainerCallback):
             raise NothingLeft(
                 f"The checkpoint is at step {step} of {state.max_steps}: nothing is left to train. {raised}"
             )
-        if _length(train_dataloader) == 0:
-            rows = _length(train_dataloader.dataset)
-            raise ValueError(
-                f"Not one batch: the training set has {rows} rows, a batch takes per_device_train_batch_size="
-                f"{args.per_device_train_batch_size} per process and dataloader_drop_last={args.dataloader_drop_last}. Lower the batch "
-                "size, keep the last batch, or add rows."
-            )
+        check_batches(train_dataloader, args)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = True
@@ -64,6 +58,16 @@ class Pace(TrainerCallback):
         left = per_step * (state.max_steps - state.global_step)
         text = f"step {state.global_step} of {state.max_steps}, {per_step:.2g} s per step, {_minutes(left)} left"
         print(text, file=self._stream or sys.stderr, flush=True)
+
+
+def check_batches(dataloader: Any, args: Any) -> None:
+    """Raise ValueError for a dataloader that has not one batch. args: of the training."""
+    if _length(dataloader) == 0:
+        raise ValueError(
+            f"Not one batch: the training set has {_length(dataloader.dataset)} rows, a batch takes per_device_train_batch_size="
+            f"{args.per_device_train_batch_size} per process and dataloader_drop_last={args.dataloader_drop_last}. Lower the batch "
+            "size, keep the last batch, or add rows."
+        )
 
 
 def _length(of: Any) -> int | None:

@@ -32,7 +32,7 @@ from .first_batch import FirstBatch
 from .hub.run_facts import read_run_facts
 from .meter import Meter
 from .options import shown
-from .pace import NothingLeft
+from .pace import NothingLeft, check_batches
 from .step import DistillStep
 
 logger = logging.getLogger(__name__)
@@ -86,12 +86,19 @@ class ResumingMixin(_Trainer):
         has it, and the train loss of the output is NaN.
 
         Raises:
+            ValueError: if all parameters are frozen.
             NothingLeft: for a checkpoint of the last step, where `output_dir` holds the model already.
         """
+        student: Any = self.model
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            raise ValueError(
+                "Nothing can be trained: all parameters of the student are frozen (requires_grad=False). Set it to True for those that are to "
+                "be trained, or pass a peft_config."
+            )
         out = str(self.args.output_dir)
         wanted = wanted_checkpoint(resume_from_checkpoint or self.args.resume_from_checkpoint)
-        student = getattr(getattr(self.model, "config", None), "_name_or_path", None)
-        check_apart(out, student=student, teacher=self.teacher_name_or_path)
+        named = getattr(getattr(student, "config", None), "_name_or_path", None)
+        check_apart(out, student=named, teacher=self.teacher_name_or_path)
         own = continues(wanted, out)
         if not own:
             check_output_dir(out, overwrite=self.args.overwrite_output_dir)
@@ -128,6 +135,12 @@ class ResumingMixin(_Trainer):
                 f"The checkpoint {str(checkpoint)!r} was trained with {was}; found {found}. Resume it with the options it had, or begin a new "
                 "run in another folder with that checkpoint as the student (without --resume_from_checkpoint)."
             )
+
+    def get_train_dataloader(self) -> Any:
+        """`Trainer.get_train_dataloader`; without a batch, transformers would take it for a stream."""
+        dataloader = super().get_train_dataloader()
+        check_batches(dataloader, self.args)
+        return dataloader
 
     def _ended(self) -> TrainOutput:
         """What follows the last step, of a run that a checkpoint brought there."""

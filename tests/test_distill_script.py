@@ -123,6 +123,11 @@ def run(saved_pair: tuple[Path, Path], data: Path, out: Path, *flags: str, datas
 
 
 NO_STEP: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "a batch larger than the data, for an epoch": (
+        "four",
+        ("--per_device_train_batch_size", "16", "--dataloader_drop_last", "true", "--max_steps", "-1"),
+        "Not one batch: the training set has 4 rows, a batch takes per_device_train_batch_size=16",
+    ),
     "a batch larger than the data": (
         "four",
         ("--per_device_train_batch_size", "16", "--dataloader_drop_last", "true", "--max_steps", "10"),
@@ -473,7 +478,11 @@ def test_an_option_of_a_mixture_beside_one_dataset_is_refused(tmp_path: Path, li
     with pytest.raises(ValueError, match=rf"^{line.split(':')[0]}=.* has no effect without `datasets:`"):
         check_unread(*parse(["--config", str(tmp_path / "recipe.yaml"), *ONE]))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(MIXTURE) + line)
-    check_unread(*parse(["--config", str(tmp_path / "recipe.yaml")]))
+    check_unread(*parse(["--config", str(tmp_path / "recipe.yaml"), "--eval_strategy", "epoch"]))
+    if "test_split_size" in line:
+        message = "test_split_size=0.5 has no effect with eval_strategy='no' but to keep rows from the training: pass"
+        with pytest.raises(ValueError, match=message):
+            check_unread(*parse(["--config", str(tmp_path / "recipe.yaml")]))
 
 
 def test_a_default_that_is_spelt_out_is_no_option_that_nobody_reads() -> None:
@@ -588,6 +597,8 @@ BAD_NAMES = {
     "studnt: a": "has an unknown key 'studnt', did you mean 'student'?",
     "zzz: a": "has an unknown key 'zzz'.",
     "a: [": "is not valid YAML",
+    "seed: 1\nkv_sharing: none\nseed: 2": "is not valid YAML: the key 'seed' stands twice, in lines 1 and 3: keep one.",
+    "datasets:\n- {path: a, distill: true, distill: false}": "the key 'distill' stands twice, in lines 2 and 2",
     "env: 3": "env must be a mapping, VARIABLE: value; got 3.",
     "merge_adapter: 3": "merge_adapter must be true or false; got 3.",
     "demo: 3": "demo must be true or false; got 3.",

@@ -773,6 +773,16 @@ def test_adapters_of_virtual_tokens_are_refused(make_trainer: MakeTrainer, adapt
         make_trainer(peft_config=peft_config, train_dataset=tiny.make_dataset(4, images=False)).train()
 
 
+def test_a_student_that_is_frozen_is_refused_when_it_is_to_be_trained(make_trainer: MakeTrainer) -> None:
+    student = tiny.make_vlm(0).requires_grad_(False)
+    trainer = make_trainer(model=student, eval_dataset=tiny.make_dataset(4))
+    assert trainer.evaluate()  # which needs no gradient
+    with pytest.raises(ValueError, match="^Nothing can be trained: all parameters of the student are frozen"):
+        trainer.train()
+    next(iter(student.lm_head.parameters())).requires_grad_(True)
+    trainer.train()  # control
+
+
 def test_own_loss_function_is_refused(make_trainer: MakeTrainer) -> None:
     with pytest.raises(ValueError, match="compute_loss_func cannot be combined with distillation"):
         make_trainer(compute_loss_func=lambda *_, **__: torch.zeros(()))
