@@ -16,9 +16,10 @@ from ._internals import DataCollatorForVisionLanguageModeling
 from .bad_rows import REASONS, ROW_COLUMN, AnyDataset, BadRow, Row, SharedCounts, flag_of, row_name
 from .columns import has_images, prepare_dataset, undecoded
 from .conversations import Conversations, cannot_be_processed, no_label_within
+from .flags import check_distill_column
 from .formats import check_answer, column_images
 from .images import IMAGE_COLUMNS, decode_image
-from .opening import check_distill_column, drop_bad_rows, drop_bad_texts
+from .opening import drop_bad_rows, drop_bad_texts
 from .rgb import to_rgb
 
 __all__ = [

@@ -41,6 +41,28 @@ def check_named_column(name: str, *parts: AnyDataset, source: str) -> None:
         )
 
 
+def as_python(dataset: AnyDataset) -> AnyDataset:
+    """The same dataset with rows of plain Python values, where it makes arrays of them; a transform of the caller's own stays."""
+    if isinstance(dataset, IterableDataset):
+        return dataset if dataset._formatting is None else dataset.with_format(None)
+    form = dataset.format
+    if form["type"] in (None, "python", "custom"):
+        return dataset
+    return dataset.with_format(None, columns=form["columns"], output_all_columns=form["output_all_columns"])
+
+
+def first_row(dataset: AnyDataset, skipped: Mapping[str, int] | None = None) -> Row:
+    """The first row. skipped: those that were left out on the way to it, by reason.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for row in dataset:
+        return dict(row)
+    why = f"all of them were skipped ({dict(skipped)})" if skipped else "it is empty"
+    raise ValueError(f"No row is left to train on: the training set has no usable row, {why}. Repair the dataset.")
+
+
 def has_images(columns: Sequence[str]) -> bool:
     """Whether these columns make a vision dataset for TRL."""
     return any(column in columns for column in IMAGE_COLUMNS)

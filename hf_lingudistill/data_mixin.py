@@ -14,11 +14,13 @@ from trl import SFTTrainer
 
 from .bad_rows import ROW_COLUMN, AnyDataset, BadRow, Row, SharedCounts
 from .batch import DistillCollator
-from .columns import columns_of
+from .columns import columns_of, first_row
 from .config import LinguDistillConfig
 from .conversations import Conversations, no_label_within
-from .formats import CONVERSATION_COLUMNS, check_answer
+from .flags import packs
+from .formats import CONVERSATION_COLUMNS, check_answer, check_text
 from .opening import (
+    check_evaluation_rows,
     drop_bad_rows,
     each,
     open_datasets,
@@ -53,6 +55,8 @@ class DataMixin(_Trainer):
     has_distill_column: bool | None = False
     distill_share: float | None = None
     skipped_rows: Mapping[str, int] = {}
+    _reads_rows = True  # and not a `formatting_func` or a collator of the caller's own
+    _is_opened = False  # what `evaluate` is given: transformers evaluates several sets by calling it for each
 
     def open_data(
         self, train: Any, evaluation: Any, args: LinguDistillConfig, kwargs: Mapping[str, Any]
@@ -63,6 +67,7 @@ class DataMixin(_Trainer):
             ValueError: see `open_datasets`.
         """
         own_reader = kwargs.get("formatting_func") is not None or kwargs.get("data_collator") is not None
+        self._reads_rows = not own_reader
         opened = open_datasets(train, evaluation, args, checked=not own_reader)
         self.has_distill_column, self.distill_share = opened.has_distill_column, opened.distill_share
         self.skipped_rows = opened.skipped_rows
@@ -93,6 +98,8 @@ class DataMixin(_Trainer):
             self.skipped_rows = {**self.skipped_rows, **dropped} if self.skipped_rows else dropped
             if self.eval_dataset is not None:
                 self.eval_dataset = each(lambda part: said_if_dropped(*drop(part)), self.eval_dataset)
+        elif self._is_vision_dataset and self._reads_rows and self.eval_dataset and args.eval_strategy != "no":
+            check_evaluation_rows(self.eval_dataset, self.data_collator, args.dataset_num_proc)
         if self.skipped_rows:
             logger.warning("Skipped %d rows: %s", sum(self.skipped_rows.values()), dict(self.skipped_rows))
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == 0:
@@ -102,7 +109,7 @@ class DataMixin(_Trainer):
         if self.accelerator.is_main_process and self.has_distill_column is False:
             logger.warning("The dataset has no column %r: every row is distilled.", args.distill_column)
         if self.accelerator.is_main_process and self.data_collator.conversations is not None:
-            self.data_collator.conversations.say_what_is_labelled(next(iter(self.train_dataset)))
+            self.data_collator.conversations.say_what_is_labelled(first_row(self.train_dataset, self.skipped_rows))
 
     # ----------------------------------------------------------------------------------------------------------------
     # SFTTrainer's own
@@ -124,10 +131,10 @@ class DataMixin(_Trainer):
             completion_only=args.completion_only_loss is not False,
         )
         given = dataset
-        if formatting_func is None and _is_ours(dataset):
-            dataset = _tokenised(dataset, conversations, dataset_name, args.dataset_num_proc)
-        elif formatting_func is None and not args.skip_bad_rows:  # else they are gone
-            dataset = _answered(dataset, dataset_name)
+        if formatting_func is None and _is_ours(dataset, args.dataset_text_field):
+            dataset = _tokenised(dataset, conversations, dataset_name, args)
+        elif formatting_func is None and self._reads_rows and not args.skip_bad_rows:  # else they are gone
+            dataset = _answered(dataset, dataset_name, args.dataset_text_field)
         # A stream has no length by which dropped rows could be missed: it is cut here
         cut_here = isinstance(dataset, IterableDataset) and args.max_length is not None and not packing
         how = copy(args) if cut_here else args
@@ -180,9 +187,37 @@ class DataMixin(_Trainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`SFTTrainer.evaluate`, for evaluation sets of every accepted format."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = open_evaluation(eval_dataset, self.args, vision=self._is_vision_dataset)
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        is_opened = self._is_opened
+        if eval_dataset is not None and not isinstance(eval_dataset, str) and not is_opened:
+            eval_dataset = self._open_later(eval_dataset)
+        self._is_opened = True
+        try:
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        finally:
+            self._is_opened = is_opened
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.predict`, for a set of every accepted format, prepared as `evaluate` prepares it."""
+        test_dataset = self._open_later(test_dataset)
+        if not self._skip_prepare_dataset:
+            test_dataset = self._prepare_dataset(
+                test_dataset,
+                self.processing_class,
+                self.args,
+                packs(self.args, evaluated=True) is not None,
+                self._formatting_func,
+                "test",
+            )
+        return super().predict(test_dataset, *args, **kwargs)
+
+    def _open_later(self, dataset: Any) -> Any:
+        return open_evaluation(
+            dataset,
+            self.args,
+            vision=self._is_vision_dataset,
+            has_distill_column=self.has_distill_column,
+            checked=self._reads_rows,
+        )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[no-untyped-call]
@@ -242,38 +277,46 @@ def _within(dataset: IterableDataset, args: Any, skipped: Any, name: str) -> Ite
     return dataset.filter(usable, with_indices=True).map(cut)
 
 
-def _answered(dataset: AnyDataset, name: str) -> AnyDataset:
-    """Prompts and completions that TRL tokenises; an empty completion is refused, with its row's name."""
+def _answered(dataset: AnyDataset, name: str, text_column: str) -> AnyDataset:
+    """Prompts and completions, or running text, that TRL tokenises; an empty completion, and what is no text, is refused with its row's
+    name."""
     columns = columns_of(dataset)
-    if "completion" not in columns or "input_ids" in columns:
+    column = "completion" if "completion" in columns else text_column
+    if column not in columns or "input_ids" in columns:
         return dataset
+    check = check_answer if column == "completion" else partial(check_text, column=text_column)
     if isinstance(dataset, Dataset):
-        for number, row in enumerate(dataset.select_columns(["completion"])):
-            check_answer(row, _name(number, name))
+        for number, row in enumerate(dataset.select_columns([column])):
+            check(row, _name(number, name))
         return dataset
 
     def checked(row: Row, index: int) -> Row:
-        check_answer(row, _name(index, name))
+        check(row, _name(index, name))
         return row
 
     return dataset.map(checked, with_indices=True, features=dataset.features)
 
 
-def _tokenised(dataset: AnyDataset, conversations: Conversations, name: str, num_proc: int | None) -> AnyDataset:
+def _tokenised(dataset: AnyDataset, conversations: Conversations, name: str, args: Any) -> AnyDataset:
     def tokens(row: Row, index: int) -> Row:
+        row = {("text" if key == args.dataset_text_field else key): value for key, value in row.items()}
         return conversations.tokens(row, _name(index, name))
 
     state = PartialState()
     if state.is_main_process and name == "train":
-        conversations.say_what_is_labelled(next(iter(dataset)))
+        conversations.say_what_is_labelled(first_row(dataset))
     # a stream knows neither option
-    options: Row = {"num_proc": num_proc, "desc": f"Tokenizing {name} dataset"} if isinstance(dataset, Dataset) else {}
+    options: Row = (
+        {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {name} dataset"}
+        if isinstance(dataset, Dataset)
+        else {}
+    )
     with state.main_process_first():
         return dataset.map(tokens, with_indices=True, **options)
 
 
-def _is_ours(dataset: AnyDataset) -> bool:
-    """Whether rows are conversations, or prompts and completions of mixed types: all else, TRL tokenises alone."""
+def _is_ours(dataset: AnyDataset, text_column: str) -> bool:
+    """Whether rows are conversations, or prompts and completions of mixed types or beside running text: all else, TRL tokenises alone."""
     columns = columns_of(dataset)
     if "input_ids" in columns:
         return False
@@ -281,6 +324,8 @@ def _is_ours(dataset: AnyDataset) -> bool:
         return True
     if not {"prompt", "completion"} <= set(columns):
         return False
+    if text_column in columns:
+        return True
     kinds = {_kind((dataset.features or {}).get(column)) for column in ("prompt", "completion")}
     return len(kinds) > 1 or None in kinds
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .bad_rows import BadRow, Row
@@ -51,6 +51,8 @@ def as_trl_row(row: Row, name: str, image_token: str | None = None, *, chat: boo
         if image_token and (named := other["text"].count(image_token)) != len(images or []):
             raise _differ(name, named, images)
         new = {k: v for k, v in other.items() if k not in ("prompt", "completion")}
+    elif other.get("text") is not None:
+        raise _not_text(name, "text", other["text"])
     else:
         found = sorted(key for key, value in row.items() if value is not None)
         raise BadRow(
@@ -107,10 +109,12 @@ def as_prompt_row(row: Row, name: str, image_token: str | None = None) -> Row:
 
 
 def check_answer(row: Row, name: str) -> None:
-    """Raise BadRow where a completion, or an assistant's turn of a conversation, is empty: a student would learn to say nothing there. Nor
-    is a turn trained on that says that it is not to be. Running text has no answer."""
+    """Raise BadRow where a completion, or an assistant's turn of a conversation, is empty or no text: a student would learn to say nothing
+    there. Nor is a turn trained on that says that it is not to be. Running text has no answer."""
     kinds = ("messages", "completion")
     kind = next((key for key in kinds if row.get(key) is not None), None)
+    if kind == "completion" and not isinstance(row[kind], str | list | tuple | Mapping):
+        raise _not_text(name, kind, row[kind])
     if kind is None and row.get("text") is None:
         kind = next((key for key in kinds if key in row), None)
     if kind is None:
@@ -122,6 +126,12 @@ def check_answer(row: Row, name: str) -> None:
         if turns and not answer:  # a conversation under other names
             return
     said = [turn for turn in answer if isinstance(turn, dict)] if isinstance(answer, list) else []
+    for number, turn in enumerate(said):
+        if not isinstance(content := turn.get("content", ""), str | list | tuple | Mapping | None):
+            raise BadRow(
+                "not a conversation",
+                f"{name}: answer {number} in its {kind} is {shown(content)}, expected a text or a list of parts. Convert it to text.",
+            )
     calls = any(turn.get("tool_calls") for turn in said)  # an assistant that calls a tool says nothing
     if not calls and not (_text_of(answer) or "").strip():
         what = "completion" if kind == "completion" else "answer in its messages"
@@ -139,6 +149,26 @@ def check_answer(row: Row, name: str) -> None:
                 f"{name}: answer {number} in its {kind} is marked as not to be trained on ({mark}), and all answers of a row are. Split the "
                 "conversation into rows of prompt and completion, or remove the mark.",
             )
+
+
+def check_text(row: Row, name: str, column: str = "text") -> None:
+    """Raise BadRow where a row of running text has none. An empty text trains nothing, and is left alone."""
+    if row.get(column) is None:
+        raise BadRow(
+            "not a conversation",
+            f"{name} has no text: its column {column!r} is null. Remove the row, or pass --skip_bad_rows.",
+        )
+    if not isinstance(row[column], str):
+        raise _not_text(name, column, row[column])
+
+
+def _not_text(name: str, column: str, value: Any) -> BadRow:
+    expected = "a text" if column not in ("prompt", "completion") else "a text or turns"
+    kind = "the number " if isinstance(value, int | float) and not isinstance(value, bool) else ""
+    return BadRow(
+        "not a conversation",
+        f"{name}: column {column!r} holds {kind}{shown(value)}, expected {expected}. Convert the column to text.",
+    )
 
 
 _NOT_TRAINED = ("weight", "train", "loss")  # of OpenAI's format and of other trainers'
@@ -296,10 +326,7 @@ def _prompt_completion(
     prompt, completion = row["prompt"], row["completion"]
     for column in ("prompt", "completion"):
         if isinstance(row[column], int | float):
-            raise BadRow(
-                "not a conversation",
-                f"{name}: column {column!r} holds the number {row[column]}, expected a text or turns. Convert the column to text.",
-            )
+            raise _not_text(name, column, row[column])
     if isinstance(prompt, str) and isinstance(completion, str):
         named = prompt.count(image_token) if image_token else 0
         if not chat or named or not images:  # TRL's plain texts, in which the processor's own word names an image

@@ -24,6 +24,7 @@ from .config import OnPolicyLinguDistillConfig
 from .engines import gathered_for_sampling, head_unsharded, sharding_of
 from .hub.mixin import PublishingMixin
 from .losses import Weights
+from .opening import check_evaluation_rows
 from .pace import Pace
 from .prompts import PromptCollator, drop_bad_prompts, open_prompts
 from .resume import ResumingMixin
@@ -86,6 +87,7 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
     train_dataset: Any  # narrower than transformers' declarations, which admit None
     processing_class: Any
 
+    _is_opened = False  # what `evaluate` is given: transformers evaluates several sets by calling it for each
     _tag_names = ["trl", "on-policy", "lingudistill", "distillation"]
 
     def __init__(
@@ -141,6 +143,8 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
         if args.skip_bad_rows and opened.train is not None:
             opened = drop_bad_prompts(opened, self.data_collator)
             self.train_dataset, self.eval_dataset = opened.train, opened.evaluation
+        elif opened.evaluation is not None and args.eval_strategy != "no":
+            check_evaluation_rows(self.eval_dataset, self.data_collator)
         self.skipped_rows = opened.skipped_rows
         if self.skipped_rows:
             logger.warning("Skipped %d rows: %s", sum(self.skipped_rows.values()), dict(self.skipped_rows))
@@ -201,8 +205,9 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`DistillationTrainer.evaluate`, for evaluation sets of every accepted format."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            opened, vision = open_prompts(None, eval_dataset, self.args)
+        is_opened = self._is_opened
+        if eval_dataset is not None and not isinstance(eval_dataset, str) and not is_opened:
+            opened, vision = open_prompts(None, eval_dataset, self.args, has_distill_column=self.has_distill_column)
             if vision and not self.data_collator.vision:
                 raise ValueError(
                     "The evaluation set has images and the training set has none: pass it as eval_dataset when the trainer is made."
@@ -214,7 +219,11 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
                         "them, since the training set has none: pass it as eval_dataset when the trainer is made."
                     )
             eval_dataset = opened.evaluation
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        self._is_opened = True
+        try:
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        finally:
+            self._is_opened = is_opened
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's, in the arithmetic in which the answers are judged; where FSDP2 splits the student, with all of it on every process."""

@@ -15,8 +15,9 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from .bad_rows import AnyDataset, BadRow, Row, flag_of, row_name, without_bad_rows
+from .bad_rows import AnyDataset, BadRow, Row, check_rows, flag_of, without_bad_rows
 from .columns import (
+    as_python,
     check_named_column,
     columns_of,
     embeds_images_anywhere,
@@ -26,10 +27,10 @@ from .columns import (
     with_images,
     with_messages,
 )
-from .config import JOINING, LinguDistillConfig
-from .formats import CONVERSATION_COLUMNS, as_trl_row, check_answer
+from .config import LinguDistillConfig
+from .flags import capital, check_distill_column, check_evaluation_flags, check_joining, packs, refuse_flag
+from .formats import CONVERSATION_COLUMNS, as_trl_row, check_answer, check_text
 from .options import DistillOptions
-from .sharing import sharing
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +69,12 @@ def open_datasets(train: Any, evaluation: Any, args: LinguDistillConfig, *, chec
     if train is None:
         return opened
     skipped: dict[str, int] = {}
-    train = as_dataset(train, "train_dataset", args, skipped)
-    parts = _by_name(evaluation)
-    parts = {name: as_dataset(part, _eval_name(name), args, {}) for name, part in parts.items() if part is not None}
+    train = as_dataset(train, "train_dataset", args, skipped, raw=not checked)
+    parts = {
+        name: as_dataset(part, eval_name(name), args, {}, raw=not checked)
+        for name, part in by_name(evaluation).items()
+        if part is not None
+    }
     columns = columns_of(train)
     opened.has_distill_column, opened.distill_share = check_distill_column(
         train, args.distill_column, skip_bad=args.skip_bad_rows, columns=columns
@@ -79,20 +83,22 @@ def open_datasets(train: Any, evaluation: Any, args: LinguDistillConfig, *, chec
         opened.has_distill_column = None  # a later row may have it
     elif not opened.has_distill_column:
         check_named_column(args.distill_column, train, source="train_dataset")
-    _check_packing(args, bool(opened.has_distill_column), opened.distill_share)
+    check_joining(args, opened.distill_share, flagged=bool(opened.has_distill_column))
     if args.packing and train.column_names is None:
-        train = train.map(_refuse_flag(args.distill_column))
+        train = train.map(refuse_flag(args.distill_column, "packing"))
+    parts = _with_checked_flags(parts, args, opened.has_distill_column)
     train, *rest = _with_like_columns([train, *parts.values()], args)
     parts = dict(zip(parts, rest, strict=True))
     vision = has_images(columns_of(train))
     if checked:
         for name, part in {"": train, **parts}.items():
-            _check_first_rows(part, f" of {_eval_name(name)}" if name else "", args)
+            _check_first_rows(part, f" of {eval_name(name)}" if name else "", args)
+    text_column = args.dataset_text_field if checked else None
     if args.skip_bad_rows and not vision:
-        train, dropped = drop_bad_texts(train, args.distill_column, columns_of(train))
+        train, dropped = drop_bad_texts(train, args.distill_column, columns_of(train), text_column)
         opened.skipped_rows = dropped if not skipped else {**dropped, **skipped}
         parts = {
-            name: said_if_dropped(*drop_bad_texts(part, args.distill_column, columns_of(part)))
+            name: said_if_dropped(*drop_bad_texts(part, args.distill_column, columns_of(part), text_column))
             for name, part in parts.items()
         }
     elif skipped:
@@ -105,25 +111,50 @@ def open_datasets(train: Any, evaluation: Any, args: LinguDistillConfig, *, chec
     return opened
 
 
-def open_evaluation(evaluation: Any, args: LinguDistillConfig, *, vision: bool) -> Any:
-    """Evaluation sets that are given later, for a trainer whose training set is made of images (vision) or of texts.
+def open_evaluation(
+    evaluation: Any,
+    args: LinguDistillConfig,
+    *,
+    vision: bool,
+    has_distill_column: bool | None = None,
+    checked: bool = True,
+) -> Any:
+    """Evaluation sets that are given later, for a trainer whose training set is made of images (vision) or of texts, and has the flag
+    column or not. checked: see `open_datasets`.
 
     Raises:
-        ValueError: for another type, or images where the training set has none.
+        ValueError: for another type, a flag that is not boolean, options that do not go together, or images where the training set has
+            none.
     """
-    parts = {name: as_dataset(part, _eval_name(name), args, {}) for name, part in _by_name(evaluation).items()}
-    opened = {}
+    parts = {
+        name: as_dataset(part, eval_name(name), args, {}, raw=not checked)
+        for name, part in by_name(evaluation).items()
+    }
+    parts = _with_checked_flags(parts, args, has_distill_column)
+    opened, text_column = {}, args.dataset_text_field if checked else None
     for name, part in parts.items():
         (part,) = _with_like_columns([part], args, vision=vision)
         if not vision and has_images(columns_of(part)):
             raise ValueError(
-                f"{_eval_name(name).capitalize()} has images and the training set has none: pass it as eval_dataset when the trainer is "
+                f"{capital(eval_name(name))} has images and the training set has none: pass it as eval_dataset when the trainer is "
                 "made."
             )
         if args.skip_bad_rows and not vision:
-            part = said_if_dropped(*drop_bad_texts(part, args.distill_column, columns_of(part)))
+            part = said_if_dropped(*drop_bad_texts(part, args.distill_column, columns_of(part), text_column))
         opened[name] = prepare_dataset(part)
     return opened if isinstance(evaluation, dict) else opened[""]
+
+
+def check_evaluation_rows(evaluation: Any, collator: Callable[[list[Row]], Any], num_proc: int | None = None) -> None:
+    """Go through all rows of evaluation sets before training: a bad one would stop the run at its first evaluation, when steps have been
+    made. Streams are checked as they are read.
+
+    Raises:
+        BadRow: for the first row that the collator refuses, with the name of its set.
+    """
+    for name, part in by_name(evaluation).items():
+        if isinstance(part, Dataset):
+            check_rows(part, lambda row: collator([row]), eval_name(name), num_proc)
 
 
 def each(change: Callable[[Any], Any], datasets: Any) -> Any:
@@ -140,11 +171,26 @@ def said_if_dropped(dataset: Any, dropped: Mapping[str, int]) -> Any:
     return dataset
 
 
-def _by_name(evaluation: Any) -> dict[str, Any]:
+def _with_checked_flags(
+    parts: dict[str, AnyDataset], args: LinguDistillConfig, trained: bool | None
+) -> dict[str, AnyDataset]:
+    """The same evaluation sets, their flags checked; those of a stream that is packed are as it is read."""
+    shares = check_evaluation_flags(parts, args, trained, name_of=eval_name)
+    for name in parts:
+        check_joining(args, shares.get(name), flagged=name in shares, evaluated=eval_name(name))
+    if (option := packs(args, evaluated=True)) is None:
+        return parts
+    refuse = refuse_flag(args.distill_column, option)
+    return {name: part.map(refuse) if part.column_names is None else part for name, part in parts.items()}
+
+
+def by_name(evaluation: Any) -> dict[str, Any]:
+    """Evaluation sets by their names; the name of the only one is empty."""
     return dict(evaluation) if isinstance(evaluation, dict) else {"": evaluation}
 
 
-def _eval_name(name: str) -> str:
+def eval_name(name: str) -> str:
+    """How messages name one of several evaluation sets, or the only one."""
     return f"evaluation set {name!r}" if name else "the evaluation set"
 
 
@@ -161,15 +207,20 @@ def as_dataset(
     args: DistillOptions,
     skipped: dict[str, int],
     shape: Callable[[Row, str], Row] = _plain_row,
+    *,
+    raw: bool = False,
 ) -> AnyDataset:
     """A dataset; a list of rows becomes one.
 
     Args:
         name: how messages name it. skipped: counts rows that are left out, by reason. shape: brings a row of a list, with its name,
-            into a form whose images stand in a column of their own, which Arrow can hold.
+            into a form whose images stand in a column of their own, which Arrow can hold. raw: leave a dataset in its format (numpy,
+            torch, ...), for a reader of the caller's own.
     """
     if isinstance(data, Dataset | IterableDataset):
-        return data
+        if isinstance(data, Dataset) and len(data) == 0:
+            raise ValueError(f"{name} has no rows: pass one that has some.")
+        return data if raw else as_python(data)
     if isinstance(data, DatasetDict | IterableDatasetDict):
         raise ValueError(
             f"{name} must be one split; found {type(data).__name__} with {', '.join(map(repr, data))}. Did you mean to select "
@@ -183,15 +234,18 @@ def as_dataset(
     rows = []
     for number, row in enumerate(data):
         try:
-            rows.append(shape(row, f"Row {number}"))
+            rows.append(shape(row, f"Row {number}" if name == "train_dataset" else f"Row {number} of {name}"))
         except BadRow as error:
             if not args.skip_bad_rows:
                 raise
             skipped[error.reason] = skipped.get(error.reason, 0) + 1
     if not rows:
         raise ValueError(f"No usable row is left of {len(data)}: {skipped}. Repair the dataset.")
-    if any("images" in row for row in rows):
-        rows = [{"images": [], **row} for row in rows]
+    # Of the columns, `from_list` takes those of the first row alone
+    absent: Row = {
+        column: [] if column == "images" else None for column in dict.fromkeys(key for row in rows for key in row)
+    }
+    rows = [{**absent, **row} for row in rows]
     try:
         return Dataset.from_list(rows, on_mixed_types="use_json")
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
@@ -199,70 +253,6 @@ def as_dataset(
         raise ValueError(
             f"{name} is a list of rows that differ in their types ({why}): give each column one type."
         ) from error
-
-
-def check_distill_column(
-    dataset: AnyDataset, column: str, *, skip_bad: bool = False, columns: list[str] | None = None
-) -> tuple[bool, float | None]:
-    """Whether the dataset has the flag column, and the share of marked rows (None for a stream or without the column).
-
-    skip_bad: leave rows whose flag is not boolean out of the share; they are dropped later, and counted. columns: the dataset's, if
-    they are known already.
-
-    Raises:
-        ValueError: if the column is not boolean, or marks no row at all.
-    """
-    if column not in (columns_of(dataset) if columns is None else columns):
-        return False, None
-    if isinstance(dataset, IterableDataset):
-        return True, None
-    values = dataset.with_format(None)[column]
-    good = [value for value in values if value in (True, False)]
-    if len(good) < len(values) and not (skip_bad and good):
-        bad = next(value for value in values if value not in (True, False))
-        raise ValueError(
-            f"Column {column!r} must hold true or false in every row; found {bad!r} in {len(values) - len(good)} of "
-            f"{len(values)}. Repair them{'' if skip_bad else ', or pass --skip_bad_rows'}."
-        )
-    share = sum(bool(value) for value in good) / max(len(good), 1)
-    if share == 0.0:
-        raise ValueError(
-            f"No row is marked for distillation: column {column!r} is false in all {len(good)} rows. Mark the "
-            "language-intensive rows true, or train with trl.SFTTrainer."
-        )
-    return True, share
-
-
-def _check_packing(args: LinguDistillConfig, has_distill_column: bool, distill_share: float | None) -> None:
-    joined = [name for name in JOINING if getattr(args, name)]
-    if joined and not sharing(args.kv_sharing).keeps_documents_apart:
-        raise ValueError(
-            f"kv_sharing='{args.kv_sharing}' cannot keep packed documents apart (the teacher makes its own pass over the rows): use "
-            f"'prompt' or 'full', or set {' and '.join(f'{name}=False' for name in joined)}."
-        )
-    if args.padding_free and distill_share not in (None, 0.0, 1.0):
-        raise ValueError(
-            f"padding_free joins rows, and column {args.distill_column!r} differs between them ({distill_share:.0%} are marked): set "
-            "padding_free=False, or drop the column."
-        )
-    if args.packing and has_distill_column:
-        raise ValueError(
-            f"packing joins rows, so that column {args.distill_column!r} has no meaning: drop the column (every row is "
-            "distilled) or set packing=False."
-        )
-
-
-def _refuse_flag(column: str) -> Callable[[Row], Row]:
-    def checked(row: Row) -> Row:
-        if column in row:
-            raise BadRow(
-                "distill flag not boolean",
-                f"packing joins rows, so that column {column!r} of {row_name(row).lower()} has no meaning: drop the column (every "
-                "row is distilled) or set packing=False.",
-            )
-        return row
-
-    return checked
 
 
 def _check_first_rows(dataset: AnyDataset, where: str, args: LinguDistillConfig) -> None:
@@ -313,22 +303,31 @@ def _with_like_columns(
 # Rows that are left out
 # --------------------------------------------------------------------------------------------------------------------
 def drop_bad_texts(
-    dataset: AnyDataset, distill_column: str = "distill", columns: Sequence[str] | None = None
+    dataset: AnyDataset,
+    distill_column: str = "distill",
+    columns: Sequence[str] | None = None,
+    text_column: str | None = "text",
 ) -> tuple[AnyDataset, Mapping[str, int]]:
-    """Leave out text-only rows whose answer is empty, whose flag is not boolean, or whose turns have another shape than a
-    conversation's. -> (dataset, number of dropped rows by reason).
+    """Leave out text-only rows whose answer is empty, whose flag is not boolean, whose turns have another shape than a
+    conversation's, or that have no text. -> (dataset, number of dropped rows by reason).
 
-    TRL would train empty answers to say nothing. Rows of running text are left alone. columns: of a stream that does not tell them.
+    TRL would train empty answers to say nothing. columns: of a stream that does not tell them. text_column: where running text stands;
+    None = that is not looked at.
 
     Raises:
         ValueError: if no row of a map-style dataset is left.
     """
-    known = (*CONVERSATION_COLUMNS, "completion", distill_column)
+    known = (*CONVERSATION_COLUMNS, "completion", distill_column, text_column)
     if not any(column in known for column in columns or dataset.column_names or []):
         return dataset, {}
 
     def check(row: Row) -> None:
         flag_of(row, distill_column)
+        if "input_ids" in row:
+            return
+        if text_column in row and not any(row.get(column) is not None for column in known[:-2]):
+            check_text(row, "The row", text_column)
+            return
         check_answer(row, "The row")
         if "completion" not in row or "prompt" in row:
             check_answer(as_trl_row(row, "The row", chat=False), "The row")

@@ -16,14 +16,16 @@ from datasets import Dataset
 from .bad_rows import ROW_COLUMN, AnyDataset, BadRow, Row, flag_of, row_name, without_bad_rows
 from .columns import columns_of, embeds_images_anywhere, has_images, prepare_dataset, undecoded
 from .config import OnPolicyLinguDistillConfig
+from .flags import check_distill_column, check_evaluation_flags
 from .formats import as_prompt_row
 from .images import decode_image
 from .opening import (
     CHECKED_FIRST,
     OpenedData,
     as_dataset,
-    check_distill_column,
+    by_name,
     each,
+    eval_name,
     said_if_dropped,
 )
 
@@ -76,11 +78,14 @@ class PromptCollator:
             ) from error
 
 
-def open_prompts(train: Any, evaluation: Any, args: OnPolicyLinguDistillConfig) -> tuple[OpenedData, bool]:
+def open_prompts(
+    train: Any, evaluation: Any, args: OnPolicyLinguDistillConfig, *, has_distill_column: bool | None = None
+) -> tuple[OpenedData, bool]:
     """Make prompts ready for TRL's on-policy trainer. -> the datasets and what is known of them, and whether any has images.
 
     Args:
         train: a `Dataset`, an `IterableDataset`, or a list of rows, or None; evaluation: one of them, several by name, or None.
+        has_distill_column: of a training set that was opened before.
 
     Raises:
         ValueError: for another type, a flag that is not boolean or marks nothing, rows that nobody judges, or first rows that ask
@@ -106,7 +111,9 @@ def open_prompts(train: Any, evaluation: Any, args: OnPolicyLinguDistillConfig) 
             opened.has_distill_column = None  # a later row may have it
         opened.skipped_rows = skipped
     if evaluation is not None:
-        opened.evaluation = each(lambda part: open_one(part, "the evaluation set"), evaluation)
+        parts = {name: open_one(part, eval_name(name)) for name, part in by_name(evaluation).items()}
+        check_evaluation_flags(parts, args, has_distill_column or opened.has_distill_column, name_of=eval_name)
+        opened.evaluation = parts if isinstance(evaluation, dict) else parts[""]
     vision = any(sees)
     if vision and train is not None:
         _warn_if_sight_is_at_risk(args, opened)

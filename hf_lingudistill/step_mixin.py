@@ -13,11 +13,13 @@ from transformers import PreTrainedModel
 
 from ._internals import keep_image_dtype
 from .anchor import Before, make_before
+from .bad_rows import BadRow
 from .engines import SameModules, blank_image, sharding_of
 from .finite import FiniteWatch, StepPolicy
 from .first_batch import FirstBatch
 from .losses import Weights
 from .meter import Meter
+from .opening import eval_name
 from .quantization import arithmetic_of, choose_kernels
 from .sharing import sharing
 from .step import DistillStep
@@ -212,7 +214,12 @@ class StepMixin(TeacherMixin):
         the teacher lets through, so that the best checkpoint is chosen by it."""
         self.meter.reset_evaluation()
         self._evaluated = prefix = kwargs.get("metric_key_prefix", "eval")
-        output = super().evaluation_loop(*args, **kwargs)
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+        except BadRow as error:
+            known = prefix == "eval" or prefix.startswith("eval_")
+            what = eval_name(prefix[len("eval_") :]) if known else f"the rows of {prefix!r}"
+            raise BadRow(error.reason, f"In {what}, at step {self.state.global_step}: {error}") from error
         if (ce := self.meter.evaluated_ce()) is not None and output.metrics is not None:
             output.metrics[f"{prefix}_ce_loss"] = ce
         return output

@@ -372,6 +372,47 @@ def test_running_text_and_unknown_columns_are_left_alone() -> None:
         drop_bad_texts(Dataset.from_list([{"prompt": "a", "completion": ""}] * 2))
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["map-style", "stream"])
+@pytest.mark.parametrize("column", ["text", "body"])
+@pytest.mark.parametrize("flagged", [False, True], ids=["", "flagged"])
+def test_running_text_that_is_null_is_named_or_skipped(
+    make_trainer: MakeTrainer, stream: bool, column: str, flagged: bool
+) -> None:
+    rows = [{column: text, **({"distill": True} if flagged else {})} for text in (TEXT, TEXT, None, TEXT)]
+    data: Any = Dataset.from_list(rows)
+    data = data.to_iterable_dataset() if stream else data
+    options = {"dataset_text_field": column, "per_device_train_batch_size": 1, "max_steps": 3}
+    with pytest.raises(
+        ValueError, match=f"^Row 2 has no text: its column '{column}' is null. Remove the row, or pass"
+    ):
+        make_trainer(train_dataset=data, **options).train()
+    with pytest.raises(ValueError, match="Row 2 of dataset 'eval' has no text"):
+        list(make_trainer(train_dataset=Dataset.from_list(rows[:2]), eval_dataset=data, **options).eval_dataset)
+    trainer = make_trainer(train_dataset=data, skip_bad_rows=True, **options)
+    trainer.train()
+    assert len(list(trainer.train_dataset)) == 3 and dict(trainer.skipped_rows) == {"not a conversation": 1}
+
+
+def test_running_text_that_is_a_number_is_named(make_trainer: MakeTrainer) -> None:
+    message = "^Row 0: column 'text' holds the number 5, expected a text. Convert the column to text.$"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(train_dataset=Dataset.from_list([{"text": 5}] * 4))
+    mixed = Dataset.from_list([{"text": TEXT}, {"text": 5}], on_mixed_types="use_json")
+    with pytest.raises(ValueError, match="^Row 1: column 'text' holds the number 5"):
+        make_trainer(train_dataset=mixed)
+    assert len(make_trainer(train_dataset=mixed, skip_bad_rows=True).train_dataset) == 1
+    ids = Dataset.from_list([{"text": None, "input_ids": [5, 6], "labels": [5, 6]}] * 4)  # control: nobody reads it
+    assert len(make_trainer(train_dataset=ids, skip_bad_rows=True).train_dataset) == 4
+
+
+def test_a_stream_without_a_usable_row_is_a_sentence(make_trainer: MakeTrainer) -> None:
+    def rows() -> Any:
+        yield from ({"messages": [USER, {"role": "assistant", "content": ""}], "images": []} for _ in range(3))
+
+    with pytest.raises(ValueError, match=r"no usable row, all of them were skipped \({'empty answer': 3}\)"):
+        make_trainer(train_dataset=IterableDataset.from_generator(rows), skip_bad_rows=True)
+
+
 USER = {"role": "user", "content": "what is the weather in Aberdeen?"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
 

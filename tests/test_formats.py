@@ -606,6 +606,111 @@ def test_a_list_of_rows_is_a_dataset(make_trainer: MakeTrainer) -> None:
     assert make_trainer(train_dataset=mixed, eval_dataset=mixed).evaluate()
 
 
+def asked(number: int, **more: Any) -> Row:
+    turns = SAME["text"]
+    return {"prompt": [{**turns[0], "content": f"what {number}"}], "completion": turns[1:], **more}
+
+
+@pytest.mark.parametrize("evaluated", [False, True], ids=["training", "evaluation"])
+def test_a_column_that_the_first_row_of_a_list_lacks_is_not_lost(make_trainer: MakeTrainer, evaluated: bool) -> None:
+    late = [asked(0), *(asked(i, distill=i > 2) for i in range(1, 5))]
+    whole = [asked(i, distill=i > 2) for i in range(5)]
+    sets = {"train_dataset": whole, "eval_dataset": late} if evaluated else {"train_dataset": late}
+    with pytest.raises(ValueError, match="must hold true or false in every row; found None in 1 of 5"):
+        make_trainer(**sets)
+    trainer = make_trainer(**sets, skip_bad_rows=True)
+    kept = trainer.eval_dataset if evaluated else trainer.train_dataset
+    assert list(kept["distill"]) == [False, False, True, True]
+    assert make_trainer(train_dataset=whole).distill_share == 0.4  # control
+    tools = [asked(0), asked(1, tools=[{"type": "function", "function": {"name": "f"}}])]
+    (column,) = (make_trainer(train_dataset=given).train_dataset["tools"] for given in (tools,))
+    assert column[0] is None and column[1]
+
+
+@pytest.mark.parametrize("first", [0, 1, 2], ids=["turns", "messages", "running text"])
+@pytest.mark.parametrize("skip", [False, True], ids=["", "skipping"])
+def test_a_list_of_several_formats_keeps_every_row_whichever_comes_first(
+    make_trainer: MakeTrainer, first: int, skip: bool
+) -> None:
+    kinds: list[Row] = [
+        asked(0),
+        {"messages": SAME["text"]},
+        {"text": "the sea is deep"},
+        {"prompt": "a", "completion": "b"},
+    ]
+    rows = [kinds[first], *(row for row in kinds if row is not kinds[first])]
+    trainer = make_trainer(train_dataset=rows, skip_bad_rows=skip)
+    assert dict(trainer.skipped_rows) == {} and len(trainer.train_dataset) == 4
+    found = dict(zip([str(row) for row in rows], trainer.train_dataset["input_ids"], strict=True))
+    for row in rows:  # each as in a list of its own kind
+        (alone,) = make_trainer(train_dataset=[row]).train_dataset["input_ids"]
+        assert found[str(row)] == alone, row
+    beside = [
+        row for row in rows if "messages" not in row
+    ]  # TRL reads one of these two formats in all rows, or the other
+    assert len(make_trainer(train_dataset=beside, skip_bad_rows=skip).train_dataset) == 3
+    renamed = [{("body" if key == "text" else key): value for key, value in row.items()} for row in beside]
+    renamed = Dataset.from_list(
+        [{**dict.fromkeys(("prompt", "completion", "body")), **row} for row in renamed], on_mixed_types="use_json"
+    )
+    assert len(make_trainer(train_dataset=renamed, dataset_text_field="body", skip_bad_rows=skip).train_dataset) == 3
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch", "pandas"])
+@pytest.mark.parametrize("images", [True, False], ids=["images", "texts"])
+@pytest.mark.parametrize("skip", [False, True], ids=["", "skipping"])
+def test_a_dataset_may_be_in_any_format_of_datasets(
+    make_trainer: MakeTrainer, form: str, images: bool, skip: bool
+) -> None:
+    plain = tiny.make_dataset(4, images=images)
+    given = plain.with_format(form)
+    assert type(given[0]["distill"]) is not bool  # control: these rows are of another kind
+    trainer = make_trainer(train_dataset=given, eval_dataset=given, skip_bad_rows=skip, **IN_ORDER)
+    assert dict(trainer.skipped_rows) == {}
+    assert_same(
+        batch_of(trainer), batch_of(make_trainer(train_dataset=plain, **IN_ORDER)), "input_ids", "labels", "distill"
+    )
+    assert trainer.evaluate(given)["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
+    stream = given.to_iterable_dataset()
+    assert_same(batch_of(make_trainer(train_dataset=stream)), batch_of(trainer), "input_ids", "labels")
+
+
+def test_a_collator_of_the_callers_own_gets_rows_in_the_format_that_they_are_in(make_trainer: MakeTrainer) -> None:
+    seen: list[Any] = []
+
+    def collate(rows: list[Row]) -> Row:
+        seen.extend(type(row["input_ids"]) for row in rows)
+        batch = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
+        return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+    row = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
+    tokens = Dataset.from_list([row] * 4).with_format("torch")
+    make_trainer(train_dataset=tokens, data_collator=collate).train()
+    assert set(seen) == {torch.Tensor}
+
+
+@pytest.mark.parametrize("images", [True, False], ids=["images", "texts"])
+@pytest.mark.parametrize("value", [42, 0.5, True], ids=repr)
+@pytest.mark.parametrize("kind", ["completion", "turn", "messages"])
+def test_an_answer_that_is_no_text_is_not_called_empty(
+    make_trainer: MakeTrainer, value: Any, kind: str, images: bool
+) -> None:
+    turn = {"role": "assistant", "content": value}
+    answers = {
+        "completion": {"prompt": "a", "completion": value},
+        "turn": {"prompt": [SAME["text"][0]], "completion": [turn]},
+    }
+    row = answers.get(kind, {"messages": [SAME["text"][0], turn]})
+    good = {key: (ANSWER if key == "completion" else SAME["text"] if key == "messages" else "a") for key in row}
+    good = good if kind != "turn" else asked(0)
+    rows = [{**one, **({"images": []} if images else {})} for one in (good, good, row, good)]
+    data = Dataset.from_list(rows, on_mixed_types="use_json")
+    with pytest.raises(ValueError, match=rf"Row 2.*{value}.*expected a text|Row 2.*expected a text.*{value}"):
+        make_trainer(train_dataset=data, per_device_train_batch_size=1, max_steps=4).train()
+    skipped = make_trainer(train_dataset=data, skip_bad_rows=True).skipped_rows
+    assert dict(skipped) == {"not a conversation": 1}
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -655,7 +760,8 @@ def test_evaluation_sets_of_another_kind_are_measured(make_trainer: MakeTrainer,
     with pytest.raises(ValueError, match="has images and the training set has none"):
         texts_only.evaluate(vision)
     with pytest.raises(ValueError, match="packing and padding_free are for texts alone"):
-        make_trainer(train_dataset=language.remove_columns("distill"), eval_dataset=vision, packing=True)
+        unmarked = {name: part.remove_columns("distill") for name, part in both.items()}
+        make_trainer(train_dataset=unmarked["language"], eval_dataset=unmarked["vision"], packing=True)
 
 
 def test_a_stream_counts_a_bad_row_once_however_often_it_is_read(make_trainer: MakeTrainer) -> None:

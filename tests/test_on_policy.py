@@ -492,6 +492,26 @@ def test_rows_of_an_evaluation_that_are_not_marked_have_a_judge(make: Make) -> N
     trainer.evaluate(marked)
 
 
+def test_what_is_wrong_with_an_evaluation_set_is_said_before_the_first_step(make: Make, caplog: Any) -> None:
+    each = {"eval_strategy": "steps", "eval_steps": 1}
+    bad = prompts()
+    bad[2] = {**bad[2], "images": ["no image"]}
+    with pytest.raises(ValueError, match="^In evaluation set 'b': .*an image cannot be read"):
+        make(train_dataset=prompts(), eval_dataset={"a": prompts(), "b": bad}, **each)
+    strings = [{**row, "distill": "true"} for row in prompts()]
+    with pytest.raises(
+        ValueError, match="Column 'distill' of evaluation set 'b' must hold true or false in every row"
+    ):
+        make(train_dataset=prompts(), eval_dataset={"b": strings})
+    make(train_dataset=prompts(), eval_dataset={"a": prompts()}, **each)  # control
+    assert "which the training set has" not in caplog.text
+    unmarked = [{k: v for k, v in row.items() if k != "distill"} for row in prompts()]
+    trainer = make(train_dataset=prompts(), eval_dataset={"b": unmarked})
+    trainer.evaluate({"b": unmarked})
+    said = [record.getMessage() for record in caplog.records if "which the training set has" in record.getMessage()]
+    assert len(said) == 2 and all(message.startswith("Evaluation set 'b' has no column 'distill'") for message in said)
+
+
 def test_the_vlm_before_is_there_for_rows_that_need_it_alone(make: Make, caplog: Any) -> None:
     unmarked = [{k: v for k, v in row.items() if k != "distill"} for row in prompts()]
     trainer = make(train_dataset=unmarked)
