@@ -277,7 +277,7 @@ def test_a_stream_and_text_without_images(make: Make) -> None:
         ({"prompt": "  "}, "Row 0 asks nothing: its prompt is empty."),
         ({"messages": [{"role": "assistant", "content": ANSWER}]}, "Row 0 asks nothing: its prompt is empty."),
         ({"messages": [{"who": "me"}]}, "Row 0, 'messages', turn 0: expected a 'role'"),
-        ({"prompt": "<image> <image> what?", "images": []}, "its text names 2 images"),
+        ({"prompt": "<image> <image> what?", "images": [], "distill": True}, "its text names 2 images"),
     ],
     ids=["text", "empty", "answer alone", "no role", "no image"],
 )
