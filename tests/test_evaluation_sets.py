@@ -10,6 +10,8 @@ import pytest
 import tiny
 from datasets import Dataset, Image, IterableDataset, List
 
+from hf_lingudistill import opening
+
 MakeTrainer = Callable[..., Any]
 Row = dict[str, Any]
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1}
@@ -144,3 +146,17 @@ def test_prediction_takes_what_evaluation_takes(make_trainer: MakeTrainer, image
     given = tiny.make_rows(4, seed=1) if kind == "list" and images else given
     given = data.to_iterable_dataset() if kind == "stream" else given
     assert trainer.predict(given).metrics["test_loss"] == pytest.approx(trainer.evaluate(data)["eval_loss"], rel=1e-5)
+
+
+def test_of_a_long_set_rows_from_everywhere_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them where there are no more than that."""
+    looked: list[int] = []
+
+    def collate(rows: list[Row]) -> None:
+        looked.extend(row["number"] for row in rows)
+
+    for length, expected in ((4, [0, 1, 2, 3]), (11, [0, 2, 5, 8])):
+        looked.clear()
+        monkeypatch.setattr(opening, "CHECKED_OF_EACH", 4)
+        opening.check_evaluation_rows({"a": Dataset.from_dict({"number": list(range(length))})}, collate)
+        assert looked == expected
