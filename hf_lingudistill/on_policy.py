@@ -30,6 +30,7 @@ from .prompts import PromptCollator, drop_bad_prompts, open_prompts
 from .resume import ResumingMixin
 from .step_mixin import StepMixin, all_marked, check_best_metric
 from .teacher_mixin import as_dict
+from .weights import only_whole
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,10 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
             args.ddp_find_unused_parameters is None
         ):  # as TRL 1.16: a batch of texts leaves the vision tower without gradients
             args.ddp_find_unused_parameters = not as_dict(args.gradient_checkpointing_kwargs).get("use_reentrant")
-        super().__init__(model=model, args=args, train_dataset=opened.train, eval_dataset=opened.evaluation, **kwargs)
+        with only_whole():
+            super().__init__(
+                model=model, args=args, train_dataset=opened.train, eval_dataset=opened.evaluation, **kwargs
+            )
         if args.torch_compile and self.accelerator.num_processes > 1 and sharding_of(self.accelerator) is None:
             raise ValueError(
                 "torch_compile on-policy on several processes needs an engine that shards weights: TRL's loss goes past a compiled DDP, which "

@@ -22,6 +22,7 @@ from .compatibility import CompatibilityReport, is_vlm
 from .quantization import choose_kernels, quantization_config
 from .queries import Vocabulary
 from .text_half import without_tower
+from .weights import load_whole
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def load_teacher_model(
 
     Raises:
         OSError: if there are no such weights, or no safetensors among them (pickles are not loaded).
+        BadWeights: if some are missing.
     """
     kwargs: dict[str, Any] = {
         "revision": revision,
@@ -76,7 +78,7 @@ def load_teacher_model(
         config = AutoConfig.from_pretrained(
             name_or_path, revision=kwargs["revision"], trust_remote_code=kwargs["trust_remote_code"]
         )
-        model: Any = _class_of(config, sees=sees).from_pretrained(name_or_path, **kwargs)
+        model: Any = load_whole(_class_of(config, sees=sees), name_or_path, **kwargs)
     if "quantization_config" not in kwargs and "device_map" not in kwargs:
         model = model.to(device)
     choose_kernels(model)

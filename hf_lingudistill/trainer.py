@@ -25,6 +25,7 @@ from .resume import ResumingMixin
 from .router import prepare_router
 from .step_mixin import StepMixin, check_best_metric
 from .teacher_mixin import as_dict
+from .weights import only_whole
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
         loading: Any = args.accelerator_config
         if loading.dispatch_batches is None:
             loading.dispatch_batches = False
-        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        with only_whole():
+            super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         # Many VLM classes say that they do not take `num_items_in_batch`, and transformers then counts no labels. The step takes them.
         self.model_accepts_loss_kwargs = True
         prepare_router(self._plain_student())

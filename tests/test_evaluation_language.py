@@ -22,8 +22,9 @@ from hf_lingudistill.labs.evaluation import language
 from hf_lingudistill.labs.evaluation import tasks as local_tasks
 from hf_lingudistill.labs.evaluation.cache import ItemCache
 from hf_lingudistill.labs.evaluation.language import TextPath, bits_per_byte, harness_scores, sequence_nll
-from hf_lingudistill.labs.evaluation.models import Scored, chat_template_of, fingerprint, load_scored, user_turn
+from hf_lingudistill.labs.evaluation.models import Scored, chat_template_of, load_scored, user_turn
 from hf_lingudistill.labs.evaluation.suite import HarnessTasks, TextTask
+from hf_lingudistill.weights import fingerprint
 
 instances = pytest.importorskip("lm_eval.api.instance", reason="the `eval` extra is not installed")
 hflm = pytest.importorskip("lm_eval.models.huggingface", reason="the `eval` extra is not installed").HFLM

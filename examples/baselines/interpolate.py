@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from hf_lingudistill.folders import check, replacing
+from hf_lingudistill.weights import load_whole
 
 
 def interpolate(vlm_path: str | Path, lm_path: str | Path, alpha: float, output_dir: str | Path) -> None:
@@ -28,8 +29,8 @@ def interpolate(vlm_path: str | Path, lm_path: str | Path, alpha: float, output_
         raise ValueError(f"alpha must be in [0, 1] (the share of the VLM), got {alpha}.")
     out = Path(output_dir)
     check(out.parent, out.name, by="interpolate")
-    vlm = AutoModelForImageTextToText.from_pretrained(vlm_path, dtype=torch.float32)
-    lm = AutoModelForCausalLM.from_pretrained(lm_path, dtype=torch.float32)
+    vlm = load_whole(AutoModelForImageTextToText, vlm_path, dtype=torch.float32)
+    lm = load_whole(AutoModelForCausalLM, lm_path, dtype=torch.float32)
     if _tied(vlm) and not _tied(lm):
         raise ValueError(
             "The VLM's head is tied to its embeddings, the LM's is not. Pass the LM that it was built from."

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
+from weights import load_whole
 
 CONFIG_VARIABLE = "LINGUDISTILL_SPACE_CONFIG"
 NEEDED = ("before", "after")
@@ -138,14 +139,14 @@ def load(source: str, *, sees: bool) -> Checkpoint:
     device, dtype = best_device_and_dtype()
     start = time.perf_counter()
     if sees:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, use_safetensors=True)  # no pickles
+        model = load_whole(AutoModelForImageTextToText, source, dtype=dtype, use_safetensors=True)  # no pickles
         processing = AutoProcessor.from_pretrained(source)
         image_processor = getattr(processing, "image_processor", None)
         if device == "cpu" and hasattr(image_processor, "do_image_splitting"):
             # An image in 17 tiles is 17 images to the vision tower: half a minute on the free hardware.
             image_processor.do_image_splitting = False
     else:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        model = load_whole(AutoModelForCausalLM, source, dtype=dtype, use_safetensors=True)
         processing = AutoTokenizer.from_pretrained(source)
     return Checkpoint(source, model.to(device).eval(), processing, time.perf_counter() - start)
 

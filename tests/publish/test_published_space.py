@@ -65,7 +65,7 @@ def test_the_real_space_is_sent_with_all_modules_that_it_imports(model: Path) ->
         if path.endswith(".py"):
             names = re.findall(r"^(?:from|import) (\w+)", content.decode(), re.MULTILINE)
             assert {f"{name}.py" for name in names if (folder / f"{name}.py").exists()} <= sent.keys(), path
-    for name in ("machine.py", "rgb.py"):
+    for name in ("machine.py", "rgb.py", "weights.py"):
         assert (folder / name).is_symlink()  # control: a plain copy of the folder would lack them
         assert sent[name] == (folder.parents[1] / "hf_lingudistill" / name).read_bytes()
 

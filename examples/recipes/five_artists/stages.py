@@ -20,6 +20,7 @@ from hf_lingudistill.labs.world.align import align_tower, words_seen
 from hf_lingudistill.labs.world.pictures import SEEN, UNSEEN, World
 from hf_lingudistill.labs.world.questions import as_dataset, naming_rows, short_rows
 from hf_lingudistill.machine import machine
+from hf_lingudistill.weights import load_whole
 
 
 @dataclass
@@ -112,7 +113,7 @@ def tower(place: Place, name: str) -> None:
 def _new_vlm(place: Place) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    lm: Any = AutoModelForCausalLM.from_pretrained(place.original, dtype=torch.float32)
+    lm = load_whole(AutoModelForCausalLM, place.original, dtype=torch.float32)
     return build_vlm(lm, AutoTokenizer.from_pretrained(place.original), seed=0, **place.settings["model"])
 
 

@@ -25,13 +25,14 @@ from hf_lingudistill._internals import keep_image_dtype
 from hf_lingudistill.config import LocalSFTConfig
 from hf_lingudistill.labs.world.questions import as_dataset
 from hf_lingudistill.machine import machine
+from hf_lingudistill.weights import load_whole
 
 OPTIONS = ("kv_sharing", "kv_source", "blind_weight", "distill_tokens", "ce_weight", "distill_weight", "anchor")
 
 
 def load(path: Path) -> tuple[Any, Any]:
     """(model in fp32, processor) of a VLM's folder."""
-    model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    model = load_whole(AutoModelForImageTextToText, path, dtype=torch.float32)
     keep_image_dtype(model)
     return model, AutoProcessor.from_pretrained(path)
 
@@ -141,7 +142,7 @@ def train(
         elif kind == "caption":
             from transformers import AutoModelForCausalLM
 
-            lm = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+            lm = load_whole(AutoModelForCausalLM, teacher, dtype=torch.float32)
             assert told is not None
             trainer = CaptionTold(args=LocalSFTConfig(**common), original=lm, told=told, **kwargs)
         else:

@@ -16,9 +16,10 @@ from ...folders import check, replacing
 from ...hub.run_facts import SCHEMA as RECORD
 from ...hub.run_facts import model_fact, read_run_facts, write_run_facts
 from ...machine import device_of
+from ...weights import check_finite, fingerprint, load_whole
 from ..diagnose.weights import weight_drift
 from ..evaluation import evaluate_models
-from ..evaluation.models import Made, Scored, fingerprint, load_scored, read_config, scoring_dtype, takes_images
+from ..evaluation.models import Made, Scored, load_scored, read_config, scoring_dtype, takes_images
 from ..evaluation.report import FILES as OF_EVALUATION
 from ..evaluation.report import GROUPS
 from ..evaluation.suite import Suite, load_suite
@@ -94,6 +95,7 @@ def blend(
             blend_into(scored.model, after, point, trust_remote_code=trust_remote_code)
             for weight in scored.model.parameters():  # buffers stay: rotary frequencies in bf16 are other frequencies
                 weight.data = weight.data.to(scoring_dtype(dtype, device))
+            check_finite(scored.model.named_parameters(), name)
             scored.path, scored.fingerprint = (
                 f"{point.weight:g} of the VLM after, {point.shares}",
                 point.fingerprint(*prints),
@@ -257,8 +259,8 @@ def _save(
     before: str, after: str, original: str | None, point: Blend, front: Report, folder: Path, trust_remote_code: bool
 ) -> None:
     """Write the blend in the dtype of the VLM before, its processor, and the record of the VLM after with what was done to it."""
-    model: Any = AutoModelForImageTextToText.from_pretrained(
-        before, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
+    model = load_whole(
+        AutoModelForImageTextToText, before, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
     )
     blend_into(model, after, point, trust_remote_code=trust_remote_code)
     model.save_pretrained(folder)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
+from ...weights import check_finite, load_whole
 from ..evaluation.cache import digest
 
 SHARES = ("uniform", "drift")
@@ -81,11 +82,17 @@ def blend_into(model: Any, after_path: str, blend: Blend, *, trust_remote_code: 
 
     Raises:
         NotBlendable: if the two differ in class, in names or shapes of weights, or in whether the head is tied.
+        BadWeights: if some of those of the VLM after are missing or not finite.
     """
-    after: Any = AutoModelForImageTextToText.from_pretrained(
-        after_path, dtype=model.dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+    after = load_whole(
+        AutoModelForImageTextToText,
+        after_path,
+        dtype=model.dtype,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
     )
     check_alike(model, after)
+    check_finite(after.named_parameters(), after_path)
     theirs = dict(after.named_parameters())
     decoder = decoder_prefix(model)
     for name, weight in model.named_parameters():

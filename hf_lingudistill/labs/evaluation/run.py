@@ -19,6 +19,7 @@ from transformers import set_seed
 from ..._version import __version__
 from ...folders import check
 from ...machine import device_of, machine
+from ...weights import fingerprint
 from ..statistics import Bootstrap
 from .cache import digest
 from .checks import check_roles
@@ -29,7 +30,6 @@ from .models import (
     Made,
     Scored,
     describe,
-    fingerprint,
     load_scored,
     read_config,
     read_template,

@@ -1,0 +1,1 @@
+../../hf_lingudistill/weights.py

@@ -1,0 +1,112 @@
+"""Weights that are loaded or sent: whole, finite, and which they are.
+
+transformers fills what a checkpoint lacks with random numbers and says so in its log alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+# Beside the weights, what a model's answers depend on
+_SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+class BadWeights(ValueError):
+    """Weights of which some are missing or not finite. The message names them."""
+
+
+def load_whole(auto: Any, name_or_path: Any, **kwargs: Any) -> Any:
+    """`auto.from_pretrained`, of a checkpoint that holds every weight of the model.
+
+    auto: a model class, or an Auto class. What a class makes by itself (a tied head, `_keys_to_ignore_on_load_missing`) is not
+    missing.
+
+    Raises:
+        BadWeights: if some are missing.
+    """
+    model, info = auto.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    check_whole(info["missing_keys"], name_or_path)
+    return model
+
+
+@contextmanager
+def only_whole() -> Iterator[None]:
+    """`load_whole` for models that somebody else loads, as TRL loads a student by its name."""
+    models: Any = PreTrainedModel  # every class asks this one in the end
+    plain = models.__dict__["from_pretrained"]
+
+    def from_pretrained(
+        cls: Any, /, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        model, info = plain.__get__(None, cls)(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        check_whole(info["missing_keys"], pretrained_model_name_or_path)
+        return (model, info) if output_loading_info else model
+
+    models.from_pretrained = classmethod(from_pretrained)
+    try:
+        yield
+    finally:
+        models.from_pretrained = plain
+
+
+def check_whole(missing: Collection[str], name: Any) -> None:
+    """Raise BadWeights if anything is missing."""
+    if missing:
+        raise BadWeights(
+            f"{str(name)!r} lacks {_some(missing)}, which its config asks for: random numbers would take their place. Pass a model that was "
+            "saved whole."
+        )
+
+
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], name: Any) -> None:
+    """Raise BadWeights for weights that hold NaN or infinity. tensors: by name; those that hold no floating-point numbers are fine."""
+    bad = {key: weight.dtype for key, weight in tensors if not _is_finite(weight.detach())}
+    if bad:
+        dtype = str(next(iter(bad.values()))).removeprefix("torch.")
+        raise BadWeights(
+            f"{str(name)!r} holds weights that are not finite (NaN or infinite, in {dtype}): {_some(bad)}. Pass a model from before they "
+            "broke, or load it in a dtype that holds its numbers."
+        )
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    if not weight.is_floating_point() or not weight.numel() or weight.is_meta:
+        return True
+    # Both ends are NaN if any number is; without a copy of the weight, but for the 8-bit types, which know no order
+    ends = torch.aminmax(weight.float() if weight.element_size() == 1 else weight)
+    return bool(torch.isfinite(ends.min) & torch.isfinite(ends.max))
+
+
+def _some(names: Collection[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{min(names)}{more}"
+
+
+def fingerprint(path: str | Path, config: Any = None) -> str:
+    """A hash of a folder's weights and settings; for a Hub id, its commit. config: of the Hub's model."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return f"{path}@{getattr(config, '_commit_hash', None)}"
+    total = hashlib.sha256()
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.jinja"), *(folder / name for name in _SETTINGS)]
+    for file in sorted(file for file in files if file.is_file()):
+        total.update(file.name.encode())
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()[:16]
