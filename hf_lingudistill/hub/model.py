@@ -26,9 +26,10 @@ from .manifest import (
     refuse_secrets,
 )
 from .metadata import eval_result_file, licence_of
-from .results import main_model, tasks_of
+from .results import tasks_of
 from .run_facts import FILE_NAME as RUN_FACTS
 from .run_facts import RunFacts, is_local, read_run_facts
+from .sound import check_weights, model_in_report
 
 # Files of a model's folder that transformers reads. All else there stays at home: optimizer states, `training_args.bin` (which
 # holds the token), checkpoints, caches, logs.
@@ -70,7 +71,8 @@ def model_manifest(
         space: Hub id of the Space that shows the model, for a link.
 
     Raises:
-        PublishError: if the folder holds no complete model in safetensors, or a listed file holds a token or a local path.
+        PublishError: if the folder holds no complete model in safetensors, a weight is missing or not finite, the report is about another
+            model, or a listed file holds a token or a local path.
     """
     check_repo_id(repo_id, base_model, teacher)
     if license and licence_of({}, license)[0] is None:
@@ -90,7 +92,9 @@ def model_manifest(
     base, adapter = (facts.get("student") or {}).get("id"), _is_adapter(folder)
     found = _report_path(folder, root, report)
     results = _read_report(found) if found else {}
-    main = _model_in_report(results, folder)
+    main, whose = model_in_report(results, folder, adapter=adapter)
+    files = _model_files(folder)
+    unknown = check_weights(folder, files, adapter=adapter)
     plots = _plots(found.parent) if found else []
     pictures = _prompt_pictures(results, found.parent) if found else []
     card = render_card(
@@ -112,7 +116,7 @@ def model_manifest(
     )
     text, readme_note = _with_local_edits(str(card), folder)
     items = [
-        *(_clean(folder, path, base) for path in _model_files(folder)),
+        *(_clean(folder, path, base) for path in files),
         *plots,
         *pictures,
         Item("README.md", text.encode()),
@@ -133,7 +137,7 @@ def model_manifest(
         revision=revision,
         tag=tag,
         message=message or "Publish with hf_lingudistill",
-        notes=(*(note for note, fine in notes.items() if not fine), *readme_note),
+        notes=(*(note for note, fine in notes.items() if not fine), *readme_note, *filter(None, (whose, unknown))),
     )
 
 
@@ -274,15 +278,6 @@ def _read_report(path: Path) -> dict[str, Any]:
             f"{path} must be a report of `lingudistill evaluate` or of the demo: pass another with --report."
         )
     return report
-
-
-def _model_in_report(report: Mapping[str, Any], folder: Path) -> str | None:
-    """The report's name for the model in this folder; `main_model` where no path tells."""
-    for name, fact in (report.get("models") or {}).items():
-        path = fact.get("path") if isinstance(fact, Mapping) else None
-        if isinstance(path, str) and Path(path).expanduser().resolve() == folder.resolve():
-            return str(name)
-    return main_model(report) if report else None
 
 
 def _public_report(value: Any) -> Any:
