@@ -95,8 +95,9 @@ def test_a_resample_that_weighs_nothing_is_left_out_of_the_interval() -> None:
     assert (found["value"], found["low"], found["high"]) == (4.0, 3.0, 5.0)
 
 
-def test_one_item_is_its_own_interval() -> None:
-    assert Bootstrap().score(items([3.0], [2.0])) == {"value": 1.5, "low": 1.5, "high": 1.5, "n": 1}
+def test_one_item_has_no_interval() -> None:
+    """Drawn with replacement it is always itself: an interval of no width, which would make any difference a sure one."""
+    assert Bootstrap().score(items([3.0], [2.0])) == {"value": 1.5, "low": -math.inf, "high": math.inf, "n": 1}
 
 
 def test_no_common_item_is_an_error() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -45,6 +44,7 @@ def run(args: Namespace) -> int:
     from ..compatibility import named_teacher
     from ..folders import check
     from ..labs.diagnose import FILES, as_text, diagnose, load_prompts, write_report
+    from ..labs.json_text import as_json
 
     try:
         options = loading(args)
@@ -73,7 +73,7 @@ def run(args: Namespace) -> int:
                 print("No plot: it needs matplotlib; run `pip install 'hf_lingudistill[eval]'`.", file=sys.stderr)
     except (ValueError, OSError) as error:
         return failed(error)
-    print(json.dumps(report, indent=2) if args.json else as_text(report))
+    print(as_json(report) if args.json else as_text(report))
     return DONE
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -49,6 +48,7 @@ def run(args: Namespace) -> int:
         return bad_input(wrong)
     from ..compatibility import named_teacher
     from ..folders import check
+    from ..labs.json_text import as_json
     from ..labs.score_mix import FILES, Limits, as_text, read_sources, score_mix, write_report
 
     try:
@@ -69,7 +69,7 @@ def run(args: Namespace) -> int:
     except (ValueError, OSError) as error:
         return failed(error)
     print(f"Written: {', '.join(map(str, written))}", file=sys.stderr)
-    print(json.dumps(report["sources"], indent=2) if args.json else as_text(report))
+    print(as_json(report["sources"]) if args.json else as_text(report))
     return DONE
 
 

@@ -9,8 +9,9 @@ WIDTH = 200  # characters of a line that holds records within records
 
 
 def as_json(value: Any) -> str:
-    """JSON text, indented by one space per level. A list or mapping of plain values stands on one line, and so does whatever is short."""
-    return _lines(json.loads(json.dumps(value)), 0)
+    """JSON text, indented by one space per level. A list or mapping of plain values stands on one line, and so does whatever is short.
+    Where a number is not finite (the interval of a single item), which JSON cannot say, stands null."""
+    return _lines(json.loads(json.dumps(value), parse_constant=lambda _: None), 0)
 
 
 def _lines(value: Any, depth: int) -> str:

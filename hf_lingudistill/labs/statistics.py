@@ -6,6 +6,7 @@ Items are what is resampled; two models are compared on the same items, drawn to
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,20 @@ Array = np.ndarray[Any, np.dtype[Any]]
 CHUNK = 2_000_000  # drawn indices held at a time
 
 
+class NotFiniteScore(ValueError):
+    """A model gave NaN or infinity where a score was expected: no mean of it, and no comparison with it, says anything."""
+
+
+def check_finite(items: Items, what: str) -> None:
+    """Raise NotFiniteScore, which names the item and `what` (the model and its task)."""
+    bad = next((key for key, pair in items.items() if not all(map(math.isfinite, pair))), None)
+    if bad is not None:
+        raise NotFiniteScore(f"{what}: the score of item {bad!r} is not finite. {OVERFLOW}")
+
+
+OVERFLOW = "The model's numbers overflow on it: score it in a wider dtype (--dtype float32), or leave it out."
+
+
 class Bootstrap:
     """Percentile bootstrap over items, with one seed for everything: an identical rerun gives identical numbers.
 
@@ -29,7 +44,11 @@ class Bootstrap:
         self.resamples, self.seed, self.level = resamples, seed, level
 
     def score(self, items: Items) -> dict[str, Any]:
-        """{"value", "low", "high", "n"} of sum(values) / sum(weights). Raises ValueError without items."""
+        """{"value", "low", "high", "n"} of sum(values) / sum(weights). One item has no interval: its ends are infinite.
+
+        Raises:
+            ValueError: without items, or if one is not finite.
+        """
         return self._interval(lambda sums: sums[0], [items])
 
     def difference(self, items: Items, reference: Items) -> dict[str, Any]:
@@ -43,6 +62,8 @@ class Bootstrap:
         nothing. Which direction is a loss this cannot know; ask `loss_is_real` of the "lost" that it returns.
         """
         lost = self.difference(before, original)
+        if lost["n"] == 1:
+            return {"value": None, "reason": "one item cannot tell", "lost": lost}
         if lost["low"] <= 0 <= lost["high"]:
             return {"value": None, "reason": "nothing was lost", "lost": lost}
         share = self._interval(
@@ -55,6 +76,8 @@ class Bootstrap:
         keys = sorted(set(models[0]).intersection(*models[1:]))
         if not keys:
             raise ValueError("No item was scored by all the models compared; score the same suite with each of them.")
+        for of in models:
+            check_finite({key: of[key] for key in keys}, "A model")
         values = np.array([[items[key][0] for key in keys] for items in models], dtype=np.float64)  # (M, n)
         weights = np.array([[items[key][1] for key in keys] for items in models], dtype=np.float64)
         if not (weights.sum(axis=1) > 0).all():
@@ -66,9 +89,8 @@ class Bootstrap:
     def _bounds(self, statistic: Callable[[Array], Array], values: Array, weights: Array) -> tuple[float, float]:
         """The interval's ends. values, weights: (M, n)."""
         models, count = values.shape
-        if count == 1:  # drawn with replacement, it is itself; scipy asks for two
-            only = float(statistic(values[:, 0] / weights[:, 0]))
-            return only, only
+        if count == 1:  # drawn with replacement it is always itself, which says nothing of others
+            return -math.inf, math.inf
 
         def of_sums(*sampled: Array, axis: int) -> Array:
             sums = np.stack([sample.sum(axis=axis) for sample in sampled])  # values of all models, then their weights

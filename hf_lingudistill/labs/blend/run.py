@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,8 @@ def _with_interval(tasks: Sequence[Mapping[str, Any]], score: str, model: str) -
     """{"value"}, and the ends of its interval where it is one task's."""
     named = tasks_named(tasks, score)
     ends = {key: named[0]["scores"][model][key] for key in ("low", "high")} if len(named) == 1 else {}
+    if not all(map(math.isfinite, ends.values())):  # of one item
+        ends = {}
     return {"value": score_of(tasks, score, model), **ends}
 
 

@@ -24,6 +24,7 @@ from ...sharing import MODES, sharing
 from ...student_kv import recording
 from ...teacher import Teacher
 from ..evaluation.models import Scored
+from ..statistics import OVERFLOW, NotFiniteScore
 from .prompts import Prompt
 from .states import layer_outputs, recording_own, state_drift
 
@@ -60,7 +61,7 @@ def measure(student: Scored, teacher: Teacher, prompt: Prompt, *, max_answer_tok
     """Read one prompt.
 
     Raises:
-        ValueError: if the answer has no token that the teacher shares.
+        ValueError: if the answer has no token that the teacher shares, or a reader's loss on it is not finite.
     """
     inputs, labels = _inputs(student, prompt, max_answer_tokens)
     try:
@@ -68,6 +69,9 @@ def measure(student: Scored, teacher: Teacher, prompt: Prompt, *, max_answer_tok
     except ValueError as error:
         raise ValueError(f"{prompt.key}: {error}") from error
     nats = {reader: float(values.double().sum()) for reader, values in found.nats.items()}
+    if bad := next((reader for reader, value in nats.items() if not math.isfinite(value)), None):
+        who = "the student" if bad == "student" else f"the teacher ({bad})"
+        raise NotFiniteScore(f"{prompt.key}: the loss of {who} is not finite. {OVERFLOW}")
     return Measured(prompt.key, prompt.condition, nats, found.nats["student"].numel(), found.drift, found.positions)
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...folders import NotOurs
+from ..statistics import OVERFLOW, NotFiniteScore
 
 
 class ItemCache:
@@ -36,7 +38,7 @@ class ItemCache:
             lines = []
         for line in lines[1:]:
             # A run that was killed may have left half a line: that item is scored again.
-            if (record := _parsed(line)) is not None:
+            if (record := _parsed(line)) is not None and _is_finite(record["record"]):
                 self.records[record["item"]] = record["record"]
         self._rewrite()
 
@@ -44,7 +46,15 @@ class ItemCache:
         return item in self.records
 
     def add(self, records: Mapping[str, Any]) -> None:
-        """Keep records and write them at once."""
+        """Keep records and write them at once.
+
+        Raises:
+            NotFiniteScore: for a record that holds NaN or infinity, which would come out as a verdict on the model.
+        """
+        if (bad := next((item for item, record in records.items() if not _is_finite(record)), None)) is not None:
+            raise NotFiniteScore(
+                f"{self.path.parent.name}/{self.path.stem}: what the model gives on item {bad!r} is not finite. {OVERFLOW}"
+            )
         self.records.update(records)
         with self.path.open("a", encoding="utf-8") as file:
             for item, record in records.items():
@@ -57,6 +67,13 @@ class ItemCache:
             for item, record in self.records.items():
                 file.write(json.dumps({"item": item, "record": record}) + "\n")
         os.replace(partial, self.path)
+
+
+def _is_finite(record: Any) -> bool:
+    """Whether every number in a JSON value is."""
+    if isinstance(record, Mapping | list | tuple):
+        return all(map(_is_finite, record.values() if isinstance(record, Mapping) else record))
+    return not isinstance(record, float) or math.isfinite(record)
 
 
 def _parsed(line: str) -> Any:

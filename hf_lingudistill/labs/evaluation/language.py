@@ -20,6 +20,7 @@ from ...progress import progress_bar
 from ..statistics import Items
 from .cache import ItemCache
 from .models import Scored, user_turn
+from .reading import FiniteLogits, check_logits
 from .suite import HarnessTasks, TextTask
 
 try:
@@ -61,6 +62,14 @@ class TextPath(HFLM):  # type: ignore[misc]
         )
         quiet.setLevel(level)
         self.scored = scored
+
+    def _model_call(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        logits: torch.Tensor = super()._model_call(*args, **kwargs)
+        check_logits(logits, self.scored.name)
+        return logits
+
+    def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._model_generate(*args, logits_processor=[FiniteLogits(self.scored.name)], **kwargs)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat history through the model's own template; a VLM's processor may be the only one to have it."""

@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..._internals import Head, head_of
+from ..statistics import OVERFLOW, NotFiniteScore
 from .models import Scored, user_turn
 
 Images = Sequence[PILImage.Image]
@@ -131,6 +132,26 @@ def stop_ids(scored: Scored) -> set[int]:
     return {int(token) for token in (*found, end_of_turn(scored), scored.tokenizer.eos_token_id) if token is not None}
 
 
+def check_logits(logits: torch.Tensor, name: str) -> None:
+    """Raise NotFiniteScore for a distribution over tokens that is none: an answer picked from NaN would be scored like any other.
+
+    logits: (..., V). A token that is ruled out may have minus infinity.
+    """
+    if not torch.isfinite(logits.amax(dim=-1)).all():
+        raise NotFiniteScore(f"{name}: its logits are not finite. {OVERFLOW}")
+
+
+class FiniteLogits(LogitsProcessor):
+    """`check_logits` at every token that is written."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        check_logits(scores, self.name)
+        return scores
+
+
 class _Gumbel(LogitsProcessor):
     """Makes greedy decoding a sample: the argmax of logits / temperature + Gumbel noise. The noise is a row's own, so that a
     sample does not depend on what it is batched with."""
@@ -179,8 +200,9 @@ def write_answers(
         eos_token_id=sorted(stops),
         pad_token_id=next(iter(sorted(stops))),
     )
-    noise = LogitsProcessorList([_Gumbel(temperature, seeds)] if temperature > 0 else [])
-    output = scored.model.generate(**inputs, generation_config=config, logits_processor=noise)
+    noise = [_Gumbel(temperature, seeds)] if temperature > 0 else []
+    processors = LogitsProcessorList([FiniteLogits(scored.name), *noise])
+    output = scored.model.generate(**inputs, generation_config=config, logits_processor=processors)
     found = []
     for row in output[:, inputs["input_ids"].size(1) :].tolist():
         end = next((position for position, token in enumerate(row) if token in stops), None)

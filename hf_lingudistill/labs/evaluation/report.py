@@ -11,7 +11,7 @@ from typing import Any
 from ...folders import replacing
 from ...hub.results import number
 from ..json_text import as_json
-from ..statistics import Bootstrap, Items, loss_is_real
+from ..statistics import Bootstrap, Items, check_finite, loss_is_real
 
 Report = dict[str, Any]
 SCHEMA = "lingudistill-evaluation/1"
@@ -52,6 +52,9 @@ def build_report(tasks: Sequence[Task], bootstrap: Bootstrap, *, compare: Sequen
 
 def task_entry(task: Task, bootstrap: Bootstrap, compare: Sequence[str] = ()) -> Report:
     """A task's part of the report; see `statistics` for what the numbers are."""
+    for by_model in (task.items, *task.controls.values(), *task.beside.values()):
+        for model, items in by_model.items():
+            check_finite(items, f"{model}, {task.name}")
     scores = {model: bootstrap.score(items) for model, items in task.items.items()}
     differences, shares, to_base = [], {}, {}
     base = [model for model in ("original", "before") if model in task.items]

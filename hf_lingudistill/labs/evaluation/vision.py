@@ -13,6 +13,7 @@ from typing import Any
 
 import evaluate
 import torch
+from transformers import LogitsProcessorList
 
 from ...progress import progress_bar
 from ..metrics.multiple_choice.multiple_choice import lettered
@@ -20,7 +21,7 @@ from ..statistics import Items
 from .cache import ItemCache
 from .data import ImageItem, grey, other_item
 from .models import Scored, user_turn
-from .reading import Images
+from .reading import FiniteLogits, Images
 from .suite import VisionTask
 
 METRICS = Path(__file__).parents[1] / "metrics"
@@ -87,7 +88,10 @@ def question(item: ImageItem) -> str:
 def generate(scored: Scored, prompts: Sequence[str], images: Sequence[Images], max_new_tokens: int) -> list[str]:
     """Greedy continuations of rendered prompts, special tokens and outer spaces removed."""
     inputs = scored.with_images(prompts, images)
-    output = scored.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+    finite = LogitsProcessorList([FiniteLogits(scored.name)])
+    output = scored.model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, logits_processor=finite
+    )
     new = output[:, inputs["input_ids"].size(1) :]
     return [text.strip() for text in scored.tokenizer.batch_decode(new, skip_special_tokens=True)]
 

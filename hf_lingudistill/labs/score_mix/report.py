@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,10 @@ def _plot(report: Report, path: Path) -> None:
     least = 0.1
     axis.set_xscale("log")
     right = 2 * max(max(row["language"] for row in rows), limits["min_language"], 1.0)
+    ends = [source["dependence"]["low"] for source in report["sources"]]
     low = min(
-        0.0, *(row["dependence"] for row in rows), *(source["dependence"]["low"] for source in report["sources"])
-    )
+        0.0, *(row["dependence"] for row in rows), *filter(math.isfinite, ends)
+    )  # of one row, there is no interval
     high = max(limits["max_dependence"], *(row["dependence"] for row in rows))
     margin = 0.08 * (high - low)
     axis.set(xlim=(least * 0.8, right), ylim=(low - margin, high + margin))
