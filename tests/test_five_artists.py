@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import sys
 from collections import Counter
@@ -112,6 +113,9 @@ def test_the_sets_share_no_instruction_no_source_and_no_thing_that_only_tests_ma
     assert sets["test_texts"][0].question.told() == sets["test_texts"][0].question.instruction
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("eval_framework") is None, reason="the wheel with IFEval's prompts is not installed"
+)
 def test_no_training_instruction_is_of_ifeval() -> None:
     trained = instructions(640)
     assert len(set(trained)) == 640 and instructions(640) == trained != instructions(640, seed=1)
