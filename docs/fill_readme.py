@@ -19,17 +19,25 @@ from filled import arms, costs, findings, package, plans  # noqa: E402
 from filled.files import RECIPE, ROOT  # noqa: E402
 
 FILLED = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), RECIPE / "README.md")
-BLOCKS = package.BLOCKS | costs.BLOCKS | plans.BLOCKS | arms.BLOCKS | findings.BLOCKS
+MODULES = (package, costs, plans, arms, findings)
 
 
 def fill(text: str) -> str:
     """A text with every block rendered anew.
 
     Raises:
-        KeyError: if a block's name has no function.
+        KeyError: see `block`.
     """
     pattern = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
-    return pattern.sub(lambda match: match[1] + BLOCKS[match[2]]() + "\n" + match[3], text)
+    return pattern.sub(lambda match: match[1] + block(match[2]) + "\n" + match[3], text)
+
+
+def block(name: str) -> str:
+    """The text of a block. Raises KeyError if no module of filled/ has a function of its name."""
+    for module in MODULES:
+        if name in vars(module):
+            return str(vars(module)[name]())
+    raise KeyError(f"No function {name!r} in docs/filled/: a block needs one of its name.")
 
 
 def main() -> int:

@@ -29,7 +29,7 @@ from .checkpoints import (
 )
 from .finite import StepPolicy
 from .first_batch import FirstBatch
-from .hub.run_facts import read_run_facts
+from .hub.run_facts import LOSS_SETTINGS, read_run_facts
 from .meter import Meter
 from .options import shown
 from .pace import NothingLeft, check_batches
@@ -38,21 +38,7 @@ from .step import DistillStep
 logger = logging.getLogger(__name__)
 
 # What a resumed run may not change. A learning rate would not even change: the checkpoint's schedule holds it
-OF_THE_LOSS = (
-    "kv_sharing",
-    "kv_source",
-    "blind_weight",
-    "distill_tokens",
-    "distill_margin",
-    "ce_weight",
-    "distill_weight",
-    "beta",
-    "temperature",
-    "anchor",
-    "anchor_weight",
-    "learning_rate",
-    "seed",
-)
+KEPT = (*LOSS_SETTINGS, "learning_rate", "seed")
 
 if TYPE_CHECKING:
     from trl import SFTTrainer as _Trainer
@@ -121,14 +107,14 @@ class ResumingMixin(_Trainer):
             return self._ended()
 
     def _check_same(self, checkpoint: Path) -> None:
-        """Resumed with another loss, another teacher or other rows, a run would be neither of two, and its record would speak of one.
+        """Resumed with another loss or other rows, a run would be neither of two, and its record would speak of one.
 
         Raises:
             ValueError: naming what differs.
         """
         facts = read_run_facts(checkpoint)
         kept, now = facts.get("settings") or {}, vars(self.args)
-        differ = [name for name in OF_THE_LOSS if name in kept and name in now and kept[name] != now[name]]
+        differ = [name for name in KEPT if name in kept and name in now and kept[name] != now[name]]
         if differ:
             was, found = (", ".join(f"{name}={shown(of[name])}" for name in differ) for of in (kept, now))
             raise ValueError(

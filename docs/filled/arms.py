@@ -7,19 +7,6 @@ from typing import Any
 
 from .files import NOT_YET, ON_A_CPU, SUMMARY, read
 
-MAIN_ARMS = [
-    "original",
-    "before",
-    "default",
-    "ce",
-    "none",
-    "vision",
-    "prompt",
-    "full",
-    "caption",
-    "interpolate_05",
-    "ce_tenth",
-]
 ARM_TITLES = {
     "original": "original LM",
     "before": "VLM before",
@@ -125,12 +112,6 @@ def of_regime(regime: str, drift: str, tower: str | None = None) -> dict[str, An
 def _whole(regime: str, drift: str, tower: str | None = None) -> str:
     arms = of_regime(regime, drift, tower)
     return arms_table(arms, by_text(arms)) if arms else NOT_YET
-
-
-def five_artists() -> str:
-    """The arms of regime P at severe drift that a reader would ask about first."""
-    arms = of_regime("P", "severe")
-    return arms_table(arms, MAIN_ARMS) if arms else NOT_YET
 
 
 def five_artists_modes() -> str:
@@ -256,19 +237,3 @@ def five_artists_lengths() -> str:
             ]
             lines.append(f"| {ARM_TITLES.get(name, f'`{name}`')} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-BLOCKS = {
-    "five_artists": five_artists,
-    "five_artists_modes": five_artists_modes,
-    "five_artists_severe": five_artists_severe,
-    "five_artists_mild": five_artists_mild,
-    "five_artists_replay": five_artists_replay,
-    "five_artists_joint": five_artists_joint,
-    "five_artists_polished": five_artists_polished,
-    "five_artists_cpu": five_artists_cpu,
-    "five_artists_cpu_replay": five_artists_cpu_replay,
-    "five_artists_cpu_arms": five_artists_cpu_arms,
-    "five_artists_turned": five_artists_turned,
-    "five_artists_lengths": five_artists_lengths,
-}

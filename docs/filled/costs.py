@@ -113,13 +113,3 @@ def answers_once() -> str:
         f"{held['live']:,.0f}, and a step takes {found['step_ratio']:.2f} of its time."
     )
     return "\n".join([*rows, "", *textwrap.wrap(said, 130)])
-
-
-BLOCKS = {
-    "step_cost": step_cost,
-    "step_cost_152k": step_cost_152k,
-    "gpu_cost": gpu_cost,
-    "gpu_claim": gpu_claim,
-    "on_policy_cost": on_policy_cost,
-    "answers_once": answers_once,
-}

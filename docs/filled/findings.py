@@ -306,11 +306,3 @@ def _and_seed_1(longer: str) -> str:
         return ""
     pictures, ce = found[longer]["image_kl"], found["ce_long"]["image_kl"]
     return f" Seed 1: pictures {pictures:.3f} against {ce:.3f}, {1 - pictures / ce:.0%} below, and text {found[longer]['text_kl']:.3f}."
-
-
-BLOCKS = {
-    "five_artists_claim": five_artists_claim,
-    "five_artists_says": five_artists_says,
-    "five_artists_targets": five_artists_targets,
-    "five_artists_cpu_says": five_artists_cpu_says,
-}

@@ -208,19 +208,3 @@ def families_table() -> str:
                 f"| {row['type']} | {row.get('text', '-')} | {teacher} | {errors[0]} | {errors[1]} | {note} |"
             )
     return "\n".join(lines)
-
-
-BLOCKS = {
-    "demo": demo,
-    "demo_table": demo_table,
-    "demo_prompts": demo_prompts,
-    "modes": modes,
-    "options": options,
-    "diagnose_before": diagnose_before,
-    "diagnose_after": diagnose_after,
-    "recipes": recipes,
-    "suite_keys": suite_keys,
-    "families_count": families_count,
-    "families_known": families_known,
-    "families_table": families_table,
-}

@@ -148,14 +148,3 @@ def plan_cost() -> str:
             f"| `{arm}` | {row['planned']:.3f} | {row['ratio']:.3f} ({row['ratio_min']:.3f} - {row['ratio_max']:.3f}) |"
         )
     return "\n".join(rows)
-
-
-BLOCKS = {
-    "plan_smallest": plan_smallest,
-    "plan_lines": plan_lines,
-    "plan_teachers": plan_teachers,
-    "plan_peaks": plan_peaks,
-    "plan_gpu": plan_gpu,
-    "plan_moments": plan_moments,
-    "plan_cost": plan_cost,
-}

@@ -44,7 +44,8 @@ _NOT_RECIPE = {
     "debug",
     "pad_to_multiple_of",
 }
-SETTINGS = (
+# What the loss of a token depends on, but for the weights
+LOSS_SETTINGS = (
     "kv_sharing",
     "kv_source",
     "blind_weight",
@@ -56,6 +57,9 @@ SETTINGS = (
     "temperature",
     "anchor",
     "anchor_weight",
+)
+SETTINGS = (
+    *LOSS_SETTINGS,
     "anchor_cache",
     "teacher_cache",
     "teacher_quantization",
