@@ -126,7 +126,7 @@ def test_one_item_makes_no_verdict(tmp_path: Path) -> None:
     )
     report = build_report([task(original=one, before=other, after=one), kl], bootstrap, **facts)
     said = as_text(report)
-    assert "no change outside the interval" in said and "one item cannot tell" in said
+    assert "no change outside the interval (+1.000 [-, -])" in said and "one item cannot tell" in said
     assert "Infinity" not in as_json(report)  # no JSON: other readers stop at it
     plot_all(report, tmp_path)  # no axis ends at infinity
     # control: twenty items that all agree do say something

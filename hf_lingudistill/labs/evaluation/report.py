@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,8 +191,12 @@ def share(found: Mapping[str, Any] | None) -> str:
     return f"{found['value']:.0%} [{found['low']:.0%}, {found['high']:.0%}]"
 
 
-def _signed(score: Mapping[str, Any] | None) -> str:
-    return "-" if score is None else f"{score['value']:+.3f} [{score['low']:+.3f}, {score['high']:+.3f}]"
+def signed(score: Mapping[str, Any] | None) -> str:
+    """A difference and its interval; dashes for what there is not."""
+    if score is None:
+        return "-"
+    low, high = (f"{end:+.3f}" if math.isfinite(end) else "-" for end in (score["low"], score["high"]))
+    return f"{score['value']:+.3f} [{low}, {high}]"
 
 
 def _changes(task: Report, models: Sequence[str]) -> list[list[str]]:
@@ -202,7 +207,7 @@ def _changes(task: Report, models: Sequence[str]) -> list[list[str]]:
         to_before, to_original = difference(task, model, "before"), difference(task, model, "original")
         if to_before is None and to_original is None:
             continue
-        row = [task["title"], model, _signed(to_before), _signed(to_original), share(task["recovered"].get(model))]
+        row = [task["title"], model, signed(to_before), signed(to_original), share(task["recovered"].get(model))]
         rows.append([*row, share(task.get("recovered_to_base", {}).get(model))] if "base" in models else row)
     return rows
 

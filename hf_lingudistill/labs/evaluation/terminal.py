@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...hub.results import number
-from .report import GROUPS, difference, share
+from .report import GROUPS, difference, share, signed
 
 Report = Mapping[str, Any]
 YARDSTICKS = ("original", "base", "before")
@@ -64,7 +64,7 @@ def verdict(report: Report) -> list[str]:
         changes = [d for t in report["tasks"] if t["group"] == "vision" for d in [difference(t, model, "before")] if d]
         if changes:
             clear = [d for d in changes if d["low"] > 0 or d["high"] < 0]
-            told = ", ".join(f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" for d in changes)
+            told = ", ".join(map(signed, changes))
             kind = "a change" if clear else "no change outside the interval"
             lines.append(f"{model}, vision against before: {kind} ({told}).")
     return lines
