@@ -56,7 +56,6 @@ class DataMixin(_Trainer):
     distill_share: float | None = None
     skipped_rows: Mapping[str, int] = {}
     _reads_rows = True  # and not a `formatting_func` or a collator of the caller's own
-    _is_opened = False  # what `evaluate` is given: transformers evaluates several sets by calling it for each
 
     def open_data(
         self, train: Any, evaluation: Any, args: LinguDistillConfig, kwargs: Mapping[str, Any]
@@ -185,20 +184,9 @@ class DataMixin(_Trainer):
             "are masked there. Raise max_length, or pass --skip_bad_rows.",
         )
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """`SFTTrainer.evaluate`, for evaluation sets of every accepted format."""
-        is_opened = self._is_opened
-        if eval_dataset is not None and not isinstance(eval_dataset, str) and not is_opened:
-            eval_dataset = self._open_later(eval_dataset)
-        self._is_opened = True
-        try:
-            return super().evaluate(eval_dataset, *args, **kwargs)
-        finally:
-            self._is_opened = is_opened
-
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.predict`, for a set of every accepted format, prepared as `evaluate` prepares it."""
-        test_dataset = self._open_later(test_dataset)
+        test_dataset = self.open_later(test_dataset)
         if not self._skip_prepare_dataset:
             test_dataset = self._prepare_dataset(
                 test_dataset,
@@ -210,7 +198,8 @@ class DataMixin(_Trainer):
             )
         return super().predict(test_dataset, *args, **kwargs)
 
-    def _open_later(self, dataset: Any) -> Any:
+    def open_later(self, dataset: Any) -> Any:
+        """Evaluation sets that are given when the trainer is made already. Raises ValueError: see `open_evaluation`."""
         return open_evaluation(
             dataset,
             self.args,

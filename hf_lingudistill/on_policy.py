@@ -88,7 +88,6 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
     train_dataset: Any  # narrower than transformers' declarations, which admit None
     processing_class: Any
 
-    _is_opened = False  # what `evaluate` is given: transformers evaluates several sets by calling it for each
     _tag_names = ["trl", "on-policy", "lingudistill", "distillation"]
 
     def __init__(
@@ -207,27 +206,24 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
         """TRL's sampler, with an order that hangs on the epoch alone: a resumed run may begin in a later one."""
         return _EpochOrder.of(super()._get_train_sampler(dataset))
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """`DistillationTrainer.evaluate`, for evaluation sets of every accepted format."""
-        is_opened = self._is_opened
-        if eval_dataset is not None and not isinstance(eval_dataset, str) and not is_opened:
-            opened, vision = open_prompts(None, eval_dataset, self.args, has_distill_column=self.has_distill_column)
-            if vision and not self.data_collator.vision:
+    def open_later(self, dataset: Any) -> Any:
+        """Evaluation sets that are given when the trainer is made already.
+
+        Raises:
+            ValueError: see `open_prompts`; for images where the training set has none, and rows that nobody judges.
+        """
+        opened, vision = open_prompts(None, dataset, self.args, has_distill_column=self.has_distill_column)
+        if vision and not self.data_collator.vision:
+            raise ValueError(
+                "The evaluation set has images and the training set has none: pass it as eval_dataset when the trainer is made."
+            )
+        if self.args.anchor == "before" and self.step.judge is None:
+            if not all_marked(opened.evaluation, self.args.distill_column):
                 raise ValueError(
-                    "The evaluation set has images and the training set has none: pass it as eval_dataset when the trainer is made."
+                    f"The evaluation set has rows that column {self.args.distill_column!r} marks false, and no VLM before is there to judge "
+                    "them, since the training set has none: pass it as eval_dataset when the trainer is made."
                 )
-            if self.args.anchor == "before" and self.step.judge is None:
-                if not all_marked(opened.evaluation, self.args.distill_column):
-                    raise ValueError(
-                        f"The evaluation set has rows that column {self.args.distill_column!r} marks false, and no VLM before is there to judge "
-                        "them, since the training set has none: pass it as eval_dataset when the trainer is made."
-                    )
-            eval_dataset = opened.evaluation
-        self._is_opened = True
-        try:
-            return super().evaluate(eval_dataset, *args, **kwargs)
-        finally:
-            self._is_opened = is_opened
+        return opened.evaluation
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's, in the arithmetic in which the answers are judged; where FSDP2 splits the student, with all of it on every process."""

@@ -44,6 +44,7 @@ class StepMixin(TeacherMixin):
     teacher_arithmetic: str | None
     has_distill_column: bool | None
     distill_share: float | None
+    _is_opened = False  # what `evaluate` is given: transformers evaluates several sets by calling it for each
     _evaluated = "eval"  # the evaluation set at work, as transformers names it: `eval`, or `eval_NAME`
 
     def prepare_step(self, weights: Weights, *, sampled: bool = False) -> None:
@@ -208,6 +209,21 @@ class StepMixin(TeacherMixin):
         for name, value in metrics.items():
             self._metrics["train" if training else "eval"][of + name] = [value]
         super().log(logs, start_time)
+
+    def open_later(self, dataset: Any) -> Any:
+        """Evaluation sets that are given when the trainer is made already, as the trainer class takes them."""
+        raise NotImplementedError
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.evaluate`, for evaluation sets of every accepted format."""
+        is_opened = self._is_opened
+        if eval_dataset is not None and not isinstance(eval_dataset, str) and not is_opened:
+            eval_dataset = self.open_later(eval_dataset)
+        self._is_opened = True
+        try:
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        finally:
+            self._is_opened = is_opened
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.evaluation_loop`, whose result also names the cross-entropy alone: unlike the loss, it does not move with what

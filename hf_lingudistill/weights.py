@@ -70,7 +70,7 @@ def check_whole(missing: Collection[str], name: Any) -> None:
     if missing:
         raise BadWeights(
             f"{str(name)!r} lacks {_some(missing)}, which its config asks for: random numbers would take their place. Pass a model that was "
-            "saved whole."
+            "saved whole (if nothing uses what is missing, load it in transformers and save it again)."
         )
 
 

@@ -263,6 +263,9 @@ def _instructions(arms: dict[str, Any]) -> list[str]:
             for share, arm in mixed
         )
         line += f" The default so trained, with the original's weights mixed in: {each}."
+        lacks = original["ifeval_strict"]["mean"] - arms[default]["ifeval_strict"]["mean"]
+        best = max(arms[arm]["ifeval_strict"]["mean"] for _, arm in mixed)
+        line += f" At best {1 - (original['ifeval_strict']['mean'] - best) / lacks:.0%} of what the default lacks comes back."
     return [line]
 
 
