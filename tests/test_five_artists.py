@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "examples/recipes/five_artists"
 sys.path[:0] = [str(RECIPE), str(ROOT / "examples/baselines")]
 
+import kept  # noqa: E402
 import reproduce  # noqa: E402
 import stages  # noqa: E402
 import summary  # noqa: E402
@@ -458,6 +459,138 @@ def test_intervals_over_seeds_are_t_intervals(tmp_path: Path) -> None:
         (2 - 0.32) / 2, abs=1e-3
     )
     assert found["seeds"] == 3
+
+
+# ------------------------------------------------------------------------------------------------ what is kept, and goes on
+def whole_place(out: Path, drifted: bytes) -> stages.Place:
+    """An output folder with a drifted VLM of seed 3 and the answers, as far as a source is read from them."""
+    place = stages.Place(out, settings(), world)
+    start = place.start("aligned", "severe", 3)
+    start.mkdir(parents=True)
+    (start / "model.safetensors").write_bytes(drifted)
+    stages.finish(start, 0.0, {})
+    place.answers.mkdir()
+    for name in kept.ANSWERS:
+        (place.answers / f"{name}.jsonl").write_text(name)
+    return place
+
+
+def test_kept_figures_come_back_without_weights_and_a_new_seed_joins_them(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_results(tmp_path / "first", {"before": (2.0, 0.8, 0), "ce": (0.4 + 0.1 * seed, 0.8, 5)}, seed)
+    (tmp_path / "first/results/original.json").write_text(json.dumps({"text_kl": 0.001, "ifeval_strict": 0.16}))
+    modes = {"readers": {"none": {"all": 0.2}}}
+    kept.write_json(tmp_path / "first/modes/aligned-severe-0.json", modes)
+    recipe, results = reproduce.read_settings(), tmp_path / "kept"
+    first = summary.write(tmp_path / "first", recipe, results)
+
+    later = stages.Place(tmp_path / "later", recipe, world)
+    assert kept.restore(later, results) == 4 and kept.restore(later, results) == 0
+    again = summary.write(later.out, recipe, tmp_path / "again")
+    assert again == first and again["modes"] == {"aligned-severe-0": modes}
+    assert (tmp_path / "again/arms.jsonl").read_text() == (results / "arms.jsonl").read_text()
+    write_results(later.out, {"before": (2.1, 0.8, 0), "ce": (0.45, 0.8, 5)}, 2)
+    kept.refuse_to_lose(later, results)
+    assert summary.write(later.out, recipe, results)["regimes"]["P"]["severe"]["ce"]["text_kl"]["seeds"] == 3
+    with pytest.raises(summary.Refusal, match="nothing to restore"):
+        kept.restore(later, tmp_path / "nowhere")
+
+
+def test_a_report_that_would_lose_arms_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_results(tmp_path / "first", {"before": (2.0, 0.8, 0), "ce": (0.4, 0.8, 5)})
+    recipe, results = reproduce.read_settings(), tmp_path / "kept"
+    summary.write(tmp_path / "first", recipe, results)
+    was = {path.name: path.read_bytes() for path in results.iterdir()}
+    write_results(tmp_path / "mine", {"before": (2.0, 0.8, 0)})
+    monkeypatch.setattr(reproduce, "run_tasks", lambda *_: pytest.fail("nothing may run"))
+    for command in ("report", "all", "seeds"):
+        with pytest.raises(SystemExit) as stopped:
+            reproduce.main(["--out", str(tmp_path / "mine"), "--results", str(results), command])
+        assert stopped.value.code == 2
+        assert "has 1 arms that" in (said := capsys.readouterr().err) and "restore" in said
+    assert {path.name: path.read_bytes() for path in results.iterdir()} == was
+    # Control: by default the report lies beside what it is of, and what this repository keeps stays
+    assert reproduce.main(["--out", str(tmp_path / "mine"), "report"]) == 0
+    assert (tmp_path / "mine/report/summary.json").is_file()
+
+
+def test_arms_of_one_seed_share_weights_answers_and_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = whole_place(tmp_path / "a", b"one")
+    run = ("aligned", "P", "severe", 3, ["ce"])
+    result = {"text_kl": 0.4, "image_kl": 0.4, "naming_seen": 0.8, "seconds": 1.0}
+    kept.write_json(reproduce.result_path(place, run, "before"), result | {"source": kept.source(place, run)})
+    kept.refuse_another_source(place, run)  # its own
+    kept.refuse_another_source(place, ("aligned", "P", "severe", 4, ["ce"]))  # another seed, which has nothing
+    moved = whole_place(tmp_path / "b", b"other")
+    answers = whole_place(tmp_path / "c", b"one")
+    (answers.answers / "test_texts.jsonl").write_text("others")
+    sizes = whole_place(tmp_path / "d", b"one")
+    sizes.settings["measure"] = sizes.settings["measure"] | {"naming": 9}
+    without = stages.Place(tmp_path / "e", settings(), world)
+    digests = [kept.source(one, run) for one in (place, moved, answers, sizes, without)]
+    assert digests[-1] is None and len(set(digests)) == 5
+    monkeypatch.setattr(reproduce, "drift", lambda *_: pytest.fail("nothing may be trained"))
+    for other in (moved, answers, sizes, without):
+        kept.write_json(reproduce.result_path(other, run, "before"), result | {"source": digests[0]})
+        for regime in ("P", "M"):  # they share the seed's VLM
+            with pytest.raises(summary.Refusal, match="aligned/severe/3 has results"):
+                kept.refuse_another_source(other, ("aligned", regime, "severe", 3, ["ce"]))
+        if other is without:
+            with pytest.raises(summary.Refusal, match="cannot be held against"):
+                reproduce.arms(other, run)
+    # A report refuses such a mixture, however it came to be; so does a restore
+    kept.write_json(reproduce.result_path(place, run, "none"), result | {"source": "another"})
+    with pytest.raises(summary.Refusal, match="cannot be compared"):
+        summary.summarise(place.out, place.settings)
+    reproduce.result_path(place, run, "none").unlink()
+    summary.write(place.out, reproduce.read_settings(), tmp_path / "kept")
+    kept.write_json(reproduce.result_path(moved, run, "before"), result | {"source": digests[1]})
+    with pytest.raises(summary.Refusal, match="of different sources"):
+        kept.restore(moved, tmp_path / "kept")
+
+
+def test_a_run_goes_on_with_open_seeds_and_says_which_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_results(tmp_path, {"before": (2.0, 0.8, 0)}, seed=0)  # restored: its VLM is not here
+    place, planned = stages.Place(tmp_path, reproduce.read_settings(), world), []
+    monkeypatch.setattr(reproduce, "tasks_of", lambda _, runs, jobs: planned.extend(runs) or [])
+    runs = [("aligned", "P", "severe", seed, ["before", "ce"]) for seed in (0, 1)]
+    assert reproduce.run_all(place, runs, 1, [], tmp_path / "report") == 0
+    assert planned == runs[1:] and "aligned P severe 0: left" in capsys.readouterr().out
+
+
+def test_yours_stand_beside_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (0, 1):
+        write_results(tmp_path / "ours", {"before": (2.0, 0.8, 0), "ce": (0.4 + 0.02 * seed, 0.8, 5)}, seed)
+    write_results(tmp_path / "yours", {"before": (1.9, 0.8, 0), "ce": (0.43, 0.7, 5), "none": (0.3, 0.8, 5)})
+    recipe = reproduce.read_settings()
+    summary.write(tmp_path / "ours", recipe, tmp_path / "results")
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
+    assert reproduce.main(["--out", str(tmp_path / "yours"), "compare"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("ours: not noted") and not any("none" in line for line in lines[1:])
+    shown = next(line.split() for line in lines if line.startswith("aligned/P/severe/ce ") and "text_kl" in line)
+    assert shown[1:] == ["text_kl", "0.410", "±", "0.127", "(2)", "0.430", "(1)"]
+    with pytest.raises(SystemExit):
+        reproduce.main(["--out", str(tmp_path / "empty"), "compare"])
+    assert "no results to compare" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("accelerated", [True, False])
+def test_a_cpu_measures_fewer(accelerated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(reproduce, "machine", lambda: SimpleNamespace(accelerated=accelerated))
+    found = reproduce.read_settings()
+    assert "on_cpu" not in found
+    assert found["measure"]["naming"] == (1000 if accelerated else 280)
+    # What is not measured on fewer is the same
+    assert found["training"]["max_steps"] == 45 and found["ifeval"]["prompts"] == 495
 
 
 def test_what_some_seeds_lack_is_averaged_over_the_others(tmp_path: Path) -> None:

