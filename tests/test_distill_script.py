@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -674,3 +675,39 @@ def test_a_run_that_is_done_leaves_its_process_group_and_one_that_failed_does_no
     assert main(given) == 2 and not left and "on purpose" in capsys.readouterr().err
     monkeypatch.setattr(script, "distill", lambda *_: None)
     assert main(given) == 0 and left == ["left"]
+
+
+GLOO_AT_THE_END = """
+import os, sys, time
+import torch
+import torch.distributed as dist
+from hf_lingudistill.scripts import distill
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+others = set(os.listdir("/proc/self/task"))
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+held = dist.group.WORLD  # as DeepSpeed does
+for thread in set(os.listdir("/proc/self/task")) - others:
+    os.setpriority(os.PRIO_PROCESS, int(thread), 19)  # a busy machine
+sys.setswitchinterval(1000)
+tensor, gathered = torch.ones(1000), [torch.zeros(1000)]
+for _ in range(50):
+    dist.all_gather(gathered, tensor)
+if sys.argv[2] == "alone":
+    distill.time.sleep = lambda _: None
+if sys.argv[2] != "nothing":
+    distill._leave_the_others()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_thread_of_gloo_waits_for_the_gil_when_python_ends(tmp_path: Path) -> None:
+    """Control: without a rest, and without leaving at all, such a thread aborts a run that is done. Seen in ZeRO-3 runs."""
+
+    def ends(how: str, index: int) -> int:
+        command = [sys.executable, "-c", GLOO_AT_THE_END, str(tmp_path / f"{how}{index}"), how]
+        return subprocess.run(command, capture_output=True, cwd=ROOT, timeout=120).returncode
+
+    for control in ("alone", "nothing"):
+        assert any(ends(control, index) == -signal.SIGABRT for index in range(8)), control
+    assert [ends("both", index) for index in range(6)] == [0] * 6

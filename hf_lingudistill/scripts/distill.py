@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     Config = LinguDistillConfig | OnPolicyLinguDistillConfig
     Trainer = LinguDistillTrainer | OnPolicyLinguDistillTrainer
 
+GLOO_LETS_GO = 0.5  # seconds
+
 
 class BadInput(ValueError):
     """Something kept a training from its first step. The message is one sentence."""
@@ -336,12 +338,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _leave_the_others() -> None:
-    """Of several processes that are done: end the threads that talk to the others. Left to the end of Python, they may end it with a
-    signal (DeepSpeed on CPUs, a busy machine), and a finished run counts as failed."""
+    """Of several processes that are done: end what talks to the others.
+
+    A thread of gloo (collectives on CPUs) that has not let go of its last tensor, as on a busy machine, waits for the GIL to do so. A
+    thread that waits for it when Python ends is unwound, through C++ that forbids that: the process dies of SIGABRT, and a finished run
+    counts as failed. DeepSpeed holds its groups, so that leaving them does not end their threads. While this one sleeps, they can.
+    """
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+        time.sleep(GLOO_LETS_GO)
 
 
 def _demo(
