@@ -18,6 +18,11 @@ def step_cost_152k() -> str:
     return _step_cost(read(STEP_COST.with_name("step_cost_152k.json")))
 
 
+def step_cost_twice() -> str:
+    """The default beside itself with a second, blind reading."""
+    return _step_cost(read(STEP_COST.with_name("step_cost_twice.json")))
+
+
 def _step_cost(result: dict[str, Any]) -> str:
     arms, shape, machine = result["arms"], result["shape"], result["machine"]
     base = arms["sft"].get("peak_mb")
