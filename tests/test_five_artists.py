@@ -485,6 +485,8 @@ def test_kept_figures_come_back_without_weights_and_a_new_seed_joins_them(tmp_pa
     first = summary.write(tmp_path / "first", recipe, results)
 
     later = stages.Place(tmp_path / "later", recipe, world)
+    # The original was measured here already, on less
+    kept.write_json(later.out / "results/original.json", {"text_kl": 0.001})
     assert kept.restore(later, results) == 4 and kept.restore(later, results) == 0
     again = summary.write(later.out, recipe, tmp_path / "again")
     assert again == first and again["modes"] == {"aligned-severe-0": modes}

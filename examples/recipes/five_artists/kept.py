@@ -103,8 +103,9 @@ def restore(place: Place, results: Path) -> int:
     summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
     references = [arms["original"] for drifts in summary["regimes"].values() for arms in drifts.values()]
     if references and references[0]:
-        original = {metric: value["mean"] for metric, value in references[0].items()}
-        _write_new(place.out / "results" / "original.json", original)
+        path = place.out / "results" / "original.json"
+        here = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        write_json(path, {metric: value["mean"] for metric, value in references[0].items()} | here)
     for name, told in summary["modes"].items():
         _write_new(place.out / "modes" / f"{name}.json", told)
     return count
