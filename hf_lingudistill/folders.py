@@ -56,14 +56,25 @@ def in_the_way(folder: str | os.PathLike[str]) -> Path | None:
     return None if there.is_dir() else there
 
 
+def unwritable(folder: str | os.PathLike[str]) -> Path | None:
+    """The folder that this user may not write to: this one or, where it is not made yet, the nearest above it; None if all is well."""
+    root = Path(folder)
+    there = next(path for path in (root, *root.absolute().parents) if path.is_dir())
+    return None if os.access(there, os.W_OK | os.X_OK) else there
+
+
 def check(folder: str | os.PathLike[str], *names: str, by: str) -> None:
     """Check that files and folders of these names may be written there by the command `by`. Nothing is touched.
 
     Raises:
-        NotOurs: if one of them is there and is not what `by` wrote, or a file is where the folder is to be.
+        NotOurs: if one of them is there and is not what `by` wrote, a file is where the folder is to be, or nothing may be written there.
     """
     if (file := in_the_way(folder)) is not None:
         raise NotOurs(f"{str(file)!r} is a file, expected a folder: choose another output_dir.")
+    if (closed := unwritable(folder)) is not None:
+        raise NotOurs(
+            f"{str(closed)!r} may not be written to by this user: choose another output_dir, or change its permissions."
+        )
     for name in names:
         if (stranger := _stranger(Path(folder), name, by)) is not None:
             raise NotOurs(

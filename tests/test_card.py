@@ -22,7 +22,7 @@ from hf_lingudistill.hub.card import render_card, usage_of
 from hf_lingudistill.hub.escape import fenced, markdown, plain
 from hf_lingudistill.hub.metadata import eval_result_file
 from hf_lingudistill.hub.results import main_model, tasks_of
-from hf_lingudistill.hub.run_facts import hub_id, public_name, recipe_of
+from hf_lingudistill.hub.run_facts import dataset_fact, hub_id, public_name, recipe_of
 from hf_lingudistill.sharing import MODES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -477,6 +477,26 @@ def test_folders_are_known_by_their_last_part(tmp_path: Path, monkeypatch: pytes
         assert public_name(reference) == "before" and hub_id(reference) is None
     assert public_name("ORG/VLM") == hub_id("ORG/VLM") == "ORG/VLM"
     assert hub_id("not a name") is None
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        ("https://host/rows.csv?X-Amz-Signature=SECRET&x=1", "https://host/rows.csv"),
+        ("https://ann:SECRET@host:8080/a/rows.csv#SECRET", "https://host:8080/a/rows.csv"),
+        ("s3://key:SECRET@bucket/rows.parquet", "s3://bucket/rows.parquet"),
+        ("hf://datasets/ORG/DATA@v1/train.parquet", "hf://datasets/ORG/DATA@v1/train.parquet"),
+        ("file:///data/SECRET/rows.csv", "rows.csv"),
+        ("C:\\SECRET\\rows.csv", "rows.csv"),
+    ],
+)
+def test_of_a_url_the_place_is_published_and_no_password_or_signature(reference: str, expected: str) -> None:
+    from hf_lingudistill.mixtures import DistillMixtureConfig
+
+    assert public_name(reference) == expected
+    fact = dataset_fact("csv", data_files={"train": [reference]})
+    recipe = recipe_of(DistillMixtureConfig(datasets=[{"path": "csv", "data_files": reference}]))  # type: ignore[list-item]
+    assert "SECRET" not in json.dumps([fact, recipe])
 
 
 def test_a_recipe_holds_what_was_chosen_and_no_token(tmp_path: Path) -> None:

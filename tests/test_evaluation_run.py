@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -713,3 +714,28 @@ def test_dtype_and_fingerprint_keep_caches_apart(finished: Finished, tmp_path: P
     quiet({"original": paths["original"]}, paths["suite"], tmp_path, dtype=torch.bfloat16)
     again = json.loads((tmp_path / "items" / "original" / "sea-plain.jsonl").read_text().splitlines()[0])
     assert again == {**header, "dtype": "torch.bfloat16"}
+
+
+def test_what_a_score_depends_on_is_in_its_cache(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from hf_lingudistill.labs.evaluation.data import ImageItem
+    from hf_lingudistill.labs.evaluation.ifeval import Instructed
+    from hf_lingudistill.labs.evaluation.scoring import _keys
+
+    red, blue, wide = (
+        Image.new("RGB", (2, 3), "red"),
+        Image.new("RGB", (2, 3), "blue"),
+        Image.new("RGB", (3, 2), "red"),
+    )
+    item = ImageItem("0", (red,), "what?", ("cat",), ("cat", "dog"))
+    changed = [
+        dataclasses.replace(item, images=(blue,)),
+        dataclasses.replace(item, images=(wide,)),  # the same bytes
+        dataclasses.replace(item, choices=("dog", "cat")),
+        dataclasses.replace(item, answers=("dog",)),
+    ]
+    assert _keys([item]) == _keys([dataclasses.replace(item, images=(red.copy(),))])
+    assert all(_keys([other]) != _keys([item]) for other in changed)
+    asked = Instructed("0", "Write.", ("no_comma",), ({},))
+    assert _keys([asked]) != _keys([dataclasses.replace(asked, arguments=({"n": 2},))])

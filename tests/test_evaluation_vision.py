@@ -118,6 +118,19 @@ def test_an_answer_is_the_teacher_forced_argmax(vlm: Scored, items: list[ImageIt
     assert written != exchanged
 
 
+def test_an_answer_ends_with_the_turn_and_no_penalty_of_a_config_changes_it(
+    vlm: Scored, items: list[ImageItem]
+) -> None:
+    """Two models with the same weights give the same answers, whatever their generation configs say."""
+    prompts, images = [vlm.render(user_turn(item.question, 1)) for item in items], [item.images for item in items]
+    plain = generate(vlm, prompts, images, 6)
+    config = vlm.model.generation_config
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("repetition_penalty", 5.0), ("no_repeat_ngram_size", 1), ("eos_token_id", None)):
+            patch.setattr(config, name, value)
+        assert generate(vlm, prompts, images, 6) == plain
+
+
 def test_the_controls_change_the_pixels_that_the_model_gets_and_nothing_else(
     vlm: Scored, items: list[ImageItem], tmp_path: Path, inputs_of: Callable[[torch.nn.Module], list[dict[str, Any]]]
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_lingudistill.checkpoints import check_output_dir
 from hf_lingudistill.folders import MARKER, STAGING, NotOurs, check, claim, forget, is_ours, record, remove, replacing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -349,3 +350,21 @@ def test_a_new_place_is_found(tmp_path: Path, line: str) -> None:
         "open(a)\nopen(a, 'rb')\nt.replace('a', 'b')\nreplace(x, a=1)\np.read_text()\n"
     )
     assert list(sites(tmp_path)) == []
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_folder_that_may_not_be_written_to_is_named_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: bool
+) -> None:
+    folder = tmp_path / "shared" / "out"
+    (folder if made else folder.parent).mkdir(parents=True)
+    closed = folder if made else folder.parent
+    check(folder, "report.json", by="evaluate")
+    check_output_dir(folder)
+    access = os.access  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and access(path, mode))
+    with pytest.raises(NotOurs, match=f"{closed}' may not be written"):
+        check(folder, "report.json", by="evaluate")
+    for overwrite in (True, False):
+        with pytest.raises(ValueError, match="cannot be written"):
+            check_output_dir(folder, overwrite=overwrite)

@@ -193,6 +193,15 @@ def test_a_choice_is_named_by_its_letter_or_its_text(answer: str, reference: str
         ("rectangles", 0),
         ("B or C", 0),
         ("D", 0),  # there is no D
+        ("The answer is: B", 1),
+        ("The correct answer is: B.", 1),
+        ("**B**", 1),
+        ("The answer is **B**.", 1),
+        ("Option B", 1),
+        ("The correct option is B.", 1),
+        ("\\boxed{B}", 1),
+        ("The answer is A rectangle", 1),  # an article, whatever its size
+        ("Answer: A rectangle.", 1),
         ("", 0),
     ],
 )

@@ -326,3 +326,20 @@ def test_training_curves_need_the_log_of_a_distillation(tmp_path: Any) -> None:
     )
     plots.plot_training(log, tmp_path / "training.png")
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("training.png", "training.svg"))
+
+
+def test_items_that_weigh_nothing_are_none() -> None:
+    """An answer without a token that depends on the picture says nothing of such tokens: of one that has some, no interval follows."""
+    bootstrap = Bootstrap(resamples=200)
+    empty = {str(index): (0.0, 0.0) for index in range(1, 64)}
+    one = bootstrap.score({"0": (2.0, 1.0), **empty})
+    assert one == bootstrap.score({"0": (2.0, 1.0)}) and (one["low"], one["high"], one["n"]) == (
+        -math.inf,
+        math.inf,
+        1,
+    )
+    shares = [{"0": (value, 1.0), **empty} for value in (2.0, 3.0, 1.0)]
+    assert bootstrap.recovered(*shares)["reason"] == "one item cannot tell"
+    # Control: several that weigh something have an interval, the others change nothing of it
+    several = {f"s{index}": (float(index), 1.0) for index in range(8)}
+    assert bootstrap.score(several | empty) == bootstrap.score(several) | {"n": 8}

@@ -247,7 +247,21 @@ def _clean(folder: Path, name: str, base_model: str | None) -> Item:
                 content[key] = base_model
             else:
                 del content[key]
+    changed |= _forget_names(content)
     return Item(name, json_bytes(content)) if changed else Item(name, path)
+
+
+def _forget_names(content: Any) -> bool:
+    """Take local folders out of the configs within a config (`text_config`, `vision_config`), in place. -> whether there was one."""
+    inner = content if isinstance(content, list) else list(content.values()) if isinstance(content, dict) else []
+    found = False
+    for part in inner:
+        found |= _forget_names(part)
+        for key in ("_name_or_path", "name_or_path"):
+            if isinstance(part, dict) and isinstance(part.get(key), str) and part[key] and is_local(part[key]):
+                del part[key]
+                found = True
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -79,13 +79,24 @@ _ON_THE_HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?/(?:(.+)/
 # --------------------------------------------------------------------------------------------------------------------
 # Names
 # --------------------------------------------------------------------------------------------------------------------
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://(?P<rest>.*)", re.DOTALL)
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
+
+
 def is_local(reference: str) -> bool:
     """Whether a model or dataset is named by a folder of this machine."""
+    if reference.lower().startswith("file:") or _DRIVE.match(reference):
+        return True
     return reference.startswith((".", "~", "/", "\\")) or os.path.isabs(reference) or Path(reference).exists()
 
 
 def public_name(reference: str) -> str:
-    """A Hub id as it is; of a folder the last part, which says nothing about the machine."""
+    """A Hub id as it is; of a folder the last part, which says nothing about the machine; a URL without user, query and fragment, where
+    passwords and signatures stand."""
+    if (url := _URL.match(reference)) is not None and not is_local(reference):
+        place = re.split(r"[?#]", url["rest"], maxsplit=1)[0]
+        host, slash, path = place.partition("/")
+        return f"{url['scheme']}://{host.rpartition('@')[2]}{slash}{path}"
     if not is_local(reference):
         return reference
     return Path(reference.replace("\\", "/")).expanduser().name or "local"
@@ -197,7 +208,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bool | int | float | None):
         return value
     text = str(getattr(value, "value", value))  # an enumeration is written as its value
-    return public_name(text) if text and is_local(text) else text
+    return public_name(text) if text and (is_local(text) or "://" in text) else text
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ class Bootstrap:
         self.resamples, self.seed, self.level = resamples, seed, level
 
     def score(self, items: Items) -> dict[str, Any]:
-        """{"value", "low", "high", "n"} of sum(values) / sum(weights). One item has no interval: its ends are infinite.
+        """{"value", "low", "high", "n"} of sum(values) / sum(weights). One item has no interval: its ends are infinite. n: of items that
+        weigh something.
 
         Raises:
             ValueError: without items, or if one is not finite.
@@ -82,9 +83,12 @@ class Bootstrap:
         weights = np.array([[items[key][1] for key in keys] for items in models], dtype=np.float64)
         if not (weights.sum(axis=1) > 0).all():
             raise ValueError("The items weigh nothing in all (no token, byte or question to score); check the data.")
+        # An answer without a token that depends on the picture says nothing of those: it is no item, and counts as none
+        weighs = (weights > 0).any(axis=0)
+        values, weights = values[:, weighs], weights[:, weighs]
         low, high = self._bounds(statistic, values, weights)
         value = statistic(values.sum(axis=1) / weights.sum(axis=1))
-        return {"value": float(value), "low": low, "high": high, "n": len(keys)}
+        return {"value": float(value), "low": low, "high": high, "n": int(weighs.sum())}
 
     def _bounds(self, statistic: Callable[[Array], Array], values: Array, weights: Array) -> tuple[float, float]:
         """The interval's ends. values, weights: (M, n)."""

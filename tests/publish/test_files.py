@@ -76,11 +76,19 @@ def test_nothing_else_in_the_folder_is_sent(hub: Hub, model: Path) -> None:
 
 def test_local_paths_are_taken_out(hub: Hub, model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "_name_or_path": str(model)}))
+    nested = config["text_config"] | {"_name_or_path": f"{model}/text"}  # transformers writes it there, too
+    config |= {
+        "_name_or_path": str(model),
+        "text_config": nested,
+        "vision_config": config["vision_config"] | {"_name_or_path": "ORG/TOWER"},
+    }
+    (model / "config.json").write_text(json.dumps(config))
     publish(model_manifest(model, "ann/model"), token=TOKEN)
     everything = b"".join(on_the_hub(hub).values())
     assert str(model).encode() not in everything and b"/home/ann" not in everything
-    assert b"_name_or_path" in (model / "config.json").read_bytes()  # the local file is as it was
+    sent = json.loads(on_the_hub(hub)["config.json"])
+    assert "_name_or_path" not in sent["text_config"] and sent["vision_config"]["_name_or_path"] == "ORG/TOWER"
+    assert str(model).encode() in (model / "config.json").read_bytes()  # the local file is as it was
     report = json.loads(on_the_hub(hub)["report.json"])
     assert report["models"]["after"]["path"] == "out"
 

@@ -24,6 +24,7 @@ from ...sharing import MODES, sharing
 from ...student_kv import recording
 from ...teacher import Teacher
 from ..evaluation.models import Scored
+from ..evaluation.reading import answer_inputs
 from ..statistics import OVERFLOW, NotFiniteScore
 from .prompts import Prompt
 from .states import layer_outputs, recording_own, state_drift
@@ -111,15 +112,10 @@ def read(student: PreTrainedModel, teacher: Teacher, inputs: dict[str, Any], lab
 
 def _inputs(student: Scored, prompt: Prompt, max_answer_tokens: int) -> tuple[dict[str, Any], torch.Tensor]:
     """Model inputs of prompt and answer, one row; labels (1, T), -100 before the answer."""
-    inputs = student.with_images([student.render(list(prompt.messages))], [prompt.images])
-    answer = torch.tensor([student.ids(prompt.answer)[:max_answer_tokens]], device=student.model.device)
-    labels = torch.cat([torch.full_like(inputs["input_ids"], -100), answer], dim=1)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
-    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], dim=1)
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if name in inputs:  # the answer is text
-            inputs[name] = torch.cat([inputs[name], torch.zeros_like(answer)], dim=1)
-    return dict(inputs), labels
+    answer = student.ids(prompt.answer)[:max_answer_tokens]
+    inputs, labels = answer_inputs(student, [student.render(list(prompt.messages))], [prompt.images], [answer])
+    start = inputs["input_ids"].size(1) - labels.size(1)
+    return inputs, torch.cat([torch.full_like(inputs["input_ids"][:, :start], -100), labels], dim=1)
 
 
 def _plan(teacher: Teacher, inputs: dict[str, Any], labels: torch.Tensor, mode: str) -> QueryPlan:

@@ -10,9 +10,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from PIL import Image as PILImage
 
 from ...folders import NotOurs
 from ..statistics import OVERFLOW, NotFiniteScore
@@ -86,3 +88,8 @@ def _parsed(line: str) -> Any:
 def digest(value: Any) -> str:
     """A short hash of JSON values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def of_images(images: Sequence[PILImage.Image]) -> list[str]:
+    """What images show, as a header names it: mode, size and pixels."""
+    return [digest([image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()]) for image in images]

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from .cache import ItemCache, digest
+from .cache import ItemCache, digest, of_images
 from .data import ImageItem
 from .fidelity import Question, Record, Reference, dependence, fidelity, original_answers
 from .models import Scored, chat_template_of
@@ -148,6 +148,8 @@ class FidelityRun:
         asked = self.template if task.template == "before" else "own"
         return self.source | {
             "template": asked,
+            "seed": self.seed,  # of the controls, and of the captions that are exchanged
+            "images": digest([of_images(question.images) for question in self.questions[task.name]]),
             "answers": digest({key: a.ids for key, a in self.answers[task.name].items()}),
         }
 

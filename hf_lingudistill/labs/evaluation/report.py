@@ -76,7 +76,7 @@ def task_entry(task: Task, bootstrap: Bootstrap, compare: Sequence[str] = ()) ->
         "metric": task.metric,
         "unit": task.unit,
         "higher_is_better": task.higher_is_better,
-        "n": len(next(iter(task.items.values()))),
+        "n": max(score["n"] for score in scores.values()),  # of the items that weigh something
         "scores": scores,
         "controls": {
             control: {model: bootstrap.score(items) for model, items in by_model.items()}

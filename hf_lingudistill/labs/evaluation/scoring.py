@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .cache import ItemCache, digest
+from .cache import ItemCache, digest, of_images
 from .data import fidelity_questions, image_items, text_items
 from .fidelity_run import FidelityRun
 from .grounded import token_scores
@@ -35,7 +35,7 @@ def read_items(suite: Suite) -> dict[str, Any]:
     if suite.ifeval is not None:
         prompts = read_prompts(suite.ifeval)
         able = checkable(prompts)
-        wanted = suite.ifeval.limit or len(able)
+        wanted = suite.ifeval.limit or suite.ifeval.n or len(able)
         drawn = sorted(random.Random(suite.seed).sample(range(len(able)), min(wanted, len(able))))
         items[suite.ifeval.name] = [able[index] for index in drawn]
         items[SKIPPED] = len(prompts) - len(able)
@@ -119,9 +119,9 @@ def score(
 
 
 def _keys(items: Any) -> Any:
-    """What the items are, for the cache's header: texts by content, images by key and question."""
+    """What the items are, for the cache's header: all that a record or a kept verdict depends on, pixels included."""
     if isinstance(items, Mapping):
         return items
     if items and isinstance(items[0], Instructed):
-        return [(prompt.key, prompt.prompt) for prompt in items]
-    return [(item.key, item.question, item.answers) for item in items]
+        return [(prompt.key, prompt.prompt, prompt.instructions, prompt.arguments) for prompt in items]
+    return [(item.key, item.question, item.answers, item.choices, of_images(item.images)) for item in items]

@@ -12,8 +12,6 @@ from string import ascii_uppercase
 from typing import Any
 
 import evaluate
-import torch
-from transformers import LogitsProcessorList
 
 from ...progress import progress_bar
 from ..metrics.multiple_choice.multiple_choice import lettered
@@ -21,7 +19,7 @@ from ..statistics import Items
 from .cache import ItemCache
 from .data import ImageItem, grey, other_item
 from .models import Scored, user_turn
-from .reading import FiniteLogits, Images
+from .reading import Images, write_answers
 from .suite import VisionTask
 
 METRICS = Path(__file__).parents[1] / "metrics"
@@ -84,16 +82,13 @@ def question(item: ImageItem) -> str:
     return "\n".join((item.question, *(f"{mark} {choice}" for mark, choice in zip(marks, item.choices, strict=False))))
 
 
-@torch.inference_mode()
 def generate(scored: Scored, prompts: Sequence[str], images: Sequence[Images], max_new_tokens: int) -> list[str]:
-    """Greedy continuations of rendered prompts, special tokens and outer spaces removed."""
-    inputs = scored.with_images(prompts, images)
-    finite = LogitsProcessorList([FiniteLogits(scored.name)])
-    output = scored.model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, logits_processor=finite
-    )
-    new = output[:, inputs["input_ids"].size(1) :]
-    return [text.strip() for text in scored.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    """Greedy continuations of rendered prompts up to the end of the turn, special tokens and outer spaces removed. Of a model's generation
+    config only the stops count: a repetition penalty there would tell apart two models with the same weights."""
+    written = write_answers(scored, prompts, images, max_new_tokens=max_new_tokens)
+    return [
+        text.strip() for text in scored.tokenizer.batch_decode([one.ids for one in written], skip_special_tokens=True)
+    ]
 
 
 def score_answers(task: VisionTask, items: Sequence[ImageItem], given: dict[str, str]) -> Items:

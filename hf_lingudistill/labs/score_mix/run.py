@@ -17,7 +17,7 @@ from ...mixtures import DistillMixtureConfig, DistillSource
 from ...sources import load_source
 from ...yaml_text import read_yaml
 from ..diagnose.prompts import Prompt, prompt_of
-from ..evaluation.cache import ItemCache, digest
+from ..evaluation.cache import ItemCache, digest, of_images
 from ..evaluation.models import (
     Scored,
     chat_template_of,
@@ -187,9 +187,7 @@ def score_mix(
 
 
 def _header(scored: Scored, prompts: Sequence[Prompt], max_answer_tokens: int) -> dict[str, Any]:
-    rows = [
-        (p.key, as_texts(p.messages), p.answer, [digest(image.tobytes().hex()) for image in p.images]) for p in prompts
-    ]
+    rows = [(p.key, as_texts(p.messages), p.answer, of_images(p.images)) for p in prompts]
     return {
         "model": scored.fingerprint,
         "dtype": str(scored.model.dtype),
@@ -228,8 +226,13 @@ def _of_source(
         }
         return bootstrap.score(items)
 
+    # Of rows with an image: texts beside them depend on none, and would dilute what those do
+    pictured = {
+        key: (row["dependence"] * row["tokens_read"], row["tokens_read"]) for key, row in rows.items() if row["images"]
+    }
+    dependence = bootstrap.score(pictured) if pictured else score("dependence", "tokens_read")
     found = {
-        "dependence": score("dependence", "tokens_read"),  # nats per token
+        "dependence": dependence,  # nats per token
         "language": score("language", None),  # nats per row
         "answer_tokens": score("answer_tokens", None),
         "teacher_entropy": score("teacher_entropy", "tokens_read"),

@@ -9,7 +9,7 @@ import evaluate
 
 _DESCRIPTION = """
 Which of the choices an answer names, and whether that is the right one. An answer names a choice by its letter ("B", "(B)",
-"B. ...", "the answer is B") or by its text. What names no choice, or more than one, is wrong. Where a choice's text is itself the
+"B. ...", "the answer is B", "option B", "**B**") or by its text. What names no choice, or more than one, is wrong. Where a choice's text is itself the
 letter of another one (the labels in a diagram), letters would mean two things: then its text alone names a choice.
 """
 
@@ -51,14 +51,16 @@ def named(answer: str, choices: list[str]) -> int | None:
         texts = [form(choice) for choice in choices]
         if form(answer) in texts:
             return texts.index(form(answer))
+    bare = re.sub(r"[*_`$]+|\\boxed\{([^{}]*)\}", r"\1", answer)  # "**B**", "\boxed{B}"
+    mark = rf"\(?([{letters}])\)?"
     patterns = (
         rf"^\s*\(?([{letters}{letters.lower()}])\)?\s*[.:)]?\s*$",
-        rf"^\s*\(?([{letters}])\)?[.:)]\s",
-        # In capitals: "the answer is a circle" names no letter
-        rf"(?i:answer\s*(?:is|:))\s*\(?([{letters}])(?!\w)",
+        rf"^\s*{mark}[.:)]\s",
+        # In capitals, and alone or before a stop: "the answer is a circle" and "Answer: A dog" name no letter
+        rf"(?i:(?:answer|option|choice)\s*(?:is\s*:?|:)?\s*(?:(?:option|choice)\s*)?){mark}(?=\s*$|\s*[.,:;)]|\s+(?i:because|since|as)\b)",
     )
     for pattern in patterns if lettered(choices) else ():
-        if (found := re.search(pattern, answer)) is not None:
+        if (found := re.search(pattern, bare)) is not None:
             return letters.index(found.group(1).upper())
     rest, inside = answer.lower(), []
     for index in sorted(range(len(texts)), key=lambda index: -len(texts[index])):
