@@ -620,7 +620,7 @@ def test_without_matplotlib_all_but_the_plot_is_written(
         "drift.txt",
     ]
     out, err = capsys.readouterr()
-    assert "No plot: it needs matplotlib; run `pip install 'hf_lingudistill[eval]'`." in err
+    assert "No plot: it needs matplotlib; run `pip install -e '.[eval]'`." in err
     assert "bfloat16" in out
 
 

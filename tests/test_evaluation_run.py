@@ -295,9 +295,7 @@ def test_a_missing_harness_is_said_before_any_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(run, "load_scored", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     monkeypatch.setattr(language, "HFLM", object)
-    with pytest.raises(
-        ModuleNotFoundError, match=r"^lm-eval is not installed; run `pip install 'hf_lingudistill\[eval\]'`"
-    ):
+    with pytest.raises(ModuleNotFoundError, match=r"^lm-eval is not installed; run `pip install -e '\.\[eval\]'`"):
         quiet(models, suite_file({"lm_eval": {"tasks": ["arc_easy"]}}), tmp_path / "out")
 
 
@@ -320,6 +318,9 @@ def test_data_and_paths_that_do_not_fit_are_refused_before_any_model_is_loaded(
     with pytest.raises(ValueError) as raised:
         quiet({"original": models["original"]}, suite_file(only_images), tmp_path / "out")
     assert str(raised.value) == "Suite 'mine' is about images only, which none of original takes."
+    only_fidelity = {"name": "mine", "fidelity": [{"name": "kl", "builtin": "instructions", "n": 4}]}
+    with pytest.raises(ValueError, match="nothing to hold against it"):
+        quiet({"original": models["original"]}, suite_file(only_fidelity), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def run(args: Namespace) -> int:
             written = write_report(report, Path(args.output_dir))
             print("Written: " + ", ".join(map(str, written)), file=sys.stderr)
             if len(written) == 2:
-                print("No plot: it needs matplotlib; run `pip install 'hf_lingudistill[eval]'`.", file=sys.stderr)
+                print("No plot: it needs matplotlib; run `pip install -e '.[eval]'`.", file=sys.stderr)
     except (ValueError, OSError) as error:
         return failed(error)
     print(as_json(report) if args.json else as_text(report))

@@ -258,7 +258,7 @@ def _reproduce(run_facts: Facts, report: Facts, repo_id: str | None, command: st
     if not recipe.get("dataset_name") and not recipe.get("datasets"):
         notes.append("The rows were given in Python: add them to `recipe.yaml` as `dataset_name` or `datasets`.")
     notes.append("Names in `recipe.yaml` without an organisation are folders that are not on the Hub.")
-    commands = ["pip install hf_lingudistill"]
+    commands = ["pip install -e .  # in a clone of hf_lingudistill: it is not on PyPI yet"]
     if where := repo_or_none(repo_id):
         commands.append(f"hf download {where} recipe.yaml --local-dir .")
     else:

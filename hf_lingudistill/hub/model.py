@@ -116,7 +116,7 @@ def model_manifest(
     )
     text, readme_note = _with_local_edits(str(card), folder)
     items = [
-        *(_clean(folder, path, base) for path in files),
+        *(_clean(folder, path, base, trained_here=bool(known)) for path in files),
         *plots,
         *pictures,
         Item("README.md", text.encode()),
@@ -228,15 +228,21 @@ def _check_weights(path: Path) -> None:
         ) from None
 
 
-def _clean(folder: Path, name: str, base_model: str | None) -> Item:
-    """A file of the model; a config that says from which local folder it was loaded is sent without that."""
+def _clean(folder: Path, name: str, base_model: str | None, *, trained_here: bool) -> Item:
+    """A file of the model; a config that says from which local folder it was loaded is sent without that.
+
+    trained_here: whether the run facts tell the base model. Then they decide: a relative folder looks like a Hub id from elsewhere.
+    """
     path = folder / name
     if path.suffix != ".json" or path.stat().st_size > 2**20:
         return Item(name, path)
     content = _read_json(path)
     changed = False
     for key in ("_name_or_path", "name_or_path", "base_model_name_or_path"):
-        if isinstance(content.get(key), str) and content[key] and is_local(content[key]):
+        value, base = content.get(key), key == "base_model_name_or_path"
+        if not isinstance(value, str) or not value:
+            continue
+        if is_local(value) or (base and trained_here and value != base_model):
             changed = True
             if key == "base_model_name_or_path":
                 if base_model is None:

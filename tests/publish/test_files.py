@@ -158,6 +158,25 @@ def test_an_adapter_on_a_local_folder_needs_its_bases_hub_id(tmp_path: Path) -> 
     assert (front["library_name"], front["base_model"], front["base_model_relation"]) == ("peft", "ORG/VLM", "adapter")
 
 
+def test_a_relative_folder_is_no_hub_id_wherever_the_command_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`models/vlm` reads as somebody's repository from every other working directory: the run facts know better."""
+    monkeypatch.chdir(tmp_path)  # where there is no models/vlm
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file({"lora_A": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "models/vlm", "r": 2}))
+    facts = {"student": {"id": None, "name": "vlm"}}
+    with pytest.raises(PublishError, match="The adapter was trained on a local folder"):
+        model_manifest(folder, "ann/adapter", run_facts=facts)
+    manifest = model_manifest(folder, "ann/adapter", run_facts=facts, base_model="ORG/VLM")
+    assert json.loads(manifest.text("adapter_config.json"))["base_model_name_or_path"] == "ORG/VLM"
+    # Control: what the facts name as a repository stays
+    same = model_manifest(folder, "ann/adapter", run_facts={"student": {"id": "models/vlm", "name": "models/vlm"}})
+    assert json.loads(same.text("adapter_config.json"))["base_model_name_or_path"] == "models/vlm"
+
+
 def test_weights_of_an_earlier_push_are_removed(hub: Hub, model: Path) -> None:
     weights = load_file(model / "model.safetensors")
     names = sorted(weights)

@@ -22,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_lingudistill.cli import main as cli
 from hf_lingudistill.hub.manifest import PublishError, command_for
 from hf_lingudistill.hub.mixin import PublishingMixin
+from hf_lingudistill.hub.model import model_manifest
 from hf_lingudistill.scripts.distill import main as distill
 from hf_lingudistill.scripts.distill import parse
 
@@ -92,6 +93,23 @@ def test_a_push_in_the_background_is_a_future(hub: Hub, make_trainer: MakeTraine
     assert hub.repos["model", "ann/model"].private
     front = yaml.safe_load(hub.files("ann/model")["README.md"].decode().split("---")[1])
     assert "mine" in front["tags"]
+
+
+def test_the_card_of_an_adapter_does_not_name_the_folder_that_it_was_trained_on(
+    saved_pair: tuple[Path, Path], tmp_path: Path, hub: Hub
+) -> None:
+    """PEFT writes the base's folder into whatever card is there when it saves; that is not somebody's edit."""
+    arguments = script_arguments(
+        saved_pair, tmp_path, use_peft=True, lora_r=2, push_to_hub=False, save_strategy="steps", save_steps=1
+    )
+    arguments += ["--lora_target_modules", "q_proj", "v_proj"]
+    assert distill(arguments) == 0
+    out = tmp_path / "out"
+    assert (out / "adapter_model.safetensors").is_file()
+    manifest = model_manifest(out, "ann/adapter", base_model="ann/vlm")
+    card = manifest.text("README.md")
+    assert str(saved_pair[0]) not in card and "Framework versions" not in card and "base_model: ann/vlm" in card
+    assert not any("kept as edited" in note for note in manifest.notes)
 
 
 def test_merged_lora_weights_are_published_without_the_adapter(

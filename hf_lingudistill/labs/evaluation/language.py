@@ -30,7 +30,7 @@ try:
 except ImportError:  # without the `eval` extra everything but the harness works
     HFLM = object
 
-INSTALL = "pip install 'hf_lingudistill[eval]'"
+INSTALL = "pip install -e '.[eval]'"
 
 
 def require_harness() -> None:

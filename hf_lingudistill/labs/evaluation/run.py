@@ -112,6 +112,11 @@ def evaluate_models(
         reference = _reference(reference, sees)
     if not (any(sees[name] for name in (*models, *made)) or _about_text(suite)):
         raise ValueError(f"Suite {suite.name!r} is about images only, which none of {', '.join(models)} takes.")
+    alone = suite.texts or suite.lm_eval.tasks or suite.ifeval is not None or suite.lmms_eval.tasks
+    if {*models, *made} == {ORIGINAL} and not alone:
+        raise ValueError(
+            "Only the original is given, and there is nothing to hold against it: pass --before, --after, or another model."
+        )
     if suite.lm_eval.tasks:
         require_harness()
     items = read_items(suite)
@@ -198,7 +203,7 @@ def evaluate_models(
     beside = f"{written.with_suffix('.md').name} and plots" if plotted else written.with_suffix(".md").name
     say(f"Report: {written}, with {beside} beside it")
     if not plotted:
-        say("No plots: they need matplotlib; run `pip install 'hf_lingudistill[eval]'`.")
+        say("No plots: they need matplotlib; run `pip install -e '.[eval]'`.")
     return report
 
 

@@ -37,7 +37,7 @@ def load_metric(name: str) -> Any:
     except ImportError as error:
         raise ModuleNotFoundError(
             f"A package that the metric {name} needs is not installed ({' '.join(str(error).split())[:120]}); run "
-            "`pip install 'hf_lingudistill[eval]'`."
+            "`pip install -e '.[eval]'`."
         ) from error
 
 

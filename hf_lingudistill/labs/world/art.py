@@ -180,7 +180,7 @@ def draw(document: str, size: int) -> PILImage.Image:
         from resvg_py import svg_to_bytes
     except ImportError:
         raise ModuleNotFoundError(
-            "resvg-py draws the pictures and is not installed: pip install 'hf_lingudistill[demo]'."
+            "resvg-py draws the pictures and is not installed: pip install -e '.[demo]'."
         ) from None
     png = svg_to_bytes(svg_string=document, width=size, height=size, background="#ffffff", skip_system_fonts=True)
     # A drawing that is not square keeps its shape
