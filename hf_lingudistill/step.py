@@ -41,7 +41,7 @@ class DistillStep:
     every step. same_modules: likewise for the student's vision tower (see `engines.py`). judge: the VLM before, where it judges
     the rows that are not marked; None = cross-entropy alone does. source: the VLM before, where the teacher reads its keys and values;
     None = the student's. lends: whether its first columns do (`Before.can_lend`), None before the first batch that asks. sampled: labels
-    are the student's own samples (see `plan_queries`).
+    are the student's own samples (see `plan_queries`). calls: how often it ran.
     """
 
     student: PreTrainedModel
@@ -56,6 +56,7 @@ class DistillStep:
     lends: bool | None = None
     sampled: bool = False
     watchers: list[Watcher] = field(default_factory=list)
+    calls: int = 0
 
     @property
     def planner(self) -> Planner:
@@ -109,6 +110,7 @@ class DistillStep:
         inputs: the student's own, with labels (B, T), distill (B,) bool, queries, the batch's plan or None, and cached, what was computed
         of it before training, or None.
         """
+        self.calls += 1
         training, device = self.student.training, inputs["input_ids"].device
         plan: QueryPlan = (inputs.get("queries") or self.planner(inputs)).to(device)
         plan.check(inputs["labels"], inputs["distill"])

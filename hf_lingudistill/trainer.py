@@ -145,6 +145,9 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
 
         The number of labels is that of the *global* batch: neither gradient accumulation nor the number of processes
         changes the loss.
+
+        Raises:
+            ValueError: if another trainer was made with this student since: the loss would be that one's, or plain cross-entropy.
         """
         if "distill" not in inputs:  # a collator or dataloader of the caller's own
             inputs["distill"] = torch.ones(
@@ -152,6 +155,12 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
             )
         rows = inputs.pop(ROW_COLUMN, None)
         self.begin_batch(inputs["input_ids"], rows)
+        calls = self.step.calls
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        if self.step.calls == calls:
+            raise ValueError(
+                "The student's forward is no longer this trainer's: another trainer was made with the same student since, and the loss "
+                "would be that one's. Make this trainer anew, or give each trainer a student of its own."
+            )
         self.end_batch(model)
         return loss

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from transformers import (
     SiglipVisionConfig,
     TrainerCallback,
 )
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 import hf_lingudistill.step as step_module
 from hf_lingudistill import LinguDistillTrainer
@@ -860,3 +861,21 @@ def test_a_prefix_lm_is_trained_on_answers_that_it_does_not_see(make_trainer):
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
     assert not make_trainer(output_dir=str(trainer.args.output_dir) + "_2").data_collator.prefix_lm
+
+
+@pytest.mark.parametrize("other", ["ours", "TRL's"])
+def test_a_student_that_another_trainer_has_taken_over_trains_nothing_else_in_silence(
+    make_trainer: MakeTrainer, tmp_path: Path, other: str
+) -> None:
+    model = tiny.make_vlm(0)
+    first = make_trainer(model=model)
+    batch = mixed_batch(first)
+    loss, _ = step(first, batch)
+    if other == "ours":
+        second = make_trainer(model=model, ce_weight=0.0)
+        assert step(second, batch)[0] != pytest.approx(loss)  # control: the newest trainer has the student
+    else:
+        SFTTrainer(model, SFTConfig(str(tmp_path / "sft"), use_cpu=True, bf16=False, report_to="none"),
+                   train_dataset=tiny.make_dataset(8).remove_columns("distill"), processing_class=tiny.make_processor())  # fmt: skip
+    with pytest.raises(ValueError, match="another trainer was made with the same student"):
+        step(first, batch)
