@@ -41,7 +41,7 @@ class DistillStep:
     every step. same_modules: likewise for the student's vision tower (see `engines.py`). judge: the VLM before, where it judges
     the rows that are not marked; None = cross-entropy alone does. source: the VLM before, where the teacher reads its keys and values;
     None = the student's. lends: whether its first columns do (`Before.can_lend`), None before the first batch that asks. sampled: labels
-    are the student's own samples (see `plan_queries`). calls: how often it ran.
+    are the student's own samples (see `plan_queries`). calls: how often the student's forward was this step.
     """
 
     student: PreTrainedModel
@@ -96,6 +96,7 @@ class DistillStep:
                 return before(*args, **kwargs)
             kwargs |= {"distill": distill, "queries": queries, "cached": cached, "use_cache": False}
             del kwargs["fused_lm_head"]
+            step.calls += 1
             with head_unsharded(student):
                 return step(kwargs)
 
@@ -110,7 +111,6 @@ class DistillStep:
         inputs: the student's own, with labels (B, T), distill (B,) bool, queries, the batch's plan or None, and cached, what was computed
         of it before training, or None.
         """
-        self.calls += 1
         training, device = self.student.training, inputs["input_ids"].device
         plan: QueryPlan = (inputs.get("queries") or self.planner(inputs)).to(device)
         plan.check(inputs["labels"], inputs["distill"])
