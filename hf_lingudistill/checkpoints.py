@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
-from .folders import MARKER, clear_staging, forget, in_the_way, is_ours, make_staging, record, remove, unwritable
+from .folders import MARKER, clear_staging, forget, is_ours, make_staging, obstacle, record, remove
 
 BY = "distill"  # whose files they are, in the folder's list
 STAGING = ".checkpoint-being-written"
@@ -153,15 +153,8 @@ def check_output_dir(output_dir: str | os.PathLike[str], *, overwrite: bool = Fa
         ValueError: if it does (and not `overwrite`), is a file, or may not be written to.
     """
     folder = Path(output_dir)
-    if (file := in_the_way(folder)) is not None:
-        raise ValueError(
-            f"output_dir {str(folder)!r} cannot be made: {str(file)!r} is a file, expected a folder. Choose another name."
-        )
-    if (closed := unwritable(folder)) is not None:
-        raise ValueError(
-            f"output_dir {str(folder)!r} cannot be written: this user may not write to {str(closed)!r}. Choose another folder, or change "
-            "its permissions."
-        )
+    if (why := obstacle(folder)) is not None:
+        raise ValueError(f"output_dir {str(folder)!r} cannot be written: {why}. Choose another name.")
     if overwrite:
         return
     runs = sorted((path.name for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")), key=len)

@@ -28,7 +28,8 @@ Listing = dict[
 
 
 class NotOurs(ValueError):
-    """A file or folder is in the way that this library did not write, or that has changed since. It was not touched."""
+    """A file or folder is in the way that this library did not write, or that has changed since, or may not be written to. It was not
+    touched."""
 
 
 def claim(folder: str | os.PathLike[str], *, by: str) -> None:
@@ -38,8 +39,8 @@ def claim(folder: str | os.PathLike[str], *, by: str) -> None:
         NotOurs: if it is not.
     """
     root = Path(folder)
-    if (file := in_the_way(root)) is not None:
-        raise NotOurs(f"{str(file)!r} is a file, expected a folder: choose another output_dir.")
+    if (why := obstacle(root)) is not None:
+        raise NotOurs(f"{why}: choose another output_dir.")
     if root.is_symlink() or root.exists():
         others = sorted(path.name for path in root.iterdir())
         if others and not any(stamp[0] == by for stamps in _listing(root).values() for stamp in stamps):
@@ -49,18 +50,16 @@ def claim(folder: str | os.PathLike[str], *, by: str) -> None:
             )
 
 
-def in_the_way(folder: str | os.PathLike[str]) -> Path | None:
-    """What keeps a folder of this path from being there or being made: the file that bears its name or that of one above it."""
+def obstacle(folder: str | os.PathLike[str]) -> str | None:
+    """What keeps a folder of this path from being made or written to, in words: a file that bears its name or that of one above it, or
+    the permissions of it or, where it is not made yet, of the nearest above it. None: nothing does."""
     root = Path(folder)
     there = next((path for path in (root, *root.absolute().parents) if path.is_symlink() or path.exists()), root)
-    return None if there.is_dir() else there
-
-
-def unwritable(folder: str | os.PathLike[str]) -> Path | None:
-    """The folder that this user may not write to: this one or, where it is not made yet, the nearest above it; None if all is well."""
-    root = Path(folder)
-    there = next(path for path in (root, *root.absolute().parents) if path.is_dir())
-    return None if os.access(there, os.W_OK | os.X_OK) else there
+    if not there.is_dir():
+        return f"{str(there)!r} is a file, expected a folder"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"this user may not write to {str(there)!r}"
+    return None
 
 
 def check(folder: str | os.PathLike[str], *names: str, by: str) -> None:
@@ -69,12 +68,8 @@ def check(folder: str | os.PathLike[str], *names: str, by: str) -> None:
     Raises:
         NotOurs: if one of them is there and is not what `by` wrote, a file is where the folder is to be, or nothing may be written there.
     """
-    if (file := in_the_way(folder)) is not None:
-        raise NotOurs(f"{str(file)!r} is a file, expected a folder: choose another output_dir.")
-    if (closed := unwritable(folder)) is not None:
-        raise NotOurs(
-            f"{str(closed)!r} may not be written to by this user: choose another output_dir, or change its permissions."
-        )
+    if (why := obstacle(folder)) is not None:
+        raise NotOurs(f"{why}: choose another output_dir.")
     for name in names:
         if (stranger := _stranger(Path(folder), name, by)) is not None:
             raise NotOurs(

@@ -40,6 +40,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra, and where it is typed: the package is not on PyPI."""
+    return f"`pip install -e '.[{extra}]'` in a clone of hf_lingudistill"
+
+
 def typed(*words: str) -> str:
     """`lingudistill WORDS` as it runs when it is typed here: the command is not on the PATH of a virtual environment that is not
     active."""

@@ -300,6 +300,42 @@ def test_in_every_family_only_the_perturbed_layer_and_those_behind_it_drift(name
     assert moved.positions == same.positions > labels.ne(-100).sum()
 
 
+@torch.no_grad()
+def test_an_answer_of_a_prefix_lm_is_read_one_token_after_the_other() -> None:
+    """PaliGemma reads a prompt in both directions; an answer so read would see itself. Oracle: the model fed token by token."""
+    from types import SimpleNamespace
+
+    from hf_lingudistill.labs.diagnose.measure import _inputs
+
+    model = build_family("paligemma").student.eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 150, (1, 12), generator=generator)
+    answer = torch.randint(5, 150, (8,), generator=generator).tolist()
+
+    def prompted(*_: Any) -> dict[str, torch.Tensor]:
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+
+    scored = SimpleNamespace(model=model, render=lambda _: "", with_images=prompted, ids=lambda _: answer)
+    inputs, labels = _inputs(scored, SimpleNamespace(messages=[], images=[None], answer=""), 128)  # type: ignore[arg-type]
+    assert labels.tolist() == [[-100] * 12 + answer]
+    read = model(**inputs).logits[0, 11:-1]
+
+    def expected(types: int) -> torch.Tensor:
+        rows = [torch.cat([ids, torch.tensor([answer[:n]], dtype=torch.long)], dim=1) for n in range(len(answer))]
+        kinds = [torch.cat([torch.zeros_like(ids), torch.full((1, n), types)], dim=1) for n in range(len(answer))]
+        return torch.stack(
+            [
+                model(input_ids=row, attention_mask=torch.ones_like(row), token_type_ids=kind).logits[0, -1]
+                for row, kind in zip(rows, kinds, strict=True)
+            ]
+        )
+
+    torch.testing.assert_close(read, expected(1), atol=1e-4, rtol=1e-4)
+    # Control: as a part of the prompt, every token of it would move the ones before
+    both = model(**{**inputs, "token_type_ids": torch.zeros_like(inputs["token_type_ids"])}).logits[0, 11:-1]
+    assert (both - read).abs().max() > 0.1
+
+
 def test_the_teachers_attention_is_restored_when_its_pass_raises(original: Path, unmoved: Path) -> None:
     _, lm, _ = loaded(unmoved, original)
     decoder = decoder_of(lm.model)
@@ -620,7 +656,7 @@ def test_without_matplotlib_all_but_the_plot_is_written(
         "drift.txt",
     ]
     out, err = capsys.readouterr()
-    assert "No plot: it needs matplotlib; run `pip install -e '.[eval]'`." in err
+    assert "No plot: it needs matplotlib; run `pip install -e '.[eval]'` in a clone of hf_lingudistill." in err
     assert "bfloat16" in out
 
 

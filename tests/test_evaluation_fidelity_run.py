@@ -254,7 +254,7 @@ def test_without_matplotlib_there_is_a_report_and_a_sentence(
     said: list[str] = []
     chosen = {name: models[name] for name in ("original", "before")}
     quiet(chosen, {**suite, "fidelity": suite["fidelity"][:1]}, tmp_path / "out", draw=True, say=said.append)
-    assert said[-1] == "No plots: they need matplotlib; run `pip install -e '.[eval]'`."
+    assert said[-1] == "No plots: they need matplotlib; run `pip install -e '.[eval]'` in a clone of hf_lingudistill."
     assert (tmp_path / "out" / "report.json").is_file() and not (tmp_path / "out" / "scores.png").exists()
 
 

@@ -151,7 +151,9 @@ def test_without_lm_eval_the_adapter_says_what_to_install(lm: Scored, monkeypatc
     monkeypatch.setattr(language, "HFLM", object)
     with pytest.raises(ModuleNotFoundError) as raised:
         TextPath(lm)
-    assert str(raised.value) == "lm-eval is not installed; run `pip install -e '.[eval]'`."
+    assert (
+        str(raised.value) == "lm-eval is not installed; run `pip install -e '.[eval]'` in a clone of hf_lingudistill."
+    )
 
 
 # The harness with a task of its own -------------------------------------------------------------------------------

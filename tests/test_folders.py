@@ -363,8 +363,10 @@ def test_a_folder_that_may_not_be_written_to_is_named_before_anything_runs(
     check_output_dir(folder)
     access = os.access  # root may write anywhere
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and access(path, mode))
-    with pytest.raises(NotOurs, match=f"{closed}' may not be written"):
+    with pytest.raises(NotOurs, match=f"may not write to '{closed}'"):
         check(folder, "report.json", by="evaluate")
+    with pytest.raises(NotOurs, match="may not write"):
+        claim(folder, by="demo")
     for overwrite in (True, False):
         with pytest.raises(ValueError, match="cannot be written"):
             check_output_dir(folder, overwrite=overwrite)

@@ -202,6 +202,9 @@ def test_a_choice_is_named_by_its_letter_or_its_text(answer: str, reference: str
         ("\\boxed{B}", 1),
         ("The answer is A rectangle", 1),  # an article, whatever its size
         ("Answer: A rectangle.", 1),
+        ("The answer is B for it has corners", 1),
+        ("The answer is B or C", 0),
+        ("Choice: (B)", 1),
         ("", 0),
     ],
 )

@@ -221,3 +221,15 @@ def test_rows_that_cannot_be_read_are_left_out_and_counted(mix: dict[str, str], 
     assert len(source.prompts) == 3 and dict(source.unusable) == {"not usable": 1}
     entry = {**of(report, "text"), "unusable": {"not usable": 1}}
     assert "text: 1 rows left out (not usable: 1)." in as_text({**report, "sources": [entry]})
+
+
+def test_texts_beside_pictures_dilute_nothing_of_what_the_pictures_decide(
+    pair: tuple[str, str], mix: dict[str, str], report: Any, tmp_path: Path
+) -> None:
+    """Long answers without a picture outweigh short ones about one, token for token; of pictures they say nothing."""
+    both = save(tmp_path / "both", QUESTION, [*ANSWERS, *[SEA] * ROWS], [*PICTURES, *[[]] * ROWS])
+    found = score_mix(*pair, read_sources([both], rows=2 * ROWS), tmp_path / "out", progress=False)["sources"][0]
+    alone = of(report, "seen")
+    assert (found["with_image"], found["n"]) == (ROWS, 2 * ROWS)
+    assert found["dependence"]["value"] == pytest.approx(alone["dependence"]["value"], rel=1e-4)
+    assert not found["distill"] and found["language"]["value"] > alone["language"]["value"]

@@ -45,6 +45,7 @@ def run(args: Namespace) -> int:
     from ..folders import check
     from ..labs.diagnose import FILES, as_text, diagnose, load_prompts, write_report
     from ..labs.json_text import as_json
+    from ..sentences import install
 
     try:
         options = loading(args)
@@ -70,7 +71,7 @@ def run(args: Namespace) -> int:
             written = write_report(report, Path(args.output_dir))
             print("Written: " + ", ".join(map(str, written)), file=sys.stderr)
             if len(written) == 2:
-                print("No plot: it needs matplotlib; run `pip install -e '.[eval]'`.", file=sys.stderr)
+                print(f"No plot: it needs matplotlib; run {install('eval')}.", file=sys.stderr)
     except (ValueError, OSError) as error:
         return failed(error)
     print(as_json(report) if args.json else as_text(report))

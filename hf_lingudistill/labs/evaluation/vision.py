@@ -14,6 +14,7 @@ from typing import Any
 import evaluate
 
 from ...progress import progress_bar
+from ...sentences import install
 from ..metrics.multiple_choice.multiple_choice import lettered
 from ..statistics import Items
 from .cache import ItemCache
@@ -37,7 +38,7 @@ def load_metric(name: str) -> Any:
     except ImportError as error:
         raise ModuleNotFoundError(
             f"A package that the metric {name} needs is not installed ({' '.join(str(error).split())[:120]}); run "
-            "`pip install -e '.[eval]'`."
+            f"{install('eval')}."
         ) from error
 
 

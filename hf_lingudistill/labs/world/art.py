@@ -26,6 +26,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 
 from ...rgb import to_rgb
+from ...sentences import install
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def draw(document: str, size: int) -> PILImage.Image:
         from resvg_py import svg_to_bytes
     except ImportError:
         raise ModuleNotFoundError(
-            "resvg-py draws the pictures and is not installed: pip install -e '.[demo]'."
+            f"resvg-py draws the pictures and is not installed: run {install('demo')}."
         ) from None
     png = svg_to_bytes(svg_string=document, width=size, height=size, background="#ffffff", skip_system_fonts=True)
     # A drawing that is not square keeps its shape

@@ -52,13 +52,17 @@ def named(answer: str, choices: list[str]) -> int | None:
         if form(answer) in texts:
             return texts.index(form(answer))
     bare = re.sub(r"[*_`$]+|\\boxed\{([^{}]*)\}", r"\1", answer)  # "**B**", "\boxed{B}"
-    mark = rf"\(?([{letters}])\)?"
-    patterns = (
+    says = r"(?i:(?:answer|option|choice)(?:\s+is)?\s*:?\s*(?:(?:option|choice)\s+)?)"
+    patterns = [
         rf"^\s*\(?([{letters}{letters.lower()}])\)?\s*[.:)]?\s*$",
-        rf"^\s*{mark}[.:)]\s",
-        # In capitals, and alone or before a stop: "the answer is a circle" and "Answer: A dog" name no letter
-        rf"(?i:(?:answer|option|choice)\s*(?:is\s*:?|:)?\s*(?:(?:option|choice)\s*)?){mark}(?=\s*$|\s*[.,:;)]|\s+(?i:because|since|as)\b)",
-    )
+        rf"^\s*\(?([{letters}])\)?[.:)]\s",
+        # In capitals: "the answer is a circle" names no letter. At an end or a stop, or no article, whatever follows but another choice
+        rf"{says}\(?([{letters}])\)?(?=\s*(?:$|[.,:;)]))",
+    ]
+    if plain := letters.translate(
+        {ord(article): None for article in "AI"}
+    ):  # "Answer: A dog" and "I see ..." are words
+        patterns.append(rf"{says}\(?([{plain}])\)?(?!\w|\s*(?:or|and|/)\b)")
     for pattern in patterns if lettered(choices) else ():
         if (found := re.search(pattern, bare)) is not None:
             return letters.index(found.group(1).upper())
