@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Sequence
-from difflib import SequenceMatcher
 from typing import Any
 
 from ._internals import has_generation_markers, render_jinja_template
@@ -102,17 +101,30 @@ def trained_tokens(
 
 
 def _aligned(written: list[int], seen: list[int]) -> list[int | None]:
-    """For each token of the text, its index in the row: the two differ by what stands around an image."""
-    shorter = min(len(written), len(seen))
-    head = next((i for i in range(shorter) if written[i] != seen[i]), shorter)
-    rest = shorter - head
-    tail = next((i for i in range(rest) if written[-1 - i] != seen[-1 - i]), rest)
+    """For each token of the text, its index in the row. The two differ by what stands around an image: behind it, the row goes on where the
+    next tokens of the text stand first. Always onward: a question that is asked again is not taken for its first asking.
+    """
     found: list[int | None] = [None] * len(written)
-    found[:head] = range(head)
-    if tail:
-        found[-tail:] = range(len(seen) - tail, len(seen))
-    between = written[head : len(written) - tail], seen[head : len(seen) - tail]
-    for block in SequenceMatcher(None, *between, autojunk=False).get_matching_blocks():
-        for offset in range(block.size):
-            found[head + block.a + offset] = head + block.b + offset
+    here = there = 0
+    while here < len(written) and there < len(seen):
+        if written[here] == seen[there]:
+            found[here] = there
+            here, there = here + 1, there + 1
+        elif (ahead := _resumed(written, seen, here, there)) is not None:
+            here, there = ahead
+        else:
+            break
     return found
+
+
+def _resumed(written: list[int], seen: list[int], here: int, there: int) -> tuple[int, int] | None:
+    """Where text and row go on together, as early in the row as can be: at the next token of the text or, where an image beside it has
+    changed a few (line breaks that became one), behind those. Where the next image is near, fewer tokens must do, and none is left out."""
+    for alike, left_out in ((6, 4), (3, 0)):
+        for place in range(there, len(seen)):
+            for start in range(here, min(here + left_out + 1, len(written))):
+                run = written[start : start + alike]
+                # The end of a text may be shorter
+                if (len(run) == alike or start == here) and seen[place : place + len(run)] == run:
+                    return start, place
+    return None

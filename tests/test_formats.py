@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import logging
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -286,6 +287,48 @@ def test_every_answer_of_a_conversation_is_labelled_between_its_images(
     collator = make_trainer(processing_class=processor).data_collator
     batch = collator([{"messages": LONG, "images": [PNG, encoded(picture(1))]}])
     assert trained_text(processor, batch) == "no.<|im_end|>\na teal rectangle.<|im_end|>\n"
+
+
+@pytest.mark.parametrize("splitting", [False, True], ids=["one tile", "tiles"])
+def test_words_that_come_again_between_images_are_labelled_where_they_stand(
+    make_trainer: MakeTrainer, splitting: bool
+) -> None:
+    """Chats of few words, so that whole turns are said again; of one, all was trained on once. Oracle: the row, read as ChatML."""
+    processor = tiny.make_processor()
+    processor.image_processor.do_image_splitting = splitting
+    processor.image_processor.size = {"longest_edge": 64}
+    collator = make_trainer(processing_class=processor).data_collator
+    draw = random.Random(0)
+    asked = [("and?", True), ("shape?", True), ("and?", True), ("shape?", False), ("and?", True)]
+    chats = [[(*turn, "no.") for turn in asked]]
+    chats += [
+        [
+            (draw.choice(["shape?", "and?"]), index == 0 or draw.random() < 0.6, draw.choice(["no.", "yes."]))
+            for index in range(draw.randint(3, 8))
+        ]
+        for _ in range(60)
+    ]
+    for chat in chats:
+        turns = []
+        for question, sees, answer in chat:
+            turns.append(
+                {"role": "user", "content": [{"type": "image"}] * sees + [{"type": "text", "text": question}]}
+            )
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        batch = collator([{"messages": turns, "images": [PNG] * sum(sees for _, sees, _ in chat)}])
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        opened = processor.tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+        closed = processor.tokenizer("<|im_end|>\n", add_special_tokens=False)["input_ids"]
+        expected, row, place = torch.full_like(ids, -100), ids.tolist(), 0
+        while place < len(row):
+            if row[place : place + len(opened)] != opened:
+                place += 1
+                continue
+            start = place + len(opened)
+            place = next(i for i in range(start, len(row)) if row[i : i + len(closed)] == closed) + len(closed)
+            expected[start:place] = ids[start:place]
+        assert torch.equal(labels, expected), chat
+        assert trained_text(processor, batch) == "".join(f"{answer}<|im_end|>\n" for _, _, answer in chat)
 
 
 def test_a_template_that_marks_its_answers_is_asked(make_trainer: MakeTrainer, tmp_path: Path) -> None:
