@@ -95,6 +95,13 @@ def check_joining(
             f"kv_sharing='{args.kv_sharing}' cannot keep packed documents apart (the teacher makes its own pass over the rows): use "
             f"'prompt' or 'full', or set {' and '.join(f'{name}=False' for name in joined)}."
         )
+    if args.eval_packing and not (
+        args.packing or args.padding_free
+    ):  # TRL makes one collator, after what training asks
+        raise ValueError(
+            "eval_packing joins rows of evaluation sets, which would read each other: documents are kept apart only where training joins "
+            "rows, too. Set eval_packing=False, or packing=True."
+        )
     if args.padding_free and share not in (None, 0.0, 1.0):
         raise ValueError(
             f"padding_free joins rows, and column {args.distill_column!r}{_of(evaluated)} differs between them ({share:.0%} are marked): "

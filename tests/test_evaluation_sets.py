@@ -57,7 +57,9 @@ def test_a_set_without_flags_beside_a_training_set_with_flags_is_named_once(
     assert not said(caplog, "which the training set has") and said(caplog, "every row is distilled")
 
 
-@pytest.mark.parametrize("joining", [{"eval_packing": True}, {"packing": True}, {"padding_free": True}], ids=str)
+@pytest.mark.parametrize(
+    "joining", [{"packing": True, "eval_packing": True}, {"packing": True}, {"padding_free": True}], ids=str
+)
 def test_flags_of_a_set_whose_rows_are_joined_are_refused_and_not_dropped(
     make_trainer: MakeTrainer, joining: Row
 ) -> None:
@@ -70,16 +72,34 @@ def test_flags_of_a_set_whose_rows_are_joined_are_refused_and_not_dropped(
         make_trainer(train_dataset=train, **joining).evaluate({"b": text})
     make_trainer(train_dataset=train, eval_dataset={"a": train}, **joining)  # control
     if "packing" in joining:
-        make_trainer(train_dataset=train, eval_dataset={"b": text}, eval_packing=False, **joining)
+        make_trainer(train_dataset=train, eval_dataset={"b": text}, **{**joining, "eval_packing": False})
 
 
 def test_flags_of_a_streamed_set_that_is_packed_are_refused_as_it_is_read(make_trainer: MakeTrainer) -> None:
     train = flagged([True] * 4, images=False).remove_columns("distill")
     rows = [*train.to_list() * 20, *flagged([False], images=False).to_list()]
     late = IterableDataset.from_generator(lambda: iter(rows))
-    trainer = make_trainer(train_dataset=train, eval_dataset=late, eval_packing=True, max_length=64)
+    trainer = make_trainer(train_dataset=train, eval_dataset=late, packing=True, eval_packing=True, max_length=64)
     with pytest.raises(ValueError, match="eval_packing joins rows, so that column 'distill' of the row that begins"):
         trainer.evaluate()
+
+
+def test_rows_of_an_evaluation_set_that_are_joined_do_not_read_each_other(make_trainer: MakeTrainer) -> None:
+    """Its loss picks the best checkpoint: joined or not, it is the same; where nothing would keep the rows apart, it is refused."""
+    texts = flagged([True] * 8, images=False).remove_columns("distill")
+    given = {
+        "train_dataset": texts,
+        "eval_dataset": texts,
+        "max_length": 128,
+        "kv_sharing": "prompt",
+        "kv_source": "student",
+    }
+    plain = make_trainer(**given).evaluate()["eval_ce_loss"]
+    joined = make_trainer(**given, packing=True, eval_packing=True)
+    assert next(iter(joined.get_eval_dataloader()))["input_ids"].shape[0] == 1  # control: they are joined
+    assert joined.evaluate()["eval_ce_loss"] == pytest.approx(plain, rel=1e-5)
+    with pytest.raises(ValueError, match="would read each other"):
+        make_trainer(**given, eval_packing=True)
 
 
 @pytest.mark.parametrize("images", [True, False], ids=["images", "texts"])
