@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict, Image
+from families import build_family
 from PIL import Image as PILImage
 from tokenizers.processors import TemplateProcessing
 from tokenizers_for_tests import PARTS_TEMPLATE
@@ -23,6 +25,7 @@ from hf_lingudistill.labs.evaluation import tasks as local_tasks
 from hf_lingudistill.labs.evaluation.cache import ItemCache
 from hf_lingudistill.labs.evaluation.language import TextPath, bits_per_byte, harness_scores, sequence_nll
 from hf_lingudistill.labs.evaluation.models import Scored, chat_template_of, load_scored, user_turn
+from hf_lingudistill.labs.evaluation.reading import answer_states
 from hf_lingudistill.labs.evaluation.suite import HarnessTasks, TextTask
 from hf_lingudistill.weights import fingerprint
 
@@ -476,3 +479,32 @@ def test_what_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
     tiny.make_lm(1).config.save_pretrained(tmp_path)
     with pytest.raises(UnreadableModelError, match="a config and no safetensors weights"):
         load_scored("after", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["paligemma", "gemma3"])
+def test_a_text_is_read_onward_alone_or_in_a_batch(name: str) -> None:
+    """PaliGemma reads a prompt in both directions; of what is scored, no token may see the next. Oracle: the model, token by token."""
+    model = build_family(name).student.eval()
+    generator = torch.Generator().manual_seed(0)
+    rows, starts = [torch.randint(5, 150, (n,), generator=generator).tolist() for n in (24, 17)], [12, 8]
+
+    def types(before: int, length: int) -> dict[str, torch.Tensor]:
+        kinds = [[int(place >= before) for place in range(length)]]
+        return {"token_type_ids": torch.tensor(kinds)} if name == "paligemma" else {}
+
+    expected = []
+    for row, start in zip(rows, starts, strict=True):
+        nats = 0.0
+        for end in range(start, len(row)):
+            ids = torch.tensor([row[:end]])
+            with torch.no_grad():
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **types(start, end)).logits[0, -1]
+            nats -= logits.float().log_softmax(-1)[row[end]].item()
+        expected.append(nats)
+    assert sequence_nll(model, rows, starts) == pytest.approx(expected, rel=1e-4)
+    alone = [sequence_nll(model, [row], [start])[0] for row, start in zip(rows, starts, strict=True)]
+    assert alone == pytest.approx(expected, rel=1e-4)
+    scored = SimpleNamespace(model=model, ids=lambda text: [int(word) for word in text.split()])
+    asked = " ".join(map(str, rows[0][:12]))
+    states = [answer_states(scored, [asked], [()], [[*rows[0][12:-1], last]])[0] for last in (7, 8)]  # type: ignore[arg-type]
+    torch.testing.assert_close(states[0], states[1])  # the last token is predicted from them and changes none

@@ -21,7 +21,7 @@ from ...sentences import install
 from ..statistics import Items
 from .cache import ItemCache
 from .models import Scored, user_turn
-from .reading import FiniteLogits, check_logits
+from .reading import FiniteLogits, check_logits, text_types
 from .suite import HarnessTasks, TextTask
 
 try:
@@ -62,8 +62,12 @@ class TextPath(HFLM):  # type: ignore[misc]
         quiet.setLevel(level)
         self.scored = scored
 
-    def _model_call(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        logits: torch.Tensor = super()._model_call(*args, **kwargs)
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if types := text_types(self.scored.model, inps, [0] * len(inps)):
+            with torch.inference_mode():
+                logits: torch.Tensor = self.model(inps, **types).logits
+        else:
+            logits = super()._model_call(inps, *args, **kwargs)
         check_logits(logits, self.scored.name)
         return logits
 
@@ -201,6 +205,7 @@ def sequence_nll(model: Any, rows: Sequence[Sequence[int]], starts: Sequence[int
     labels = ids.masked_fill(mask == 0, -100)
     for row, start in enumerate(starts):
         labels[row, :start] = -100
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    types = text_types(model, ids, starts)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **types).logits[:, :-1]
     loss = F.cross_entropy(logits.float().transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none")
     return list(loss.double().sum(dim=1).tolist())

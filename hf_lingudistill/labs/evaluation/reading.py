@@ -52,6 +52,15 @@ def answer_inputs(
     return inputs, labels
 
 
+def text_types(model: Any, ids: torch.Tensor, starts: Sequence[int]) -> dict[str, torch.Tensor]:
+    """What a prefix LM (PaliGemma) needs beside rows of text, ids (B, T), to read them onward from `starts` on: without it, every token sees
+    all of its row, padding included. Nothing for other models."""
+    if model.config.model_type != "paligemma":
+        return {}
+    columns = torch.arange(ids.size(1), device=ids.device)
+    return {"token_type_ids": (columns >= torch.tensor(starts, device=ids.device)[:, None]).long()}
+
+
 @torch.inference_mode()
 def answer_states(
     scored: Scored, prompts: Sequence[str], images: Sequence[Images], ids: Sequence[Sequence[int]]
@@ -78,7 +87,8 @@ def answer_states(
                 [[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device
             ),
         }
-        states = backbone(**inputs, use_cache=False).last_hidden_state
+        types = text_types(scored.model, inputs["input_ids"], starts)
+        states = backbone(**inputs, **types, use_cache=False).last_hidden_state
     return [states[row, first - 1 : first - 1 + len(ids[row])] for row, first in enumerate(starts)]
 
 
@@ -92,7 +102,12 @@ def answering_head(scored: Scored) -> Head:
         ValueError: if neither with nor without scale and soft-capping it gives the model's own logits.
     """
     ids = torch.tensor([scored.ids(scored.render(user_turn("Hello"))) or [0]], device=scored.model.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "use_cache": False,
+        **text_types(scored.model, ids, [0]),
+    }
     state = scored.model.base_model(**inputs).last_hidden_state[:, -1]
     own = scored.model(**inputs).logits[:, -1].float()
     declared = head_of(scored.model)
