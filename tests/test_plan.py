@@ -14,7 +14,8 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from hf_lingudistill.cli import main
 from hf_lingudistill.labs.plan import (
@@ -35,7 +36,8 @@ from hf_lingudistill.labs.plan import (
     teacher_bytes,
     trainable_parameters,
 )
-from hf_lingudistill.labs.plan.known_models import BUILT_IN_PAIRS
+from hf_lingudistill.labs.plan.cost import _tower_work
+from hf_lingudistill.labs.plan.known_models import BUILT_IN, BUILT_IN_PAIRS
 from hf_lingudistill.student_kv import recording
 from hf_lingudistill.teacher import load_teacher_model
 
@@ -90,6 +92,34 @@ def test_patches_become_image_tokens_as_each_family_has_it(pairs: dict[str, tupl
         "OpenGVLab/InternVL3-2B-hf": 4,
         "google/gemma-3-4b-it": 16,  # (896 / 14)^2 patches become 256 tokens
     }
+
+
+def test_patches_of_a_tile_are_the_configs_or_unknown(pairs: dict[str, tuple[ModelFacts, ModelFacts]]) -> None:
+    found = {name: facts.tile_patches for name, (facts, _) in pairs.items()}
+    assert found["HuggingFaceTB/SmolVLM-256M-Instruct"] == 1024
+    assert found["llava-hf/llava-1.5-7b-hf"] == 24**2
+    assert found["OpenGVLab/InternVL3-1B-hf"] == 32**2  # sides as a list
+    assert found["Qwen/Qwen2.5-VL-3B-Instruct"] is None  # as many as an image needs
+
+
+def test_the_work_of_a_tower_is_that_of_its_tiles(small: tuple[ModelFacts, ModelFacts]) -> None:
+    """Oracle: torch's own count, over the layers of the tower."""
+    student, _ = small
+    assert student.vision is not None and student.tile_patches is not None
+    config = dict(BUILT_IN[SMALL])
+    with torch.device("meta"):
+        vlm: Any = AutoModelForImageTextToText.from_config(
+            AutoConfig.for_model(config.pop("model_type"), **config), attn_implementation="eager"
+        )
+        tower = vlm.model.vision_model.encoder
+        tiles, patches = 16, student.tile_patches
+        with FlopCounterMode(display=False) as counted:
+            tower(inputs_embeds=torch.empty(tiles, patches, vlm.config.vision_config.hidden_size))
+    work = counted.get_total_flops() / 2
+    setup = Setup(seq_len=2048, image_tokens=tiles * patches // student.patches_per_token, response_tokens=64, batch=1)
+    assert _tower_work(student, student.vision, setup) == pytest.approx(work, rel=0.01)
+    # Control: as one sequence it would be more than that
+    assert _tower_work(replace(student, tile_patches=None), student.vision, setup) > 3 * work
 
 
 def test_facts_of_a_folder_are_those_of_its_weights(saved_pair: tuple[Path, Path]) -> None:
@@ -355,8 +385,10 @@ def test_the_seconds_of_a_step_are_its_operations_over_the_speed(
 
 
 def test_sharing_more_costs_less(small: tuple[ModelFacts, ModelFacts]) -> None:
+    """Batches of 8: of one row, the launches of kernels decide, which are as many for `none` and `vision`."""
     full, prompt, none, vision = (
-        step_cost(*small, Setup(kv_sharing=mode, kv_source="student")) for mode in ("full", "prompt", "none", "vision")
+        step_cost(*small, Setup(kv_sharing=mode, kv_source="student", batch=8))
+        for mode in ("full", "prompt", "none", "vision")
     )
     assert 1 < full == prompt < none < vision
 

@@ -44,8 +44,7 @@ def _step_work(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> tuple[
     backbone = _forward_work(student.text, setup.tokens, setup.seq_len / 2)
     launches: float = _LAUNCHES_PER_LAYER * student.text.layers
     if student.vision is not None:
-        patches = setup.image_tokens * student.patches_per_token
-        backbone += _forward_work(student.vision, setup.batch * patches, patches)
+        backbone += _tower_work(student, student.vision, setup)
         launches += _LAUNCHES_OF_TOWER * student.vision.layers
     forward = launches / 3
     launches *= 4 / 3 if setup.gradient_checkpointing else 1.0
@@ -64,12 +63,17 @@ def _step_work(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> tuple[
             added += _forward_work(teacher.text, setup.blind_queries, setup.seq_len / 2)
             more += _LAUNCHES_OF_TEACHER * teacher.text.layers
     if teacher.vision is not None and not setup.teacher_is_gone:
-        patches = setup.image_tokens * teacher.patches_per_token
-        added += _forward_work(teacher.vision, setup.batch * patches, patches)
+        added += _tower_work(teacher, teacher.vision, setup)
         more += _LAUNCHES_OF_TOWER * teacher.vision.layers / 3
     if setup.asks_before:
         added, more = added + backbone, more + forward
     return sft, added, launches, more
+
+
+def _tower_work(model: ModelFacts, tower: TowerFacts, setup: Setup) -> float:
+    """Multiply-adds of one forward pass of the vision tower: a patch attends to those of its own image or tile."""
+    patches = setup.image_tokens * model.patches_per_token
+    return _forward_work(tower, setup.batch * patches, min(patches, model.tile_patches or patches))
 
 
 def _forward_work(tower: TowerFacts, tokens: float, keys: float) -> float:

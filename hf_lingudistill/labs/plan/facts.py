@@ -50,8 +50,9 @@ class TowerFacts:
 @dataclass(frozen=True)
 class ModelFacts:
     """What a plan needs to know of a model. parameters: all, tied ones once. vocab: rows of the head. embedding: elements of
-    the token embedding. tied: the head is the embedding. patches_per_token: of the vision tower, per image token. beside: parameters that
-    text does not run through: tower and projector."""
+    the token embedding. tied: the head is the embedding. patches_per_token: of the vision tower, per image token. tile_patches: those of one
+    image or tile, which its attention keeps apart from the others'; None = the config does not say (an image has as many as it needs).
+    beside: parameters that text does not run through: tower and projector."""
 
     name: str
     parameters: int
@@ -61,6 +62,7 @@ class ModelFacts:
     text: TowerFacts
     vision: TowerFacts | None = None
     patches_per_token: int = 1
+    tile_patches: int | None = None
     beside: int = 0
 
 
@@ -122,6 +124,7 @@ def model_facts(config: PreTrainedConfig, name: str = "") -> ModelFacts:
         text=_with_mixers(_tower(text, decoder.layers), decoder),
         vision=None if vision is None else _tower(vision, _vision_layers(model, decoder)),
         patches_per_token=_patches_per_token(config),
+        tile_patches=_tile_patches(config),
         beside=0 if vision is None else _beside(model),
     )
 
@@ -196,6 +199,16 @@ def _first(config: PreTrainedConfig, *names: str) -> int:
         if isinstance(value := getattr(config, name, None), int):
             return value
     raise PlanError(f"The {config.model_type} config has no {' or '.join(names)}: its memory cannot be planned.")
+
+
+def _tile_patches(config: PreTrainedConfig) -> int | None:
+    vision = _vision_config(config)
+    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    if size is None or patch is None:
+        return None
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    tall, wide = patch if isinstance(patch, list | tuple) else (patch, patch)
+    return int(height // tall) * int(width // wide)
 
 
 def _patches_per_token(config: PreTrainedConfig) -> int:
