@@ -97,10 +97,10 @@ class TeacherMixin(_Trainer):
             logger.warning("Teacher guessed from the student's config or card: %s", teacher_ref)
         given: Any = model
         plain = given.get_base_model() if not isinstance(model, str) and is_peft_model(model) else model
-        if not isinstance(teacher_ref, str) and teacher_ref in (model, plain):
+        if not isinstance(teacher_ref, str) and _share_weights(teacher_ref, plain):
             raise ValueError(
-                "teacher_model is the student itself, which training would change with it: pass the folder or Hub id that it was loaded "
-                "from, or another copy."
+                "teacher_model is the student itself, or made of its weights, which training would change with it: pass the folder or Hub id "
+                "that it was loaded from, or another copy."
             )
         self._teacher_ref, self._teacher_processing = teacher_ref, teacher_tokenizer
         self.teacher_name_or_path = teacher_ref if isinstance(teacher_ref, str) else _reference(teacher_ref)
@@ -230,3 +230,11 @@ def is_quantised(model: PreTrainedModel) -> bool:
 def _reference(model: Any) -> str:
     """The name or path that a model was loaded from (empty if it was built in memory)."""
     return model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")
+
+
+def _share_weights(teacher: Any, student: Any) -> bool:
+    """Whether a teacher is the student or holds some of its parameters: a teacher is frozen, and they would be with it."""
+    if isinstance(student, str):
+        return False
+    own = set(map(id, student.parameters()))
+    return any(id(weight) in own for weight in teacher.parameters())

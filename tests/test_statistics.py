@@ -343,3 +343,16 @@ def test_items_that_weigh_nothing_are_none() -> None:
     # Control: several that weigh something have an interval, the others change nothing of it
     several = {f"s{index}": (float(index), 1.0) for index in range(8)}
     assert bootstrap.score(several | empty) == bootstrap.score(several) | {"n": 8}
+
+
+def test_a_single_item_shows_no_interval_anywhere() -> None:
+    from hf_lingudistill.labs.diagnose.report import _language_lost
+    from hf_lingudistill.labs.score_mix.report import _interval
+
+    bootstrap = Bootstrap(resamples=100)
+    one, two = {"a": (3.0, 2.0)}, {"a": (3.0, 2.0), "b": (5.0, 2.0)}
+    assert _interval(bootstrap.score(one)) == "1.50 [-, -]"
+    assert _interval(bootstrap.score(two)) == "2.00 [1.50, 2.50]"  # control
+    perplexity = {"student": {"value": 4.0}, "none": {"value": 3.0}}
+    said = _language_lost(bootstrap.difference(one, {"a": (2.0, 2.0)}), perplexity)
+    assert "interval - to -, n=1" in said and "inf" not in said

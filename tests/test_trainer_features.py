@@ -843,6 +843,11 @@ def test_a_teacher_that_is_the_student_is_refused(make_trainer: MakeTrainer) -> 
     student: Any = tiny.make_vlm(0)
     with pytest.raises(ValueError, match="^teacher_model is the student itself"):
         make_trainer(model=student, teacher_model=student, teacher_tokenizer=tiny.make_processor())
+    made_of_it = tiny.make_lm(1)
+    made_of_it.model = student.model.text_model
+    with pytest.raises(ValueError, match="made of its weights"):
+        make_trainer(model=student, teacher_model=made_of_it)
+    assert all(weight.requires_grad for weight in student.parameters())
     make_trainer(model=student, teacher_model=tiny.make_vlm(0), teacher_tokenizer=tiny.make_processor())  # control
 
 

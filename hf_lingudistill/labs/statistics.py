@@ -117,6 +117,13 @@ class Bootstrap:
         return float(low), float(high)
 
 
+def ends(score: Mapping[str, Any], shown: Callable[[float], str]) -> tuple[str, str]:
+    """The ends of a score's interval as they are written; dashes where there is none, as of a single item."""
+    if not math.isfinite(score["high"]):
+        return "-", "-"
+    return shown(score["low"]), shown(score["high"])
+
+
 def loss_is_real(difference: Mapping[str, Any], *, higher_is_better: bool) -> bool:
     """Whether a paired difference (before minus original) is a loss outside its interval."""
     return bool(difference["high"] < 0 if higher_is_better else difference["low"] > 0)

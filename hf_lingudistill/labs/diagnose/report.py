@@ -9,6 +9,7 @@ from typing import Any
 
 from ...folders import replacing
 from ..json_text import as_json
+from ..statistics import ends
 from .measure import READERS
 from .prompts import CONDITIONS
 from .recommend import shown, tell
@@ -92,9 +93,7 @@ def _perplexity(report: Report) -> list[str]:
     lines.append(_row(["", *(f"n={part['student']['n']}, {part['tokens']} tokens" for part in table.values())]))
     for reader, label in LABELS.items():
         scores = [part[reader] for part in table.values()]
-        lines.append(
-            _row([label, *(f"{shown(s['value'])}  ({shown(s['low'])} - {shown(s['high'])})" for s in scores)])
-        )
+        lines.append(_row([label, *(f"{shown(s['value'])}  ({' - '.join(ends(s, shown))})" for s in scores)]))
     if report["language_lost"] is not None:
         lines += ["", *_wrap(_language_lost(report["language_lost"], table["text"]))]
     return lines
@@ -103,9 +102,8 @@ def _perplexity(report: Report) -> list[str]:
 def _language_lost(lost: Report, text: Report) -> str:
     student, alone = shown(text["student"]["value"]), shown(text["none"]["value"])
     read = f"On text without an image the student's perplexity is {student} and the original's, read alone, {alone}"
-    interval = (
-        f"{lost['value']:+.3f} nats per token, 95 % interval {lost['low']:+.3f} to {lost['high']:+.3f}, n={lost['n']}"
-    )
+    low, high = ends(lost, "{:+.3f}".format)
+    interval = f"{lost['value']:+.3f} nats per token, 95 % interval {low} to {high}, n={lost['n']}"
     verdict = {
         "higher": "that much language was lost",
         "tie": "no loss of language can be told on these texts",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from ...folders import replacing
 from ...hub.results import number
 from ..json_text import as_json
-from ..statistics import Bootstrap, Items, check_finite, loss_is_real
+from ..statistics import Bootstrap, Items, check_finite, ends, loss_is_real
 
 Report = dict[str, Any]
 SCHEMA = "lingudistill-evaluation/1"
@@ -195,7 +194,7 @@ def signed(score: Mapping[str, Any] | None) -> str:
     """A difference and its interval; dashes for what there is not."""
     if score is None:
         return "-"
-    low, high = (f"{end:+.3f}" if math.isfinite(end) else "-" for end in (score["low"], score["high"]))
+    low, high = ends(score, "{:+.3f}".format)
     return f"{score['value']:+.3f} [{low}, {high}]"
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from ...folders import replacing
 from ..json_text import as_json
+from ..statistics import ends
 
 Report = Mapping[str, Any]
 FILES = ["mix.json", "rows.jsonl", "datasets.yaml", "mix.png", "mix.svg"]
@@ -69,7 +70,8 @@ def _flag(value: bool) -> str:
 
 
 def _interval(score: Report) -> str:
-    return f"{score['value']:.2f} [{score['low']:.2f}, {score['high']:.2f}]"
+    low, high = ends(score, "{:.2f}".format)
+    return f"{score['value']:.2f} [{low}, {high}]"
 
 
 def _counts(counts: Mapping[str, int]) -> str:
