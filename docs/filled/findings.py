@@ -325,7 +325,7 @@ def _by_the_rule(gains: dict[str, dict[str, Any]], seeds: int = 5) -> str:
     return (
         f" The rule in `recipe.yaml` is not met: {', '.join(missed)}."
         if missed
-        else " All that the rule in `recipe.yaml` asks is met."
+        else " All that the rule in `recipe.yaml` asks is met; why the default waits, it says there."
     )
 
 

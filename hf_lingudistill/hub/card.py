@@ -227,7 +227,7 @@ def _licence_text(student: Facts, teacher: Facts, chosen: str | None) -> str:
     other = teacher.get("license")
     if code is None:
         text = (
-            "**Not chosen yet.** The card of the VLM before names no licence, and none is guessed here: read the terms of both "
+            "**Not chosen yet.** The card of the VLM before names no licence, or could not be read, and none is guessed here: read the terms of both "
             "models and of the data, then set `license:` at the top of this card (`lingudistill publish --license ID`)."
         )
     elif chosen:

@@ -70,10 +70,11 @@ class PublishingMixin(_Trainer):
         card = readme.read_bytes() if readme.is_file() else None
         super().save_model(output_dir, _internal_call=True)
         if self.is_world_process_zero():
-            if is_peft_model(
-                self.model
-            ):  # PEFT writes the base model's folder into the card that is there, or one of its own
-                readme.unlink(missing_ok=True) if card is None else readme.write_bytes(card)
+            # PEFT writes the base model's folder into the card that is there, or a card of its own
+            if is_peft_model(self.model) and card is not None:
+                readme.write_bytes(card)
+            elif is_peft_model(self.model):
+                readme.unlink(missing_ok=True)
             run_facts = gather_run_facts(self, recipe=self.recipe, datasets=self.dataset_facts)
             write_run_facts(run_facts, output_dir or str(self.args.output_dir))
         if self.args.push_to_hub and not _internal_call:

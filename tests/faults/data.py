@@ -134,4 +134,21 @@ FAULTS = (
         "an empty answer among others is trained on",
         ("tests/test_bad_rows_at_scale.py::test_what_counts_as_an_empty_answer",),
     ),
+    # ---- answers.py, flags.py
+    Fault(
+        "answers-out-of-order",
+        "answers.py",
+        "        for place in range(there, len(seen)):\n",
+        "        for place in reversed(range(there, len(seen))):\n",
+        "an answer is sought where its words stand last",
+        ("tests/test_formats.py::test_words_that_come_again_between_images_are_labelled_where_they_stand",),
+    ),
+    Fault(
+        "rows-read-each-other",
+        "flags.py",
+        "    if args.eval_packing and not (",
+        "    if False and not (",
+        "rows of an evaluation set that are joined read each other",
+        ("tests/test_evaluation_sets.py::test_rows_of_an_evaluation_set_that_are_joined_do_not_read_each_other",),
+    ),
 )

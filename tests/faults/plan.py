@@ -103,4 +103,13 @@ FAULTS = (
         "`inputs` reads the teacher's own embedding at image tokens",
         ("tests/test_sharing_inputs.py",),
     ),
+    # ---- cost.py
+    Fault(
+        "tiles-as-one",
+        "labs/plan/cost.py",
+        "min(patches, model.tile_patches or patches)",
+        "patches",
+        "a vision tower's attention is counted over all tiles as one sequence",
+        ("tests/test_plan.py::test_the_work_of_a_tower_is_that_of_its_tiles",),
+    ),
 )

@@ -161,4 +161,37 @@ FAULTS = (
         "tokens that the caption makes less likely do not count as dependent",
         (f"{FIDELITY}::test_tokens_that_the_caption_moves_are_told_from_the_rest",),
     ),
+    # ---- labs/statistics.py, labs/evaluation/reading.py, labs/score_mix/run.py, hub/run_facts.py
+    Fault(
+        "empty-items",
+        "labs/statistics.py",
+        "        weighs = (weights > 0).any(axis=0)\n",
+        "        weighs = (weights >= 0).any(axis=0)\n",
+        "items that weigh nothing are counted, and one among them has an interval",
+        ("tests/test_statistics.py::test_items_that_weigh_nothing_are_none",),
+    ),
+    Fault(
+        "prefix-lm-looks-ahead",
+        "labs/evaluation/reading.py",
+        '    if model.config.model_type != "paligemma":\n',
+        "    if True:\n",
+        "PaliGemma sees the text that it is scored on",
+        ("tests/test_evaluation_language.py::test_a_text_is_read_onward_alone_or_in_a_batch",),
+    ),
+    Fault(
+        "texts-dilute-pictures",
+        "labs/score_mix/run.py",
+        "    dependence = bootstrap.score(pictured) if pictured else score(",
+        "    dependence = score(",
+        "texts beside pictures count as pictures that are worth nothing",
+        ("tests/test_score_mix.py::test_texts_beside_pictures_dilute_nothing_of_what_the_pictures_decide",),
+    ),
+    Fault(
+        "signed-urls",
+        "hub/run_facts.py",
+        '(parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")',
+        "parts",
+        "passwords and signatures in URLs are published",
+        ("tests/test_card.py::test_of_a_url_the_place_is_published_and_no_password_or_signature",),
+    ),
 )

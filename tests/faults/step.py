@@ -169,4 +169,13 @@ FAULTS = (
         "the cost of quantisation is the KL of the other direction",
         ("tests/test_first_batch.py",),
     ),
+    # ---- trainer.py
+    Fault(
+        "anothers-step",
+        "trainer.py",
+        "        if self.step.calls == calls:\n",
+        "        if False:\n",
+        "a student that another trainer has taken over trains with that one's loss",
+        ("tests/test_trainer.py::test_a_student_that_another_trainer_has_taken_over_trains_nothing_else_in_silence",),
+    ),
 )

@@ -128,8 +128,8 @@ def write_json(path: Path, value: Any) -> None:
     partial_path.replace(path)
 
 
-def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Two summaries, arm by arm: {arm, metric, ours, theirs}, each {mean, half, seeds}, for what both have measured."""
+def compare(ours: Mapping[str, Any], yours: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Two summaries, arm by arm: {arm, metric, ours, yours}, each {mean, half, seeds}, for what both have measured."""
 
     def arms(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         towers = {"aligned": summary["regimes"], **summary["towers"]}
@@ -142,9 +142,9 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[dict[str
             if arm not in ("default", "original")
         }
 
-    mine, other = arms(ours), arms(theirs)
+    mine, other = arms(ours), arms(yours)
     return [
-        {"arm": arm, "metric": metric, "ours": mine[arm][metric], "theirs": other[arm][metric]}
+        {"arm": arm, "metric": metric, "ours": mine[arm][metric], "yours": other[arm][metric]}
         for arm in mine
         if arm in other
         for metric in COMPARED

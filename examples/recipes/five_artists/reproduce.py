@@ -377,7 +377,7 @@ def compare(place: Place) -> None:
     print(f"ours: {other['device']}, {same[0]}; yours: {own['device']}, {place.out}")
     print(f"{'arm':58}{'measure':20}{'ours':>24}{'yours':>24}")
     for row in kept.compare(other, own):
-        print(f"{row['arm']:58}{row['metric']:20}{_shown(row['ours']):>24}{_shown(row['theirs']):>24}")
+        print(f"{row['arm']:58}{row['metric']:20}{_shown(row['ours']):>24}{_shown(row['yours']):>24}")
 
 
 def _shown(score: Mapping[str, Any]) -> str:
