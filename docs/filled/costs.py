@@ -78,8 +78,8 @@ def gpu_claim() -> str:
     case = next(case for case in read(GPU_COST)["cases"] if "arms" in case)
     low, default = (case["arms"][arm]["ratio_trl"] for arm in ("full", "vision_before"))
     return (
-        f"A step costs {low - 1:.0%} (`full`) to {default - 1:.0%} (the default) more than TRL's own fine-tuning, on an H100 at "
-        f"{case['shape']}, batch {case['batch']} ([every mode](docs/cost.md))."
+        f"A step costs {low - 1:.0%} (`full`) to {default - 1:.0%} (the default, since made cheaper) more than TRL's own fine-tuning, on "
+        f"an H100 at {case['shape']}, batch {case['batch']} ([every mode](docs/cost.md))."
     )
 
 

@@ -24,7 +24,7 @@ def five_artists_claim() -> str:
     seeds = paired[f"{name} - ce"]["text_kl"]["seeds"]
     back = arms[name]["recovered_text_kl"]
     return (
-        f"- **Measured** ({seeds} seeds, {found['device'].split(' ')[1]}, 135M, towers frozen): the default brings {back['mean']:.0%} ± {back['half']:.0%} of the "
+        f"- **Measured** ({seeds} seeds, {found['device'].split(' ')[1]}, 135M, towers frozen; ±: 95 % interval): the default brings {back['mean']:.0%} ± {back['half']:.0%} of the "
         f"lost language back. It ends {less(name, 'text_kl')} closer to the original on text than cross-entropy on the same rows, "
         f"{less(name, 'image_kl')} about pictures; a blind teacher {less('none', 'text_kl')} and {less('none', 'image_kl')} "
         "([second recipe](examples/recipes/five_artists/README.md)). Instruction following (IFEval) did not come "
@@ -49,7 +49,7 @@ def _longer() -> str:
         return ""
     below = sum(1 - ours / ce for ours, ce in pairs) / len(pairs)
     count = "one seed" if len(pairs) == 1 else f"{len(pairs)} seeds"
-    return f"With more steps and `blind_weight`: {below:.0%} about pictures ({count}, CPU). "
+    return f"With more steps and `blind_weight` it is {below:.0%} closer about pictures ({count}, CPU). "
 
 
 def _less(regime: str, drift: str, arm: str, other: str, metric: str) -> str:
