@@ -342,12 +342,15 @@ def _leave_the_others() -> None:
 
     A thread of gloo (collectives on CPUs) that has not let go of its last tensor, as on a busy machine, waits for the GIL to do so. A
     thread that waits for it when Python ends is unwound, through C++ that forbids that: the process dies of SIGABRT, and a finished run
-    counts as failed. DeepSpeed holds its groups, so that leaving them does not end their threads. While this one sleeps, they can.
+    counts as failed. The trainer has left the groups by now, but DeepSpeed holds them, and so their threads live on. While this one
+    sleeps, they can let go.
     """
     from torch import distributed
 
-    if distributed.is_available() and distributed.is_initialized():
+    in_a_group = distributed.is_available() and distributed.is_initialized()
+    if in_a_group:
         distributed.destroy_process_group()
+    if in_a_group or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         time.sleep(GLOO_LETS_GO)
 
 
