@@ -28,6 +28,12 @@ from .teacher_mixin import TeacherMixin, is_quantised
 
 logger = logging.getLogger(__name__)
 
+# The step is made of these, and of their values at that time
+MADE_OF = (
+    *("kv_sharing", "kv_source", "anchor", "distill_tokens", "distill_margin"),
+    *("ce_weight", "distill_weight", "anchor_weight", "blind_weight", "beta", "temperature", "on_nan"),
+)
+
 
 class StepMixin(TeacherMixin):
     """A trainer whose loss is a `DistillStep`. Mixed in before a trainer class of TRL's, on whose `_metrics` it relies.
@@ -44,6 +50,7 @@ class StepMixin(TeacherMixin):
     teacher_arithmetic: str | None
     has_distill_column: bool | None
     distill_share: float | None
+    _made_of: dict[str, Any]
     _is_opened = False  # what `evaluate` is given: transformers evaluates several sets by calling it for each
     _evaluated = "eval"  # the evaluation set at work, as transformers names it: `eval`, or `eval_NAME`
 
@@ -76,6 +83,10 @@ class StepMixin(TeacherMixin):
             self.teacher.footprint / 2**20,
         )
         self._check_pair(student)
+        self._made_of = self._asked_now()
+
+    def _asked_now(self) -> dict[str, Any]:
+        return {name: getattr(self.args, name) for name in MADE_OF if hasattr(self.args, name)}
 
     def _make_step(self, student: PreTrainedModel, weights: Weights, *, sampled: bool) -> DistillStep:
         """The step and those who look on at it: `meter`, `policy`, `first_batch`."""
@@ -180,7 +191,18 @@ class StepMixin(TeacherMixin):
         return self.policy.skipped_steps
 
     def begin_batch(self, input_ids: torch.Tensor, rows: torch.Tensor | None) -> None:
-        """Tell the watch about a batch of a training step. input_ids: (B, T). rows: (B,) row numbers, -1 where unknown."""
+        """Tell the watch about a batch of a training step. input_ids: (B, T). rows: (B,) row numbers, -1 where unknown.
+
+        Raises:
+            ValueError: if an option that the step was made of has another value by now.
+        """
+        now = self._asked_now()
+        if moved := [name for name, value in self._made_of.items() if now[name] != value]:
+            name = moved[0]
+            raise ValueError(
+                f"args.{name} was {self._made_of[name]!r} when the trainer was made and is {now[name]!r} now, which would change nothing: "
+                "set it before, and make the trainer anew."
+            )
         if self.model.training:
             self.policy.begin(self, input_ids, rows)
 

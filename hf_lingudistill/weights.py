@@ -22,7 +22,14 @@ _SETTINGS = (
     "tokenizer_config.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "adapter_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
 )
+_PATTERNS = ("*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.py")  # .py: code of the model's own
 
 
 class BadWeights(ValueError):
@@ -104,7 +111,7 @@ def fingerprint(path: str | Path, config: Any = None) -> str:
     if not folder.is_dir():
         return f"{path}@{getattr(config, '_commit_hash', None)}"
     total = hashlib.sha256()
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.jinja"), *(folder / name for name in _SETTINGS)]
+    files = [*(file for kind in _PATTERNS for file in folder.glob(kind)), *(folder / name for name in _SETTINGS)]
     for file in sorted(file for file in files if file.is_file()):
         total.update(file.name.encode())
         with file.open("rb") as stream:

@@ -466,6 +466,19 @@ def test_the_fingerprint_changes_with_weights_and_settings_and_with_nothing_else
     assert changed != first
     (folder / "generation_config.json").write_text('{"max_length": 7}')
     assert fingerprint(str(folder), None) != changed
+    seen = {changed}
+    for name in (
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+        "vocab.txt",
+        "tekken.tiktoken",
+        "modeling_own.py",
+        "chat_template.jinja",
+    ):
+        (folder / name).write_text("words")  # whatever decides how a text is read
+        assert fingerprint(str(folder), None) not in seen, name
+        seen.add(fingerprint(str(folder), None))
 
 
 def test_what_is_no_model_is_refused_by_name(tmp_path: Path) -> None:

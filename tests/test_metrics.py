@@ -160,6 +160,14 @@ def test_vqa_accuracy_leaves_each_of_ten_people_out(matches: int, expected: floa
         ("no", "yes", 0),
         ("", "yes", 0),
         ("Über", "über", 1),
+        ("U.S.A.", "usa", 1),  # a full stop is left out, and parts no word
+        ("st. louis", "st louis", 1),
+        ("red,blue", "red blue", 1),
+        ("don't walk", "dont walk", 1),
+        ("dog\u2019s", "dog's", 1),
+        (".5", "5", 0),
+        ("10:30", "10 30", 0),  # a time of day stays one
+        ("t-shirt", "t shirt", 1),
     ],
 )
 def test_vqa_accuracy_of_one_reference_is_exact_match_in_the_challenges_normal_form(

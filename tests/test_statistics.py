@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -268,8 +269,17 @@ def test_markdown_has_every_model_task_and_note(tasks: list[Task]) -> None:
     assert "| Shapes | grey | - | 0." in text  # the original has no eyes
     assert "First: 25.0% of 90 answer tokens depend on the image (reference: before)." in text
     assert "Second: 50.0% of 90 answer tokens depend on the image (reference: before)." in text
+    assert text.count("That split favours before, which is compared itself") == 2
     columns = [line.count(" |") for line in text.splitlines() if line.startswith("| ")]
     assert min(columns) >= 3
+
+
+def test_a_judge_that_is_not_compared_favours_none(tasks: list[Task]) -> None:
+    judged = [dataclasses.replace(task, notes=task.notes | {"reference": "judge"}) if "reference" in task.notes else task for task in tasks]  # fmt: skip
+    assert any(task.notes.get("reference") == "judge" for task in judged)
+    text = markdown(report_of(judged))
+    assert "depend on the image (reference: judge)." in text
+    assert "favours" not in text
 
 
 def test_a_report_is_written_with_its_plots_and_an_identical_one_gives_identical_files(

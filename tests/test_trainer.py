@@ -34,6 +34,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 import hf_lingudistill.step as step_module
+import hf_lingudistill.step_mixin as step_mixin
 from hf_lingudistill import LinguDistillTrainer
 from hf_lingudistill._internals import checkpoint_activations
 from hf_lingudistill.sharing.base import Sharing
@@ -861,6 +862,18 @@ def test_a_prefix_lm_is_trained_on_answers_that_it_does_not_see(make_trainer):
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
     assert not make_trainer(output_dir=str(trainer.args.output_dir) + "_2").data_collator.prefix_lm
+
+
+@pytest.mark.parametrize("name", step_mixin.MADE_OF)
+def test_an_option_of_the_step_that_is_changed_too_late_is_refused(make_trainer: MakeTrainer, name: str) -> None:
+    trainer = make_trainer()
+    batch = mixed_batch(trainer)
+    step(trainer, batch)  # control
+    trainer.args.logging_steps += 1  # nor does another option matter
+    step(trainer, batch)
+    setattr(trainer.args, name, "another")
+    with pytest.raises(ValueError, match=f"args.{name} was .* and is 'another' now"):
+        step(trainer, batch)
 
 
 @pytest.mark.parametrize("other", ["ours", "TRL's"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 
 from .card import render_card, usage_of
 from .edits import UnreadableCard, merged
@@ -116,6 +116,15 @@ class PublishingMixin(_Trainer):
             check_repo_id(self.hub_model_id)
         except PublishError as error:
             raise ValueError(f"hub_model_id (default: the name of output_dir): {error}") from None
+        if (
+            self.args.push_to_hub
+            and self.is_world_process_zero()
+            and not (token or self.args.hub_token or get_token())
+        ):
+            raise ValueError(
+                "push_to_hub: nobody is signed in to the Hub. Run `hf auth login`, or set HF_TOKEN, or leave it out: "
+                f"`{command_for(self.args.output_dir, self.hub_model_id)}` publishes the finished model later."
+            )
 
     def push_to_hub(  # type: ignore[override]  # says more than a CommitInfo
         self,

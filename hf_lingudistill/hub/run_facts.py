@@ -20,6 +20,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 
+from .._internals import own_name
 from .._version import __version__
 from .http import HTTPError
 
@@ -238,7 +239,7 @@ def gather_run_facts(
         "student": {
             **model_fact(name, (args.model_init_kwargs or {}).get("revision")),
             "model_type": student.config.model_type,
-            "parameters": sum(parameter.numel() for parameter in student.parameters()),
+            "parameters": _count(student),
         },
         "anchor": _before_fact(trainer),
         "sampling": _sampling_fact(chosen),
@@ -259,12 +260,25 @@ def gather_run_facts(
             "rows": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
             "distilled_rows_share": 1.0 if trainer.has_distill_column is False else trainer.distill_share,
             **_from_log(state.log_history),
-            "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+            "trained_parameters": _count(trainer.model, trained=True),
         },
         "hardware": _hardware(trainer.accelerator, args),
         "versions": _versions(),
         "recipe": dict(recipe) if recipe is not None else {**_model_names(name, trainer), **recipe_of(args)},
     }
+
+
+def _count(model: Any, *, trained: bool = False) -> int:
+    """Parameters of a model without what an adapter added, or those that are trained, an adapter's among them.
+
+    As many as there are where no engine has sharded them (ZeRO-3: `ds_numel`) and bitsandbytes has not packed them.
+    """
+    total = 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad if trained else own_name(model, name) is not None:
+            count = getattr(parameter, "ds_numel", parameter.numel())
+            total += count * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else count
+    return int(total)
 
 
 def _before_fact(trainer: Any) -> RunFacts | None:

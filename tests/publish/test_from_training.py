@@ -16,6 +16,7 @@ import yaml
 from hub import Fault, Hub
 from PIL import Image
 from pushed import TOKEN, MakeTrainer, environment, on_the_hub, point_to, script_arguments
+from safetensors import safe_open
 from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
@@ -109,6 +110,14 @@ def test_the_card_of_an_adapter_does_not_name_the_folder_that_it_was_trained_on(
     manifest = model_manifest(out, "ann/adapter", base_model="ann/vlm")
     card = manifest.text("README.md")
     assert str(saved_pair[0]) not in card and "Framework versions" not in card and "base_model: ann/vlm" in card
+    record = json.loads((out / "lingudistill.json").read_text())
+    with (
+        safe_open(saved_pair[0] / "model.safetensors", "pt") as base,
+        safe_open(out / "adapter_model.safetensors", "pt") as added,
+    ):
+        whole, adapter = (sum(f.get_tensor(name).numel() for name in f.keys()) for f in (base, added))  # noqa: SIM118 - no dict
+    assert record["student"]["parameters"] == whole  # the model's own, as it was before
+    assert record["training"]["trained_parameters"] == adapter > 0
     assert not any("kept as edited" in note for note in manifest.notes)
 
 
@@ -247,6 +256,18 @@ def test_checkpoints_are_never_pushed(make_trainer: MakeTrainer, strategy: str) 
 def test_a_name_that_the_hub_would_not_take_stops_before_the_training(make_trainer: MakeTrainer) -> None:
     with pytest.raises(ValueError, match="hub_model_id .* Expected a Hub id such as ORG/NAME"):
         make_trainer(push_to_hub=True, hub_model_id="no such/name")
+
+
+def test_a_push_that_nobody_is_signed_in_for_is_refused_before_the_training(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="nobody is signed in to the Hub. Run `hf auth login`.*publish .* later"):
+        make_trainer(push_to_hub=True, hub_model_id="ann/model")
+    make_trainer()  # controls: not asked to push; a token of the environment
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    make_trainer(push_to_hub=True, hub_model_id="ann/model")
 
 
 def test_saving_while_training_sends_nothing(hub: Hub, make_trainer: MakeTrainer) -> None:

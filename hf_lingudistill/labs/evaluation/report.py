@@ -148,6 +148,8 @@ def markdown(report: Report) -> str:
         for task in notes.values():  # one line for the measures of a task, which share their split
             note, title = task["notes"], task["title"].rpartition(":")[0]
             lines += ["", f"{title}: {note['image_token_share']:.1%} of {note['tokens']} answer tokens depend on the image (reference: {note['reference']})."]  # fmt: skip
+            if note["reference"] in models:
+                lines[-1] += f" That split favours {note['reference']}, which is compared itself: it was made where {note['reference']} is sure. Another VLM as --reference favours none."  # fmt: skip
     lines += ["", "## How", ""]
     machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
     lines += [f"Seed {report['suite']['seed']}; {machine}. Seconds: {report['seconds']}.", ""]

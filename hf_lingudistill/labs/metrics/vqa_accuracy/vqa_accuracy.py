@@ -9,7 +9,8 @@ import evaluate
 _DESCRIPTION = """
 Ten people answered each question. An answer scores min(1, matches / 3), averaged over all ways to leave one person out
 (Antol et al., VQA: Visual Question Answering, ICCV 2015). With a single reference it is exact match. Answers are normalised as
-the challenge does: lower case, digits for number words, no articles, no punctuation except in numbers.
+the challenge does: lower case, digits for number words, no articles, no punctuation except in numbers and times of day. Apostrophes
+are left out, where the challenge has a list of contractions ("dont" is "don't").
 """
 
 _INPUTS = """
@@ -29,9 +30,10 @@ _ARTICLES = {"a", "an", "the"}
 def normalise(text: str) -> str:
     """The challenge's normal form of an answer."""
     text = " ".join(text.lower().split())
-    text = re.sub(r"(?<!\d)[.,](?!\d)|(?<=\d)[.,](?!\d)|(?<!\d)[.,](?=\d)", " ", text)
-    text = re.sub(r"(?<=\d),(?=\d)", "", text)
-    text = re.sub(r"""[;/\[\]"{}()=+\\_\-<>@`?!:]""", " ", text)
+    text = re.sub(
+        r"['\u2019]|\.(?!\d)|(?<=\d),(?=\d)", "", text
+    )  # "U.S." is "us", "1,000" is "1000", "1.5" and ".5" stay
+    text = re.sub(r"""[,;/\[\]"{}()=+\\_\-<>@`?!]""", " ", text)
     words = (_NUMBERS.get(word, word) for word in text.split())
     return " ".join(word for word in words if word not in _ARTICLES)
 
