@@ -109,6 +109,7 @@ def open_datasets(train: Any, evaluation: Any, args: LinguDistillConfig, *, chec
     if evaluation is not None:
         opened.evaluation = prepared if isinstance(evaluation, dict) else prepared.get("", None)
     _warn_if_grounding_is_at_risk(args, opened.train)
+    _check_lengths(args, opened.train)
     return opened
 
 
@@ -346,16 +347,35 @@ def drop_bad_rows(
 
 
 def _warn_if_grounding_is_at_risk(args: LinguDistillConfig, dataset: AnyDataset) -> None:
-    """KL alone on answers about an image erases grounding: the teacher cannot see (docs/method.md)."""
-    if args.ce_weight > 0 or args.distill_tokens != "all" or not has_images(columns_of(dataset)):
+    """KL alone, on every answer about an image, erases what a blind teacher does not know, and hands on what another one misses."""
+    if args.ce_weight > 0 or args.distill_tokens != "all" or args.kv_sharing == "images":
+        return
+    if not has_images(columns_of(dataset)):
         return
     if isinstance(dataset, Dataset):
         column = "images" if "images" in dataset.column_names else "image"
         flags = dataset[args.distill_column] if args.distill_column in dataset.column_names else [True] * len(dataset)
         if not any(flag and images for flag, images in zip(flags, dataset[column], strict=True)):
             return
+    blind = args.kv_sharing == "none"
     logger.warning(
         "ce_weight=0 and distill_tokens='all', and rows with images are marked for distillation: the divergence alone erases "
-        "what the student knows about images, because the teacher cannot see them. Use distill_tokens='confident', or "
-        "ce_weight > 0, or mark only text rows."
+        "what the student knows about images, because the teacher %s. Use distill_tokens='confident', or ce_weight > 0, or mark "
+        "%s.",
+        "cannot see them" if blind else "sees only what it reads of the VLM, and nothing else says what they show",
+        "only text rows" if blind else "the short answers false",
     )
+
+
+def _check_lengths(args: LinguDistillConfig, dataset: AnyDataset) -> None:
+    """`group_by_length` needs to know how long a row is: transformers asks the processor, whose rows begin with pixels.
+
+    Raises:
+        ValueError: if no column says so.
+    """
+    columns, name = columns_of(dataset), args.length_column_name
+    if args.train_sampling_strategy == "group_by_length" and name not in columns:
+        raise ValueError(
+            f"train_sampling_strategy='group_by_length' needs the length of every row in a column {name!r} (tokens or characters; "
+            f"`length_column_name` names another); found {', '.join(columns)}. Add it, or leave the option out."
+        )

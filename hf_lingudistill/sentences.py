@@ -34,6 +34,26 @@ def _message(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def no_access(error: BaseException, name: str) -> str | None:
+    """What keeps a repository of the Hub from being read, and what to do; None for any other error."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, GatedRepoError | RepositoryNotFoundError):
+        found = found.__cause__ or found.__context__
+    if found is None:
+        return None
+    signed_in, page = bool(get_token()), f"{constants.ENDPOINT}/{name}"
+    if isinstance(found, GatedRepoError) and signed_in:
+        return f"it is gated, and the token in use has no access: ask for it on {page}."
+    if isinstance(found, GatedRepoError):
+        return f"it is gated: ask for access on {page}, and sign in with `hf auth login` (or set HF_TOKEN)."
+    if signed_in:
+        return "there is no such repository, or it is private and the token in use may not read it."
+    return "there is no such repository, or it is private: then sign in with `hf auth login` (or set HF_TOKEN)."
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`, did you mean 'x'?`, or nothing where nothing is near."""
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.7)

@@ -556,12 +556,13 @@ def _marked_images() -> Dataset:
         ({"ce_weight": 0.0, "distill_tokens": "all"}, _marked_images, True),
         ({"ce_weight": 0.0, "distill_tokens": "all"}, lambda: _marked_images().remove_columns("distill"), True),
         ({"ce_weight": 0.0, "distill_tokens": "all"}, lambda: _marked_images().to_iterable_dataset(), True),
+        ({"ce_weight": 0.0, "distill_tokens": "all", "kv_sharing": "none"}, _marked_images, True),
         ({"ce_weight": 0.0, "distill_tokens": "confident"}, _marked_images, False),
         ({"ce_weight": 0.1, "distill_tokens": "all"}, _marked_images, False),
         ({"ce_weight": 0.0, "distill_tokens": "all"}, lambda: tiny.make_dataset(4), False),
         ({"ce_weight": 0.0, "distill_tokens": "all"}, lambda: tiny.make_dataset(4, images=False), False),
     ],
-    ids=["marked", "no column", "stream", "confident", "with CE", "only text marked", "only text"],
+    ids=["marked", "no column", "stream", "blind", "confident", "with CE", "only text marked", "only text"],
 )
 def test_divergence_alone_on_image_rows_warns(
     make_trainer: MakeTrainer,
@@ -572,6 +573,20 @@ def test_divergence_alone_on_image_rows_warns(
 ) -> None:
     make_trainer(train_dataset=dataset(), **settings)
     assert ("erases what the student knows about images" in caplog.text) == warns
+    blind = settings.get("kv_sharing") == "none"
+    assert ("because the teacher cannot see them" in caplog.text) == (warns and blind)
+    assert ("because the teacher sees only what it reads" in caplog.text) == (warns and not blind)
+
+
+@pytest.mark.parametrize("images", [True, False], ids=["images", "text"])
+def test_rows_are_grouped_by_a_length_that_is_there(make_trainer: MakeTrainer, images: bool) -> None:
+    grouped = {"train_sampling_strategy": "group_by_length"}
+    dataset = tiny.make_dataset(4, images=images)
+    with pytest.raises(ValueError, match=r"needs the length of every row in a column 'length'.*found "):
+        make_trainer(train_dataset=dataset, **grouped)
+    make_trainer(train_dataset=dataset)  # controls: no grouping; a length; another name of it
+    make_trainer(train_dataset=dataset.add_column("length", [4, 3, 2, 1]), **grouped).train()
+    make_trainer(train_dataset=dataset.add_column("n", [4, 3, 2, 1]), length_column_name="n", **grouped).train()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..sentences import no_access
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -162,6 +164,8 @@ def load_config(role: str, source: Any, trust_remote_code: bool, revision: str |
                 f"The {role} {str(source)!r} runs code from its repository. Read it, and pass trust_remote_code if "
                 "you trust it."
             ) from error
+        if (why := no_access(error, str(source))) is not None:
+            raise UnreadableModelError(f"The {role} {str(source)!r} cannot be read: {why}") from error
         raise UnreadableModelError(
             f"The config of the {role} {str(source)!r} cannot be read: {_first_sentence(error)}. Pass a folder that "
             "holds a config.json of a model that transformers knows, or the id of a repository that you can reach."

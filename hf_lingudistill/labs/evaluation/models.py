@@ -27,6 +27,7 @@ from transformers import (
 from ...compatibility import UnreadableModelError
 from ...machine import device_of, machine
 from ...quantization import choose_kernels
+from ...sentences import no_access
 from ...weights import BadWeights, check_finite, fingerprint, load_whole
 
 
@@ -145,6 +146,8 @@ def takes_images(config: Any) -> bool:
 
 
 def _unreadable(name: str, path: str, error: Exception) -> UnreadableModelError:
+    if (why := no_access(error, path)) is not None:
+        return UnreadableModelError(f"{name}: {path!r} cannot be read: {why}")
     return UnreadableModelError(
         f"{name}: cannot load a model from {path!r} ({' '.join(str(error).split())[:300]}). Expected a folder or Hub id of a "
         "language model or a VLM with safetensors weights."
