@@ -119,14 +119,14 @@ def test_one_item_makes_no_verdict(tmp_path: Path) -> None:
     one, other = {"a": (1.0, 1.0)}, {"a": (0.0, 1.0)}
     found = bootstrap.difference(one, other)
     assert found["value"] == 1.0 and found["low"] == -math.inf and found["high"] == math.inf
-    assert bootstrap.recovered(one, other, one)["reason"] == "one item cannot tell"
+    assert bootstrap.recovered(one, other, one)["reason"] == "fewer than 6 items cannot tell"
     facts: dict[str, Any] = {"models": {"original": {}, "before": {}, "after": {}}}
     kl = Task(
         "fidelity/x/text_kl", "language", "K", "text_kl", "", False, {"original": other, "before": one, "after": one}
     )
     report = build_report([task(original=one, before=other, after=one), kl], bootstrap, **facts)
     said = as_text(report)
-    assert "no change outside the interval (+1.000 [-, -])" in said and "one item cannot tell" in said
+    assert "no change outside the interval (+1.000 [-, -])" in said and "fewer than 6 items cannot tell" in said
     assert "Infinity" not in as_json(report)  # no JSON: other readers stop at it
     plot_all(report, tmp_path)  # no axis ends at infinity
     # control: twenty items that all agree do say something

@@ -214,6 +214,15 @@ def test_a_choice_is_named_by_its_letter_or_its_text(answer: str, reference: str
         ("The answer is B or C", 0),
         ("Choice: (B)", 1),
         ("", 0),
+        *(
+            (two, 0)
+            for two in ("(B) and (C)", "B) or C)", "(B) or (C), I cannot tell", "Answer: B, C", "option A or option B")
+        ),
+        *((two, 0) for two in ("B/C", "B & A", "Answer: A and B", "The answer is B. or C.", "B or option C")),
+        ("(B) it has corners, unlike (A)", 1),  # a second letter in the reasons names none
+        ("B, A rectangle has corners", 1),  # nor does an article
+        ("Answer: B, A rectangle it is", 1),
+        ("B. A and C have none", 0),  # two in a row, whatever is said of them
     ],
 )
 def test_what_a_sentence_names(answer: str, expected: int) -> None:

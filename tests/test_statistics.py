@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from hf_lingudistill.labs import statistics
 from hf_lingudistill.labs.evaluation import plots
@@ -90,15 +92,43 @@ def test_items_that_weigh_nothing_are_an_error() -> None:
     assert Bootstrap().score(items([0.0, 3.0, 5.0], [0.0, 2.0, 2.0]))["value"] == 2.0
 
 
-def test_a_resample_that_weighs_nothing_is_left_out_of_the_interval() -> None:
-    few = items([0.0] * 6 + [3.0, 5.0], [0.0] * 6 + [1.0, 1.0])  # one resample in ten draws none of the two
-    found = Bootstrap(resamples=500).score(few)
-    assert (found["value"], found["low"], found["high"]) == (4.0, 3.0, 5.0)
+@pytest.mark.parametrize("n", range(1, statistics.FEWEST + 2))
+def test_a_few_items_have_no_interval(n: int) -> None:
+    """No resample leaves the range of its items: of one item it is always itself, and would make any difference a sure one."""
+    found = Bootstrap().score(items(np.arange(n), [2.0] * n))
+    assert (found["value"], found["n"]) == ((n - 1) / 4, n)
+    assert math.isfinite(found["low"]) == math.isfinite(found["high"]) == (n >= 6)
 
 
-def test_one_item_has_no_interval() -> None:
-    """Drawn with replacement it is always itself: an interval of no width, which would make any difference a sure one."""
-    assert Bootstrap().score(items([3.0], [2.0])) == {"value": 1.5, "low": -math.inf, "high": math.inf, "n": 1}
+@pytest.mark.parametrize(("right", "value"), [(1.0, 1.0), (0.0, 0.0)])
+def test_where_every_item_agrees_the_ends_are_exact(right: float, value: float) -> None:
+    """Of 96 answers that are all right, resamples are all right as well. The exact interval is scipy's own."""
+    n = 96
+    found = Bootstrap(resamples=50).score(items([right] * n))
+    exact = binomtest(int(right * n), n).proportion_ci(method="exact")
+    assert found["value"] == value
+    assert (found["low"], found["high"]) == (pytest.approx(exact.low), pytest.approx(exact.high))
+    same = Bootstrap(resamples=50).difference(items([right] * n), items([right] * n))
+    fall = binomtest(0, n).proportion_ci(method="exact").high  # of the next items, so many may fall
+    assert (same["value"], same["low"], same["high"]) == (0.0, pytest.approx(-fall), pytest.approx(fall))
+    # Controls: one that does not agree, and what is no share
+    apart = Bootstrap(resamples=50).score(items([1 - right] + [right] * n))
+    assert (apart["low"], apart["high"]) != (found["low"], found["high"])
+    nats = Bootstrap(resamples=50).score(items([3.0] * n))
+    assert (nats["low"], nats["high"]) == (3.0, 3.0)
+
+
+@pytest.mark.parametrize("n", [6, 10, 30])
+@pytest.mark.parametrize("kind", ["normal", "nearly all right"])
+def test_few_items_are_covered_as_well_as_many(n: int, kind: str) -> None:
+    """Plain percentiles held 2 of 3 truths at n = 10 where 95 of 100 answers are right."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for draw in range(200):
+        drawn = rng.normal(size=n) + 9 if kind == "normal" else (rng.random(n) < 0.95).astype(float)
+        found = Bootstrap(resamples=300, seed=draw).score(items(drawn))
+        hits += found["low"] <= (9 if kind == "normal" else 0.95) <= found["high"]
+    assert hits / 200 > 0.87
 
 
 def test_no_common_item_is_an_error() -> None:
@@ -349,7 +379,7 @@ def test_items_that_weigh_nothing_are_none() -> None:
         1,
     )
     shares = [{"0": (value, 1.0), **empty} for value in (2.0, 3.0, 1.0)]
-    assert bootstrap.recovered(*shares)["reason"] == "one item cannot tell"
+    assert bootstrap.recovered(*shares)["reason"] == "fewer than 6 items cannot tell"
     # Control: several that weigh something have an interval, the others change nothing of it
     several = {f"s{index}": (float(index), 1.0) for index in range(8)}
     assert bootstrap.score(several | empty) == bootstrap.score(several) | {"n": 8}
@@ -360,9 +390,9 @@ def test_a_single_item_shows_no_interval_anywhere() -> None:
     from hf_lingudistill.labs.score_mix.report import _interval
 
     bootstrap = Bootstrap(resamples=100)
-    one, two = {"a": (3.0, 2.0)}, {"a": (3.0, 2.0), "b": (5.0, 2.0)}
+    one, eight = {"a": (3.0, 2.0)}, items([3.0, 5.0] * 4, [2.0] * 8)
     assert _interval(bootstrap.score(one)) == "1.50 [-, -]"
-    assert _interval(bootstrap.score(two)) == "2.00 [1.50, 2.50]"  # control
+    assert re.fullmatch(r"2\.00 \[1\.\d\d, 2\.\d\d\]", _interval(bootstrap.score(eight)))  # control
     perplexity = {"student": {"value": 4.0}, "none": {"value": 3.0}}
     said = _language_lost(bootstrap.difference(one, {"a": (2.0, 2.0)}), perplexity)
     assert "interval - to -, n=1" in said and "inf" not in said

@@ -10,7 +10,7 @@ WIDTH = 200  # characters of a line that holds records within records
 
 def as_json(value: Any) -> str:
     """JSON text, indented by one space per level. A list or mapping of plain values stands on one line, and so does whatever is short.
-    Where a number is not finite (the interval of a single item), which JSON cannot say, stands null."""
+    Where a number is not finite (the interval of a few items), which JSON cannot say, stands null."""
     return _lines(json.loads(json.dumps(value), parse_constant=lambda _: None), 0)
 
 

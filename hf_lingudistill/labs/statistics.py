@@ -18,6 +18,9 @@ Items = Mapping[str, tuple[float, float]]  # item key -> (value, weight)
 Array = np.ndarray[Any, np.dtype[Any]]
 
 CHUNK = 2_000_000  # drawn indices held at a time
+# No resample leaves the range of its items, which holds the middle of where they come from with probability 1 - 2 ** (1 - n): of
+# five items with .94
+FEWEST = 6
 
 
 class NotFiniteScore(ValueError):
@@ -37,6 +40,11 @@ OVERFLOW = "The model's numbers overflow on it: score it in a wider dtype (--dty
 class Bootstrap:
     """Percentile bootstrap over items, with one seed for everything: an identical rerun gives identical numbers.
 
+    The percentiles are those of Hesterberg (What Teachers Should Know About the Bootstrap, 2015, "expanded"): as far out as a t interval's
+    ends, since resamples of few items spread less than samples do. Of fewer than `FEWEST` items there is no interval: its ends are
+    infinite. Where every item of a share (right or wrong) agrees, resamples all do too, and say nothing of the next item: the ends
+    are then exact (Clopper and Pearson) for the share of items that would not agree.
+
     resamples: number of resamples. level: of the interval.
     """
 
@@ -44,17 +52,16 @@ class Bootstrap:
         self.resamples, self.seed, self.level = resamples, seed, level
 
     def score(self, items: Items) -> dict[str, Any]:
-        """{"value", "low", "high", "n"} of sum(values) / sum(weights). One item has no interval: its ends are infinite. n: of items that
-        weigh something.
+        """{"value", "low", "high", "n"} of sum(values) / sum(weights). n: of items that weigh something.
 
         Raises:
             ValueError: without items, or if one is not finite.
         """
-        return self._interval(lambda sums: sums[0], [items])
+        return self._interval(lambda sums: sums[0], [items], of_shares=(0.0, 1.0))
 
     def difference(self, items: Items, reference: Items) -> dict[str, Any]:
         """The score of `items` minus that of `reference`, on the items that both have: {"value", "low", "high", "n"}."""
-        return self._interval(lambda sums: sums[0] - sums[1], [items, reference])
+        return self._interval(lambda sums: sums[0] - sums[1], [items, reference], of_shares=(-1.0, 1.0))
 
     def recovered(self, items: Items, before: Items, original: Items) -> dict[str, Any]:
         """(before - this) / (before - original): the share of what was lost that came back, paired over items.
@@ -63,8 +70,8 @@ class Bootstrap:
         nothing. Which direction is a loss this cannot know; ask `loss_is_real` of the "lost" that it returns.
         """
         lost = self.difference(before, original)
-        if lost["n"] == 1:
-            return {"value": None, "reason": "one item cannot tell", "lost": lost}
+        if lost["n"] < FEWEST:
+            return {"value": None, "reason": f"fewer than {FEWEST} items cannot tell", "lost": lost}
         if lost["low"] <= 0 <= lost["high"]:
             return {"value": None, "reason": "nothing was lost", "lost": lost}
         share = self._interval(
@@ -73,7 +80,10 @@ class Bootstrap:
         )
         return share | {"lost": lost}
 
-    def _interval(self, statistic: Callable[[Array], Array], models: list[Items]) -> dict[str, Any]:
+    def _interval(
+        self, statistic: Callable[[Array], Array], models: list[Items], of_shares: tuple[float, float] | None = None
+    ) -> dict[str, Any]:
+        """of_shares: what the statistic can be at least and at most where items are shares (each right, wrong or between)."""
         keys = sorted(set(models[0]).intersection(*models[1:]))
         if not keys:
             raise ValueError("No item was scored by all the models compared; score the same suite with each of them.")
@@ -87,13 +97,16 @@ class Bootstrap:
         weighs = (weights > 0).any(axis=0)
         values, weights = values[:, weighs], weights[:, weighs]
         low, high = self._bounds(statistic, values, weights)
-        value = statistic(values.sum(axis=1) / weights.sum(axis=1))
-        return {"value": float(value), "low": low, "high": high, "n": int(weighs.sum())}
+        value, count = float(statistic(values.sum(axis=1) / weights.sum(axis=1))), int(weighs.sum())
+        if low == high and of_shares is not None and (weights == 1).all() and ((values >= 0) & (values <= 1)).all():
+            others = 1 - ((1 - self.level) / 2) ** (1 / count)  # of the items that were not drawn
+            low, high = value - (value - of_shares[0]) * others, value + (of_shares[1] - value) * others
+        return {"value": value, "low": low, "high": high, "n": count}
 
     def _bounds(self, statistic: Callable[[Array], Array], values: Array, weights: Array) -> tuple[float, float]:
         """The interval's ends. values, weights: (M, n)."""
         models, count = values.shape
-        if count == 1:  # drawn with replacement it is always itself, which says nothing of others
+        if count < FEWEST:
             return -math.inf, math.inf
 
         def of_sums(*sampled: Array, axis: int) -> Array:
@@ -113,12 +126,13 @@ class Bootstrap:
                 rng=np.random.default_rng(self.seed),
             ).bootstrap_distribution
         # A resample may weigh nothing (answers without a token that depends on the image): scipy's own interval is then nan
-        low, high = np.nanquantile(drawn, [(1 - self.level) / 2, (1 + self.level) / 2])
+        tail = stats.norm.cdf(math.sqrt(count / (count - 1)) * stats.t.ppf((1 - self.level) / 2, count - 1))
+        low, high = np.nanquantile(drawn, [tail, 1 - tail])
         return float(low), float(high)
 
 
 def ends(score: Mapping[str, Any], shown: Callable[[float], str]) -> tuple[str, str]:
-    """The ends of a score's interval as they are written; dashes where there is none, as of a single item."""
+    """The ends of a score's interval as they are written; dashes where there is none, as of a few items."""
     if not math.isfinite(score["high"]):
         return "-", "-"
     return shown(score["low"]), shown(score["high"])

@@ -253,7 +253,7 @@ def _with_interval(tasks: Sequence[Mapping[str, Any]], score: str, model: str) -
     """{"value"}, and the ends of its interval where it is one task's."""
     named = tasks_named(tasks, score)
     ends = {key: named[0]["scores"][model][key] for key in ("low", "high")} if len(named) == 1 else {}
-    if not all(map(math.isfinite, ends.values())):  # of one item
+    if not all(map(math.isfinite, ends.values())):  # of a few items
         ends = {}
     return {"value": score_of(tasks, score, model), **ends}
 

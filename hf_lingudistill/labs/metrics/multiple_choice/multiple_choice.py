@@ -44,6 +44,32 @@ def lettered(choices: list[str]) -> bool:
     return not any(_normal(text) in letters and _normal(text) != letters[i] for i, text in enumerate(choices))
 
 
+def _by_letter(answer: str, letters: str) -> str | None:
+    """The letter by which an answer names a choice, as a capital, or None."""
+    says = r"(?i:(?:answer|option|choice)(?:\s+is)?\s*:?\s*(?:(?:option|choice)\s+)?)"
+    patterns = [
+        rf"^\s*\(?([{letters}{letters.lower()}])\)?\s*[.:)]?\s*$",
+        rf"^\s*\(?([{letters}])\)?[.:)]\s",
+        # In capitals: "the answer is a circle" names no letter. At an end or a stop, or no article, whatever follows
+        rf"{says}\(?([{letters}])\)?(?=\s*(?:$|[.,:;)]))",
+    ]
+    # "Answer: A dog" and "I see ..." are words
+    if plain := letters.translate({ord(article): None for article in "AI"}):
+        patterns.append(rf"{says}\(?([{plain}])\)?(?!\w)")
+    found = next((match for pattern in patterns if (match := re.search(pattern, answer)) is not None), None)
+    return None if found is None else found.group(1).upper()
+
+
+def _joins_letters(answer: str, letters: str) -> bool:
+    """Whether an answer names two choices in a row: "(A) or (B)", "B, C", "option A and option B"."""
+    one = rf"(?<!\w)\(?([{letters}])\)?[.:)]?"
+    another = rf"(?:(?i:option|choice)\s+)?\(?([{letters}])(?!\w)(\s+[^\W\d_A-Z]\w*)?"
+    return any(
+        found.group(1) != found.group(2) and not (found.group(2) in "AI" and found.group(3))  # "B, a rectangle"
+        for found in re.finditer(rf"{one}\s*(?:,|/|&|\bor\b|\band\b)\s*{another}", answer)
+    )
+
+
 def named(answer: str, choices: list[str]) -> int | None:
     """The index of the one choice that an answer names, or None."""
     letters = LETTERS[: len(choices)]
@@ -52,20 +78,8 @@ def named(answer: str, choices: list[str]) -> int | None:
         if form(answer) in texts:
             return texts.index(form(answer))
     bare = re.sub(r"[*_`$]+|\\boxed\{([^{}]*)\}", r"\1", answer)  # "**B**", "\boxed{B}"
-    says = r"(?i:(?:answer|option|choice)(?:\s+is)?\s*:?\s*(?:(?:option|choice)\s+)?)"
-    patterns = [
-        rf"^\s*\(?([{letters}{letters.lower()}])\)?\s*[.:)]?\s*$",
-        rf"^\s*\(?([{letters}])\)?[.:)]\s",
-        # In capitals: "the answer is a circle" names no letter. At an end or a stop, or no article, whatever follows but another choice
-        rf"{says}\(?([{letters}])\)?(?=\s*(?:$|[.,:;)]))",
-    ]
-    if plain := letters.translate(
-        {ord(article): None for article in "AI"}
-    ):  # "Answer: A dog" and "I see ..." are words
-        patterns.append(rf"{says}\(?([{plain}])\)?(?!\w|\s*(?:or|and|/)\b)")
-    for pattern in patterns if lettered(choices) else ():
-        if (found := re.search(pattern, bare)) is not None:
-            return letters.index(found.group(1).upper())
+    if lettered(choices) and (letter := _by_letter(bare, letters)) is not None:
+        return None if _joins_letters(bare, letters) else letters.index(letter)
     rest, inside = answer.lower(), []
     for index in sorted(range(len(texts)), key=lambda index: -len(texts[index])):
         # Taken out once found: who says "dark red" does not also say "red"
