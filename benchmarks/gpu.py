@@ -131,7 +131,7 @@ def measure(case: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
         if arm in peaks:
             arms[arm]["peak_mb"] = peaks[arm]
         if not arm.startswith("sft"):
-            arms[arm]["planned_mb"] = planned({**case, "length": length}, arm)
+            arms[arm] |= planned({**case, "length": length}, arm)
     return {
         "length": length,
         "teacher_mb": teacher / 2**20,
@@ -140,8 +140,8 @@ def measure(case: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def planned(case: dict[str, Any], arm: str) -> float:
-    """MiB that `lingudistill plan` gives an arm of a case, before the allowance for what is no tensor."""
+def planned(case: dict[str, Any], arm: str) -> dict[str, float]:
+    """What `lingudistill plan` gives an arm of a case: MiB, before the allowance for what is no tensor; the step over compact SFT."""
     import step_cost
 
     from hf_lingudistill.labs.plan import Setup, make_plan, model_facts
@@ -156,7 +156,8 @@ def planned(case: dict[str, Any], arm: str) -> float:
         teacher_quantization=case["teacher"], kv_sharing=arm.partition("_")[0], blind_weight=0.5 if arm.endswith("_twice") else 0.0,
         kv_source="before" if step_cost.reads_before(arm) else "student", gpu_memory=80,
     )  # fmt: skip
-    return make_plan(model_facts(student, "vlm"), model_facts(lm, "lm"), setup).peak / 2**20
+    plan = make_plan(model_facts(student, "vlm"), model_facts(lm, "lm"), setup)
+    return {"planned_mb": plan.peak / 2**20, "planned_ratio": plan.cost, "planned_seconds": plan.seconds or 0.0}
 
 
 def run_case(case: dict[str, Any], folder: Path, rounds: int, limit: float) -> dict[str, Any]:
@@ -216,6 +217,17 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def replan(path: Path) -> None:
+    """Put what this version of the plan says beside what was measured."""
+    from hf_lingudistill.labs.json_text import as_json
+
+    result = json.loads(path.read_text(encoding="utf-8"))
+    for case in result["cases"]:
+        for arm, row in case.get("arms", {}).items():
+            row |= {} if arm.startswith("sft") else planned(case, arm)
+    path.write_text(as_json(result) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="folder for gpu.json and gpu.md")
@@ -224,12 +236,18 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=480.0, help="seconds for the cases together; default: 480")
     parser.add_argument("--toy", action="store_true", help="one toy case of each kind")
     parser.add_argument("--no_tests", action="store_true", help="skip `pytest -m gpu`")
+    parser.add_argument(
+        "--replan", type=Path, metavar="FILE", help="put what today's plan says into a gpu.json, and end"
+    )
     parser.add_argument("--_case", help=argparse.SUPPRESS)
     parser.add_argument("--_folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     if args._case:
         print(json.dumps(measure(json.loads(args._case), args._folder, args.rounds)))
+        return
+    if args.replan:
+        replan(args.replan)
         return
     if args.out is None:
         parser.error("--out is missing: name a folder for gpu.json and gpu.md.")

@@ -126,6 +126,23 @@ def plan_gpu() -> str:
     return "\n".join(rows)
 
 
+def plan_gpu_cost() -> str:
+    """Planned and measured cost of a step on the GPU."""
+    result = read(GPU_COST)
+    rows = [
+        "| student | batch | `kv_sharing` | planned | measured, median (min - max) | seconds planned | measured |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in (case for case in result["cases"] if "arms" in case):
+        for arm, row in case["arms"].items():
+            if "planned_ratio" in row and arm != "vision_before":
+                rows.append(
+                    f"| {case['shape']} | {case['batch']} | `{arm}` | {row['planned_ratio']:.3f} | {row['ratio']:.3f} ({row['ratio_min']:.3f} - "
+                    f"{row['ratio_max']:.3f}) | {row['planned_seconds']:.2f} | {row['seconds']:.2f} |"
+                )
+    return "\n".join(rows)
+
+
 def plan_moments() -> str:
     """How far each moment of the step is off."""
     memory = _plan_check()["memory"]

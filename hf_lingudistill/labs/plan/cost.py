@@ -6,9 +6,10 @@ from ...sharing import MODES
 from .facts import ModelFacts, TowerFacts
 from .setup import Setup
 
-# What a GPU is taken to do, for the cost of a step: 40 % of an H100's dense bf16 products, and an operation every 6 microseconds
-# (counted in tests/test_dispatch.py: of a step of SFT per text layer, of a tower's, and of the teacher's pass)
-FLOPS, _LAUNCH_SECONDS = 4e14, 6e-6
+# What a GPU is taken to do, for the cost of a step: 40 % of an H100's dense bf16 products, and an operation every 40 microseconds, which
+# is what Python, autocast and a launch took on the H100 of benchmarks/results/gpu.json (135M, batch 8: 0.187 s for 4,800 of them). Operations
+# are counted in tests/test_dispatch.py: of a step of SFT per text layer, of a tower's, and of the teacher's pass
+FLOPS, _LAUNCH_SECONDS = 4e14, 4e-5
 _LAUNCHES_PER_LAYER, _LAUNCHES_OF_TOWER, _LAUNCHES_OF_TEACHER = 120, 100, 40
 
 
@@ -24,8 +25,9 @@ def step_seconds(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> floa
     """Seconds of a distilling step (one batch per device) on a GPU of `FLOPS`; None for a CPU, whose speed is not taken as known.
 
     Multiply-adds or launches, whichever takes longer: a small student on a GPU waits for its launches, and the teacher adds some. No
-    memory traffic, no unpacking of quantised weights, no communication and no reading of data is counted. Not held against a GPU. With
-    the VLM before, every step is taken to ask it, over whole rows.
+    memory traffic, no unpacking of quantised weights, no communication and no reading of data is counted: docs/scale.md holds it against
+    a GPU. With the VLM before, every step is taken to ask it: over whole rows where it judges, as far as the image tokens, which are
+    taken to stand first, where the teacher only reads those.
     """
     if setup.device == "cpu":
         return None
@@ -66,8 +68,17 @@ def _step_work(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> tuple[
         added += _tower_work(teacher, teacher.vision, setup)
         more += _LAUNCHES_OF_TOWER * teacher.vision.layers / 3
     if setup.asks_before:
-        added, more = added + backbone, more + forward
+        added, more = added + _before_work(student, setup, backbone), more + forward
     return sft, added, launches, more
+
+
+def _before_work(student: ModelFacts, setup: Setup, backbone: float) -> float:
+    """Multiply-adds of the VLM before. backbone: of a whole forward pass."""
+    judges = setup.on_policy or (setup.anchor == "before" and not setup.anchor_cache)
+    if judges or MODES[setup.kv_sharing].text_reads_student or not setup.image_tokens:
+        return backbone
+    lent = _forward_work(student.text, setup.batch * setup.image_tokens, setup.image_tokens / 2)
+    return lent + (0.0 if student.vision is None else _tower_work(student, student.vision, setup))
 
 
 def _tower_work(model: ModelFacts, tower: TowerFacts, setup: Setup) -> float:
