@@ -604,6 +604,11 @@ def test_what_some_seeds_lack_is_averaged_over_the_others(tmp_path: Path) -> Non
     found = summary.write(tmp_path, reproduce.read_settings(), tmp_path / "out")["regimes"]["P"]["severe"]["ce"]
     assert found["text_kl"]["seeds"] == 3
     assert (found["ifeval_strict"]["mean"], found["ifeval_strict"]["seeds"]) == (0.25, 2)
+    # Of another number of prompts, a score is no part of the mean; the arm's other scores are
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ifeval_prompts": 100}))
+    found = summary.write(tmp_path, reproduce.read_settings(), tmp_path / "out")["regimes"]["P"]["severe"]["ce"]
+    assert (found["ifeval_strict"]["mean"], found["ifeval_strict"]["seeds"]) == (0.2, 1)
+    assert found["text_kl"]["seeds"] == 3
 
 
 def test_the_rule_chooses_the_decisive_arms_and_waits_for_the_whole_screen(tmp_path: Path) -> None:

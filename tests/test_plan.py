@@ -23,6 +23,7 @@ from hf_lingudistill.labs.plan import (
     GIB,
     LORA_TARGETS,
     ModelFacts,
+    Plan,
     PlanError,
     Setup,
     kv_bytes,

@@ -82,9 +82,9 @@ def gpu_claim() -> str:
         return f"{case['arms'][arm]['ratio_trl'] - 1:.0%}"
 
     return (
-        f"A step costs {more(large, 'full')} (`full`) to {more(large, 'vision_before')} (the default, since made cheaper) more than TRL's own "
-        f"fine-tuning, on an H100 at {large['shape']}, batch {large['batch']}; at {small['shape']}, which waits for launches, "
-        f"{more(small, 'full')} to {more(small, 'vision_before')} ([every mode](docs/cost.md))."
+        f"A step costs {more(large, 'full')} (`full`) to {more(large, 'vision_before')} (default) more than TRL's own, on an "
+        f"H100 at {large['shape']}, batch {large['batch']}; {more(small, 'full')} to {more(small, 'vision_before')} at {small['shape']} "
+        "([every mode](docs/cost.md))."
     )
 
 

@@ -12,6 +12,7 @@ tokens_, ended_               length of its own greedy answers in tokens, and th
 
 from __future__ import annotations
 
+import math
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -85,7 +86,8 @@ class Measures:
         def keep(name: str, items: Any) -> None:
             score = bootstrap.score(items)
             found[name] = round(score["value"], 5)
-            found["half"][name] = round((score["high"] - score["low"]) / 2, 5)
+            half = (score["high"] - score["low"]) / 2
+            found["half"][name] = round(half, 5) if math.isfinite(half) else None  # of a few items
 
         text = text_measures(fidelity(self.references["test_texts"], scored, batch_size=16))
         keep("text_kl", text["kl"])
@@ -113,6 +115,7 @@ class Measures:
         if ifeval is not None:
             for name, items in _ifeval(scored, ifeval).items():
                 keep(f"ifeval_{name}", items)
+            found["ifeval_prompts"] = ifeval["prompts"]
         return found
 
     def _lengths(self, scored: Scored, settings: Mapping[str, int]) -> dict[str, float]:

@@ -164,6 +164,17 @@ def choose(folder: Path, settings: Mapping[str, Any]) -> tuple[str | None, list[
     return default, list(dict.fromkeys(chosen))
 
 
+def _on_as_many_prompts(results: Results, settings: Mapping[str, Any]) -> Results:
+    """Results without IFEval's scores where other than the recipe's number of prompts was asked: a mean over both would be of neither."""
+    wanted = settings["ifeval"]["prompts"]
+    return {
+        key: result
+        if result.get("ifeval_prompts", wanted) == wanted
+        else {name: value for name, value in result.items() if not name.startswith("ifeval_")}
+        for key, result in results.items()
+    }
+
+
 def summarise(made: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The aligned tower; other towers under "towers", what each sharing mode gives its teacher under "modes"; {} without results.
 
@@ -173,7 +184,7 @@ def summarise(made: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         Refusal: if results are of several devices, or those of one seed of several sources.
     """
     folder = made / "results"
-    results = read(folder)
+    results = _on_as_many_prompts(read(folder), settings)
     if not results:
         return {}
     devices = sorted({result.get("device", "not noted") for result in results.values()})
