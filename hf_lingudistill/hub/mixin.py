@@ -123,7 +123,7 @@ class PublishingMixin(_Trainer):
         ):
             raise ValueError(
                 "push_to_hub: nobody is signed in to the Hub. Run `hf auth login`, or set HF_TOKEN, or leave it out: "
-                f"`{command_for(self.args.output_dir, self.hub_model_id)}` publishes the finished model later."
+                f"`{command_for(str(self.args.output_dir), self.hub_model_id)}` publishes the finished model later."
             )
 
     def push_to_hub(  # type: ignore[override]  # says more than a CommitInfo
