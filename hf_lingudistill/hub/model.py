@@ -84,6 +84,14 @@ def model_manifest(
             f"{root} holds no saved model (config.json with model.safetensors, or an adapter): pass the folder that training "
             "or `trainer.save_model()` wrote."
         )
+    from ..compatibility.configs import is_vision_key
+
+    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if config and not any(map(is_vision_key, config)):
+        raise PublishError(
+            f"{folder} holds a language model (its config.json, of type {config.get('model_type', '?')!r}, has no vision part): pass the folder "
+            "of the VLM that was trained."
+        )
     try:
         known = read_run_facts(folder) if run_facts is None else run_facts
     except ValueError as error:
