@@ -370,6 +370,13 @@ def test_the_cost_on_a_gpu_is_what_was_measured_there() -> None:
     assert off[len(off) // 2] < 0.04
 
 
+def test_launches_take_what_they_took_on_the_gpu(pairs: dict[str, tuple[ModelFacts, ModelFacts]]) -> None:
+    """SmolVLM-256M has the layers of the 135M student in gpu.json (0.25 s for a step of `full`), whose products take a few milliseconds."""
+    pair = next(pair for name, pair in pairs.items() if "256M" in name)
+    plan = make_plan(*pair, Setup(kv_sharing="full", kv_source="student", batch=1))
+    assert plan.seconds is not None and 0.2 < plan.seconds < 0.32
+
+
 def test_a_small_student_on_a_gpu_waits_for_its_launches(small: tuple[ModelFacts, ModelFacts]) -> None:
     """A short row of a small model pays for the teacher's launches, a long batch for its products alone."""
     student, teacher = small

@@ -119,7 +119,9 @@ def test_a_folder_that_must_not_be_published_is_refused(
 
 def test_a_language_model_is_not_published_as_a_restored_vlm(saved_pair: tuple[Path, Path]) -> None:
     model_manifest(saved_pair[0], "ann/model")  # control: the VLM of the same pair
-    with pytest.raises(PublishError, match=r"holds a language model \(its config.json, of type 'llama', has no vision"):
+    with pytest.raises(
+        PublishError, match=r"holds a language model \(its config.json, of type 'llama', has no vision"
+    ):
         model_manifest(saved_pair[1], "ann/model")
 
 
