@@ -205,7 +205,7 @@ def _part(splits: Mapping[str, Dataset], source: DatasetConfig) -> Dataset:
 
 def _no_split(source: DatasetConfig, names: list[str]) -> str:
     where = (
-        f": name one of them (--dataset_train_split, --dataset_test_split, or `split: {names[0]}` in a recipe)"
+        f": name one of them (--dataset_train_split or --dataset_test_split of `distill`, --split of other commands, `split: {names[0]}` in YAML)"
         if names
         else ""
     )

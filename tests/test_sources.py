@@ -261,7 +261,7 @@ def refused(path: Path | str, **fields: Any) -> str:
 @pytest.mark.parametrize("streaming", [False, True], ids=["dataset", "stream"])
 def test_a_split_that_is_not_there_is_named_with_those_that_are(elsewhere: Path, streaming: bool) -> None:
     lines(elsewhere / "validation.jsonl", [{"messages": TURNS}])
-    sentence = "has no split 'train', found ['validation']: name one of them (--dataset_train_split, "
+    sentence = "has no split 'train', found ['validation']: name one of them (--dataset_train_split or "
     assert sentence in refused(elsewhere, streaming=streaming)
     assert len(opened(elsewhere, split="validation", streaming=streaming)) == 1
     DatasetDict(validation=Dataset.from_list([{"messages": TURNS}])).save_to_disk(elsewhere / "saved")
