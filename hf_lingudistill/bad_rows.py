@@ -13,6 +13,7 @@ AnyDataset: TypeAlias = Dataset | IterableDataset
 Row = dict[str, Any]
 
 ROW_COLUMN = "lingudistill_row"
+SOURCE_COLUMN = "lingudistill_source"  # of a mixture: where each row came from, as messages name it
 REASONS = (
     "image missing",
     "image of wrong type",
@@ -24,6 +25,7 @@ REASONS = (
     "images and placeholders differ",
     "image tokens over max_length",
     "not a conversation",
+    "column not read",
     "empty answer",
     "no label",
     "distill flag not boolean",
@@ -44,7 +46,9 @@ class BadRow(ValueError):
 
 
 def row_name(row: Row) -> str:
-    """How a message names a row: by its number, else by how it begins."""
+    """How a message names a row: by its source and number there, by its number alone, else by how it begins."""
+    if row.get(SOURCE_COLUMN):
+        return str(row[SOURCE_COLUMN])
     if row.get(ROW_COLUMN, -1) not in (None, -1):
         return f"Row {row[ROW_COLUMN]}"
     text: Any = next((row[key] for key in ("messages", "conversations", "prompt", "text") if row.get(key)), "")

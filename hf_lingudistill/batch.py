@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ._internals import DataCollatorForVisionLanguageModeling
-from .bad_rows import REASONS, ROW_COLUMN, AnyDataset, BadRow, Row, SharedCounts, flag_of, row_name
+from .bad_rows import REASONS, ROW_COLUMN, SOURCE_COLUMN, AnyDataset, BadRow, Row, SharedCounts, flag_of, row_name
 from .columns import has_images, prepare_dataset, undecoded
 from .conversations import Conversations, cannot_be_processed, no_label_within
 from .flags import check_distill_column
@@ -98,7 +98,9 @@ class DistillCollator:
         """
         distill = torch.tensor([flag_of(row, self.distill_column) for row in rows])
         names = [row_name(row) for row in rows]
-        plain = [{k: v for k, v in row.items() if k not in (self.distill_column, ROW_COLUMN)} for row in rows]
+        plain = [
+            {k: v for k, v in row.items() if k not in (self.distill_column, ROW_COLUMN, SOURCE_COLUMN)} for row in rows
+        ]
         if self.vision:
             plain = [self._read(row, name) for row, name in zip(plain, names, strict=True)]
         batch = self._collate(plain, names)

@@ -12,13 +12,13 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset, List, Value
 from trl import SFTTrainer
 
-from .bad_rows import ROW_COLUMN, AnyDataset, BadRow, Row, SharedCounts
+from .bad_rows import ROW_COLUMN, SOURCE_COLUMN, AnyDataset, BadRow, Row, SharedCounts, flag_of, row_name
 from .batch import DistillCollator
-from .columns import columns_of, first_row
+from .columns import columns_of, first_row, undecoded_rows
 from .config import LinguDistillConfig
 from .conversations import Conversations, no_label_within
 from .flags import packs
-from .formats import CONVERSATION_COLUMNS, check_answer, check_text
+from .formats import CONVERSATION_COLUMNS, check_answer, check_columns, check_text, may_be_media
 from .opening import (
     check_evaluation_rows,
     drop_bad_rows,
@@ -133,7 +133,7 @@ class DataMixin(_Trainer):
         if formatting_func is None and _is_ours(dataset, args.dataset_text_field):
             dataset = _tokenised(dataset, conversations, dataset_name, args)
         elif formatting_func is None and self._reads_rows and not args.skip_bad_rows:  # else they are gone
-            dataset = _answered(dataset, dataset_name, args.dataset_text_field)
+            dataset = _answered(dataset, dataset_name, args)
         # A stream has no length by which dropped rows could be missed: it is cut here
         cut_here = isinstance(dataset, IterableDataset) and args.max_length is not None and not packing
         how = copy(args) if cut_here else args
@@ -148,7 +148,7 @@ class DataMixin(_Trainer):
                 raise
             if formatting_func is None and "input_ids" not in columns_of(dataset):
                 for number, row in enumerate(dataset):
-                    conversations.tokens(row, _name(number, dataset_name))  # raises for the row that is at fault
+                    conversations.tokens(row, _name(number, dataset_name, row))  # raises for the row that is at fault
             why = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"The {dataset_name} dataset cannot be tokenised ({type(error).__name__}: {why})."
@@ -177,7 +177,7 @@ class DataMixin(_Trainer):
             labels = row["labels"] if "labels" in row else conversations.tokens(row, "")["labels"]
             first = _first_label(labels)
             if first is not None and first >= limit:
-                raise no_label_within(_name(number, dataset_name), first, first + 1, limit)
+                raise no_label_within(_name(number, dataset_name, row), first, first + 1, limit)
         raise BadRow(
             "no label",
             f"{lost} of the {len(dataset)} rows of the {dataset_name} dataset have no token to train on within max_length={limit}: all labels "
@@ -210,7 +210,7 @@ class DataMixin(_Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[no-untyped-call]
-        columns = [self.args.distill_column, ROW_COLUMN]
+        columns = [self.args.distill_column, ROW_COLUMN, SOURCE_COLUMN]
         if self._is_vision_dataset:  # TRL's collator does without them; ours reads them
             columns += [self.args.dataset_text_field, "tools", "chat_template_kwargs"]
         if self.args.train_sampling_strategy == "group_by_length":
@@ -232,7 +232,9 @@ def _is_about_settings(error: Exception) -> bool:
     return trace is not None and trace.tb_frame.f_globals.get("__name__") == SFTTrainer.__module__
 
 
-def _name(number: int, dataset_name: str) -> str:
+def _name(number: int, dataset_name: str, row: Row) -> str:
+    if row.get(SOURCE_COLUMN):
+        return row_name(row)
     return f"Row {number}" if dataset_name == "train" else f"Row {number} of dataset {dataset_name!r}"
 
 
@@ -255,9 +257,9 @@ def _within(dataset: IterableDataset, args: Any, skipped: Any, name: str) -> Ite
         elif skipped is None:
             if first is None:
                 raise BadRow(
-                    "no label", f"{_name(index, name)} has no token to train on: all of its labels are masked."
+                    "no label", f"{_name(index, name, row)} has no token to train on: all of its labels are masked."
                 )
-            raise no_label_within(_name(index, name), first, first + 1, limit)
+            raise no_label_within(_name(index, name, row), first, first + 1, limit)
         return False
 
     def cut(row: Row) -> Row:
@@ -266,30 +268,49 @@ def _within(dataset: IterableDataset, args: Any, skipped: Any, name: str) -> Ite
     return dataset.filter(usable, with_indices=True).map(cut)
 
 
-def _answered(dataset: AnyDataset, name: str, text_column: str) -> AnyDataset:
-    """Prompts and completions, or running text, that TRL tokenises; an empty completion, and what is no text, is refused with its row's
-    name."""
-    columns = columns_of(dataset)
+def _answered(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
+    """Prompts and completions, or running text, that TRL tokenises; an empty completion, what is no text, media that nobody reads, and a
+    flag that is not boolean are refused with the row's name."""
+    columns, text_column = columns_of(dataset), args.dataset_text_field
     column = "completion" if "completion" in columns else text_column
     if column not in columns or "input_ids" in columns:
         return dataset
-    check = check_answer if column == "completion" else partial(check_text, column=text_column)
+
+    def check(row: Row, index: int) -> None:
+        known_as = _name(index, name, row)
+        flag_of(row, args.distill_column, known_as)
+        check_columns(row, known_as)
+        if column == "completion":
+            check_answer(row, known_as)
+        else:
+            check_text(row, known_as, column)
+
     if isinstance(dataset, Dataset):
-        for number, row in enumerate(dataset.select_columns([column])):
-            check(row, _name(number, name))
+        looked_at = [
+            column,
+            *(other for other in columns if other == SOURCE_COLUMN or _may_hold_media(dataset, other)),
+        ]
+        for number, row in enumerate(undecoded_rows(dataset.select_columns(looked_at))):
+            check(row, number)
         return dataset
 
     def checked(row: Row, index: int) -> Row:
-        check(row, _name(index, name))
+        check(row, index)
         return row
 
     return dataset.map(checked, with_indices=True, features=dataset.features)
 
 
+def _may_hold_media(dataset: Dataset, column: str) -> bool:
+    return may_be_media(column) or "Image" in str(dataset.features.get(column))
+
+
 def _tokenised(dataset: AnyDataset, conversations: Conversations, name: str, args: Any) -> AnyDataset:
     def tokens(row: Row, index: int) -> Row:
         row = {("text" if key == args.dataset_text_field else key): value for key, value in row.items()}
-        return conversations.tokens(row, _name(index, name))
+        known_as = _name(index, name, row)
+        flag_of(row, args.distill_column, known_as)
+        return conversations.tokens(row, known_as)
 
     state = PartialState()
     if state.is_main_process and name == "train":

@@ -6,10 +6,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .bad_rows import BadRow, Row
+from PIL import Image as PILImage
+
+from .bad_rows import ROW_COLUMN, SOURCE_COLUMN, BadRow, Row
 from .config import shown
 from .images import IMAGE_COLUMNS, decode_image
 from .turns import in_parts_alike, parts_of, read_turns, texts_of
@@ -17,7 +21,15 @@ from .turns import in_parts_alike, parts_of, read_turns, texts_of
 PLACEHOLDER = "<image>"
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 PAIRS_COLUMN = "texts"  # of FineVision and The Cauldron: a question and its answer in each turn
+SYSTEM_COLUMNS = ("system", "system_prompt")  # of ShareGPT and others: what the system says stands beside the turns
 ACCEPTED = "'messages', 'prompt' and 'completion', or 'text'"
+OWN_COLUMNS = (ROW_COLUMN, SOURCE_COLUMN)
+_MEDIA = re.compile(r"(video|audio)s?(_?(path|url|file)s?)?", re.IGNORECASE)
+_PICTURES = re.compile(
+    r"(img|image|picture|photo)s?(_?(path|url|file|name|src)s?)?|jpe?g|png|webp|file_?names?|media(_?(path|url|file)s?)?",
+    re.IGNORECASE,
+)
+_PICTURE_FILE = re.compile(r"data:image/|.*\.(jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
 
 
 def as_trl_row(row: Row, name: str, image_token: str | None = None, *, chat: bool = True) -> Row:
@@ -39,14 +51,16 @@ def as_trl_row(row: Row, name: str, image_token: str | None = None, *, chat: boo
         BadRow: if the row has another shape, or its images and the places for them differ in number.
     """
     column = next((key for key in CONVERSATION_COLUMNS if row.get(key) is not None), None) or pairs_column(row)
-    other = {k: v for k, v in row.items() if k not in (*CONVERSATION_COLUMNS, *IMAGE_COLUMNS, column)}
+    system = _system_of(row)
+    read = (*CONVERSATION_COLUMNS, *IMAGE_COLUMNS, column, *(SYSTEM_COLUMNS if system else ()))
+    other = {k: v for k, v in row.items() if k not in read}
     images = column_images(row, name, of_conversation=column is not None)
     if column is not None:
-        turns = read_turns(row[column], f"{name}, {column!r}")
+        turns = _with_system(read_turns(row[column], f"{name}, {column!r}"), system, name)
         turns, images = _placed(turns, images, name, image_token)
         new = {**{k: v for k, v in other.items() if k not in ("prompt", "completion", "text")}, "messages": turns}
     elif other.get("prompt") is not None and other.get("completion") is not None:
-        new, images = _prompt_completion(other, images, name, image_token, chat)
+        new, images = _prompt_completion(other, images, name, image_token, chat, system)
     elif isinstance(other.get("text"), str):
         if image_token and (named := other["text"].count(image_token)) != len(images or []):
             raise _differ(name, named, images)
@@ -54,13 +68,76 @@ def as_trl_row(row: Row, name: str, image_token: str | None = None, *, chat: boo
     elif other.get("text") is not None:
         raise _not_text(name, "text", other["text"])
     else:
-        found = sorted(key for key, value in row.items() if value is not None)
+        found = sorted(key for key, value in row.items() if not (_is_empty(value) or key in OWN_COLUMNS))
         raise BadRow(
             "not a conversation",
             f"{name} has the columns {', '.join(found) or 'none'}: expected {ACCEPTED}. Rename the columns, or pass a dataset of that "
             "shape.",
         )
+    check_columns(row, name, shown_images=bool(images))
     return new if images is None else {**new, "images": images}
+
+
+def check_columns(row: Row, name: str, *, shown_images: bool = False) -> None:
+    """Raise BadRow where a column holds a video, a sound, or an image under a name that nobody reads: what the row is about would be lost
+    without a word. shown_images: whether the row has images that are read; then another picture is a matter of the data's own."""
+    for key, value in row.items():
+        if key in IMAGE_COLUMNS or key in CONVERSATION_COLUMNS or _is_empty(value):
+            continue
+        if _MEDIA.fullmatch(key) and not isinstance(value, bool | int | float):
+            raise BadRow(
+                "column not read",
+                f"{name} has a column {key!r} ({shown(value)}), and of media only images are read. Leave such rows out, or drop the column to "
+                "train on the rest.",
+            )
+        if not shown_images and _is_picture(key, value):
+            raise BadRow(
+                "column not read",
+                f"{name} has an image in its column {key!r}, and images are read from 'images' and 'image' alone. Rename the column to 'image', "
+                "or drop it to train on the text alone.",
+            )
+
+
+def may_be_media(column: str) -> bool:
+    """Whether a column's name says that it may hold what `check_columns` refuses."""
+    return bool(_MEDIA.fullmatch(column) or _PICTURES.fullmatch(column)) and column not in IMAGE_COLUMNS
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | bytes | list | tuple | dict) and not value)
+
+
+def _is_picture(key: str, value: Any) -> bool:
+    """Whether a value is an image whatever its name, or by its name and how it ends."""
+    if isinstance(value, list | tuple):
+        return any(_is_picture(key, one) for one in value)
+    if isinstance(value, PILImage.Image) or (isinstance(value, Mapping) and set(value) == {"bytes", "path"}):
+        return True
+    if not _PICTURES.fullmatch(key) or not isinstance(value, str | bytes):
+        return False
+    if isinstance(value, bytes) or _PICTURE_FILE.match(value.split("?")[0]):
+        return True
+    return value.startswith(("http://", "https://")) and not key.lower().startswith("file")
+
+
+def _system_of(row: Row) -> str | None:
+    """What the system says, where it stands in a column of its own."""
+    found = (row.get(column) for column in SYSTEM_COLUMNS)
+    return next((value for value in found if isinstance(value, str) and value.strip()), None)
+
+
+def _with_system(turns: list[Row], system: str | None, name: str) -> list[Row]:
+    """The turns, what the system says first. Raises BadRow where they say something else of it."""
+    if system is None:
+        return turns
+    if not turns or turns[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *turns]
+    if "".join(texts_of(turns[0])).strip() != system.strip():
+        raise BadRow(
+            "not a conversation",
+            f"{name} has a system prompt in a column of its own ({shown(system)}) and another in its turns: keep one of the two.",
+        )
+    return turns
 
 
 def pairs_column(row: Iterable[str]) -> str | None:
@@ -84,7 +161,7 @@ def as_prompt_row(row: Row, name: str, image_token: str | None = None) -> Row:
     others = CONVERSATION_COLUMNS if asked else (*CONVERSATION_COLUMNS, PAIRS_COLUMN)
     conversation = any(row.get(column) is not None for column in others)
     if not (conversation or asked):
-        found = sorted(key for key, value in row.items() if value is not None)
+        found = sorted(key for key, value in row.items() if not (_is_empty(value) or key in OWN_COLUMNS))
         raise BadRow(
             "not a conversation",
             f"{name} has the columns {', '.join(found) or 'none'}: expected 'prompt' or 'messages'. Rename the column of the questions.",
@@ -202,7 +279,7 @@ def column_images(row: Row, name: str, *, of_conversation: bool = False) -> list
     Raises:
         BadRow: if `images` holds no list, or the two columns hold different images.
     """
-    several, value = row.get("images"), row.get("image")
+    several, value = _plain_paths(row.get("images")), _plain_paths(row.get("image"))
     if several is not None and not isinstance(several, list | tuple):
         raise BadRow(
             "images not a list",
@@ -229,6 +306,13 @@ def column_images(row: Row, name: str, *, of_conversation: bool = False) -> list
     return [value]
 
 
+def _plain_paths(value: Any) -> Any:
+    """`pathlib.Path`s, one or in a list, as texts: Arrow does not know them."""
+    if isinstance(value, list | tuple):
+        return [_plain_paths(one) for one in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _mentions_image(row: Row) -> bool:
     text = repr([row.get(key) for key in CONVERSATION_COLUMNS])
     return PLACEHOLDER in text or "'type': 'image" in text
@@ -246,7 +330,7 @@ def _placed(
         mark = any(PLACEHOLDER in text for turn in turns for text in texts_of(turn))
         turns = [_split_turn(turn) for turn in turns] if mark else _before_first_question(turns, images, name)
         places = [part for turn in turns for part in parts_of(turn) if part["type"] == "image"]
-    own = [part["image"] for part in places if "image" in part]
+    own = [_plain_paths(part["image"]) for part in places if "image" in part]
     if own and len(own) == len(places) and images:  # the cookbooks' rows name each image twice
         if not _same_images(own, images):
             raise BadRow(
@@ -265,7 +349,7 @@ def _placed(
         )
     if own:
         rest = iter(images or [])
-        images = [part["image"] if "image" in part else next(rest) for part in places]
+        images = [_plain_paths(part["image"]) if "image" in part else next(rest) for part in places]
         turns = [
             {**turn, "content": [{"type": "image"} if part["type"] == "image" else part for part in parts]}
             if (parts := parts_of(turn))
@@ -321,7 +405,7 @@ def _same_images(some: list[Any], others: list[Any]) -> bool:
 # Texts alone
 # --------------------------------------------------------------------------------------------------------------------
 def _prompt_completion(
-    row: Row, images: list[Any] | None, name: str, image_token: str | None, chat: bool
+    row: Row, images: list[Any] | None, name: str, image_token: str | None, chat: bool, system: str | None = None
 ) -> tuple[Row, list[Any] | None]:
     prompt, completion = row["prompt"], row["completion"]
     for column in ("prompt", "completion"):
@@ -330,6 +414,12 @@ def _prompt_completion(
     if isinstance(prompt, str) and isinstance(completion, str):
         named = prompt.count(image_token) if image_token else 0
         if not chat or named or not images:  # TRL's plain texts, in which the processor's own word names an image
+            if system is not None:
+                raise BadRow(
+                    "column not read",
+                    f"{name} has a system prompt in a column of its own ({shown(system)}), and its prompt is a plain text, which no chat "
+                    "template reads. Give prompt and completion as turns, or drop the column.",
+                )
             if image_token and named != len(images or []):
                 raise _differ(name, named, images)
             return row, images
@@ -344,6 +434,7 @@ def _prompt_completion(
     )
     if not asked:
         raise BadRow("not a conversation", f"{name} has an empty prompt.")
+    asked = _with_system(asked, system, name)
     asked, images = _placed(asked, images, name, image_token)
     if any(part["type"] == "image" for turn in answer for part in parts_of(turn)):
         raise BadRow(

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Json, List, Value, c
 from trl import DatasetMixtureConfig
 
 from ._internals import DatasetConfig
-from .bad_rows import AnyDataset, BadRow, Row, flag_of
+from .bad_rows import SOURCE_COLUMN, AnyDataset, BadRow, Row, flag_of
 from .columns import check_named_column, embeds_images_anywhere, has_images, resolved, undecoded, with_messages
 from .config import shown
 from .formats import as_trl_row, column_images
@@ -88,7 +88,7 @@ def load_mixture(
 ) -> DatasetDict:
     """Load and concatenate the sources of a mixture. -> {"train"[, "test"]}.
 
-    Every row gets the flag of its source in `distill_column`; where some sources have images, the others get an empty
+    Every row gets the flag of its source in `distill_column`, and where it came from in `SOURCE_COLUMN`; where some sources have images, the others get an empty
     `images` column. Shares (`fraction`) and `test_split_size` mean what they mean in TRL.
 
     Args:
@@ -179,6 +179,7 @@ def _with_common_features(parts: list[AnyDataset], distill_column: str) -> list[
     if seeing:
         common["images"] = List(Image(decode=False))
     common[distill_column] = Value("bool")
+    common[SOURCE_COLUMN] = Value("string")
     return [(part, Features(common)) for part in parts]
 
 
@@ -195,11 +196,12 @@ def _with_columns(
 
     def completed(row: Row, index: int) -> Row:
         new = {column: row.get(column) for column in features}
+        new[SOURCE_COLUMN] = where = f"{name}, row {index}"
         if "images" in features:
             try:
-                taken = as_trl_row(row, f"{name}, row {index}", chat=False) if embeds else row
+                taken = as_trl_row(row, where, chat=False) if embeds else row
                 of_conversation = row.get("messages") is not None
-                new["images"] = column_images(taken, f"{name}, row {index}", of_conversation=of_conversation) or []
+                new["images"] = column_images(taken, where, of_conversation=of_conversation) or []
                 new.update({column: taken.get(column) for column in _ROWS if column in features})
             except BadRow as error:
                 # Turns cannot be stored apart from their images; of two columns that differ, one would be lost
@@ -207,9 +209,7 @@ def _with_columns(
                     raise
                 new["images"] = [row["images"]]
         try:
-            new[distill_column] = (
-                flag_of(row, distill_column, f"{name}, row {index}") if own_flag else flag is not False
-            )
+            new[distill_column] = flag_of(row, distill_column, where) if own_flag else flag is not False
         except BadRow:
             if not skip_bad_rows:
                 raise

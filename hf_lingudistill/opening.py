@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from .bad_rows import AnyDataset, BadRow, Row, check_rows, flag_of, without_bad_rows
+from .bad_rows import SOURCE_COLUMN, AnyDataset, BadRow, Row, check_rows, flag_of, row_name, without_bad_rows
 from .columns import (
     as_python,
     check_named_column,
@@ -224,7 +224,10 @@ def as_dataset(
     if isinstance(data, Dataset | IterableDataset):
         if isinstance(data, Dataset) and len(data) == 0:
             raise ValueError(f"{name} has no rows: pass one that has some.")
-        return data if raw else as_python(data)
+        data = data if raw else as_python(data)
+        if isinstance(data, IterableDataset) and not raw and next(iter(data), None) is None:
+            raise ValueError(f"{name} is a stream without rows: pass one that has some.")
+        return data
     if isinstance(data, DatasetDict | IterableDatasetDict):
         raise ValueError(
             f"{name} must be one split; found {type(data).__name__} with {', '.join(map(repr, data))}. Did you mean to select "
@@ -268,12 +271,12 @@ def _check_first_rows(dataset: AnyDataset, where: str, args: LinguDistillConfig)
         if args.dataset_text_field in row:
             row = {**row, "text": row[args.dataset_text_field]}
         try:
-            as_trl_row(row, f"Row {number}{where}", chat=False)
+            as_trl_row(row, row_name(row) if row.get(SOURCE_COLUMN) else f"Row {number}{where}", chat=False)
         except BadRow as error:
             refusals.append(error)
             continue
         return
-    if refusals and (refusals[0].reason == "not a conversation"):
+    if refusals and refusals[0].reason in ("not a conversation", "column not read"):
         raise refusals[0]
 
 

@@ -21,7 +21,7 @@ from trl import DatasetMixtureConfig, get_dataset
 from trl.scripts.utils import DatasetConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hf_lingudistill.bad_rows import flag_of
+from hf_lingudistill.bad_rows import SOURCE_COLUMN, flag_of
 from hf_lingudistill.batch import (
     ROW_COLUMN,
     BadRow,
@@ -724,6 +724,7 @@ def test_a_mixture_of_text_alone_has_no_image_column(sources: dict[str, Row]) ->
         "prompt",
         "completion",
         "distill",
+        SOURCE_COLUMN,
     }
 
 
@@ -748,7 +749,7 @@ def test_a_split_of_a_saved_folder_and_chosen_columns_are_taken(sources: dict[st
     assert len(mixed_rows({**sources["splits"], "split": "test"})) == 1
     assert len(mixed_rows(sources["splits"])) == 4
     rows = mixed_rows({**sources["splits"], "columns": ["prompt"]})
-    assert set(rows[0]) == {"prompt", "distill"}
+    assert set(rows[0]) == {"prompt", "distill", SOURCE_COLUMN}
 
 
 def test_a_test_split_is_set_aside(sources: dict[str, Row]) -> None:

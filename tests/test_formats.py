@@ -384,6 +384,14 @@ def test_spans_of_a_conversation_without_an_answer_are_none_at_all() -> None:
     assert processor.apply_chat_template(SAME["text"], tokenize=False)[start:end] == ANSWER + "<|im_end|>\n"
 
 
+def test_an_answer_that_comes_first_is_trained_on_without_what_announces_it() -> None:
+    processor = tiny.make_tokenizer(extra=False)
+    turns = [{"role": "assistant", "content": "Good day."}, *SAME["text"]]
+    text = processor.apply_chat_template(turns, tokenize=False)
+    spans = answer_spans(processor, turns) or []
+    assert [text[start:end] for start, end in spans] == ["Good day.<|im_end|>\n", ANSWER + "<|im_end|>\n"]
+
+
 @pytest.mark.parametrize("images", [False, True], ids=["text", "vision"])
 def test_prompts_and_completions_may_be_texts_or_turns(make_trainer: MakeTrainer, images: bool) -> None:
     """With an image and no word for it, a text is a question: the chat template places the image."""
@@ -420,6 +428,121 @@ def refused(row: Row, **options: Any) -> str:
 
 
 USER = {"role": "user", "content": QUESTION}
+SAID = {"messages": [USER, {"role": "assistant", "content": ANSWER}]}
+STORED_IMAGE = {"bytes": PNG, "path": None}
+
+
+@pytest.mark.parametrize("kind", [SAID, {"prompt": QUESTION, "completion": ANSWER}], ids=["messages", "prompt"])
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        *((name, "clips/1.mp4") for name in ("video", "videos", "video_path", "audio", "audio_url")),
+        ("videos", ["clips/1.mp4"]),
+        ("audio", {"array": [0.0], "sampling_rate": 16000}),
+        *((name, "pictures/1.png") for name in ("img", "image_path", "image_file", "img_path", "picture", "file_name", "Photo")),
+        ("image_paths", ["pictures/1.JPG"]),
+        ("image_url", "https://pictures.example/show?id=1"),
+        ("image_url", "data:image/png;base64,AAAA"),
+        ("jpg", PNG),
+        ("drawn", STORED_IMAGE),
+        ("drawn", [STORED_IMAGE]),
+        ("drawn", picture()),
+    ],
+)  # fmt: skip
+def test_media_under_a_name_that_nobody_reads_are_not_dropped_in_silence(kind: Row, column: str, value: Any) -> None:
+    as_trl_row(kind, "Row 7")  # control
+    said = refused({**kind, column: value})
+    assert said.startswith("Row 7 has ") and repr(column) in said and "drop " in said.lower()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"video": None, "videos": [], "audio": ""},
+        {"has_video": True, "video": False, "audio": 0},  # flags
+        {"image_id": "17", "file_name": "book.txt", "image_name": "000017", "filename": "notes.md"},
+        {"img": None, "image_path": ""},
+        {"url": "https://example.org/a.png", "source": "a.png"},  # whose names say nothing of an image
+    ],
+    ids=str,
+)
+def test_columns_that_hold_no_media_are_left_alone(more: Row) -> None:
+    assert as_trl_row({**SAID, **more}, "Row 7")["messages"] == SAID["messages"]
+
+
+def test_beside_images_that_are_read_a_picture_is_the_datas_own_matter_and_a_video_is_not() -> None:
+    shown = {**SAID, "images": [PNG]}
+    assert as_trl_row({**shown, "image_path": "pictures/1.png", "mask": STORED_IMAGE}, "Row 7")["images"] == [PNG]
+    assert "of media only images are read" in refused({**shown, "videos": ["clips/1.mp4"]})
+
+
+@pytest.mark.parametrize("where", ["images", "image", "turn"])
+def test_a_path_object_is_a_path(make_trainer: MakeTrainer, tmp_path: Path, where: str) -> None:
+    picture().save(tmp_path / "a.png")
+    row: Row = {**SAID, "images": [tmp_path / "a.png"]}
+    if where == "image":
+        row = {**SAID, "image": tmp_path / "a.png"}
+    elif where == "turn":
+        parts = [{"type": "image", "image": tmp_path / "a.png"}, {"type": "text", "text": QUESTION}]
+        row = {"messages": [{"role": "user", "content": parts}, SAID["messages"][1]]}
+    batch = batch_of(make_trainer(train_dataset=[row] * 4))
+    plain = batch_of(make_trainer(train_dataset=[{**SAID, "images": [str(tmp_path / "a.png")]}] * 4))
+    assert_same(batch, plain)
+
+
+@pytest.mark.parametrize(
+    "kind", [SAID, {"prompt": QUESTION, "completion": ANSWER}, {"text": ANSWER}], ids=["messages", "prompt", "text"]
+)
+def test_a_row_of_a_stream_whose_flag_is_no_flag_is_named(make_trainer: MakeTrainer, kind: Row) -> None:
+    def rows(last: Any) -> Any:
+        yield from [{**kind, "distill": True}] * 3
+        yield {**kind, "distill": last}
+
+    def read(last: Any) -> list[Any]:
+        data = IterableDataset.from_generator(rows, gen_kwargs={"last": last})
+        return list(make_trainer(train_dataset=data, max_steps=1).get_train_dataloader())
+
+    with pytest.raises(ValueError, match="Row 3: column 'distill' must be true or false; found 'yes'"):
+        read("yes")
+    assert read(False)  # control
+
+
+def test_a_stream_without_rows_is_refused(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ValueError, match="train_dataset is a stream without rows"):
+        make_trainer(train_dataset=IterableDataset.from_generator(lambda: iter(())), max_steps=1)
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_what_the_system_says_in_a_column_of_its_own_comes_first(column: str) -> None:
+    said = {"role": "system", "content": "Be brief."}
+    expected = [said, *SAID["messages"]]
+    assert as_trl_row({**SAID, column: "Be brief."}, "Row 7")["messages"] == expected
+    sharegpt = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
+    assert as_trl_row({"conversations": sharegpt, column: "Be brief."}, "Row 7")["messages"] == expected
+    turns = {"prompt": [USER], "completion": ANSWER, column: "Be brief."}
+    assert as_trl_row(turns, "Row 7")["prompt"] == [said, USER]
+    # once, where the turns say it too; nothing where the column is empty
+    assert as_trl_row({"messages": expected, column: "Be brief."}, "Row 7")["messages"] == expected
+    for nothing in (None, "", "  "):
+        assert as_trl_row({**SAID, column: nothing}, "Row 7")["messages"] == SAID["messages"]
+    assert "another in its turns" in refused({"messages": expected, column: "Be long."})
+    assert "which no chat template reads" in refused({"prompt": QUESTION, "completion": ANSWER, column: "Be brief."})
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["map-style", "stream"])
+@pytest.mark.parametrize("kind", [SAID, {"prompt": QUESTION, "completion": ANSWER}], ids=["messages", "prompt"])
+def test_a_dataset_whose_pictures_nobody_reads_is_refused_before_the_first_step(
+    make_trainer: MakeTrainer, kind: Row, streamed: bool
+) -> None:
+    def made(values: list[Any]) -> Any:
+        data = Dataset.from_list([{**kind, "img": value} for value in values]).cast_column("img", Image())
+        return data.to_iterable_dataset() if streamed else data
+
+    with pytest.raises(ValueError, match="Row 0 has an image in its column 'img'"):
+        make_trainer(train_dataset=made([STORED_IMAGE] * 4))
+    with pytest.raises(ValueError, match="Row 2 has an image in its column 'img'"):  # a later row, when its turn comes
+        list(make_trainer(train_dataset=made([None, None, STORED_IMAGE, None])).get_train_dataloader())
+    make_trainer(train_dataset=made([None] * 4)).train()  # control
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 
+from hf_lingudistill.bad_rows import SOURCE_COLUMN
 from hf_lingudistill.formats import as_trl_row
 from hf_lingudistill.hub.run_facts import dataset_fact
 from hf_lingudistill.images import decode_image
@@ -306,6 +309,36 @@ SOURCES: dict[str, Row] = {
 }
 
 
+@pytest.mark.parametrize("images", [False, True], ids=["text", "images"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["datasets", "streams"])
+@pytest.mark.parametrize("fault", ["empty answer", "image", "shape"])
+def test_a_bad_row_of_a_mixture_is_named_by_its_source(
+    elsewhere: Path, make_trainer: Any, streaming: bool, images: bool, fault: str
+) -> None:
+    shown = {"images": ["pictures/a.png"]} if images else {}
+    bad: Row = {"messages": TURNS, **shown}
+    if fault == "empty answer":
+        bad["messages"] = [TURNS[0], {"role": "assistant", "content": ""}]
+    elif fault == "shape":
+        bad["messages"] = [TURNS[0], {"role": "bystander", "content": "a circle"}]
+    elif images:
+        bad["images"] = ["pictures/none.png"]
+    else:
+        pytest.skip("a text has no image")
+    good = {"messages": TURNS, **shown}
+    first, second = lines(elsewhere / "first.jsonl", [good] * 8), lines(elsewhere / "second.jsonl", [good, good, bad])
+
+    def train(*paths: Path) -> None:
+        mixture = DistillMixtureConfig(datasets=[{"path": str(path)} for path in paths], streaming=streaming)
+        trainer = make_trainer(train_dataset=load_mixture(mixture)["train"], max_steps=2)
+        for _ in itertools.islice(trainer.get_train_dataloader(), 8):
+            pass
+
+    with pytest.raises(ValueError, match=rf"datasets\[1\] \({re.escape(str(second))}\), row 2"):
+        train(first, second)
+    train(first, lines(elsewhere / "third.jsonl", [good] * 3))  # control
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["datasets", "streams"])
 def test_sources_of_any_schemas_mix_and_train_together(elsewhere: Path, streaming: bool, make_trainer: Any) -> None:
     sources = [
@@ -357,7 +390,7 @@ def test_a_schema_that_sources_share_stays_as_it_is(elsewhere: Path) -> None:
     assert mixed["id"] == [0, 1]
     text = lines(elsewhere / "2.jsonl", [{"messages": TURNS, "id": "two"}])
     mixed = load_mixture(DistillMixtureConfig(datasets=[{"path": str(first)}, {"path": str(text)}]))["train"]
-    assert set(mixed.column_names) == {"messages", "distill"}
+    assert set(mixed.column_names) == {"messages", "distill", SOURCE_COLUMN}
 
 
 def test_files_on_the_hub_are_recorded_as_their_dataset(tmp_path: Path) -> None:
