@@ -204,6 +204,15 @@ def rotate(run: str | os.PathLike[str], limit: int | None, best: str | None) -> 
         remove(run, path.name, by=BY)
 
 
+def keep_best(run: str | os.PathLike[str], best: str | None) -> None:
+    """At the end of a run that keeps one checkpoint, its best: remove the run's own others."""
+    if best is None:
+        return
+    for path in map(Path, sort_checkpoints(str(run))):
+        if not path.samefile(best) and is_ours(run, path.name, by=BY):
+            remove(run, path.name, by=BY)
+
+
 def put_back(run: str | os.PathLike[str]) -> None:
     """Remove what a killed run left half-written, and put back a checkpoint that was about to be replaced."""
     staging = Path(run) / STAGING

@@ -184,8 +184,17 @@ class StepPolicy:
         self._in_a_row += 1
         if self.on_nan == "stop" or problem.in_weights or self._in_a_row > IN_A_ROW:
             self._stop(trainer, model, problem)
+        self._put_back(trainer)
+        # It is no step to divide a sum of losses by
+        trainer._globalstep_last_logged += 1
+        trainer._initial_global_step += 1
         self.skipped_steps += 1
         logger.warning("Step %d skipped: %s.", trainer.state.global_step + 1, problem)
+
+    def _put_back(self, trainer: Any) -> None:
+        """Take what the step's batches have added out of the sums."""
+        for name, value in self._before.items():
+            setattr(trainer, name, value)
 
     def _stop(self, trainer: Any, model: torch.nn.Module, problem: Problem) -> None:
         step = trainer.state.global_step
@@ -194,8 +203,7 @@ class StepPolicy:
             raise NotFinite(message + "Go back to a checkpoint from before, or load another model.")
         saved = trainer.args.save_strategy != "no" and step > 0
         if saved:
-            for name, value in self._before.items():
-                setattr(trainer, name, value)
+            self._put_back(trainer)
             trainer.keep_checkpoint(model)
         message += f"The weights are those of step {step}{f', saved in checkpoint-{step}' if saved else ''}. "
         persists = self._in_a_row > IN_A_ROW

@@ -110,6 +110,7 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
                 "use_vllm=True needs the package vllm, which is not installed (or not in a release that TRL takes): `pip install "
                 "trl[vllm]`, or leave use_vllm out to sample with transformers."
             )
+        args = args.as_asked()
         self.choose_teacher(model, teacher_model, teacher_tokenizer, args, kwargs)
         opened, vision = open_prompts(train_dataset, eval_dataset, args)
         self.has_distill_column, self.distill_share = opened.has_distill_column, opened.distill_share

@@ -43,9 +43,8 @@ class Pace(TrainerCallback):
         self.started = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if (
-            state.global_step == self._first_step
-        ):  # a stream, whose length only reading tells; before anything is saved
+        # A stream, whose length only reading tells; before anything is saved. A resumed run may skip a whole pass on its way
+        if state.global_step == self._first_step and control.should_training_stop:
             raise ValueError("Not one step was trained: the training set gave no batch. Nothing was saved.")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -18,6 +19,7 @@ from .checkpoints import (
     continues,
     go_on,
     has_written,
+    keep_best,
     put_back,
     read_measured,
     rotate,
@@ -175,6 +177,19 @@ class ResumingMixin(_Trainer):
         if self.args.should_save:
             rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer._finalize_training`, which with `save_total_limit=1` removes whatever is called like a checkpoint, but the best: this run's
+        own alone go."""
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None if limit == 1 else limit
+        try:
+            output = super()._finalize_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            self.args.save_total_limit = limit
+        if limit == 1 and self.args.should_save:
+            keep_best(self._get_output_dir(None), self.state.best_model_checkpoint)
+        return output
+
     def keep_checkpoint(self, model: Any) -> None:
         """Write the checkpoint of the last step that took place, unless this run has it already. Called by every process."""
         run, name = self._get_output_dir(None), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -206,8 +221,9 @@ class ResumingMixin(_Trainer):
         self._metrics["train"].update(kept["metrics"])
         self._total_train_tokens = kept["tokens"]
         self._tr_loss += kept["loss"]
-        # Of steps before this call of `train`, whose mean loss leaves them out
-        self._total_loss_scalar -= kept["loss"]
+        # Of steps before this call of `train`, whose mean loss leaves them out; a log adds the mean over processes
+        mean = self.accelerator.reduce(torch.tensor(kept["loss"], device=self.accelerator.device), reduction="mean")
+        self._total_loss_scalar -= mean.item()
         self._globalstep_last_logged = kept["last_logged"]
 
 
@@ -218,11 +234,13 @@ class _Restore(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
+        trainer: Any = self.trainer
         trainer.meter.begin()
         trainer.policy.begin_training()
         trainer._metrics["train"].clear()
         trainer._total_train_tokens = 0
+        if hasattr(trainer, "_buffered_inputs"):  # on-policy: samples of a training that broke off are another model's
+            trainer._step, trainer._buffered_inputs = 0, None
         trainer._restore_measured()
 
 

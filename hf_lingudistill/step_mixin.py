@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 from collections.abc import Callable, Mapping
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 MADE_OF = (
     *("kv_sharing", "kv_source", "anchor", "distill_tokens", "distill_margin"),
     *("ce_weight", "distill_weight", "anchor_weight", "blind_weight", "beta", "temperature", "on_nan"),
+    *("distill_column", "answers_only", "completion_only_loss", "max_length", "skip_bad_rows"),
+    *("anchor_cache", "anchor_cache_k", "teacher_cache", "teacher_offload", "teacher_quantization"),
 )
 
 
@@ -96,6 +99,7 @@ class StepMixin(TeacherMixin):
         mode.check(student, self.teacher.model)
         offload = offload and not is_sharded  # a sharded teacher's pieces come to the device by themselves
         self.before = self._make_before(student, sampled=sampled)
+        args = self.args
         packed = bool(getattr(args, "packing", False) or getattr(args, "padding_free", False))
         measured, quantised = args.measure_teacher_quantization, is_quantised(self.teacher.model)
         self.meter = Meter(
@@ -162,7 +166,8 @@ class StepMixin(TeacherMixin):
             if asking != ["kv_source"] or not args.kv_source_left_out:
                 raise
             logger.warning("The teacher reads the student's own keys and values, which training moves: %s", error)
-            args.kv_source, args.kv_source_gave_way = "student", True
+            self.args = copy.copy(args)  # the options may be another trainer's as well
+            self.args.kv_source, self.args.kv_source_gave_way = "student", True
             return None
         logger.info("The VLM before (%s): %.1f MiB beside the student", " and ".join(asking), before.footprint / 2**20)
         return before
@@ -219,9 +224,13 @@ class StepMixin(TeacherMixin):
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the distillation metrics (token means over all processes since the last log) to TRL's, then log."""
+        """Add the distillation metrics (token means over all processes since the last log) to TRL's, then log.
+
+        To the trainer's own logs, that is, which every process makes: what a callback logs, maybe on one process, is logged as it is.
+        """
         training = self.model.training
-        metrics = self.meter.read(training=training)
+        its_own = "loss" in logs or any(name.endswith("_runtime") for name in logs)
+        metrics = self.meter.read(training=training) if its_own else {}
         if metrics and self.skipped_steps:
             metrics["skipped_steps"] = self.skipped_steps
         if metrics and self.teacher_quantization_kl is not None:
@@ -251,6 +260,7 @@ class StepMixin(TeacherMixin):
         """`Trainer.evaluation_loop`, whose result also names the cross-entropy alone: unlike the loss, it does not move with what
         the teacher lets through, so that the best checkpoint is chosen by it."""
         self.meter.reset_evaluation()
+        self._metrics["eval"].clear()  # of a prediction, or an evaluation that broke off
         self._evaluated = prefix = kwargs.get("metric_key_prefix", "eval")
         try:
             output = super().evaluation_loop(*args, **kwargs)

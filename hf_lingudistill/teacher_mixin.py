@@ -76,8 +76,6 @@ class TeacherMixin(_Trainer):
         Raises:
             ValueError: if no teacher is named, or student and teacher do not fit, or the adapter is none that it can follow.
         """
-        if args.kv_source_gave_way and args.kv_source == "student":  # in another trainer
-            args.kv_source, args.kv_source_gave_way = "before", False
         adapter = kwargs.get("peft_config")
         if not isinstance(model, str) and is_peft_model(model):
             adapter = model.active_peft_config
@@ -95,6 +93,9 @@ class TeacherMixin(_Trainer):
                     "that the VLM was built from or, where there was none, the VLM that it was tuned from."
                 )
             logger.warning("Teacher guessed from the student's config or card: %s", teacher_ref)
+        teacher_ref = getattr(
+            teacher_ref, "_orig_mod", teacher_ref
+        )  # of torch.compile: the teacher's parts run, not its forward
         given: Any = model
         plain = given.get_base_model() if not isinstance(model, str) and is_peft_model(model) else model
         if not isinstance(teacher_ref, str) and _share_weights(teacher_ref, plain):

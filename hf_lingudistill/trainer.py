@@ -82,6 +82,7 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
             raise ValueError(
                 "compute_loss_func cannot be combined with distillation: the trainer computes its own loss."
             )
+        args = args.as_asked()
         self.choose_teacher(model, teacher_model, teacher_tokenizer, args, kwargs)
         train_dataset, eval_dataset = self.open_data(train_dataset, eval_dataset, args, kwargs)
         own_values = kwargs.get("compute_metrics") is not None or type(self) is not LinguDistillTrainer

@@ -245,6 +245,33 @@ def test_only_the_runs_own_checkpoints_are_removed(make_trainer: MakeTrainer, tm
     assert (out / "earlier-checkpoint-1" / "mine").read_text() == "precious"
 
 
+def test_the_end_of_a_run_that_keeps_its_best_alone_removes_no_others(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """transformers removes all that is called like a checkpoint then."""
+    out = tmp_path / "out"
+    make_trainer(**{**SETTINGS, "max_steps": 3, "save_steps": 1}).train()
+    (out / "checkpoint-77").mkdir()
+    (out / "checkpoint-77" / "mine").write_text("precious")
+    settings = {**SETTINGS, "max_steps": 2, "save_steps": 1, "overwrite_output_dir": True, "learning_rate": 3.0}
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
+    trainer = make_trainer(**settings, **best, eval_dataset=tiny.make_dataset(4))
+    trainer.train()
+    own = Path(trainer.state.best_model_checkpoint).name
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == sorted({own, "checkpoint-3", "checkpoint-77"})
+    assert (out / "checkpoint-77" / "mine").read_text() == "precious" and trainer.args.save_total_limit == 1
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5])
+def test_a_stream_that_has_gone_round_is_resumed(make_trainer: MakeTrainer, tmp_path: Path, step: int) -> None:
+    """transformers skips the steps that were made within one pass: of a stream that is shorter, the whole pass."""
+    settings = {**SETTINGS, "max_steps": 6, "save_steps": 1, "per_device_train_batch_size": 4}
+    make_trainer(**settings, train_dataset=tiny.make_dataset(8).to_iterable_dataset()).train()
+    resumed = make_trainer(**settings, train_dataset=tiny.make_dataset(8).to_iterable_dataset())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
+    assert resumed.state.global_step == 6
+
+
 @pytest.mark.parametrize(("best", "stay"), [("checkpoint-1", [1, 4]), (None, [3, 4])])
 def test_the_best_and_the_newest_stay_whatever_the_limit(tmp_path: Path, best: str | None, stay: list[int]) -> None:
     for step in range(1, 5):

@@ -245,6 +245,32 @@ def test_skipped_step_is_as_if_it_had_not_been(make_trainer: MakeTrainer) -> Non
         assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
 
 
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("filtered", [True, False], ids=["filter", "no filter"])
+def test_a_skipped_step_is_in_no_loss_and_no_count_of_tokens(
+    make_trainer: MakeTrainer, every: int, filtered: bool
+) -> None:
+    settings = {"on_nan": "skip", "logging_steps": every, "logging_nan_inf_filter": filtered}
+    trainer, _ = poisoned(make_trainer, **settings)  # step 2 of four
+    output = trainer.train()
+    logged = [log for log in trainer.state.log_history if "loss" in log]
+    losses = {log["step"]: (log["loss"], log["ce_loss"]) for log in logged}
+    assert sorted(losses) == ([1, 3, 4] if every == 1 else [2, 4])
+    assert all(math.isfinite(loss) for loss, _ in losses.values()) and math.isfinite(output.training_loss)
+    each, _ = poisoned(make_trainer, on_nan="skip", logging_steps=1, overwrite_output_dir=True)
+    each.train()
+    own = {log["step"]: log for log in each.state.log_history if "loss" in log}
+    assert output.training_loss == pytest.approx(sum(own[step]["loss"] for step in (1, 3, 4)) / 3, rel=1e-4)
+    if every == 2:
+        assert losses[2][0] == pytest.approx(own[1]["loss"], rel=1e-4)  # of the step that took place
+        assert losses[4][0] == pytest.approx((own[3]["loss"] + own[4]["loss"]) / 2, rel=1e-4)
+    assert logged[-1]["num_tokens"] == own[4]["num_tokens"]
+    clean = make_trainer(**{**SETTINGS, "max_steps": STEPS, "overwrite_output_dir": True})
+    clean.train()
+    whole = next(log for log in reversed(clean.state.log_history) if "num_tokens" in log)["num_tokens"]
+    assert logged[-1]["num_tokens"] < whole  # control: without the poison, the tokens of four steps
+
+
 def test_ten_skipped_steps_in_a_row_stop_the_run(make_trainer: MakeTrainer) -> None:
     trainer, _ = poisoned(make_trainer, tuple(range(2, 100)), on_nan="skip", max_steps=40)
     with pytest.raises(

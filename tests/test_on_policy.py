@@ -106,6 +106,34 @@ def two_models(
     return loss / sum(counts.values()), counts
 
 
+def test_a_training_after_one_that_broke_off_trains_on_no_sample_of_it(make: Make) -> None:
+    """TRL samples for several batches at once; what was left of a training that broke off was trained on first by the next one."""
+    trainer = make(
+        train_dataset=prompts(8, images=False),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+    )
+    loss_of, generate, seen, made = trainer.compute_loss, trainer._generate_and_score_completions, [], []
+
+    def breaks(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(len(made))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return loss_of(model, inputs, *args, **kwargs)
+
+    def counted(inputs: Any) -> Any:
+        made.append(1)
+        return generate(inputs)
+
+    trainer.compute_loss, trainer._generate_and_score_completions = breaks, counted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert seen == [1, 1] and trainer._buffered_inputs is not None
+    trainer.train()
+    assert seen[2:] == [2, 2, 3, 3]  # each step's batches are of one generation, and of its own
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The loss
 # --------------------------------------------------------------------------------------------------------------------

@@ -83,7 +83,9 @@ def test_a_training_that_takes_no_step_is_refused_before_anything_is_saved() -> 
         Pace().on_train_begin(args, state, None, train_dataloader=empty)
     watch = Pace()
     watch.on_train_begin(args, state, None)  # a stream, whose length nobody knows
+    ends, goes_on = (SimpleNamespace(should_training_stop=stop) for stop in (True, False))
     with pytest.raises(ValueError, match="Not one step was trained"):
-        watch.on_epoch_end(args, state, None)
+        watch.on_epoch_end(args, state, ends)
+    watch.on_epoch_end(args, state, goes_on)  # a resumed stream: a whole pass was skipped, and the next one trains
     state.global_step = 1
-    watch.on_epoch_end(args, state, None)
+    watch.on_epoch_end(args, state, ends)

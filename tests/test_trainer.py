@@ -876,6 +876,60 @@ def test_an_option_of_the_step_that_is_changed_too_late_is_refused(make_trainer:
         step(trainer, batch)
 
 
+def test_what_a_callback_logs_takes_none_of_the_trainers_sums(make_trainer: MakeTrainer) -> None:
+    """And asks no other process: one that logs on the first alone, as plain trainers may, would wait for ever."""
+    trainer = make_trainer(max_steps=2, logging_steps=2)
+
+    class Own(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            read, trainer.meter.read = trainer.meter.read, lambda **_: pytest.fail("the meter was read")
+            trainer.log({"mine": 1.0})
+            trainer.meter.read = read
+
+    trainer.add_callback(Own())
+    trainer.train()
+    plain = make_trainer(max_steps=2, logging_steps=2)
+    plain.train()
+    ours, theirs = (next(log for log in t.state.log_history if "loss" in log) for t in (trainer, plain))
+    assert ours["ce_loss"] == theirs["ce_loss"] and ours["answer_tokens"] == theirs["answer_tokens"]
+    assert [log["mine"] for log in trainer.state.log_history if "mine" in log] == [1.0, 1.0]
+
+
+def test_options_of_two_trainers_give_way_in_one_of_them_alone(make_trainer: MakeTrainer) -> None:
+    from hf_lingudistill import LinguDistillConfig
+
+    made = make_trainer(kv_sharing="vision", kv_source=None)
+    args: LinguDistillConfig = made.args
+    models = {"processing_class": tiny.make_processor(), "teacher_tokenizer": tiny.make_tokenizer(extra=False)}
+
+    def trainer(**more: Any) -> LinguDistillTrainer:
+        data = tiny.make_dataset(4)
+        return LinguDistillTrainer(
+            tiny.make_vlm(0), args, teacher_model=tiny.make_lm(1), train_dataset=data, **models, **more
+        )
+
+    first = trainer(peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
+    second = trainer()
+    assert (first.args.kv_source, second.args.kv_source) == ("student", "before")
+    for one in (second, first, second):
+        step(one, mixed_batch(one))  # neither is told that its options were changed
+
+
+def test_a_prediction_before_an_evaluation_adds_nothing_to_it(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(eval_dataset=tiny.make_dataset(4))
+    first = trainer.evaluate()
+    trainer.predict(tiny.make_dataset(8, images=True))
+    again = trainer.evaluate()
+    names = [name for name in first if name.startswith("eval_") and "runtime" not in name and "per_second" not in name]
+    assert {name: again[name] for name in names} == pytest.approx({name: first[name] for name in names})
+
+
+def test_a_compiled_teacher_is_the_teacher(make_trainer: MakeTrainer) -> None:
+    compiled = make_trainer(teacher_model=torch.compile(tiny.make_lm(1), backend="eager"))
+    plain = make_trainer()
+    assert step(compiled, mixed_batch(compiled))[0] == pytest.approx(step(plain, mixed_batch(plain))[0])
+
+
 @pytest.mark.parametrize("other", ["ours", "TRL's"])
 def test_a_student_that_another_trainer_has_taken_over_trains_nothing_else_in_silence(
     make_trainer: MakeTrainer, tmp_path: Path, other: str
