@@ -910,7 +910,7 @@ def test_options_of_two_trainers_give_way_in_one_of_them_alone(make_trainer: Mak
 
     first = trainer(peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
     second = trainer()
-    assert (first.args.kv_source, second.args.kv_source) == ("student", "before")
+    assert (first.args.kv_source, second.args.kv_source, args.kv_source) == ("student", "before", "before")
     for one in (second, first, second):
         step(one, mixed_batch(one))  # neither is told that its options were changed
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .fault import FEATURES, TRAINER, Fault
+from .fault import FEATURES, FORMATS, TRAINER, Fault
 
 STATISTICS = "tests/test_statistics.py"
 METRICS = "tests/test_metrics.py"
@@ -117,5 +117,95 @@ FAULTS = (
         "if False:",
         "a language model is published as a restored VLM",
         ("tests/publish/test_files.py::test_a_language_model_is_not_published_as_a_restored_vlm",),
+    ),
+    # ---- data
+    Fault(
+        "video-dropped",
+        "formats.py",
+        "if _MEDIA.fullmatch(key) and not isinstance(value, bool | int | float):",
+        "if False:",
+        "a row about a video is trained on as text",
+        (f"{FORMATS}::test_media_under_a_name_that_nobody_reads_are_not_dropped_in_silence",),
+    ),
+    Fault(
+        "picture-dropped",
+        "formats.py",
+        "if not shown_images and _is_picture(key, value):",
+        "if False:",
+        "a row about a picture in a column `img` is trained on as text",
+        (f"{FORMATS}::test_a_dataset_whose_pictures_nobody_reads_is_refused_before_the_first_step",),
+    ),
+    Fault(
+        "system-dropped",
+        "formats.py",
+        'return [{"role": "system", "content": system}, *turns]',
+        "return turns",
+        "the system prompt of ShareGPT's rows is lost",
+        (f"{FORMATS}::test_what_the_system_says_in_a_column_of_its_own_comes_first",),
+    ),
+    Fault(
+        "source-unnamed",
+        "mixtures.py",
+        "new[SOURCE_COLUMN] = where = ",
+        "where = ",
+        "a bad row of a mixture is named by its number after joining",
+        ("tests/test_sources.py::test_a_bad_row_of_a_mixture_is_named_by_its_source",),
+    ),
+    Fault(
+        "header-trained",
+        "answers.py",
+        "spans.append((max(0, place + len(header)) if place >= 0 else 0, len(after)))",
+        "spans.append((0, len(after)))",
+        "the header of a first answer is trained on",
+        (f"{FORMATS}::test_an_answer_that_comes_first_is_trained_on_without_what_announces_it",),
+    ),
+    # ---- a run
+    Fault(
+        "stream-ended",
+        "pace.py",
+        "if state.global_step == self._first_step and control.should_training_stop:",
+        "if state.global_step == self._first_step:",
+        "a stream that has gone round cannot be resumed",
+        ("tests/test_checkpoints.py::test_a_stream_that_has_gone_round_is_resumed",),
+    ),
+    Fault(
+        "others-removed-at-the-end",
+        "resume.py",
+        "self.args.save_total_limit = None if limit == 1 else limit",
+        "pass",
+        "the end of a run removes checkpoints of others",
+        ("tests/test_checkpoints.py::test_the_end_of_a_run_that_keeps_its_best_alone_removes_no_others",),
+    ),
+    Fault(
+        "logs-wait",
+        "step_mixin.py",
+        "metrics = self.meter.read(training=training) if its_own else {}",
+        "metrics = self.meter.read(training=training)",
+        "a log of the first process alone waits for the others for ever",
+        (f"{TRAINER}::test_what_a_callback_logs_takes_none_of_the_trainers_sums",),
+    ),
+    Fault(
+        "skipped-loss-stays",
+        "finite.py",
+        "        self._put_back(trainer)\n        # It is",
+        "        # It is",
+        "the loss and tokens of a skipped step stay in the log",
+        ("tests/test_finite.py::test_a_skipped_step_is_in_no_loss_and_no_count_of_tokens",),
+    ),
+    Fault(
+        "stale-samples",
+        "resume.py",
+        "trainer._step, trainer._buffered_inputs = 0, None",
+        "pass",
+        "samples of a training that broke off are trained on by the next",
+        ("tests/test_on_policy.py::test_a_training_after_one_that_broke_off_trains_on_no_sample_of_it",),
+    ),
+    Fault(
+        "options-shared",
+        "step_mixin.py",
+        "self.args = copy.copy(args)",
+        "self.args = args",
+        "what gave way in one trainer holds for another of the same options",
+        (f"{TRAINER}::test_options_of_two_trainers_give_way_in_one_of_them_alone",),
     ),
 )
