@@ -104,13 +104,10 @@ class Before:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def lend(self, shared: SharedKV, inputs: Mapping[str, Any], columns: int) -> None:
-        """Put its keys and values of the first columns, zeros behind them, into a record of the student that has masks and positions."""
+        """Put its keys and values of the first columns into a record of the student that has masks and positions."""
         with self.as_before(), evaluating(self.model), recording(self.model) as own:
             self.model.base_model(**_first_columns(inputs, columns))
-        behind = inputs["input_ids"].shape[1] - columns
-        for kept, found in ((shared.keys, own.keys), (shared.values, own.values)):
-            kept.update({layer: nn.functional.pad(states, (0, 0, 0, behind)) for layer, states in found.items()})
-        shared.keep_kv = True
+        shared.keys, shared.values, shared.keep_kv = own.keys, own.values, True
 
 
 def _can_be_cut(inputs: Mapping[str, Any]) -> bool:

@@ -54,12 +54,12 @@ class _Replay:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as the queries see them: the student's, with the teacher's own written over them.
 
-        recorded: each (B, H_kv, T, D), None where nothing of the student's is read. own: each (1, H_kv, Q, D).
-        -> each (R, H_kv, T, D).
+        recorded: each (B, H_kv, T, D), or of the first columns alone; None where nothing of the student's is read. own: each
+        (1, H_kv, Q, D). -> each (R, H_kv, T, D).
         """
         if not self.plan.own.numel():
             assert recorded is not None
-            keys, values = (self._asked(states).to(own[0].dtype) for states in recorded)
+            keys, values = (self._whole(self._asked(states).to(own[0].dtype)) for states in recorded)
             return keys, values
         if own[0].shape[3] != own[1].shape[3]:  # latent attention: keys are wider than values
             keys, values = (self._with_own([mine], recorded and [recorded[i]]) for i, mine in enumerate(own))
@@ -76,7 +76,7 @@ class _Replay:
         if recorded is None:
             states = mine.new_zeros(plan.asked_rows.numel(), mine.shape[1], plan.length, mine.shape[2])
         else:
-            states = torch.cat([self._asked(part).to(mine.dtype) for part in recorded], dim=1)
+            states = self._whole(torch.cat([self._asked(part).to(mine.dtype) for part in recorded], dim=1))
             if len(recorded) == 1 and plan.asked_rows.numel() == plan.batch and recorded[0].dtype == mine.dtype:
                 states = states.clone()  # torch.cat of one tensor may be that tensor
         if plan.own.numel() < plan.num_queries:
@@ -88,6 +88,11 @@ class _Replay:
         """(B, ...) -> (R, ...), without a copy where every row is asked about."""
         rows = self.plan.asked_rows
         return states if rows.numel() == self.plan.batch else states.index_select(0, rows)
+
+    def _whole(self, states: torch.Tensor) -> torch.Tensor:
+        """(R, heads, C, D) of the first C columns -> (R, heads, T, D), with zeros behind them."""
+        behind = self.plan.length - states.shape[2]
+        return nn.functional.pad(states, (0, 0, 0, behind)) if behind else states
 
     def mask(self, layer_idx: int, dtype: torch.dtype, groups: int) -> torch.Tensor:
         """(R, 1 or heads, groups x W, T) mask rows of the queries, 0 where visible; built once, not once per layer."""

@@ -42,9 +42,9 @@ class LayerMask:
 class SharedKV:
     """What one student forward leaves for the teacher.
 
-    keys, values: layer_idx -> (B, H_kv, T, D), detached, post-RoPE. rotary: layer type (None where the family has one) -> what
-    the family's rotary module returns: (cos, sin), each (B or 1, T, D_rot), or one complex tensor. rotary_orders: in which order (see
-    `rotary.py`). position_ids: (B or 1, T), or
+    keys, values: layer_idx -> (B, H_kv, T, D), detached, post-RoPE; of the first columns alone where the VLM before lends them. rotary:
+    layer type (None where the family has one) -> what the family's rotary module returns: (cos, sin), each (B or 1, T, D_rot), or one
+    complex tensor. rotary_orders: in which order (see `rotary.py`). position_ids: (B or 1, T), or
     (axes, B or 1, T). mixed, mixed_documents: what layers without attention write, and what they are told of documents; mixer_layers:
     which these are: see `mixers.py`. inputs_embeds: (B, T, H_s), detached. inputs: what the student's backbone was called with.
     last_hidden_state: (B, T, H_s) with gradient.

@@ -12,9 +12,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl import SFTTrainer
 from trl.trainer import utils as trl_utils
 
+from hf_lingudistill.step import own_inputs
+
 LAYERS = 30  # as SmolLM2-135M: what is done once a layer must show
-# Reading a number, and shapes that depend on values
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "repeat_interleave.Tensor", "equal")
+# Reading a number (in inference mode by other names), and shapes that depend on values
+WAITS = (
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "repeat_interleave.Tensor",
+    "equal",
+)
 
 
 class Count(TorchDispatchMode):
@@ -63,3 +74,39 @@ def test_a_step_launches_little_and_waits_no_more_than_sft(make_trainer: Callabl
     # The control: without the collator's plan the step has to ask the device
     ours.data_collator.plan = None
     assert counted(ours, rows).waits > found.waits + 5
+
+
+# What each may add to a step of SFT: operations, waits, and forwards of the VLM, with the waits in transformers' own code
+@pytest.mark.parametrize(
+    ("settings", "operations", "waits", "forwards"),
+    [
+        # The teacher's pass, some 40 operations a layer. The plan's check waits on a CPU alone
+        ({"kv_source": "student"}, 1300, 1, 0),
+        # The default: the VLM before runs to the last image token. It finds its images, places them and looks for padding: each waits
+        ({"kv_source": None}, 2660, 1, 1),
+        # The teacher's own forward on the text as well. transformers waits there to see whether rows are packed
+        ({"kv_source": None, "blind_weight": 0.5}, 3720, 2, 1),
+    ],
+    ids=["student", "default", "blind"],
+)
+def test_a_row_with_an_image_costs_its_forwards_and_little_more(
+    make_trainer: Callable[..., Any], settings: dict[str, Any], operations: int, waits: int, forwards: int
+) -> None:
+    rows = [{**row, "distill": True} for row in tiny.make_rows(1)]
+    plain = make_trainer(SFTTrainer, model=tiny.make_vlm(0, layers=LAYERS))
+    ours = make_trainer(
+        model=tiny.make_vlm(0, layers=LAYERS),
+        teacher_model=tiny.make_lm(1, layers=LAYERS),
+        kv_sharing="vision",
+        **settings,
+    )
+    ours.first_batch.batches_to_compare = 0
+    assert (ours.step.source is not None) == bool(forwards)
+    inputs = own_inputs(ours.data_collator(rows))
+    found = counted(ours, rows)
+    sft = counted(plain, [{name: value for name, value in row.items() if name != "distill"} for row in rows])
+    with torch.no_grad(), Count() as forward:
+        plain.model.base_model(**inputs)
+    assert forward.waits > 0  # control: an image is waited for
+    assert found.operations - sft.operations <= operations + (0 if hasattr(trl_utils, "_use_triton") else 30)
+    assert found.waits - sft.waits <= waits + forwards * forward.waits

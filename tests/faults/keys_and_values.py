@@ -221,7 +221,7 @@ FAULTS = (
     ),
     Fault(
         "lent-from-the-right",
-        "anchor.py",
+        "replay.py",
         "nn.functional.pad(states, (0, 0, 0, behind))",
         "nn.functional.pad(states, (0, 0, behind, 0))",
         "lent keys and values lie under other tokens",
