@@ -29,6 +29,11 @@ from test_trainer import (
     step,
 )
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    CLIPVisionConfig,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedModel,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
@@ -41,6 +46,7 @@ from hf_lingudistill.hub.card import render_card
 from hf_lingudistill.losses import Weights
 from hf_lingudistill.queries import Vocabulary
 from hf_lingudistill.scripts.distill import startup_summary
+from hf_lingudistill.self_check import self_check
 from hf_lingudistill.sharing import sharing
 from hf_lingudistill.step import DistillStep
 from hf_lingudistill.student_kv import recording
@@ -115,6 +121,38 @@ def planned(family: Family, inputs: Inputs, mode: str, **settings: Any) -> Any:
         attention_mask=inputs["attention_mask"],
         **settings,
     )
+
+
+def mistral_4() -> Mistral3Config:
+    """A Mistral 3 around the latent attention of Mistral 4, an LM that AutoModelForCausalLM does not load."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "v_head_dim": 8}
+    latent = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    experts = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    both = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    vision = {"model_type": "pixtral", "num_attention_heads": 4, "head_dim": 16, "image_size": 32, "patch_size": 8}
+    text = CONFIG_MAPPING["mistral4"](vocab_size=352, pad_token_id=0, **both, **heads, **latent, **experts)
+    return Mistral3Config(text_config=text, vision_config={**both, **vision}, image_token_index=336)
+
+
+def test_an_lm_without_a_causal_class_is_refused_and_the_vlm_that_is_named_teaches(tmp_path: Path) -> None:
+    student, tokenizer = Mistral3ForConditionalGeneration(mistral_4()).eval(), tiny.make_tokenizer(extra=False)
+    tokenizers = {"student_tokenizer": tokenizer, "teacher_tokenizer": tokenizer}
+    if type(student.config.text_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        pytest.skip("this transformers loads it")
+    (refused,) = check_compatibility(student, student.config.text_config, **tokenizers).misfits
+    assert refused.message == (
+        "Teacher mistral4 is of the type of the student's language model, and transformers has no causal LM of this type. Use a VLM of "
+        "type mistral3 as the teacher, such as the one that the student was tuned from: its text half teaches."
+    )
+    assert check_compatibility(student, student, **tokenizers).fits
+    another(student).save_pretrained(tmp_path)
+    half = load_teacher_model(str(tmp_path), quantization="none")
+    self_check(
+        student, half, torch.arange(5, 45)[None]
+    )  # raises where keys and values of the one would mean something else to the other
+    # Control: a teacher of another type, of which nothing like this is said
+    other = check_compatibility(student, CLIPVisionConfig(), **tokenizers).misfits[0]
+    assert other.reason == "Teacher clip_vision_model is not a model that AutoModelForCausalLM loads."
 
 
 @pytest.fixture(scope="session")

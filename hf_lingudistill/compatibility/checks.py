@@ -110,6 +110,11 @@ def check_roles(s: Side, t: Side, *, sees: bool = False) -> list[Check]:
                 f"Teacher {t.title} is the text half of a vision-language model, and transformers has no causal LM of this type.",
                 "Use the LM that the student was built from; where there was none, the VLM that it was tuned from, whose text half can teach.",
             )
+        if type(t.config) is type(s.text) and type(s.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:  # Mistral 4
+            return misfit(
+                f"Teacher {t.title} is of the type of the student's language model, and transformers has no causal LM of this type.",
+                f"Use a VLM of type {s.model_type} as the teacher, such as the one that the student was tuned from: its text half teaches.",
+            )
         return misfit(f"Teacher {t.title} is not a model that AutoModelForCausalLM loads.")
     for architecture in t.config.architectures or []:
         if re.search(r"Classification$|ForQuestionAnswering$|ForMaskedLM$", architecture):

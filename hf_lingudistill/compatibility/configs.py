@@ -194,7 +194,8 @@ def setting(config: PreTrainedConfig, name: str, default: Any = None) -> Any:
         return getattr(config.per_layer_config[0], name, default)
 
 
-def _nested_configs(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
+def nested_configs(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
+    """The configs that are attributes of this one, by name: `vision_config`, `text_config`, ..."""
     from transformers import PreTrainedConfig
 
     return {name: value for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)}
@@ -210,7 +211,7 @@ def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
         text = PreTrainedConfig(**text)
     if text is config and setting(config, "num_hidden_layers") is None:
-        for name, nested in _nested_configs(config).items():  # `llm_config` and the like of code from the Hub
+        for name, nested in nested_configs(config).items():  # `llm_config` and the like of code from the Hub
             if not is_vision_key(name) and setting(nested, "vocab_size") and setting(nested, "num_hidden_layers"):
                 return nested
     return text

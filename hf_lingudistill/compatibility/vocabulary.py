@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .configs import Side
+from .configs import Side, is_vision_key, nested_configs
 from .table import Check, count
 
 _Tokens = list[str | None]  # token string by id, None where there is none
@@ -101,8 +101,11 @@ def _last_ordinary_id(tokenizer: Any, tokens: _Tokens) -> int:
 
 
 def placeholder_ids(s: Side) -> tuple[int, ...]:
+    """Ids that stand for images and videos, sorted: those of the config, else of its vision config (Phi-4-multimodal), else of the
+    processor or tokenizer. Empty where none of them names one."""
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    for source in (s.config, s.processing, s.tokenizer):
+    nested = [value for name, value in nested_configs(s.config).items() if is_vision_key(name)]
+    for source in (s.config, *nested, s.processing, s.tokenizer):
         values = {getattr(source, name, None) for name in names}
         if found := sorted(value for value in values if isinstance(value, int)):
             return tuple(found)

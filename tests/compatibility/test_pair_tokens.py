@@ -136,6 +136,19 @@ def test_image_and_video_tokens_are_read_from_the_config(tokenizers: Tokenizers)
     assert check_compatibility(student, Qwen2Config(**sizes()), **tokenizers).image_token_ids == (40, 41)
 
 
+def test_an_image_token_is_read_from_the_vision_config(tokenizers: Tokenizers) -> None:
+    """Phi-4-multimodal's own config names none."""
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    student = CONFIG_MAPPING["phi4_multimodal"](
+        **sizes(), vision_config={**vision, "image_token_id": 40}, audio_config={"num_blocks": 1}
+    )
+    report = check_compatibility(student, CONFIG_MAPPING["phi3"](**sizes()), **tokenizers)
+    assert report.image_token_ids == (40,)
+    assert messages(report, "image tokens") == []
+    student.image_token_id = 41  # the config's own goes before
+    assert check_compatibility(student, llama(), **tokenizers).image_token_ids == (41,)
+
+
 def test_an_image_token_without_a_row_is_noted(tokenizers: Tokenizers) -> None:
     report = check_compatibility(vlm(llama(vocab_size=VOCAB)), llama(), **tokenizers)
     assert messages(report, "image tokens") == ["Student's embedding has 48 rows and none for image token id 48."]
