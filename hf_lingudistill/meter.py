@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Meter(Watcher):
 
     accelerator: reduces the sums over processes. distill_tokens: the config's, for a warning about a poor teacher; None
     where labels are the student's own samples. follows_student: whether what the teacher reads is trained, for a warning when it gets
-    worse. joins_rows: whether a batch is one row made of several.
+    worse. joins_rows: whether a batch is one row made of several. remedies: what that warning names, of what is not set already.
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class Meter(Watcher):
         distill_tokens: str | None,
         follows_student: bool = False,
         joins_rows: bool = False,
+        remedies: Sequence[str] = ("distill_tokens='confident'",),
     ) -> None:
+        self.remedies = tuple(remedies)
         self.accelerator, self.distill_tokens, self.follows_student = accelerator, distill_tokens, follows_student
         self.joins_rows = joins_rows
         precision = torch.float32 if accelerator.device.type == "mps" else torch.float64
@@ -167,10 +170,10 @@ class Meter(Watcher):
         self.worse_teacher_warned = True
         logger.warning(
             "The teacher predicts the labels worse than the student (%.2f against %.2f nats per token): the divergence pulls the "
-            "student towards a poorer model. Use distill_tokens='confident', or ce_weight > 0; if the student's language has "
-            "collapsed, kv_sharing='none' or 'vision' gives the teacher its own keys and values.",
+            "student towards a poorer model. `lingudistill diagnose` measures the pair; what may help: %s.",
             teacher_ce,
             student_ce,
+            "; ".join(self.remedies),
         )
 
     def _warn_if_teacher_is_led_astray(self, teacher_ce: float) -> None:

@@ -108,6 +108,7 @@ class StepMixin(TeacherMixin):
             # Of samples, the teacher's loss says as much about the student as about the teacher
             follows_student=mode.reads_student and args.kv_source == "student" and not sampled,
             joins_rows=packed,
+            remedies=_remedies(args),
         )
         watch = FiniteWatch(accelerator, getattr(self.processing_class, "tokenizer", self.processing_class))
         self.policy = StepPolicy(watch, args.on_nan)
@@ -274,6 +275,15 @@ class StepMixin(TeacherMixin):
 
     def _plain_student(self) -> PreTrainedModel:
         return self.model.get_base_model() if is_peft_model(self.model) else self.model  # type: ignore[no-any-return]
+
+
+def _remedies(args: Any) -> list[str]:
+    """What may help where the teacher is worse than the student, of what these options do not say already, likeliest first."""
+    found = [] if args.ce_weight > 0 else ["ce_weight > 0, for the label beside the teacher"]
+    own = "the teacher's own keys and values of text, if the student's language has collapsed"
+    reads_text = args.kv_sharing in ("full", "prompt")
+    found += [f"kv_sharing='vision' or 'none', {own}"] if reads_text else []
+    return [*found, "distill_tokens='confident', where the teacher is unsure"]
 
 
 def all_marked(given: Any, column: str) -> bool:

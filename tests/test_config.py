@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,37 @@ def test_flags_reach_every_field(parse: Any) -> None:
     for name, value in EVERY_OWN_FIELD.items():
         flags += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
     assert own_values(parse(*flags)) == EVERY_OWN_FIELD
+
+
+@pytest.mark.parametrize("written", [["--self_check", "off"], ["--self_check=OFF"], ["--self-check", "off"]], ids=str)
+def test_a_switch_is_on_or_off_too(written: list[str]) -> None:
+    from hf_lingudistill.scripts.arguments import parse as parse_all
+
+    pair = ["--student", "VLM", "--teacher", "LM", "--output_dir", "out", "--bf16", "off", "--use_cpu", "on"]
+    _, config, *_ = parse_all([*pair, *written])
+    assert config.self_check is False and config.bf16 is False and config.use_cpu is True
+    _, config, *_ = parse_all([*pair, "--self_check", "on", "--run_name", "off"])  # what is no switch keeps its word
+    assert config.self_check is True and config.run_name == "off"
+    with pytest.raises(ValueError, match="got maybe"):
+        parse_all([*pair, "--self_check", "maybe"])
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="needs DeepSpeed not to be there")
+@pytest.mark.parametrize("how", ["flag", "recipe"])
+def test_deepspeed_that_is_not_there_is_named_before_its_config_is_read(how: str, tmp_path: Path) -> None:
+    from hf_lingudistill.scripts.arguments import parse as parse_all
+
+    (tmp_path / "zero.json").write_text("{}")
+    (tmp_path / "recipe.yaml").write_text(f"deepspeed: {tmp_path / 'zero.json'}\n")
+    pair = ["--student", "VLM", "--teacher", "LM", "--output_dir", "out", "--bf16", "false", "--use_cpu"]
+    more = {
+        "flag": ["--deepspeed", str(tmp_path / "zero.json")],
+        "recipe": ["--config", str(tmp_path / "recipe.yaml")],
+    }
+    with pytest.raises(
+        ImportError, match="needs the package deepspeed, which is not installed: `pip install deepspeed`"
+    ):
+        parse_all([*pair, *more[how]])
 
 
 def test_a_boolean_flag_needs_no_value(parse: Any) -> None:

@@ -604,6 +604,32 @@ def test_teacher_that_is_worse_than_the_student_warns_once(
     assert sum("predicts the labels worse" in record.getMessage() for record in caplog.records) == warns
 
 
+@pytest.mark.parametrize(
+    ("settings", "named", "left_out"),
+    [
+        ({"kv_sharing": "vision", "ce_weight": 0.5}, ["confident"], ["ce_weight > 0", "kv_sharing="]),
+        ({"kv_sharing": "vision", "ce_weight": 0.0}, ["ce_weight > 0", "confident"], ["kv_sharing="]),
+        (
+            {"kv_sharing": "prompt", "ce_weight": 0.5},
+            ["kv_sharing='vision' or 'none'", "confident"],
+            ["ce_weight > 0"],
+        ),
+    ],
+    ids=str,
+)
+def test_what_may_help_against_a_worse_teacher_is_not_set_already(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture, settings: dict, named: list[str], left_out: list[str]
+) -> None:
+    teacher = tiny.make_lm(1, tie_word_embeddings=False)
+    teacher.lm_head.weight.data *= 10
+    make_trainer(teacher_model=teacher, distill_tokens="all", **settings).train()
+    (said,) = [
+        r.getMessage() for r in caplog.records if "predicts the labels worse than the student" in r.getMessage()
+    ]
+    assert "`lingudistill diagnose` measures the pair" in said
+    assert [word in said for word in named] == [True] * len(named) and not any(word in said for word in left_out)
+
+
 def _fluent_teacher(trainer: Any) -> Any:
     """The trainer's own teacher, taught the labels of its first batch: good alone, whatever it is with another's K/V."""
     teacher, batch = trainer.teacher.model, first_batch(trainer)

@@ -158,7 +158,8 @@ def parse(argv: Sequence[str]) -> Parsed:
     for name, value in _variables(recipe.pop("env", {}), early.config).items():
         os.environ[name] = value
     parser.set_defaults_with_config(**recipe)
-    _, unknown = parser.parse_known_args(rest)
+    rest = with_on_and_off(parser, rest)
+    asked, unknown = parser.parse_known_args(rest)
     if unknown:
         options = {
             name for action in parser._actions for name in action.option_strings if "-" not in name.removeprefix("--")
@@ -169,7 +170,28 @@ def parse(argv: Sequence[str]) -> Parsed:
                 f"Unknown option {what!r}{did_you_mean(what.replace('-', '_').replace('__', '--', 1), options) or '.'}"
             )
         raise ValueError(f"{shown(what)} belongs to no option: expected --OPTION VALUE. `--help` lists them.")
+    from .preflight import check_packages
+
+    check_packages(
+        argparse.Namespace(deepspeed=asked.deepspeed)
+    )  # whose config is read where the options become an object
     return parser.parse_args_into_dataclasses(args=rest, look_for_args_file=False)  # type: ignore[return-value]
+
+
+def with_on_and_off(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """The same words, `on` and `off` after a switch as `true` and `false`, as YAML reads them."""
+    kinds = {action: getattr(action.type, "__name__", "") for action in parser._actions}
+    switches = {name for action, kind in kinds.items() if kind == "string_to_bool" for name in action.option_strings}
+    values = {"on": "true", "off": "false"}
+    words: list[str] = []
+    for word in argv:
+        name, _, value = word.partition("=")
+        if name in switches and value.lower() in values:
+            word = f"{name}={values[value.lower()]}"
+        elif words and words[-1] in switches:
+            word = values.get(word.lower(), word)
+        words.append(word)
+    return words
 
 
 def _groups(config: type) -> tuple[type, ...]:
@@ -184,7 +206,7 @@ def _names(groups: Sequence[type]) -> set[str]:
 
 def _is_true(flag: str | None, of_recipe: Any) -> bool:
     """Whether a switch is on: by its flag, else by its line in the recipe."""
-    return of_recipe is True if flag is None else flag.lower() in ("true", "yes", "t", "y", "1")
+    return of_recipe is True if flag is None else flag.lower() in ("true", "yes", "t", "y", "1", "on")
 
 
 def _variables(given: Any, path: str | None) -> dict[str, str]:
