@@ -212,7 +212,13 @@ class ResumingMixin(_Trainer):
         }
 
     def _restore_measured(self) -> None:
-        if self._resumed_from is None or (kept := read_measured(self._resumed_from, self.accelerator)) is None:
+        if self._resumed_from is None:
+            return
+        kept = read_measured(self._resumed_from, self.accelerator)
+        # Of steps before this call of `train`, whose mean loss leaves them out. A log adds the mean over processes: all take part
+        of_this = torch.tensor(0.0 if kept is None else kept["loss"], device=self.accelerator.device)
+        self._total_loss_scalar -= self.accelerator.reduce(of_this, reduction="mean").item()
+        if kept is None:
             return
         self.meter.load(kept["meter"])
         self.first_batch.load(kept["first_batch"])
@@ -221,9 +227,6 @@ class ResumingMixin(_Trainer):
         self._metrics["train"].update(kept["metrics"])
         self._total_train_tokens = kept["tokens"]
         self._tr_loss += kept["loss"]
-        # Of steps before this call of `train`, whose mean loss leaves them out; a log adds the mean over processes
-        mean = self.accelerator.reduce(torch.tensor(kept["loss"], device=self.accelerator.device), reduction="mean")
-        self._total_loss_scalar -= mean.item()
         self._globalstep_last_logged = kept["last_logged"]
 
 
