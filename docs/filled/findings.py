@@ -33,7 +33,7 @@ def five_artists_claim() -> str:
             f"{share(name, 'ce', 'image_kl', drift='mild'):.0%} ([second recipe](examples/recipes/five_artists/README.md)). "
             "IFEval did not come back.",
             f"- {what_sight_does()}",
-            f"- Interpolating the weights (.3, no training): {near['interpolate_03']['recovered_text_kl']['mean']:.0%} back, "
+            f"- Interpolating the weights (.3): {near['interpolate_03']['recovered_text_kl']['mean']:.0%} back, "
             f"{near['interpolate_03']['naming_seen']['mean']:.0%} of names right, not {near[name]['naming_seen']['mean']:.0%} (one seed, CPU).",
         )
     )

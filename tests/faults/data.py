@@ -81,7 +81,7 @@ FAULTS = (
     Fault(
         "images-out-of-order",
         "formats.py",
-        'images = [part["image"] if "image" in part else next(rest) for part in places]',
+        'images = [_plain_paths(part["image"]) if "image" in part else next(rest) for part in places]',
         "images = [*own, *rest]",
         "images of turns and of the column change places",
         (f"{FORMATS}::test_images_stand_in_the_order_of_their_places",),
@@ -89,7 +89,7 @@ FAULTS = (
     Fault(
         "source-flag-lost",
         "mixtures.py",
-        'flag_of(row, distill_column, f"{name}, row {index}") if own_flag else flag is not False',
+        'flag_of(row, distill_column, where) if own_flag else flag is not False',
         "row[distill_column] if own_flag else True",
         "a source that is not to be distilled is",
         (f"{DATA}::test_every_row_gets_the_flag_of_its_source",),

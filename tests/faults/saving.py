@@ -91,8 +91,8 @@ FAULTS = (
     Fault(
         "dropped-step-counted",
         "finite.py",
-        "                setattr(trainer, name, value)\n",
-        "                pass\n",
+        "            setattr(trainer, name, value)\n",
+        "            pass\n",
         "the checkpoint of a stop counts the step that was dropped",
         ("tests/test_finite.py::test_what_a_stop_leaves_counts_nothing_of_the_step_that_was_dropped",),
     ),
