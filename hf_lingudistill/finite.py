@@ -187,7 +187,9 @@ class StepPolicy:
         self._put_back(trainer)
         # It is no step to divide a sum of losses by
         trainer._globalstep_last_logged += 1
-        trainer._initial_global_step += 1
+        trainer._initial_global_step = (
+            getattr(trainer, "_initial_global_step", 0) + 1
+        )  # not in transformers' oldest releases
         self.skipped_steps += 1
         logger.warning("Step %d skipped: %s.", trainer.state.global_step + 1, problem)
 

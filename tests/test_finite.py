@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ import tiny
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from hf_lingudistill.finite import IN_A_ROW, NAMED_ROWS, FiniteWatch, NotFinite, Problem
 from hf_lingudistill.scripts.distill import NOT_FINITE, main
@@ -260,7 +261,9 @@ def test_a_skipped_step_is_in_no_loss_and_no_count_of_tokens(
     each, _ = poisoned(make_trainer, on_nan="skip", logging_steps=1, overwrite_output_dir=True)
     each.train()
     own = {log["step"]: log for log in each.state.log_history if "loss" in log}
-    assert output.training_loss == pytest.approx(sum(own[step]["loss"] for step in (1, 3, 4)) / 3, rel=1e-4)
+    # The oldest transformers divides by all steps there are
+    count = 3 if "_initial_global_step" in inspect.getsource(Trainer._finalize_training) else 4
+    assert output.training_loss == pytest.approx(sum(own[step]["loss"] for step in (1, 3, 4)) / count, rel=1e-4)
     if every == 2:
         assert losses[2][0] == pytest.approx(own[1]["loss"], rel=1e-4)  # of the step that took place
         assert losses[4][0] == pytest.approx((own[3]["loss"] + own[4]["loss"]) / 2, rel=1e-4)

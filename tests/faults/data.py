@@ -89,7 +89,7 @@ FAULTS = (
     Fault(
         "source-flag-lost",
         "mixtures.py",
-        'flag_of(row, distill_column, where) if own_flag else flag is not False',
+        "flag_of(row, distill_column, where) if own_flag else flag is not False",
         "row[distill_column] if own_flag else True",
         "a source that is not to be distilled is",
         (f"{DATA}::test_every_row_gets_the_flag_of_its_source",),
