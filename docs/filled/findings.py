@@ -161,18 +161,20 @@ def five_artists_says() -> str:
 def _with_labels() -> str:
     """The default against a blind teacher with the same labels, over the CPU's seeds that have both; nothing without them."""
     default, blind = "vision_before_ce05", "none_ce05"
-    text = ""
+    parts = []
     for drift in ("severe", "mild"):
         found = _shares(default, blind, "image_kl", drift=drift, cpu=True)
         if found:
             told = [
                 less(default, blind, metric, drift=drift, cpu=True) for metric in (DEPENDENT, "image_kl", "text_kl")
             ]
-            text += (
-                f" With the same labels beside both (`none_ce05`, CPU, {drift} drift, {_count(len(found))}), the default is {told[0]} below the "
-                f"blind teacher where the picture matters, {told[1]} over whole answers, {told[2]} on text."
-            )
-    return text
+            parts.append(f"{' / '.join(told)} after {drift} drift ({_count(len(found))})")
+    return (
+        " With the same labels beside both (`none_ce05`, on a CPU), the default is below the blind teacher, where the picture matters / over whole "
+        f"answers / on text, by {', '.join(parts)}."
+        if parts
+        else ""
+    )
 
 
 def five_artists_targets() -> str:
