@@ -110,8 +110,7 @@ def test_the_report_measures_the_damage_and_shows_every_prompt(done: Any) -> Non
     language = report["language"]
     assert language["original"] == 0.0 and language["before"] > 0.05  # it was damaged
     assert language["recovered"] == pytest.approx(1 - language["after"] / language["before"])
-    low, high = language["interval95"]["before"]
-    assert low <= language["before"] <= high and language["n_texts"] == 2
+    assert language["interval95"]["before"] is None and language["n_texts"] == 2  # too few answers for an interval
     assert report["pictures"]["n_texts"] == 2 and report["vision"]["n"] == 3
     assert [entry["prompt"] for entry in report["prompts"]] == [asked["prompt"] for asked in STORY.prompts]
     assert all(isinstance(entry[arm], str) for entry in report["prompts"] for arm in ("original", "before", "after"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,10 +27,15 @@ def fidelity_entry(metric: str, measured: Mapping[str, Items]) -> Report:
         "original": 0.0,
         **{arm: score["value"] for arm, score in scores.items()},
         "recovered": (before - after) / before if before > 0 else None,
-        "interval95": {arm: [score["low"], score["high"]] for arm, score in scores.items()},
+        "interval95": {arm: _interval(score) for arm, score in scores.items()},
         "n_texts": len(weights),
         "n_tokens": int(sum(weights)),
     }
+
+
+def _interval(score: Mapping[str, Any]) -> list[float] | None:
+    """Both ends, or None where there are too few items for any."""
+    return [score["low"], score["high"]] if math.isfinite(score["high"]) else None
 
 
 def vision_entry(
@@ -37,9 +43,8 @@ def vision_entry(
 ) -> Report:
     """The `vision` part from `what_accuracy` results by arm; `shuffled`: the same with pictures exchanged between items."""
 
-    def interval(correct: Sequence[bool]) -> list[float]:
-        score = Bootstrap().score({str(item): (float(right), 1.0) for item, right in enumerate(correct)})
-        return [score["low"], score["high"]]
+    def interval(correct: Sequence[bool]) -> list[float] | None:
+        return _interval(Bootstrap().score({str(item): (float(right), 1.0) for item, right in enumerate(correct)}))
 
     return {
         "metric": metric,
@@ -131,7 +136,7 @@ def plot(report: Report, path: Path) -> None:
     )
     for axis, (entry, title) in zip(axes, parts, strict=True):
         for position, (arm, color) in enumerate(colors.items()):
-            low, high = entry["interval95"][arm]
+            low, high = entry["interval95"][arm] or (entry[arm], entry[arm])
             axis.bar(position, entry[arm], width=0.62, color=color)
             axis.errorbar(
                 position, entry[arm], [[entry[arm] - low], [high - entry[arm]]], color="#111827", capsize=3, lw=1
