@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -551,6 +552,51 @@ def test_a_missing_library_is_named_with_the_option_that_asks_for_it(
     monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
     assert run(saved_pair, data, tmp_path / "out", "--teacher_quantization", "nf4") == 2
     assert "teacher_quantization=nf4 needs the package bitsandbytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "package"),
+    [
+        ("report_to", "wandb", "wandb"),
+        ("report_to", "tensorboard", "tensorboard"),
+        ("report_to", "flyte", "flytekit"),
+        ("report_to", "dagshub", "dagshub"),
+        ("use_liger_kernel", True, "liger-kernel"),
+        ("attn_implementation", "flash_attention_2", "flash-attn"),
+        ("attn_implementation", "paged|flash_attention_2", "flash-attn"),
+        ("attn_implementation", "flash_attention_4", "kernels"),
+        ("attn_implementation", "kernels-community/flash-attn2", "kernels"),
+        ("optim", "lion_32bit", "bitsandbytes"),
+        ("optim", "ademamix", "bitsandbytes"),
+        ("optim", "paged_adamw_8bit", "bitsandbytes"),
+        ("load_in_4bit", True, "bitsandbytes"),
+        ("use_vllm", True, "vllm"),
+        ("deepspeed", "zero2.json", "deepspeed"),
+    ],
+)
+def test_each_option_names_the_package_that_it_asks_for(
+    monkeypatch: pytest.MonkeyPatch, option: str, value: Any, package: str
+) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    with pytest.raises(ImportError) as error:
+        preflight.check_packages(SimpleNamespace(**{option: value}))
+    assert str(error.value).startswith(
+        f"{option}={value} needs the package {package}, which is not installed: `pip install {package}`"
+    )
+    monkeypatch.setattr(preflight, "find_spec", lambda name: name)
+    preflight.check_packages(SimpleNamespace(**{option: value}))  # the control
+
+
+def test_what_needs_no_package_asks_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    for option, values in {
+        "report_to": ("all", "none", "kubeflow"),
+        "attn_implementation": (None, "sdpa", "eager", "paged|eager", "flex_attention"),
+        "optim": ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "rmsprop"),
+        "deepspeed": (None,),
+    }.items():
+        for value in values:
+            preflight.check_packages(SimpleNamespace(**{option: value}))
 
 
 # --------------------------------------------------------------------------------------------------------------------
