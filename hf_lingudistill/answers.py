@@ -68,7 +68,7 @@ def _spans_by_prefix(turns: Sequence[Row], render: Render) -> list[Span] | None:
         if not index:  # no question whose end would be where the answer begins: behind what is written before one
             header = render(1, add_generation_prompt=True).removeprefix(after)
             place = after.find(header) if header != after else -1
-            spans.append((max(0, place + len(header)) if place >= 0 else 0, len(after)))
+            spans.append((place + len(header) if place >= 0 else 0, len(after)))
             continue
         # Some prompt the answer with more than the whole conversation has there (an empty thought): both agree up to its start
         start = max(len(os.path.commonprefix([asked, whole])), len(before))

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from .anchor import Before, evaluating, make_before
 from .bad_rows import ROW_COLUMN
 from .cached import LookUp, flat_readings, keys_of, still_rows
+from .checkpoints import check_apart
 from .engines import sharding_of
 from .first_batch import FirstBatch
 from .hub.run_facts import public_name
@@ -82,6 +83,11 @@ class CacheMixin(_Trainer):
         sets = self._sets()
         before = self._whole_before()
         folder = Path(args.cache_dir or Path(args.output_dir) / "caches")
+        read = {
+            "student": getattr(self._plain_student().config, "_name_or_path", None),
+            "teacher": self.teacher_name_or_path,
+        }
+        check_apart(folder, what="cache_dir", **read)
         process = self.accelerator.process_index
         if args.anchor_cache:
             self.anchor_cached = RowCache(folder / "anchor", "anchor cache", self._of_before(), process=process)

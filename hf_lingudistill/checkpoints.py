@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,10 @@ from .folders import MARKER, clear_staging, forget, is_ours, make_staging, obsta
 BY = "distill"  # whose files they are, in the folder's list
 STAGING = ".checkpoint-being-written"
 STATE = "trainer_state.json"
+_SETTINGS = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "special_tokens_map.json", "chat_template.json"),
+)
 # What makes a folder one of a run, and what saving a model, its processor, its card and a run's state may write to it
 _OF_A_RUN = (STATE, "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 _WRITTEN = (
@@ -211,6 +216,24 @@ def keep_best(run: str | os.PathLike[str], best: str | None) -> None:
     for path in map(Path, sort_checkpoints(str(run))):
         if not path.samefile(best) and is_ours(run, path.name, by=BY):
             remove(run, path.name, by=BY)
+
+
+def keep_edits(run: str | os.PathLike[str], checkpoint: str | os.PathLike[str]) -> list[str]:
+    """A run that is resumed writes its model anew at its end: settings in its folder that are not as the checkpoint has them are somebody's
+    edits, and are copied to `earlier-NAME` first. -> the names of the copies.
+
+    run: the folder of the run. checkpoint: one of its own.
+    """
+    kept = []
+    for name in (
+        file.name for file in Path(checkpoint).iterdir() if file.suffix == ".jinja" or file.name in _SETTINGS
+    ):
+        here = Path(run) / name
+        if here.is_file() and here.read_bytes() != (Path(checkpoint) / name).read_bytes():
+            copy = _free(here.with_name(f"earlier-{name}"))
+            shutil.copy2(here, copy)
+            kept.append(copy.name)
+    return sorted(kept)
 
 
 def put_back(run: str | os.PathLike[str]) -> None:

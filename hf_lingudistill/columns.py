@@ -93,16 +93,17 @@ def embeds_images_anywhere(dataset: AnyDataset, columns: Sequence[str]) -> bool:
     """Whether turns in any of the columns hold images of their own. Arrow's schema tells; where it holds anything, the first rows
     do."""
     conversations = [column for column in (*CONVERSATION_COLUMNS, "prompt", "completion") if column in columns]
-    if any(_names_an_image((dataset.features or {}).get(column)) for column in conversations):
+    if any(names_an_image((dataset.features or {}).get(column)) for column in conversations):
         return True
     rows = list(islice(undecoded_rows(dataset), LOOKED_AT)) if conversations else []
     return any(embeds_images(row.get(column)) for row in rows for column in conversations)
 
 
-def _names_an_image(feature: Any) -> bool:
+def names_an_image(feature: Any) -> bool:
+    """Whether a feature of a dataset is an image, or holds one."""
     if isinstance(feature, dict):
-        return any(name in PAYLOADS or _names_an_image(value) for name, value in feature.items())
-    return isinstance(feature, Image) or (isinstance(feature, List | LargeList) and _names_an_image(feature.feature))
+        return any(name in PAYLOADS or names_an_image(value) for name, value in feature.items())
+    return isinstance(feature, Image) or (isinstance(feature, List | LargeList) and names_an_image(feature.feature))
 
 
 def with_images(dataset: AnyDataset, columns: list[str]) -> AnyDataset:

@@ -14,7 +14,7 @@ from trl import SFTTrainer
 
 from .bad_rows import ROW_COLUMN, SOURCE_COLUMN, AnyDataset, BadRow, Row, SharedCounts, flag_of, row_name
 from .batch import DistillCollator
-from .columns import columns_of, first_row, undecoded_rows
+from .columns import columns_of, first_row, names_an_image, undecoded_rows
 from .config import LinguDistillConfig
 from .conversations import Conversations, no_label_within
 from .flags import packs
@@ -288,7 +288,11 @@ def _answered(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
     if isinstance(dataset, Dataset):
         looked_at = [
             column,
-            *(other for other in columns if other == SOURCE_COLUMN or _may_hold_media(dataset, other)),
+            *(
+                other
+                for other in columns
+                if other == SOURCE_COLUMN or may_be_media(other) or names_an_image(dataset.features[other])
+            ),
         ]
         for number, row in enumerate(undecoded_rows(dataset.select_columns(looked_at))):
             check(row, number)
@@ -299,10 +303,6 @@ def _answered(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
         return row
 
     return dataset.map(checked, with_indices=True, features=dataset.features)
-
-
-def _may_hold_media(dataset: Dataset, column: str) -> bool:
-    return may_be_media(column) or "Image" in str(dataset.features.get(column))
 
 
 def _tokenised(dataset: AnyDataset, conversations: Conversations, name: str, args: Any) -> AnyDataset:

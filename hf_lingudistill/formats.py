@@ -109,8 +109,8 @@ def _is_empty(value: Any) -> bool:
 
 def _is_picture(key: str, value: Any) -> bool:
     """Whether a value is an image whatever its name, or by its name and how it ends."""
-    if isinstance(value, list | tuple):
-        return any(_is_picture(key, one) for one in value)
+    if isinstance(value, list | tuple):  # of one kind: its first tells
+        return _is_picture(key, next((one for one in value if one is not None), None))
     if isinstance(value, PILImage.Image) or (isinstance(value, Mapping) and set(value) == {"bytes", "path"}):
         return True
     if not _PICTURES.fullmatch(key) or not isinstance(value, str | bytes):

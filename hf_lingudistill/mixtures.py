@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,17 @@ from trl import DatasetMixtureConfig
 
 from ._internals import DatasetConfig
 from .bad_rows import SOURCE_COLUMN, AnyDataset, BadRow, Row, flag_of
-from .columns import check_named_column, embeds_images_anywhere, has_images, resolved, undecoded, with_messages
+from .columns import (
+    check_named_column,
+    columns_of,
+    embeds_images_anywhere,
+    has_images,
+    resolved,
+    undecoded,
+    with_messages,
+)
 from .config import shown
-from .formats import as_trl_row, column_images
+from .formats import ACCEPTED, CONVERSATION_COLUMNS, PAIRS_COLUMN, as_trl_row, column_images
 from .images import IMAGE_COLUMNS
 from .options import DistillOptions
 from .sources import load_source
@@ -84,7 +92,12 @@ def _check_source(index: int, source: DatasetConfig) -> None:
 
 
 def load_mixture(
-    mixture: DistillMixtureConfig, distill_column: str = _FLAG, *, seed: int = 42, skip_bad_rows: bool = False
+    mixture: DistillMixtureConfig,
+    distill_column: str = _FLAG,
+    *,
+    seed: int = 42,
+    skip_bad_rows: bool = False,
+    text_column: str = "text",
 ) -> DatasetDict:
     """Load and concatenate the sources of a mixture. -> {"train"[, "test"]}.
 
@@ -94,6 +107,7 @@ def load_mixture(
     Args:
         seed: draws the rows of `test_split_size`; the same seed sets the same rows aside, on every process and after a resume.
         skip_bad_rows: leave a flag that is not boolean out, for the trainer to skip and count its row.
+        text_column: where running text stands.
 
     Raises:
         ValueError: for a source that cannot be read, a flag that is not boolean, or a column of flags that was named and that no
@@ -102,6 +116,8 @@ def load_mixture(
     if not mixture.datasets:
         raise ValueError("The mixture is empty: list at least one source under `datasets:`.")
     parts = [load_source(source, streaming=mixture.streaming) for source in mixture.datasets]
+    for index, (part, source) in enumerate(zip(parts, mixture.datasets, strict=True)):
+        _check_shape(columns_of(part), f"datasets[{index}] ({source.path})", text_column)
     if any(getattr(source, "distill", None) is None for source in mixture.datasets):
         check_named_column(distill_column, *parts, source="datasets of the recipe")
     fractions = [source.fraction for source in mixture.datasets]
@@ -122,6 +138,14 @@ def load_mixture(
         _check_test_split(mixture)
         return combined.train_test_split(test_size=mixture.test_split_size, seed=seed)
     return DatasetDict({"train": combined})
+
+
+def _check_shape(columns: Collection[str], name: str, text_column: str) -> None:
+    """Raise ValueError for a source none of whose columns is trained on. Joined with others, its rows would be empty ones of their shape."""
+    if not {*CONVERSATION_COLUMNS, PAIRS_COLUMN, "prompt", "completion", text_column, "input_ids"} & set(columns):
+        raise ValueError(
+            f"{name} has the columns {', '.join(sorted(columns)) or 'none'}: expected {ACCEPTED}. Rename them, or leave the source out."
+        )
 
 
 def _is_number(value: Any) -> bool:

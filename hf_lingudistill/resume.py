@@ -20,6 +20,7 @@ from .checkpoints import (
     go_on,
     has_written,
     keep_best,
+    keep_edits,
     put_back,
     read_measured,
     rotate,
@@ -98,6 +99,12 @@ class ResumingMixin(_Trainer):
             self._check_same(Path(checkpoint))
         if not own and self.accelerator.is_local_main_process:
             start_afresh(out)
+        elif (
+            checkpoint is not None and self.accelerator.is_local_main_process and (kept := keep_edits(out, checkpoint))
+        ):
+            logger.warning(
+                "Settings in %s have been changed since they were saved, and are saved anew: %s", out, ", ".join(kept)
+            )
         self._resumed_from = None if checkpoint is None else Path(checkpoint)
         try:
             return super().train(checkpoint, *args, **kwargs)

@@ -29,6 +29,7 @@ from .replay import replayed_pass
 from .rotary import HALVES, PAIRS, order, reordered, shown, turned
 from .sharing import sharing
 from .student_kv import SharedKV, recording
+from .weights import check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,13 @@ def self_check(student: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Te
         why = f"{type(failure).__name__}: {failure}"
         logger.warning("Self-check left out: the student does not run on text alone (%s)", why)
         return
+    assert theirs.last_hidden_state is not None
+    # Any distance from NaN is NaN, and says nothing of the teacher's class
+    if not torch.isfinite(theirs.last_hidden_state).all():
+        check_finite(student.named_parameters(), "the student")
+        raise ValueError(
+            f"The student's hidden states on a short text are not finite: they overflow in its precision. Compute in bf16 or fp32. {SWITCH}"
+        )
     with torch.no_grad(), recording(teacher) as own:
         teacher_logits = _text_forward(teacher, ids)
     error = _error(replayed_pass(teacher, own, plan), own, plan)

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 LONGEST = 600  # characters of an error; some libraries quote whole files
 
@@ -52,6 +53,19 @@ def no_access(error: BaseException, name: str) -> str | None:
     if signed_in:
         return "there is no such repository, or it is private and the token in use may not read it."
     return "there is no such repository, or it is private: then sign in with `hf auth login` (or set HF_TOKEN)."
+
+
+def at_home(value: Any) -> Any:
+    """A text that begins with `~/`, alone or behind `--OPTION=`, with the home folder in its place; in lists and mappings too. A shell does
+    that for words of its own, not for what stands in quotes, behind `=` or in a file."""
+    if isinstance(value, dict):
+        return {key: at_home(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [at_home(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    option, equals, rest = value.partition("=") if value.startswith("--") else ("", "", value)
+    return f"{option}{equals}{os.path.expanduser(rest)}" if rest.startswith("~/") else value
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -80,6 +80,12 @@ def load_source(
     if not isinstance(source.path, str | Path):
         raise ValueError(f"A dataset must be named by a Hub id or a folder; found {shown(source.path)}.")
     path = Path(source.path)
+    beside = {"image_folder": image_folder, "data_dir": source.data_dir if path.is_file() else None}
+    for option, folder in beside.items():
+        if folder and not Path(folder).is_dir():
+            raise ValueError(
+                f"{source.path}: {option} {str(folder)!r} is no folder. Name the one in which its images lie, or leave it out."
+            )
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             saved = load_saved(source.path)
@@ -116,13 +122,15 @@ def load_saved(folder: str | Path) -> Dataset | DatasetDict:
 def _loaded(source: DatasetConfig, path: Path, streaming: bool) -> AnyDataset:
     name, data_dir = str(source.path), source.data_dir
     files: Any = source.data_files
+    more = {}
     if path.is_file():
         files, data_dir = str(path), None
         name = _loader(path)
+        more = {"sep": "\t"} if ".tsv" in map(str.lower, path.suffixes) else {}
     elif path.is_dir() and files is None and data_dir is None:
         files = _tables(path)
     return load_dataset(
-        name, name=source.name, data_dir=data_dir, data_files=files, split=source.split, streaming=streaming
+        name, name=source.name, data_dir=data_dir, data_files=files, split=source.split, streaming=streaming, **more
     )
 
 

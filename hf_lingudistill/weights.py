@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 # Beside the weights, what a model's answers depend on
@@ -43,9 +44,10 @@ def load_whole(auto: Any, name_or_path: Any, **kwargs: Any) -> Any:
     missing.
 
     Raises:
-        BadWeights: if some are missing.
+        BadWeights: if some are missing, or a file is cut off.
     """
-    model, info = auto.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    with _named_if_cut_off(name_or_path):
+        model, info = auto.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     check_whole(info["missing_keys"], name_or_path)
     return model
 
@@ -59,9 +61,10 @@ def only_whole() -> Iterator[None]:
     def from_pretrained(
         cls: Any, /, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        model, info = plain.__get__(None, cls)(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        with _named_if_cut_off(pretrained_model_name_or_path):
+            model, info = plain.__get__(None, cls)(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         check_whole(info["missing_keys"], pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
 
@@ -70,6 +73,27 @@ def only_whole() -> Iterator[None]:
         yield
     finally:
         models.from_pretrained = plain
+
+
+@contextmanager
+def _named_if_cut_off(name: Any) -> Iterator[None]:
+    """A file of weights that cannot be read is named, with its model. Raises BadWeights."""
+    try:
+        yield
+    except SafetensorError as error:
+        broken = next((file for file in sorted(Path(str(name)).glob("*.safetensors")) if _is_cut_off(file)), None)
+        which = f"its {broken.name}" if broken else "a file of its weights"
+        raise BadWeights(
+            f"{str(name)!r} cannot be loaded: {which} is no whole safetensors file ({error}). Save or download the model again."
+        ) from error
+
+
+def _is_cut_off(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt"):
+            return False
+    except SafetensorError:
+        return True
 
 
 def check_whole(missing: Collection[str], name: Any) -> None:

@@ -22,7 +22,7 @@ from hf_lingudistill import LinguDistillConfig, losses
 from hf_lingudistill._internals import Head
 from hf_lingudistill.anchor import Before, make_before
 from hf_lingudistill.losses import Anchor, Weights, score
-from hf_lingudistill.scripts.distill import startup_summary
+from hf_lingudistill.scripts.distill import end_summary, startup_summary
 
 MakeTrainer = Callable[..., Any]
 WEIGHT = 0.3
@@ -339,3 +339,19 @@ def test_the_summary_before_training_says_what_is_minimised(make_trainer: Any) -
     assert "kv_source=before" in said
     without = startup_summary(make_trainer(kv_source="student"), "tiny")  # control
     assert "VLM before" not in without and "kv_source=student" in without
+
+
+def test_the_commands_that_a_run_prints_have_their_arguments(
+    make_trainer: Any, saved_pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """An adapter's card names the model under it: of a folder here the Hub knows nothing, and publishing would be refused."""
+    student, teacher = (str(folder) for folder in saved_pair)
+    pair = {"model": student, "teacher_model": teacher}
+    trainer = make_trainer(**pair, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    said = startup_summary(trainer, student)
+    assert f"lingudistill check --student {student} --teacher {teacher}` shows" in said
+    trainer.save_model()
+    assert "--dry_run --before ORG/VLM" in end_summary(trainer, 1.0)
+    whole = make_trainer(**pair, output_dir=str(tmp_path / "whole"))
+    whole.save_model()
+    assert "--before" not in end_summary(whole, 1.0)

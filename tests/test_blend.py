@@ -313,6 +313,23 @@ def test_none_keeps(models: dict[str, str], tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "out/model").exists() and (tmp_path / "out/front.png").is_file()
 
 
+def test_a_model_that_an_earlier_run_chose_stays_where_none_is_chosen(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model is hours of work, and a condition is typed in a second. Control: where one is chosen, it is replaced."""
+    out = tmp_path / "out"
+    some = ("--weights", "0.5", "--shares", "uniform")
+    assert main(words_of(models, out, "vision >= 0", *some)) == 0
+    saved = {path: path.read_bytes() for path in sorted((out / "model").rglob("*")) if path.is_file()}
+    assert saved and "stays" not in capsys.readouterr().out
+    assert main(words_of(models, out, "vision >= 2", *some)) == 1
+    assert f"{out / 'model'} is of an earlier run, and stays." in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in sorted((out / "model").rglob("*")) if path.is_file()} == saved
+    assert json.loads((out / "blend.json").read_text())["chosen"] is None
+    assert main(words_of(models, out, "vision >= -1", *some)) == 0
+    assert read_run_facts(out / "model")["blend"]["keep"] == "vision >= -1"
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

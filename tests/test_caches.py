@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -596,6 +597,21 @@ def test_nothing_of_anybody_elses_is_touched(make_trainer: MakeTrainer, tmp_path
     with pytest.raises(NotOurs, match="holds 'notes.txt' and was not made by this command"):
         trainer_of(make_trainer, tmp_path / "one", **ANCHORED, anchor_cache=True, cache_dir=str(tmp_path / "kept"))
     assert mine.read_text() == "mine" and sorted(p.name for p in mine.parent.iterdir()) == ["notes.txt"]
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_cache_never_lies_in_the_folder_of_a_model_that_it_asks(
+    make_trainer: MakeTrainer, saved_pair: Any, tmp_path: Path, role: str
+) -> None:
+    for name, folder in zip(("student", "teacher"), saved_pair, strict=True):
+        shutil.copytree(folder, tmp_path / name)
+    pair = {"model": str(tmp_path / "student"), "teacher_model": str(tmp_path / "teacher")}
+    before = sorted(path.name for path in (tmp_path / role).rglob("*"))
+    for place in (tmp_path / role, tmp_path / role / "kept"):
+        with pytest.raises(ValueError, match=f"cache_dir .* is the folder of the {role}, or lies in it"):
+            trainer_of(make_trainer, tmp_path / "one", **pair, **ANCHORED, anchor_cache=True, cache_dir=str(place))
+    assert sorted(path.name for path in (tmp_path / role).rglob("*")) == before
+    trainer_of(make_trainer, tmp_path / "two", **pair, **ANCHORED, anchor_cache=True, cache_dir=str(tmp_path / "kept"))
 
 
 def test_a_row_is_known_by_what_it_holds_wherever_it_stands(make_trainer: MakeTrainer, tmp_path: Path) -> None:

@@ -272,6 +272,27 @@ def test_a_stream_that_has_gone_round_is_resumed(make_trainer: MakeTrainer, tmp_
     assert resumed.state.global_step == 6
 
 
+@pytest.mark.parametrize("edited", [True, False])
+def test_settings_that_were_edited_outlast_a_run_that_is_resumed(
+    make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture, edited: bool
+) -> None:
+    make_trainer(**SETTINGS).train()
+    out = tmp_path / "out"
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy2(out / "checkpoint-4" / name, out / name)
+    mine = (out / "chat_template.jinja").read_text() + "{# mine #}"
+    if edited:
+        (out / "chat_template.jinja").write_text(mine)
+    for copies in (1, 1):  # it is written anew the first time, and is no edit then
+        resumed = make_trainer(**SETTINGS)
+        resumed.train(resume_from_checkpoint=str(out / "checkpoint-2"))
+        resumed.save_model()
+        assert len(list(out.glob("earlier-*"))) == (copies if edited else 0)
+    assert not edited or (out / "earlier-chat_template.jinja").read_text() == mine
+    assert ("have been changed since they were saved" in caplog.text) == edited
+    assert "mine" not in (out / "chat_template.jinja").read_text()
+
+
 @pytest.mark.parametrize(("best", "stay"), [("checkpoint-1", [1, 4]), (None, [3, 4])])
 def test_the_best_and_the_newest_stay_whatever_the_limit(tmp_path: Path, best: str | None, stay: list[int]) -> None:
     for step in range(1, 5):

@@ -18,6 +18,9 @@ from hf_lingudistill import cli
 from hf_lingudistill._version import __version__
 from hf_lingudistill.cli import main
 from hf_lingudistill.cli.command import Command
+from hf_lingudistill.labs.evaluation.suite import load_suite
+from hf_lingudistill.scripts.arguments import read_recipe
+from hf_lingudistill.sentences import at_home
 
 VOCAB = 48
 SIZES = {
@@ -190,6 +193,34 @@ def test_ctrl_c_is_a_sentence_and_exit_code_130(
     assert error.startswith("lingudistill: interrupted; the same command begins again")
     monkeypatch.undo()
     assert run(models) == 0  # the control
+
+
+def test_a_tilde_is_the_home_folder_wherever_it_stands(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell writes it out in words of its own alone: not in quotes, behind `=`, or in a file."""
+    monkeypatch.setenv("HOME", str(models))
+    assert main(["check", "--student=~/vlm", "--teacher", "~/lm"]) == 0
+    home = str(models)
+    told = {
+        "~/a": f"{home}/a",
+        "--student=~/a": f"--student={home}/a",
+        "{rows: ~/a}": "{rows: ~/a}",
+        "a~/b": "a~/b",
+        "~": "~",
+        "~b": "~b",
+        "-x=~/a": "-x=~/a",
+        "--say=a ~/b": "--say=a ~/b",
+    }
+    assert {text: at_home(text) for text in told} == told
+    assert at_home({"a": ["~/b", 3, None, {"c": "~/d"}]}) == {"a": [f"{home}/b", 3, None, {"c": f"{home}/d"}]}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("output_dir: ~/out\ndatasets:\n  - {path: ~/rows}\n")
+    found = read_recipe(recipe, {"output_dir", "datasets"})
+    assert found["output_dir"] == f"{home}/out" and found["datasets"] == [{"path": f"{home}/rows"}]
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("texts:\n  - {name: t, path: ~/rows, column: text}\n")
+    assert load_suite(str(suite)).texts[0].path == f"{home}/rows"
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

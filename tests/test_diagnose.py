@@ -573,10 +573,12 @@ def test_own_images_stand_before_the_shipped_texts(tmp_path: Path) -> None:
         ("a.txt", "too short", "Row 0 has an empty answer (a passage needs more than 12 words): leave it out."),
         ("a.txt", "\n\n", "No prompt to measure in a.txt: expected at least one text with an answer."),
         ("a.csv", "x", "has the suffix '.csv': expected .txt or .jsonl."),
+        ("a.npy", b"\x93NUMPY\xff", "has the suffix '.npy': expected .txt or .jsonl."),
+        ("a.txt", b"caf\xe9 au lait", "is no text in UTF-8 (invalid continuation byte at byte 3)."),
     ],
 )
-def test_a_bad_file_is_told_in_one_sentence(name: str, content: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(content)
+def test_a_bad_file_is_told_in_one_sentence(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError) as caught:
         load_prompts(texts=tmp_path / name)
     assert message in str(caught.value)
@@ -682,6 +684,9 @@ def test_drawn_pictures_are_read_as_one_tile(unmoved: Path, some_prompts: Prompt
             ["--texts", "nowhere.txt"],
             "lingudistill: --texts 'nowhere.txt' does not exist: expected a .txt or .jsonl file.",
         ),
+        (["--texts", "."], "lingudistill: --texts '.' is a folder: expected a .txt or .jsonl file."),
+        (["--split", "test"], "lingudistill: --split is of --dataset, which is not given: name a dataset"),
+        (["--dataset_config", "en"], "lingudistill: --dataset_config is of --dataset, which is not given"),
         (["--images", "nowhere.png"], "lingudistill: --images 'nowhere.png' does not exist: expected image files"),
         (["--max_rows", "0"], "lingudistill: --max_rows must be at least 1, got 0."),
         (["--max_answer_tokens", "0"], "lingudistill: --max_answer_tokens must be at least 1, got 0."),

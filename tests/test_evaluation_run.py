@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -144,6 +145,7 @@ def test_a_suite_without_a_name_is_called_after_its_file(suite_file: Callable[..
 
 TEXT = {"name": "t", "builtin": "xsum"}
 EYES = {"name": "v", "path": "p"}
+TOLD = {"name": "f", "path": "p"}
 
 
 @pytest.mark.parametrize(
@@ -214,6 +216,25 @@ EYES = {"name": "v", "path": "p"}
         (
             {"grounded": [{**EYES, "swaps": 0}]},
             "mine.yaml: grounded[0]: Task 'v': expected swaps >= 1 and threshold > 0, got 0, 0.5.",
+        ),
+        *(
+            (
+                {"grounded": [{**EYES, "threshold": value}]},
+                f"mine.yaml: grounded[0]: Task 'v': expected swaps >= 1 and threshold > 0, got 4, {value}.",
+            )
+            for value in (math.nan, math.inf)
+        ),
+        (
+            {"fidelity": [{**TOLD, "threshold": math.nan}]},
+            "mine.yaml: fidelity[0]: Task 'f': expected max_new_tokens >= 1, temperature >= 0 and threshold > 0, got 96, 0.0 and nan.",
+        ),
+        (
+            {"fidelity": [{**TOLD, "temperature": math.inf}]},
+            "mine.yaml: fidelity[0]: Task 'f': expected max_new_tokens >= 1, temperature >= 0 and threshold > 0, got 96, inf and 1.0.",
+        ),
+        (
+            {"vision": [{**EYES, "max_new_tokens": 0}]},
+            "mine.yaml: vision[0]: Task 'v': expected max_new_tokens >= 1, got 0.",
         ),
         (
             {"grounded": [{**EYES, "threshold": "high"}]},
@@ -288,6 +309,26 @@ def test_names_that_do_not_fit_are_refused_before_any_model_is_loaded(
     with pytest.raises(ValueError) as raised:
         quiet(chosen, suite_file(suite), tmp_path / "out", **settings)
     assert str(raised.value) == message
+
+
+def test_a_reference_that_no_task_asks_is_refused(
+    models: dict[str, str],
+    suite: dict[str, Any],
+    suite_file: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Control: with a task that asks it, the first model is loaded."""
+
+    def loads(*args: Any, **kwargs: Any) -> Any:
+        raise InterruptedError("a model was loaded")
+
+    monkeypatch.setattr(run, "load_scored", loads)
+    texts = {"name": "mine", "texts": suite["texts"]}
+    with pytest.raises(ValueError, match=r"suite 'mine' has no task `grounded`: leave it out\.$"):
+        quiet({"before": models["before"]}, suite_file(texts), tmp_path / "out", reference="before")
+    with pytest.raises(InterruptedError):
+        quiet({"before": models["before"]}, suite_file(suite), tmp_path / "out", reference="before")
 
 
 def test_a_missing_harness_is_said_before_any_model_is_loaded(

@@ -221,6 +221,7 @@ ALLOWED = {
     ("hf_lingudistill/checkpoints.py", "put_back"): "a checkpoint that was put aside, to its place, where nothing is",
     ("hf_lingudistill/checkpoints.py", "_move"): BESIDE,
     ("hf_lingudistill/checkpoints.py", "write_measured"): BESIDE,
+    ("hf_lingudistill/checkpoints.py", "keep_edits"): "a copy under a name that is free",
     ("hf_lingudistill/resume.py", "_save_checkpoint"): BESIDE,
     ("hf_lingudistill/hub/mixin.py", "save_model"): CALLER,
     ("hf_lingudistill/hub/mixin.py", "create_model_card"): RUN,

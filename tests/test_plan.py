@@ -438,6 +438,9 @@ def test_sharing_more_costs_less(small: tuple[ModelFacts, ModelFacts]) -> None:
             "runs the teacher whole on every device, and fsdp2 splits it",
         ),
         ({"gpu_memory": 0}, "gpu_memory must be a positive number of GiB, got 0."),
+        ({"gpu_memory": float("nan")}, "gpu_memory must be a positive number of GiB, got nan."),
+        ({"gpu_memory": float("inf")}, "gpu_memory must be a positive number of GiB, got inf."),
+        ({"kv_source": "before", "kv_sharing": "none"}, "with kv_sharing='none' it reads none: leave it out."),
     ],
 )
 def test_a_set_up_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:

@@ -180,6 +180,8 @@ def test_the_command_writes_and_goes_on(
         (["{bad}"], [], "none of 2 rows can be scored"),
         (["{text}"], ["--rows", "1"], "--rows must be at least 2 per source, got 1"),
         (["{text}"], ["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
+        (["{text}"], ["--max_dependence", "nan"], "max_dependence must be a finite number of nats, got nan"),
+        (["{text}"], ["--min_language", "inf"], "min_language must be a finite number of nats, got inf"),
         (["{text}"], ["--student", "{teacher}"], "is a language model that takes no images"),
         (["{text}"], ["--teacher", "{student}"], "is a vision-language model"),
     ],

@@ -260,6 +260,19 @@ def test_a_teacher_that_is_not_finite_is_refused() -> None:
         self_check(family.student, teacher, IDS)
 
 
+@pytest.mark.parametrize("identical", [True, False], ids=["LM", "wider LM"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_of_the_student_that_are_not_finite_are_named(bad: float, identical: bool) -> None:
+    """A distance of NaN is no reason to call the two classes different; with a wider LM there is none. Control: the pair passes before."""
+    family = build_family("smolvlm")
+    teacher = family.make_teacher(identical=identical)
+    self_check(family.student, teacher, IDS)
+    weight = family.student.model.text_model.layers[0].mlp.up_proj.weight
+    weight.data[0, 0] = bad
+    with pytest.raises(ValueError, match=r"the student.*layers\.0\.mlp\.up_proj\.weight"):
+        self_check(family.student, teacher, IDS)
+
+
 # --- what is left behind ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["smolvlm", "qwen2_vl"])
 @pytest.mark.parametrize("refused", [False, True])

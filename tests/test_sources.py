@@ -287,6 +287,26 @@ def test_what_cannot_be_read_is_one_sentence(elsewhere: Path, streaming: bool) -
     assert "no such file or folder" in refused("some-org/no-such-dataset", streaming=streaming)
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["dataset", "stream"])
+def test_tabs_part_the_columns_of_a_tsv(elsewhere: Path, streaming: bool) -> None:
+    row = {"prompt": "what, shape?", "completion": "a circle"}
+    for name, mark in (("a.tsv", "\t"), ("a.TSV", "\t")):
+        (elsewhere / name).write_text("prompt\tcompletion\nwhat, shape?\ta circle\n".replace("\t", mark))
+        assert opened(elsewhere / name, streaming=streaming) == [row]
+    (elsewhere / "a.csv").write_text('prompt,completion\n"what, shape?",a circle\n')
+    assert opened(elsewhere / "a.csv", streaming=streaming) == [row]
+
+
+@pytest.mark.parametrize("option", ["image_folder", "data_dir"])
+def test_a_folder_of_images_that_is_none_is_refused(elsewhere: Path, option: str) -> None:
+    """Its name would be left out of every path, and each image be missing by itself."""
+    file = lines(elsewhere / "rows.jsonl", [{"prompt": "a", "completion": "b", "images": ["a.png"]}])
+    for folder in (elsewhere / "pictures" / "a.png", elsewhere / "nowhere"):
+        with pytest.raises(ValueError, match=f"rows.jsonl: {option} '{folder}' is no folder"):
+            opened(file, **{option: str(folder)})
+    opened(file, **{option: str(elsewhere / "pictures")})
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Mixtures
 # --------------------------------------------------------------------------------------------------------------------
@@ -365,6 +385,24 @@ def test_sources_of_any_schemas_mix_and_train_together(elsewhere: Path, streamin
             assert batch["input_ids"][at, :length].tolist() == alone["input_ids"][0].tolist(), name
             assert batch["labels"][at, :length].tolist() == alone["labels"][0].tolist(), name
     trainer.train()
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["datasets", "streams"])
+def test_a_source_none_of_whose_columns_is_trained_on_is_refused(elsewhere: Path, streaming: bool) -> None:
+    """Joined with others its rows would have their columns, empty. Control: the column of its name is running text."""
+    lines(elsewhere / "good.jsonl", [{"text": "the cat sat on the mat"}] * 2)
+    lines(elsewhere / "other.jsonl", [{"question": "what shape?", "answer": "a circle"}] * 2)
+    sources = [DistillSource(path=str(elsewhere / name)) for name in ("good.jsonl", "other.jsonl")]
+    mixture = DistillMixtureConfig(datasets=sources, streaming=streaming)
+    with pytest.raises(
+        ValueError, match=r"datasets\[1\] \(.*other.jsonl\) has the columns answer, question: expected"
+    ):
+        load_mixture(mixture)
+    lines(elsewhere / "other.jsonl", [{"body": "a circle"}] * 2)
+    with pytest.raises(ValueError, match=r"datasets\[0\]"):
+        load_mixture(mixture, text_column="body")
+    lines(elsewhere / "good.jsonl", [{"body": "the cat sat on the mat"}] * 2)
+    assert len(list(load_mixture(mixture, text_column="body")["train"])) == 4
 
 
 def test_a_source_whose_rows_fill_either_image_column_keeps_both(elsewhere: Path) -> None:

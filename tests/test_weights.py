@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,25 @@ def test_the_text_half_of_a_vlm_lacks_nothing_without_its_eyes(broken: dict[str,
     load_teacher_model(broken["no connector"], quantization="none")  # no connector is asked for
     with pytest.raises(BadWeights, match=LACKS_ONE):
         load_teacher_model(broken["no connector"], quantization="none", sees=True)
+
+
+@pytest.mark.parametrize("left", [0, 5, 1000], ids=["empty", "header", "tensors"])
+@pytest.mark.parametrize("how", ["directly", "by TRL"])
+def test_a_file_that_is_cut_off_is_named_with_its_model(
+    saved_pair: tuple[Path, Path], tmp_path: Path, how: str, left: int
+) -> None:
+    """A download that broke off. safetensors says neither which file nor of which model."""
+    folder = tmp_path / "vlm"
+    shutil.copytree(saved_pair[0], folder)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    context = only_whole() if how == "by TRL" else nullcontext()
+    load = AutoModelForImageTextToText.from_pretrained if how == "by TRL" else _vlm
+    with context:
+        load(str(folder))  # the control
+        file.write_bytes(whole[: -len(whole) // 2] if left == 1000 else whole[:left])
+        with pytest.raises(BadWeights, match=rf"{re.escape(str(folder))}.*model\.safetensors"):
+            load(str(folder))
 
 
 @pytest.mark.parametrize("on_policy", [False, True])

@@ -27,14 +27,15 @@ def five_artists_claim() -> str:
     return "\n".join(
         (
             f"- **Measured** ({seeds} seeds, {found['device'].split(' ')[1]}, 135M; ±: 95 % interval): after severe drift the default brings "
-            f"{back['mean']:.0%} ± {back['half']:.0%} of the language back, and ends {less(name, 'ce', 'text_kl')} closer to the original on text "
-            f"than cross-entropy on the same rows, {less(name, 'ce', 'image_kl')} about pictures{_longer()}. Mild drift: "
-            f"{mild[name]['recovered_text_kl']['mean']:.0%}, {share(name, 'ce', 'text_kl', drift='mild'):.0%}, "
-            f"{share(name, 'ce', 'image_kl', drift='mild'):.0%} ([second recipe](examples/recipes/five_artists/README.md)). "
+            f"{back['mean']:.0%} ± {back['half']:.0%} of the language back. It ends {less(name, 'ce', 'text_kl')} closer to the original on text "
+            f"than cross-entropy on the same rows, {less(name, 'ce', 'image_kl')} about pictures{_longer()}. After mild drift: "
+            f"{mild[name]['recovered_text_kl']['mean']:.0%} back, {share(name, 'ce', 'text_kl', drift='mild'):.0%} and "
+            f"{share(name, 'ce', 'image_kl', drift='mild'):.0%} closer ([second recipe](examples/recipes/five_artists/README.md)). "
             "IFEval did not come back.",
             f"- {what_sight_does()}",
-            f"- Interpolating the weights (.3): {near['interpolate_03']['recovered_text_kl']['mean']:.0%} back, "
-            f"{near['interpolate_03']['naming_seen']['mean']:.0%} of names right, not {near[name]['naming_seen']['mean']:.0%} (one seed, CPU).",
+            f"- Interpolated weights (30% drifted), without training: {near['interpolate_03']['recovered_text_kl']['mean']:.0%} back, "
+            f"{near['interpolate_03']['naming_seen']['mean']:.0%} of names right; the default {near[name]['naming_seen']['mean']:.0%} "
+            "(one seed, CPU).",
         )
     )
 
@@ -42,7 +43,7 @@ def five_artists_claim() -> str:
 def what_sight_does() -> str:
     """What eyes give the teacher, on the words that the picture decides and over whole answers: without labels beside, and with them."""
     text = (
-        f"A teacher that sees: {less('vision_before', 'none', DEPENDENT)} closer than a blind one where the picture decides, "
+        f"A teacher that sees ends {less('vision_before', 'none', DEPENDENT)} closer than a blind one where the picture decides, "
         f"{less('vision_before', 'none', 'image_kl')} over whole answers"
     )
     seeds = len(_shares("vision_before_ce05", "none_ce05", "image_kl", cpu=True))

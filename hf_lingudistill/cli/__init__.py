@@ -27,6 +27,7 @@ from .._quiet import hush_libraries
 from .._version import __version__
 from ..exit_codes import INTERRUPTED, SUMMARY
 from ..progress import calm_other_bars
+from ..sentences import at_home
 from . import blend, check, convert_nanovlm, diagnose, distill, evaluate, plan, publish, score_mix
 from .command import TrlCommand
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand, return its exit code. Wrong usage, `--help` and `--version` raise argparse's SystemExit."""
     calm_other_bars()
     hush_libraries()
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = at_home(list(sys.argv[1:] if argv is None else argv))
     if arguments[:1] != ["distill"]:
         # What transformers warns about while a command reads models is in the command's own report, or of no use there
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

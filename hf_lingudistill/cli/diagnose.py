@@ -23,7 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="Hub id or folder; columns messages, prompt and completion, or text, and images if there are any",
     )
     parser.add_argument("--dataset_config", metavar="NAME", help="the configuration of --dataset, if it has several")
-    parser.add_argument("--split", default="train", help="of --dataset; default: train")
+    parser.add_argument("--split", help="of --dataset; default: train")
     parser.add_argument(
         "--images",
         nargs="+",
@@ -41,6 +41,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     if wrong := below_one(args, "max_answer_tokens"):
         return bad_input(wrong)
+    if given := [name for name in ("split", "dataset_config") if getattr(args, name) and not args.dataset]:
+        return bad_input(f"--{given[0]} is of --dataset, which is not given: name a dataset, or leave it out.")
     from ..compatibility import named_teacher
     from ..folders import check
     from ..labs.diagnose import FILES, as_text, diagnose, load_prompts, write_report
@@ -56,7 +58,7 @@ def run(args: Namespace) -> int:
             texts=args.texts,
             dataset=args.dataset,
             dataset_config=args.dataset_config,
-            split=args.split,
+            split=args.split or "train",
             images=args.images,
             max_rows=args.max_rows,
         )

@@ -20,7 +20,7 @@ class PlanArguments:
     teacher: str | None = field(default=None, metadata={"help": LM, "metavar": "LM"})
     smallest: bool = field(
         default=False,
-        metadata={"help": "Ignore --engine and --gpus: find the fewest devices that fit, up to 64."},
+        metadata={"help": "Find the fewest devices that fit, up to 64, in place of --engine and --gpus."},
     )
     json: bool = field(default=False, metadata={"help": "Print the plan as JSON, sizes in bytes."})
 

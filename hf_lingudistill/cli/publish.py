@@ -40,6 +40,8 @@ def run(args: Namespace) -> int:
     from ..hub.publish import publish, whole_name
     from ..hub.space import space_manifest
 
+    if args.space_files and not args.space:
+        return bad_input("--space_files are of --space, which is not given: name the Space, or leave them out.")
     command = command_for(args.output_dir, args.repo_id, private=args.private)
     command += "".join(
         f" --{name} {shlex.quote(value)}"

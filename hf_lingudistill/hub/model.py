@@ -75,6 +75,13 @@ def model_manifest(
             model, or a listed file holds a token or a local path.
     """
     check_repo_id(repo_id, base_model, teacher)
+    for what, name in (("tag", tag), ("revision", revision)):
+        if name is not None and (
+            re.fullmatch(r"[A-Za-z0-9_][\w./-]*", name) is None or ".." in name or name.endswith((".", "/"))
+        ):
+            raise PublishError(
+                f"{what} {name!r} is no name for one on the Hub: use letters, digits, '.', '-' and '_'."
+            )
     if license and licence_of({}, license)[0] is None:
         raise PublishError(f"license must be a licence's code on the Hub, such as apache-2.0; got {license!r}.")
     root = Path(output_dir).expanduser()

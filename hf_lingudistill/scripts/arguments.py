@@ -14,7 +14,7 @@ from trl import TrlParser
 
 from ..exit_codes import SUMMARY
 from ..options import DistillOptions, DistillScriptArguments, StudentArguments, aliases, shown
-from ..sentences import did_you_mean
+from ..sentences import at_home, did_you_mean
 from ..yaml_text import read_yaml
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def read_recipe(path: str | Path, known: set[str]) -> dict[str, Any]:
         raise ValueError(f"The recipe {str(path)!r} must contain a YAML mapping.")
     other_names = aliases(DistillOptions, StudentArguments)
     recipe: dict[str, Any] = {}
-    for key, value in found.items():
+    for key, value in at_home(found).items():
         if not isinstance(key, str):
             raise ValueError(
                 f"The recipe {str(path)!r} has a key that is not a text: {shown(key)}. Quote it, or remove it."
@@ -122,7 +122,7 @@ def parse(argv: Sequence[str]) -> Parsed:
         SystemExit: after `--help` or `--help_all` has been printed.
         ValueError: for what is no option or not a value of it.
     """
-    argv = list(argv)
+    argv = at_home(list(argv))
     if {"-h", "--help"} & set(argv):
         print(help_text(), end="")
         raise SystemExit(0)
@@ -172,9 +172,8 @@ def parse(argv: Sequence[str]) -> Parsed:
         raise ValueError(f"{shown(what)} belongs to no option: expected --OPTION VALUE. `--help` lists them.")
     from .preflight import check_packages
 
-    check_packages(
-        argparse.Namespace(deepspeed=asked.deepspeed)
-    )  # whose config is read where the options become an object
+    # Its config is read where the options become an object: before `check_run`
+    check_packages(argparse.Namespace(deepspeed=asked.deepspeed))
     return parser.parse_args_into_dataclasses(args=rest, look_for_args_file=False)  # type: ignore[return-value]
 
 

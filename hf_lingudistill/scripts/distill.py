@@ -69,7 +69,13 @@ def load_data(
     from ..sources import load_source
 
     if mixture.datasets:
-        rows = load_mixture(mixture, config.distill_column, seed=config.seed, skip_bad_rows=config.skip_bad_rows)
+        rows = load_mixture(
+            mixture,
+            config.distill_column,
+            seed=config.seed,
+            skip_bad_rows=config.skip_bad_rows,
+            text_column=getattr(config, "dataset_text_field", "text"),
+        )
         parts: dict[str, Any] = dict(rows)
         return parts["train"], parts.get("test")
 
@@ -108,7 +114,8 @@ def startup_summary(trainer: Trainer, model_name: str) -> str:
     fit = (
         "fits"
         if not trainer.compatibility.notes
-        else f"fits; `{typed('check')}` shows {len(trainer.compatibility.notes)} note(s)"
+        else f"fits; `{typed('check', '--student', model_name, '--teacher', trainer.teacher_name_or_path)}` shows "
+        f"{len(trainer.compatibility.notes)} note(s)"
     )
     loss, share = _loss_and_share(trainer)
     lines = {
@@ -291,6 +298,7 @@ def sources_of(script_args: DistillScriptArguments, mixture: DistillMixtureConfi
 def end_summary(trainer: Trainer, seconds: float) -> str:
     """What came out, where it is, and what to run next."""
     from ..hub.manifest import command_for
+    from ..hub.run_facts import is_local
 
     logged = [entry for entry in trainer.state.log_history if "ce_loss" in entry]
     lines = [f"Done: {trainer.state.global_step} steps in {seconds:.0f} s."]
@@ -304,10 +312,14 @@ def end_summary(trainer: Trainer, seconds: float) -> str:
     if trainer.skipped_rows:
         lines.append(f"  skipped rows       {dict(trainer.skipped_rows)}")
     out = trainer.args.output_dir
+    share = f"{command_for(str(out), trainer.args.hub_model_id or 'ORG/NAME')} --dry_run"
+    is_adapter = (Path(str(out)) / "adapter_config.json").is_file()  # a merged one lies in a folder of its own
+    if is_adapter and is_local(str(trainer._plain_student().config._name_or_path)):
+        share += " --before ORG/VLM, once the VLM under the adapter is on the Hub"
     lines += [
         f"Saved to {out}. Next, without this library:",
         f"  AutoModelForImageTextToText.from_pretrained({str(out)!r}); AutoProcessor.from_pretrained({str(out)!r})",
-        f"To share it: {command_for(str(out), trainer.args.hub_model_id or 'ORG/NAME')} --dry_run",
+        f"To share it: {share}",
     ]
     return "\n".join(lines)
 

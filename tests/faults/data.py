@@ -151,4 +151,20 @@ FAULTS = (
         "rows of an evaluation set that are joined read each other",
         ("tests/test_evaluation_sets.py::test_rows_of_an_evaluation_set_that_are_joined_do_not_read_each_other",),
     ),
+    Fault(
+        "empty-source",
+        "mixtures.py",
+        '        _check_shape(columns_of(part), f"datasets[{index}] ({source.path})", text_column)\n',
+        "        pass\n",
+        "a source none of whose columns is trained on is joined as empty rows",
+        ("tests/test_sources.py::test_a_source_none_of_whose_columns_is_trained_on_is_refused",),
+    ),
+    Fault(
+        "broken-student-passes",
+        "self_check.py",
+        "if not torch.isfinite(theirs.last_hidden_state).all():",
+        "if False:",
+        "a student whose weights are not finite is trained",
+        ("tests/test_self_check.py::test_weights_of_the_student_that_are_not_finite_are_named",),
+    ),
 )

@@ -154,7 +154,7 @@ FAULTS = (
     Fault(
         "header-trained",
         "answers.py",
-        "spans.append((max(0, place + len(header)) if place >= 0 else 0, len(after)))",
+        "spans.append((place + len(header) if place >= 0 else 0, len(after)))",
         "spans.append((0, len(after)))",
         "the header of a first answer is trained on",
         (f"{FORMATS}::test_an_answer_that_comes_first_is_trained_on_without_what_announces_it",),

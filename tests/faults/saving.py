@@ -194,4 +194,28 @@ FAULTS = (
         "passwords and signatures in URLs are published",
         ("tests/test_card.py::test_of_a_url_the_place_is_published_and_no_password_or_signature",),
     ),
+    Fault(
+        "edits-lost",
+        "checkpoints.py",
+        "            shutil.copy2(here, copy)\n",
+        "            pass\n",
+        "a chat template that was edited is written over by a run that is resumed",
+        ("tests/test_checkpoints.py::test_settings_that_were_edited_outlast_a_run_that_is_resumed",),
+    ),
+    Fault(
+        "blend-removed",
+        "labs/blend/run.py",
+        "*(name for name in FILES if chosen is not None or name != MODEL)",
+        "*FILES",
+        "a model that an earlier run chose is removed where none is chosen",
+        ("tests/test_blend.py::test_a_model_that_an_earlier_run_chose_stays_where_none_is_chosen",),
+    ),
+    Fault(
+        "cache-in-a-model",
+        "cache_mixin.py",
+        'check_apart(folder, what="cache_dir", **read)',
+        "pass",
+        "a cache is written to the folder of a model",
+        ("tests/test_caches.py::test_a_cache_never_lies_in_the_folder_of_a_model_that_it_asks",),
+    ),
 )

@@ -14,6 +14,7 @@ from hub import Hub
 from huggingface_hub import HfApi, snapshot_download
 from pushed import TOKEN, environment, on_the_hub, planned, script_arguments
 
+from hf_lingudistill.cli import main
 from hf_lingudistill.hub.model import model_manifest
 from hf_lingudistill.hub.publish import publish
 
@@ -34,6 +35,12 @@ def test_the_command_publishes_through_hf_endpoint(hub: Hub, model: Path, tmp_pa
     assert on_the_hub(hub) == planned(model_manifest(model, "ann/model"))  # the user's namespace was found
     assert TOKEN not in done.stdout + done.stderr
     assert str(hub.url) + "/ann/model" in done.stdout
+
+
+def test_files_of_a_space_need_their_space(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["publish", str(model), "--repo_id", "ann/model", "--dry_run", "--space_files", str(model)]
+    assert main(command) == 2
+    assert "--space_files are of --space, which is not given" in capsys.readouterr().err
 
 
 @pytest.mark.slow

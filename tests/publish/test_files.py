@@ -145,6 +145,17 @@ def test_a_name_that_is_no_hub_id_is_refused(model: Path, name: str) -> None:
         model_manifest(model, name)
 
 
+@pytest.mark.parametrize("name", ["v 1", "-v1", "v1..2", "v1/", "v1.", "v1\n", "", "v1~2", "v:1"])
+@pytest.mark.parametrize("what", ["tag", "revision"])
+def test_a_name_that_no_tag_or_branch_has_is_refused_before_anything_is_sent(
+    model: Path, what: str, name: str
+) -> None:
+    with pytest.raises(PublishError, match=f"{what} .* is no name for one on the Hub"):
+        model_manifest(model, "ann/model", **{what: name})
+    for good in ("v1.0", "release/2026-11", "a_b"):
+        model_manifest(model, "ann/model", **{what: good})
+
+
 def test_a_licence_is_a_code(model: Path) -> None:
     assert "license: cc-by-4.0" in model_manifest(model, "ann/model", license="cc-by-4.0").text("README.md")
     with pytest.raises(

@@ -117,7 +117,8 @@ def blend(
     )
     found = _front(report, blends, condition, most or _language(report["tasks"]))
     chosen = next((p for p in [*blends, Blend(1.0, "uniform")] if _name(p) == found["chosen"]), None)
-    with replacing(out, *FILES, by="blend") as folder:
+    # A model that an earlier run chose stays where this one chooses none
+    with replacing(out, *(name for name in FILES if chosen is not None or name != MODEL), by="blend") as folder:
         write_front(found, folder)
         if chosen is not None:
             record = {
@@ -127,6 +128,8 @@ def blend(
             }
             _save(before, after, original, chosen, record, folder / MODEL, trust_remote_code)
     say(as_text(found))
+    if chosen is None and (out / MODEL).exists():
+        say(f"{out / MODEL} is of an earlier run, and stays.")
     return found
 
 

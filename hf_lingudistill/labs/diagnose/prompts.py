@@ -178,18 +178,24 @@ def _draw(background: str, shapes: Sequence[Mapping[str, Any]]) -> PILImage.Imag
 # --------------------------------------------------------------------------------------------------------------------
 def _file_rows(path: Path) -> Iterable[Mapping[str, Any]]:
     if not path.is_file():
-        raise FileNotFoundError(f"--texts {str(path)!r} does not exist: expected a .txt or .jsonl file.")
-    content = path.read_text(encoding="utf-8")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"--texts {str(path)!r} {what}: expected a .txt or .jsonl file.")
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"--texts {str(path)!r} has the suffix {path.suffix!r}: expected .txt or .jsonl.")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--texts {str(path)!r} is no text in UTF-8 ({error.reason} at byte {error.start})."
+        ) from error
     if path.suffix == ".jsonl":
         for number, line in enumerate(content.splitlines(), start=1):
             if line.strip():
                 yield _json_row(line, f"{path.name}, line {number}") | {"_folder": path.parent}
-    elif path.suffix == ".txt":
+    else:
         for passage in content.split("\n\n"):
             if passage.strip():
                 yield {"text": " ".join(passage.split())}
-    else:
-        raise ValueError(f"--texts {str(path)!r} has the suffix {path.suffix!r}: expected .txt or .jsonl.")
 
 
 def _json_row(line: str, name: str) -> dict[str, Any]:

@@ -101,6 +101,10 @@ def evaluate_models(
         )
     if unknown := [name for name in compare if name not in models]:
         raise ValueError(f"To compare with {unknown[0]!r}, pass it as a model; there are {', '.join(models)}.")
+    if reference is not None and not suite.grounded:
+        raise ValueError(
+            f"--reference says which tokens depend on an image, and suite {suite.name!r} has no task `grounded`: leave it out."
+        )
     to_score = dict(models)
     if suite.grounded and reference is not None and reference not in models:
         to_score = {REFERENCE: reference, **to_score}  # an instrument with a folder of its own, and no column

@@ -24,6 +24,7 @@ Instead of `path`, a task may name a `builtin` (data that installs with pip; see
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from typing import Any
 
 import yaml
 
+from ...sentences import at_home
 from ...yaml_text import read_yaml
 from .shapes import ANSWER_KINDS
 
@@ -131,6 +133,8 @@ class VisionTask(Data):
         super().__post_init__()
         _known(self, "controls", self.controls, CONTROLS)
         _known(self, "metric", (self.metric,), METRICS)
+        if self.max_new_tokens < 1:
+            raise ValueError(f"Task {self.name!r}: expected max_new_tokens >= 1, got {self.max_new_tokens}.")
         if (self.metric == "multiple_choice") != (self.choices is not None) and self.builtin is None:
             raise ValueError(f"Task {self.name!r}: metric multiple_choice and the column `choices` go together.")
         if self.answer_is is not None:
@@ -163,7 +167,7 @@ class GroundedTask(Data):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.swaps < 1 or self.threshold <= 0:
+        if self.swaps < 1 or not 0 < self.threshold < math.inf:
             raise ValueError(
                 f"Task {self.name!r}: expected swaps >= 1 and threshold > 0, got {self.swaps}, {self.threshold}."
             )
@@ -205,7 +209,7 @@ class FidelityTask(Data):
             raise ValueError(f"Task {self.name!r}: the columns `image` and `caption` go together.")
         if self.instruction is None and self.caption is None:
             raise ValueError(f"Task {self.name!r}: without pictures it needs the column `instruction`.")
-        if self.max_new_tokens < 1 or self.temperature < 0 or self.threshold <= 0:
+        if self.max_new_tokens < 1 or not 0 <= self.temperature < math.inf or not 0 < self.threshold < math.inf:
             raise ValueError(
                 f"Task {self.name!r}: expected max_new_tokens >= 1, temperature >= 0 and threshold > 0, got {self.max_new_tokens}, "
                 f"{self.temperature} and {self.threshold}."
@@ -328,7 +332,7 @@ def load_suite(name_or_path: str) -> Suite:
         raise ValueError(
             f"{path.name}: expected a mapping with `name`, `texts`, `vision` ...; found {type(content).__name__}."
         )
-    fields: dict[str, Any] = {"name": path.stem, **content}
+    fields: dict[str, Any] = {"name": path.stem, **at_home(dict(content))}
     for part, kind in _PARTS.items():
         fields[part] = tuple(
             _build(kind, entry, f"{path.name}: {part}[{i}]") for i, entry in enumerate(fields.get(part) or ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -122,8 +123,13 @@ class Setup:
                 "out."
             )
         self._check_caches()
-        if self.gpu_memory <= 0:
+        if not 0 < self.gpu_memory < math.inf:
             raise PlanError(f"gpu_memory must be a positive number of GiB, got {self.gpu_memory}.")
+        if self.kv_source == "before" and not MODES[self.kv_sharing].reads_student:
+            raise PlanError(
+                f"kv_source is about the keys and values that the teacher reads, and with kv_sharing={self.kv_sharing!r} it reads none: leave it "
+                "out."
+            )
 
     def _check_caches(self) -> None:
         """As the trainer's config refuses them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from ...columns import prepare_dataset
 from ...compatibility import UnreadableModelError
 from ...folders import check
 from ...mixtures import DistillMixtureConfig, DistillSource
+from ...sentences import at_home
 from ...sources import load_source
 from ...yaml_text import read_yaml
 from ..diagnose.prompts import Prompt, prompt_of
@@ -42,6 +44,11 @@ class Limits:
 
     max_dependence: float = 0.5
     min_language: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number of nats, got {value}.")
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ def _entries(name: str, split: str) -> list[DistillSource]:
     if not name.endswith((".yaml", ".yml")):
         return [DistillSource(path=name, split=split)]
     try:
-        recipe = read_yaml(Path(name).read_text(encoding="utf-8"))
+        recipe = at_home(read_yaml(Path(name).read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"The recipe {name!r} cannot be read: {error}") from error
     if not isinstance(recipe, dict) or not recipe.get("datasets"):
