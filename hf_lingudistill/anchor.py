@@ -89,14 +89,15 @@ class Before:
 
     def _same_without(self, inputs: Mapping[str, Any], columns: int) -> bool:
         """Whether the last layer's keys of the first columns are the same without the others."""
-        whole, cut = (self._last_keys(given) for given in (inputs, _first_columns(inputs, columns)))
+        whole, cut = (self.last_keys(given) for given in (inputs, first_columns(inputs, columns)))
         real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[:, None, :columns, None].to(whole)
         gap = ((whole[:, :, :columns] - cut) * real).norm()
         return bool(gap <= 0.05 * (cut * real).norm())  # half precision rounds; a token more or less changes all
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
-    def _last_keys(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def last_keys(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The keys of its last layer, (B, H_kv, T, D), in fp32. inputs: of the student's backbone."""
         with self.as_before(), evaluating(self.model), recording(self.model) as own:
             self.model.base_model(**inputs)
         return own.keys[max(own.keys)].float()
@@ -106,7 +107,7 @@ class Before:
     def lend(self, shared: SharedKV, inputs: Mapping[str, Any], columns: int) -> None:
         """Put its keys and values of the first columns into a record of the student that has masks and positions."""
         with self.as_before(), evaluating(self.model), recording(self.model) as own:
-            self.model.base_model(**_first_columns(inputs, columns))
+            self.model.base_model(**first_columns(inputs, columns))
         shared.keys, shared.values, shared.keep_kv = own.keys, own.values, True
 
 
@@ -121,7 +122,8 @@ def _can_be_cut(inputs: Mapping[str, Any]) -> bool:
     return per_token <= set(_COLUMNS) and not packed and (mask is None or mask.ndim == 2)
 
 
-def _first_columns(inputs: Mapping[str, Any], columns: int) -> dict[str, Any]:
+def first_columns(inputs: Mapping[str, Any], columns: int) -> dict[str, Any]:
+    """Inputs of a backbone, cut behind their first columns."""
     return {name: value[:, :columns] if name in _COLUMNS else value for name, value in inputs.items()}
 
 

@@ -232,6 +232,7 @@ class DistillChecks(_Config):
             "skip_bad_rows",
             "answers_only",
             "self_check",
+            "freeze_vision",
             "overwrite_output_dir",
         ):
             if not isinstance(getattr(self, name), bool):

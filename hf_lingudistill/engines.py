@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ._internals import decoder_of, deepspeed_inference, fsdp_units, head_of
 from .machine import machine
 from .teacher import Teacher
+from .vision import trains_vision
 
 Sharding = Literal["fsdp2", "zero3"]
 
@@ -207,7 +208,7 @@ class SameModules:
         self.student, self.image, self.accelerator = student, image, accelerator
         self.images_in_step = True
         # ZeRO-3 keeps the last gradient of a weight that a step does not use, and applies it again: so all are used, for a zero
-        self.leaves_gradients = sharding_of(accelerator) == "zero3" and _trains_tower(student)
+        self.leaves_gradients = sharding_of(accelerator) == "zero3" and trains_vision(student)
 
     def look_at(self, batches: list[Mapping[str, Any]]) -> None:
         """Whether any process has an image among the batches of an optimizer step: without one, the tower gets no gradient at all,
@@ -222,13 +223,6 @@ class SameModules:
         if not needed or inputs.get("pixel_values") is not None:
             return nullcontext()
         return vision_on(self.image, self.student)
-
-
-def _trains_tower(student: PreTrainedModel) -> bool:
-    """Whether a weight outside of the language model is trained."""
-    language = [decoder_of(student), student.get_input_embeddings(), student.get_output_embeddings()]
-    known = {id(weight) for module in language if module is not None for weight in module.parameters()}
-    return any(weight.requires_grad and id(weight) not in known for weight in student.parameters())
 
 
 @contextmanager

@@ -199,6 +199,11 @@ class DistillOptions:
         "is all rows, it leaves the memory.",
     )
     cache_dir: str | None = _option(None, "Folder of both caches; other runs can use it. Left out: output_dir/caches.")
+    freeze_vision: bool = _option(
+        False,
+        "Leave the vision tower and its projector as they are. The VLM before is then given the student's image features, which makes a step "
+        "cheaper (docs/cost.md).",
+    )
     skip_bad_rows: bool = _option(
         False,
         "Skip rows that cannot be trained on (unreadable image, empty answer, ...) and count them; else stop at the first.",

@@ -41,7 +41,7 @@ from .step import DistillStep
 logger = logging.getLogger(__name__)
 
 # What a resumed run may not change. A learning rate would not even change: the checkpoint's schedule holds it
-KEPT = (*LOSS_SETTINGS, "learning_rate", "seed")
+KEPT = (*LOSS_SETTINGS, "freeze_vision", "learning_rate", "seed")
 
 if TYPE_CHECKING:
     from trl import SFTTrainer as _Trainer

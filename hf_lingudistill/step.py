@@ -17,9 +17,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ._internals import FusedCausalLMOutput, Head, head_of
-from .anchor import Before
+from .anchor import Before, first_columns
 from .cached import CachedAnswers
 from .engines import SameModules, head_unsharded
+from .eyes import Eyes, Seen
 from .losses import Anchor, Scores, Weights, score
 from .queries import Planner, QueryPlan
 from .router import ASK, routed, router_loss
@@ -40,7 +41,8 @@ class DistillStep:
     offload: the teacher waits in CPU memory between steps. sharded: it lies in pieces on all processes, so that every one runs it in
     every step. same_modules: likewise for the student's vision tower (see `engines.py`). judge: the VLM before, where it judges
     the rows that are not marked; None = cross-entropy alone does. source: the VLM before, where the teacher reads its keys and values;
-    None = the student's. lends: whether its first columns do (`Before.can_lend`), None before the first batch that asks. sampled: labels
+    None = the student's. lends: whether its first columns do (`Before.can_lend`), None before the first batch that asks. eyes: what lets it
+    and the student look at a picture once (`eyes.py`). sampled: labels
     are the student's own samples (see `plan_queries`). calls: how often the student's forward was this step.
     """
 
@@ -54,6 +56,7 @@ class DistillStep:
     judge: Before | None = None
     source: Before | None = None
     lends: bool | None = None
+    eyes: Eyes | None = None
     sampled: bool = False
     watchers: list[Watcher] = field(default_factory=list)
     calls: int = 0
@@ -123,17 +126,19 @@ class DistillStep:
         cached: CachedAnswers = (inputs.get("cached") or CachedAnswers()).to(device)
         queries = cached.live or plan
 
-        columns = self._columns(inputs, plan, queries)
+        seen = self._seen(inputs, plan, queries)
+        columns = self._columns(inputs, plan, queries, seen)
         # First, while the student's activations take no memory; not where a few columns do, which need the student's masks
-        anchor, shared = self._before(inputs, plan, queries) if columns is None else (None, None)
+        anchor, shared = self._before(inputs, plan, queries, seen) if columns is None else (None, None)
         if shared is not None:
             taught, teacher_head = self._teach(shared, queries)
-            backbone, router_logits = self._backbone(inputs)
+            backbone, router_logits = self._backbone(inputs, seen)
         else:
             with self._recording(queries, lent=columns is not None) as shared:
-                backbone, router_logits = self._backbone(inputs)
+                backbone, router_logits = self._backbone(inputs, seen)
             if columns and self.source is not None:
-                self.source.lend(shared, own_inputs(inputs), columns)
+                with self._sight(seen, first_columns(own_inputs(inputs), columns)):
+                    self.source.lend(shared, own_inputs(inputs), columns)
             taught, teacher_head = self._teach(shared, queries)
         teacher_hidden = cached.with_live(taught)
 
@@ -163,9 +168,10 @@ class DistillStep:
             return recording(self.student, keep_kv=False)
         return self.sharing.recording(self.student) if queries.num_queries > 0 else nullcontext(SharedKV())
 
-    def _columns(self, inputs: dict[str, Any], plan: QueryPlan, queries: QueryPlan) -> int | None:
+    def _columns(self, inputs: dict[str, Any], plan: QueryPlan, queries: QueryPlan, seen: Seen | None) -> int | None:
         """How many columns of the VLM before are enough for the teacher, 0 where it reads none of them; None where the VLM before runs
-        over whole rows, or is not asked."""
+        over whole rows, or is not asked. seen: where image features are shared; then the student's own come first, whatever is left to
+        cut."""
         if (
             self.source is None
             or self.source.sharded
@@ -175,15 +181,30 @@ class DistillStep:
         ):
             return None
         columns = queries.columns_read
-        if columns > 0.9 * plan.length or (self.judge is not None and plan.has_unmarked_labels):
+        if (columns > 0.9 * plan.length and seen is None) or (self.judge is not None and plan.has_unmarked_labels):
             return None
         if columns and self.lends is None and queries.num_queries > 1:  # a text of one token has nothing to cut
             text = inputs["input_ids"][queries.rows[:16], queries.positions[:16]][None]
             self.lends = self.source.can_lend(own_inputs(inputs), columns, text)
         return columns if self.lends or not columns else None
 
+    def _seen(self, inputs: dict[str, Any], plan: QueryPlan, queries: QueryPlan) -> Seen | None:
+        """Where the batch's image features are kept, for whichever of the student and the VLM before comes second; None where each looks
+        for itself, or where the VLM before is not asked about pictures."""
+        judges = self.judge is not None and plan.has_unmarked_labels
+        asked = self.judge if judges else self.source if queries.num_queries else None
+        if asked is None or asked.sharded or inputs.get("pixel_values") is None:
+            return None
+        if self.eyes is None:
+            self.eyes = Eyes(self.student, asked)
+        return self.eyes.open()
+
+    def _sight(self, seen: Seen | None, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+        """Around the forward of the VLM before on these inputs."""
+        return nullcontext() if self.eyes is None else self.eyes.of_before(seen, inputs)
+
     def _before(
-        self, inputs: dict[str, Any], plan: QueryPlan, queries: QueryPlan
+        self, inputs: dict[str, Any], plan: QueryPlan, queries: QueryPlan, seen: Seen | None
     ) -> tuple[Anchor | None, SharedKV | None]:
         """What the VLM before says of the rows that are not marked, and what the teacher reads of it; None where nobody asks, or where
         there is nothing to ask, unless it lies in pieces: then it is asked in any case."""
@@ -196,7 +217,8 @@ class DistillStep:
             if judge is None and source is None:
                 return None, None
         sharing = None if source is None else self.sharing
-        hidden, head, shared = asked.look(own_inputs(inputs), plan.other_rows, plan.other_positions, sharing)
+        with self._sight(seen, own_inputs(inputs)):
+            hidden, head, shared = asked.look(own_inputs(inputs), plan.other_rows, plan.other_positions, sharing)
         anchor = Anchor(hidden, head, ~inputs["distill"].bool()[plan.other_rows]) if judge is not None else None
         return anchor, None if source is None else shared
 
@@ -210,11 +232,12 @@ class DistillStep:
         shared.release()
         return hidden, head.whole()
 
-    def _backbone(self, inputs: dict[str, Any]) -> tuple[Any, list[torch.Tensor]]:
+    def _backbone(self, inputs: dict[str, Any], seen: Seen | None) -> tuple[Any, list[torch.Tensor]]:
         """The student without its head. -> its output, `last_hidden_state` (B, T, H_s) with gradient, and its router's logits."""
         own = own_inputs(inputs)
         with (
             nullcontext() if self.same_modules is None else self.same_modules.for_batch(own),
+            nullcontext() if self.eyes is None else self.eyes.of_student(seen),
             routed(self.student, asked=bool(inputs.get(ASK))) as router_logits,
         ):
             return self.student.base_model(**own), router_logits

@@ -26,6 +26,7 @@ from .sharing import sharing
 from .step import DistillStep
 from .teacher import Teacher, compute_dtype_of
 from .teacher_mixin import TeacherMixin, is_quantised
+from .vision import freeze_vision
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 MADE_OF = (
     *("kv_sharing", "kv_source", "anchor", "distill_tokens", "distill_margin"),
     *("ce_weight", "distill_weight", "anchor_weight", "blind_weight", "beta", "temperature", "on_nan"),
-    *("distill_column", "answers_only", "completion_only_loss", "max_length", "skip_bad_rows"),
+    *("freeze_vision", "distill_column", "answers_only", "completion_only_loss", "max_length", "skip_bad_rows"),
     *("anchor_cache", "anchor_cache_k", "teacher_cache", "teacher_offload", "teacher_quantization"),
 )
 
@@ -72,6 +73,8 @@ class StepMixin(TeacherMixin):
                 "on_nan='skip' cannot be held under DeepSpeed, whose backward pass ends with the step: use on_nan='stop'."
             )
         student = self._plain_student()
+        if args.freeze_vision:
+            freeze_vision(student)
         choose_kernels(student, trained=True)
         keep_image_dtype(student)
         self._compute_dtype = compute_dtype_of(student, bf16=bool(args.bf16), fp16=args.fp16)

@@ -192,6 +192,7 @@ EVERY_OWN_FIELD = {
     "distill_column": "is_text",
     "distill_tokens": "confident",
     "distill_margin": -0.5,
+    "freeze_vision": True,
     "skip_bad_rows": True,
     "answers_only": False,
     "self_check": False,

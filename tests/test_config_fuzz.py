@@ -47,7 +47,14 @@ CHOICES = {
     "anchor": ANCHOR_CHOICES,
     "on_nan": ON_NAN_CHOICES,
 }
-FLAGS = ("answers_only", "measure_teacher_quantization", "skip_bad_rows", "self_check", "overwrite_output_dir")
+FLAGS = (
+    "answers_only",
+    "freeze_vision",
+    "measure_teacher_quantization",
+    "skip_bad_rows",
+    "self_check",
+    "overwrite_output_dir",
+)
 FLAGS += ("anchor_cache", "teacher_cache")
 NUMBERS = ("blind_weight", "beta", "temperature", "distill_weight", "ce_weight", "distill_margin", "anchor_weight")
 NAMES = ("teacher_model_name_or_path", "teacher_model_revision", "cache_dir")

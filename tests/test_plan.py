@@ -37,7 +37,7 @@ from hf_lingudistill.labs.plan import (
     teacher_bytes,
     trainable_parameters,
 )
-from hf_lingudistill.labs.plan.cost import _tower_work
+from hf_lingudistill.labs.plan.cost import _step_work, _tower_work
 from hf_lingudistill.labs.plan.known_models import BUILT_IN, BUILT_IN_PAIRS
 from hf_lingudistill.student_kv import recording
 from hf_lingudistill.teacher import load_teacher_model
@@ -352,6 +352,53 @@ def test_the_cost_of_a_step_tends_to_the_share_of_the_response(small: tuple[Mode
     assert replace(text, on_policy=True).blind_queries == 0 == replace(text, blind_weight=0.0).blind_queries
     split = replace(text, kv_source=None, engine="fsdp2", gpus=2)
     assert step_cost(light[0], light[1], split) == step_cost(light[0], light[1], replace(text, kv_source=None))
+
+
+def test_a_frozen_tower_is_run_once_and_has_no_gradient(small: tuple[ModelFacts, ModelFacts]) -> None:
+    """One pass of it in SFT, and none of the VLM before's; what differs from a student without a tower is that pass alone."""
+    setup = Setup(seq_len=512, image_tokens=64, gradient_checkpointing=False, device="cpu", freeze_vision=True)
+    student, teacher = small
+    blind = replace(student, vision=None)
+    base, with_tower = (_step_work(facts, teacher, setup) for facts in (blind, student))
+    assert student.vision is not None
+    assert with_tower[0] - base[0] == pytest.approx(_tower_work(student, student.vision, setup))
+    assert with_tower[1] == pytest.approx(base[1])  # what distilling adds
+    trained = _step_work(student, teacher, replace(setup, freeze_vision=False))
+    assert trained[0] - base[0] == pytest.approx(3 * (with_tower[0] - base[0]))
+    assert trained[1] - base[1] == pytest.approx(with_tower[0] - base[0])
+    # In pieces each model runs its own
+    pieces = replace(setup, engine="fsdp2", gpus=2)
+    assert _step_work(student, teacher, pieces)[1] == pytest.approx(trained[1])
+
+
+def test_a_frozen_tower_costs_what_was_measured() -> None:
+    found = json.loads((ROOT / "benchmarks/results/one_look.json").read_text(encoding="utf-8"))
+    shape, arms = found["shape"], found["arms"]
+    pair = read_pair("HuggingFaceTB/SmolVLM-256M-Instruct", None)
+    setup = Setup(
+        **{name: shape[name] for name in ("image_tokens", "response_tokens")},
+        seq_len=shape["length"],
+        batch=shape["batch_size"],
+        device="cpu",
+        gradient_checkpointing=False,
+    )
+    for arm, frozen in (("one_look", True), ("default_trained", False)):
+        assert step_cost(*pair, replace(setup, freeze_vision=frozen)) == pytest.approx(arms[arm]["ratio"], rel=0.12)
+    assert arms["one_look"]["ratio_max"] < arms["two_looks"]["ratio_min"]
+
+
+def test_what_is_frozen_has_no_gradient_no_state_and_no_adapter(small: tuple[ModelFacts, ModelFacts]) -> None:
+    student, teacher = small
+    for rank in (0, 8):
+        setup = Setup(lora_rank=rank, image_tokens=256, response_tokens=64, seq_len=512)
+        free, frozen = (replace(setup, freeze_vision=on) for on in (False, True))
+        trained = [trainable_parameters(student, one) for one in (free, frozen)]
+        assert student.vision is not None
+        assert trained[0] - trained[1] == (rank * student.vision.lora_width if rank else student.beside)
+        plans = [make_plan(student, teacher, one) for one in (free, frozen)]
+        assert (
+            plans[1].peak < plans[0].peak and plans[1].lines["optimizer states"] < plans[0].lines["optimizer states"]
+        )
 
 
 def test_the_cost_on_a_gpu_is_what_was_measured_there() -> None:

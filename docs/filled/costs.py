@@ -23,6 +23,37 @@ def step_cost_twice() -> str:
     return _step_cost(read(STEP_COST.with_name("step_cost_twice.json")))
 
 
+def one_look() -> str:
+    """The default where the vision tower is frozen, with image features shared and not, and where it is trained."""
+    result = read(STEP_COST.with_name("one_look.json"))
+    arms, shape, machine = result["arms"], result["shape"], result["machine"]
+    said = {
+        "sft": "tower frozen, SFT",
+        "one_look": "tower frozen, default",
+        "two_looks": "the same, each model running its tower",
+        "sft_trained": "tower trained, SFT",
+        "default_trained": "tower trained, default",
+    }
+    lines = ["| | step | over SFT (min - max) |", "|---|---|---|"]
+    for arm, row in arms.items():
+        over = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f})" if "ratio" in row else "1"
+        lines.append(f"| {said[arm]} | {row['seconds']:.2f} s | {over} |")
+    lines += [
+        "",
+        f"SmolVLM-256M's shape: tower and projector of {shape['vision_parameters'] / 1e6:.0f}M parameters, LM of {shape['lm_parameters'] / 1e6:.0f}M; "
+        f"{shape['length']} tokens, {shape['image_tokens']} of them image, {shape['response_tokens']} response. Medians of {result['rounds']} "
+        f"interleaved rounds, CPU time; {machine['device']}, {machine['dtype']}, load {machine['load_before']} to {machine['load_after']}. SFT "
+        "scores labelled positions alone (`python benchmarks/one_look.py`).",
+    ]
+    return "\n".join(lines)
+
+
+def frozen_claim() -> str:
+    """README's clause about a frozen tower."""
+    arms = read(STEP_COST.with_name("one_look.json"))["arms"]
+    return f"{arms['one_look']['ratio'] - 1:.0%}, not {arms['two_looks']['ratio'] - 1:.0%}"
+
+
 def _step_cost(result: dict[str, Any]) -> str:
     arms, shape, machine = result["arms"], result["shape"], result["machine"]
     base = arms["sft"].get("peak_mb")

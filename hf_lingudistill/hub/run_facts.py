@@ -62,6 +62,7 @@ LOSS_SETTINGS = (
 )
 SETTINGS = (
     *LOSS_SETTINGS,
+    "freeze_vision",
     "anchor_cache",
     "teacher_cache",
     "teacher_quantization",

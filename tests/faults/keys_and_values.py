@@ -6,6 +6,7 @@ from .fault import FAMILIES, FULL_LENGTH, TRAINER, VLM_TEACHER, Fault
 
 KV_SOURCE = "tests/test_kv_source.py"
 MASK_ROWS = "tests/test_mask_rows.py"
+EYES = "tests/test_eyes.py"
 
 FAULTS = (
     # ---- student_kv.py
@@ -244,5 +245,54 @@ FAULTS = (
         "read = attended & ((where <= last) & ~own)",
         "rows that are not marked lose image tokens, and pixels have no place",
         (f"{KV_SOURCE}::test_no_row_loses_an_image_token",),
+    ),
+    # ---- eyes.py
+    Fault(
+        "eyes-of-a-trained-tower",
+        "eyes.py",
+        "if any(weight.requires_grad for weight in self._parameters):",
+        "if False:",
+        "the VLM before is given features of a tower that is trained",
+        (f"{EYES}::test_a_tower_that_is_trained_is_looked_through_by_each",),
+    ),
+    Fault(
+        "eyes-not-looked-at-again",
+        "eyes.py",
+        "if touched != self._touched:",
+        "if self._touched == -1:",
+        "a tower whose weights were changed goes on being taken for the same",
+        (f"{EYES}::test_a_tower_that_was_trained_for_a_while_is_another",),
+    ),
+    Fault(
+        "eyes-with-dropout",
+        "eyes.py",
+        "        if _differs_in_training(self.student):\n            return False\n",
+        "",
+        "the teacher reads features with dropout",
+        (f"{EYES}::test_a_tower_that_is_another_in_training_is_run_by_each",),
+    ),
+    Fault(
+        "eyes-of-an-adapter",
+        "eyes.py",
+        "return all(own_name(self.student, name) is not None for name in self._ours)",
+        "return True",
+        "the VLM before is given features of a tower with its adapter on",
+        (f"{EYES}::test_an_adapter_that_is_frozen_still_changes_the_tower",),
+    ),
+    Fault(
+        "eyes-rounded",
+        "eyes.py",
+        "if first and any(ours.dtype != self._theirs[name].dtype for name, ours in self._ours.items()):",
+        "if False:",
+        "the student is trained on features of weights in half precision",
+        (f"{EYES}::test_between_two_dtypes_the_student_keeps_its_own",),
+    ),
+    Fault(
+        "vision-not-frozen",
+        "step_mixin.py",
+        "        if args.freeze_vision:\n            freeze_vision(student)\n",
+        "",
+        "freeze_vision freezes nothing",
+        (f"{EYES}::test_a_frozen_tower_and_projector_end_as_they_began",),
     ),
 )

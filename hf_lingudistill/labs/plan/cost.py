@@ -45,13 +45,15 @@ def _step_work(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> tuple[
     passes += 1.0 if setup.gradient_checkpointing else 0.0
     backbone = _forward_work(student.text, setup.tokens, setup.seq_len / 2)
     launches: float = _LAUNCHES_PER_LAYER * student.text.layers
-    if student.vision is not None:
-        backbone += _tower_work(student, student.vision, setup)
-        launches += _LAUNCHES_OF_TOWER * student.vision.layers
-    forward = launches / 3
     launches *= 4 / 3 if setup.gradient_checkpointing else 1.0
+    forward, sft = _LAUNCHES_PER_LAYER * student.text.layers / 3, passes * backbone
+    if student.vision is not None:
+        seen, of_tower = _tower_work(student, student.vision, setup), _LAUNCHES_OF_TOWER * student.vision.layers / 3
+        backbone, forward = backbone + seen, forward + of_tower
+        sft += seen * (1.0 if setup.freeze_vision else passes)  # nothing behind it asks for a gradient
+        launches += of_tower * (1 if setup.freeze_vision else 4 if setup.gradient_checkpointing else 3)
     head = student.vocab * student.text.hidden
-    sft = passes * backbone + (2 if setup.lora_rank else 3) * head * setup.labels
+    sft += (2 if setup.lora_rank else 3) * head * setup.labels
     keys = setup.seq_len if MODES[setup.kv_sharing].reads_student else setup.seq_len / 2
     added, more = float(student.vocab * teacher.text.hidden * setup.labels), launches
     if not setup.teacher_is_gone:
@@ -69,6 +71,11 @@ def _step_work(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> tuple[
         more += _LAUNCHES_OF_TOWER * teacher.vision.layers / 3
     if setup.asks_before:
         added, more = added + _before_work(student, setup, backbone), more + forward
+        if (
+            setup.freeze_vision and not setup.splits and student.vision is not None
+        ):  # it is given the student's image features
+            added -= _tower_work(student, student.vision, setup)
+            more -= _LAUNCHES_OF_TOWER * student.vision.layers / 3
     return sft, added, launches, more
 
 

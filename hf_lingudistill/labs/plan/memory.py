@@ -90,10 +90,12 @@ def kv_bytes(student: ModelFacts, setup: Setup) -> int:
 
 
 def trainable_parameters(student: ModelFacts, setup: Setup) -> int:
-    """How many of its parameters are trained: all, or those of the adapter."""
+    """How many of its parameters are trained: all, or those of the adapter; none of a frozen tower."""
     if setup.lora_rank == 0:
-        return student.parameters
-    width = student.text.lora_width + (student.vision.lora_width if student.vision else 0)
+        return student.parameters - (student.beside if setup.freeze_vision else 0)
+    width = student.text.lora_width
+    if student.vision is not None and not setup.freeze_vision:
+        width += student.vision.lora_width
     return setup.lora_rank * width
 
 
@@ -180,7 +182,8 @@ def _chunk_bytes(student: ModelFacts, setup: Setup) -> int:
 
 def moments_of(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Iterator[tuple[str, Lines]]:
     """(moment of the step, its lines) for each moment that can be the peak, in the order of the step."""
-    text, vision, tokens = student.text, student.vision, setup.tokens
+    text, tokens = student.text, setup.tokens
+    vision = None if setup.freeze_vision else student.vision  # autograd keeps nothing of what is not trained
     standing = _standing(student, teacher, setup)
     if setup.on_policy:  # before anything else, and without the gradients of an accumulation
         held = {"sampling KV": kv_bytes(student, setup) * setup.accumulation}

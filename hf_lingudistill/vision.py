@@ -1,0 +1,35 @@
+"""The vision part of a VLM: which weights it is, and whether they are trained."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ._internals import decoder_of, own_name
+
+
+def vision_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The parameters of a VLM outside of its language model, by name: tower and projector."""
+    language = [decoder_of(model), model.get_input_embeddings(), model.get_output_embeddings()]
+    known = {id(weight) for module in language if module is not None for weight in module.parameters()}
+    return {name: weight for name, weight in model.named_parameters() if id(weight) not in known}
+
+
+def trains_vision(model: PreTrainedModel) -> bool:
+    """Whether a parameter outside of the language model is trained."""
+    return any(weight.requires_grad for weight in vision_parameters(model).values())
+
+
+def freeze_vision(student: PreTrainedModel) -> None:
+    """Leave everything outside of the language model as it is.
+
+    Raises:
+        ValueError: if an adapter reaches it.
+    """
+    for name, weight in vision_parameters(student).items():
+        if own_name(student, name) is None:
+            raise ValueError(
+                f"freeze_vision leaves the vision tower as it is, and the adapter reaches it ({name}): name the decoder's layers with "
+                "lora_target_modules, or leave freeze_vision out."
+            )
+        weight.requires_grad_(False)
