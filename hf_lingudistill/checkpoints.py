@@ -119,9 +119,9 @@ def to_resume(wanted: str | bool, run: str | os.PathLike[str]) -> str:
         if last is None:
             half = get_last_checkpoint(run) if Path(run).is_dir() else None
             why = f" ({Path(half).name} is not complete: {flaw(half)})" if half else ""
+            over = " and with --overwrite_output_dir" if Path(run).is_dir() and any(Path(run).iterdir()) else ""
             raise ValueError(
-                f"No complete checkpoint to resume from in {str(run)!r}{why}: train without --resume_from_checkpoint and with "
-                "--overwrite_output_dir."
+                f"No complete checkpoint to resume from in {str(run)!r}{why}: train without --resume_from_checkpoint{over}."
             )
         return str(last)
     if (reason := flaw(wanted)) is not None:

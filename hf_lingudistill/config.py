@@ -174,8 +174,10 @@ class DistillChecks(_Config):
             )
         if not math.isfinite(self.distill_margin):
             raise ValueError(f"distill_margin must be a finite number of nats; got {self.distill_margin}.")
-        if self.max_steps == 0:  # to transformers, which takes it for "not set", it means num_train_epochs
-            raise ValueError("max_steps must be above 0, or -1 to train for num_train_epochs; got 0.")
+        if (
+            self.max_steps == 0 or self.max_steps < -1
+        ):  # to transformers, which takes it for "not set", it means num_train_epochs
+            raise ValueError(f"max_steps must be above 0, or -1 to train for num_train_epochs; got {self.max_steps}.")
         if self.label_smoothing_factor != 0.0:
             raise ValueError(
                 f"label_smoothing_factor must be 0 for distillation (the teacher smooths the labels); got "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -235,4 +236,10 @@ def no_label_within(name: str, first_label: int, needed: int, limit: int) -> Bad
 def cannot_be_processed(name: str, error: Exception) -> BadRow:
     """What is raised for a row over which the processor failed."""
     why = " ".join(str(error).split())
+    if re.search("chat[ _]template", why) and not re.search("[Jj]inja|[Tt]emplateError", type(error).__name__):
+        return BadRow(
+            "processor failed",
+            f"{name} is a conversation, and the student has no chat template: pass --chat_template_path FILE.jinja, or train "
+            "on running text.",
+        )
     return BadRow("processor failed", f"{name} cannot be processed ({type(error).__name__}: {why[:300]}).")

@@ -51,7 +51,9 @@ class DistillMixtureConfig(DatasetMixtureConfig):
 
     def __post_init__(self) -> None:
         if not isinstance(self.datasets, list):
-            raise ValueError(f"datasets: expected a list of sources, found {shown(self.datasets)}.")
+            # argparse makes a source of one text
+            found = self.datasets.path if isinstance(self.datasets, DatasetConfig) else self.datasets
+            raise ValueError(f"datasets: expected a list of sources (`- path: ...`), found {shown(found)}.")
         if not isinstance(self.streaming, bool):
             raise ValueError(f"streaming: expected true or false, found {shown(self.streaming)}.")
         for index, source in enumerate(self.datasets):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ._internals import keep_image_dtype
 from .adapter import with_targets
@@ -18,6 +19,7 @@ from .compatibility import CompatibilityReport, check_compatibility, guess_teach
 from .engines import is_teacher_sharded, shard_teacher, sharding_of
 from .first_batch import FirstBatch
 from .image_check import image_check
+from .options import shown
 from .quantization import choose_kernels
 from .self_check import head_check, self_check, text_ids
 from .sharing import sharing
@@ -76,6 +78,9 @@ class TeacherMixin(_Trainer):
         Raises:
             ValueError: if no teacher is named, or student and teacher do not fit, or the adapter is none that it can follow.
         """
+        for role, what in (("model", model), ("teacher_model", teacher_model)):
+            if not isinstance(what, str | torch.nn.Module) and (role, what) != ("teacher_model", None):
+                raise TypeError(f"{role} must be a model, or the text of a folder or Hub id; got {shown(what)}.")
         adapter = kwargs.get("peft_config")
         if not isinstance(model, str) and is_peft_model(model):
             adapter = model.active_peft_config
@@ -106,6 +111,15 @@ class TeacherMixin(_Trainer):
         self._teacher_ref, self._teacher_processing = teacher_ref, teacher_tokenizer
         self.teacher_name_or_path = teacher_ref if isinstance(teacher_ref, str) else _reference(teacher_ref)
         processing_class = kwargs.get("processing_class")
+        template = getattr(args, "chat_template_path", None)
+        if (
+            template is not None
+            and not Path(template).is_file()
+            and isinstance(processing_class, ProcessorMixin | None)
+        ):
+            raise ValueError(
+                f"chat_template_path must be a file .jinja, since the student's processor takes none from another model; got {shown(template)}."
+            )
         self.compatibility = check_compatibility(
             model,
             teacher_ref,
@@ -115,9 +129,18 @@ class TeacherMixin(_Trainer):
             student_revision=as_dict(args.model_init_kwargs).get("revision") if isinstance(model, str) else None,
             teacher_revision=args.teacher_model_revision,
             kv_sharing=args.kv_sharing,
-            student_chat_template=chat_template_at(getattr(args, "chat_template_path", None)),
+            student_chat_template=chat_template_at(template),
         )
         self.compatibility.raise_for_misfit()
+        if (
+            self.teacher_name_or_path
+            and _same(self.teacher_name_or_path, _reference(model))
+            and not sharing(args.kv_sharing).sees
+        ):
+            logger.warning(
+                "Student and teacher are the same model, %s: what it has forgotten, its text half cannot teach. Pass the LM that it was built "
+                "from as the teacher.", self.teacher_name_or_path,
+            )  # fmt: skip
 
     @staticmethod
     def adapter_of(student: Any, args: Any, peft_config: Any) -> Any:
@@ -231,6 +254,13 @@ def is_quantised(model: PreTrainedModel) -> bool:
 def _reference(model: Any) -> str:
     """The name or path that a model was loaded from (empty if it was built in memory)."""
     return model if isinstance(model, str) else str(getattr(model.config, "_name_or_path", "") or "")
+
+
+def _same(teacher: str, student: str) -> bool:
+    """Whether two names are of one folder or repository."""
+    if os.path.isdir(teacher) and os.path.isdir(student):
+        return os.path.samefile(teacher, student)
+    return teacher == student
 
 
 def _share_weights(teacher: Any, student: Any) -> bool:

@@ -376,6 +376,30 @@ EARLY: dict[str, tuple[tuple[str, ...], str]] = {
         "is the folder of the teacher, or lies in it",
     ),
     "a fraction of a step": (("--config", "RECIPE"), "max_steps must be a whole number; got 1.5."),
+    "steps below none": (
+        ("--max_steps", "-5"),
+        "max_steps must be above 0, or -1 to train for num_train_epochs; got -5.",
+    ),
+    "a revision of a folder": (
+        ("--model_revision", "v2"),
+        "is a folder, and only a repository on the Hub has a revision 'v2'",
+    ),
+    "a revision of the teacher's folder": (
+        ("--teacher_model_revision", "v2"),
+        "is a folder, and only a repository on the Hub has a revision 'v2'",
+    ),
+    "nothing to resume": (
+        ("--output_dir", "EMPTY", "--resume_from_checkpoint", "true"),
+        "empty': train without --resume_from_checkpoint. (",
+    ),
+    "something else to resume": (
+        ("--output_dir", "USED", "--resume_from_checkpoint", "true"),
+        "train without --resume_from_checkpoint and with --overwrite_output_dir.",
+    ),
+    "one source that is no list": (
+        ("--config", "ONE_SOURCE"),
+        "expected a list of sources (`- path: ...`), found 'foo'.",
+    ),
     "a learning rate that is no number": (
         ("--learning_rate", "nan"),
         "learning_rate must be a finite number; got nan.",
@@ -404,9 +428,12 @@ def test_what_can_be_known_is_said_before_data_and_weights_are_loaded(
     flags, sentence = EARLY[case]
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "model.safetensors").touch()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "recipe.yaml").write_text("max_steps: 1.5")
+    (tmp_path / "one.yaml").write_text("datasets: foo")
     names = {"STUDENT": saved_pair[0], "TEACHER": saved_pair[1], "DATA": data, "USED": tmp_path / "used"}
     names |= {"IN_STUDENT": saved_pair[0] / "distilled", "RECIPE": tmp_path / "recipe.yaml"}
+    names |= {"EMPTY": tmp_path / "empty", "ONE_SOURCE": tmp_path / "one.yaml"}
     assert run(saved_pair, data, tmp_path / "out", *(str(names.get(flag, flag)) for flag in flags)) == 2
     assert sentence in capsys.readouterr().err and asked == []
     run(saved_pair, data, tmp_path / "out")

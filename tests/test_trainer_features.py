@@ -792,6 +792,59 @@ def test_misfit_is_refused_with_the_sentence_of_the_check_before_weights_load(
         make_trainer(model=str(saved_pair[0]), teacher_model=str(saved_pair[1]))
 
 
+@pytest.mark.parametrize("role", ["model", "teacher_model"])
+@pytest.mark.parametrize("given", [5, [1], 3.0, Path("vlm")], ids=str)
+def test_what_is_no_model_and_no_name_is_said_to_be_none(make_trainer: MakeTrainer, role: str, given: Any) -> None:
+    with pytest.raises(TypeError, match=f"^{role} must be a model, or the text of a folder or Hub id; got"):
+        make_trainer(**{role: given})
+
+
+def test_a_model_that_is_to_teach_itself_is_said_to_have_nothing_to_teach(
+    make_trainer: MakeTrainer, saved_pair: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under whatever name. Controls: its LM; the VLM before, whole, which sees."""
+    student, teacher = saved_pair
+    (tmp_path / "linked").symlink_to(student)
+    said = "Student and teacher are the same model"
+    for name, settings, expected in (
+        (student, {}, True),
+        (tmp_path / "linked", {}, True),
+        (teacher, {}, False),
+        (student, {"kv_sharing": "images"}, False),
+    ):
+        caplog.clear()
+        make_trainer(model=str(student), teacher_model=str(name), **settings)
+        assert (said in caplog.text) == expected
+
+
+@pytest.mark.parametrize("images", [True, False], ids=["processor", "tokenizer"])
+def test_a_conversation_needs_a_chat_template(make_trainer: MakeTrainer, tmp_path: Path, images: bool) -> None:
+    processor = tiny.make_processor()
+    template, processor.chat_template = processor.chat_template, None
+    processor.tokenizer.chat_template = None
+    rows = [{**row, "distill": True} for row in tiny.make_rows(8) if bool(row["images"]) == images]
+    if not images:
+        rows = [{name: value for name, value in row.items() if name != "images"} for row in rows]
+    with pytest.raises(
+        ValueError,
+        match=r"^Row \d+ is a conversation, and the student has no chat template: pass --chat_template_path",
+    ):
+        trainer = make_trainer(processing_class=processor, train_dataset=rows)
+        trainer.train()
+    (tmp_path / "t.jinja").write_text(template)
+    given = {"chat_template_path": str(tmp_path / "t.jinja")}
+    make_trainer(processing_class=processor, train_dataset=rows, **given).train()  # control
+
+
+def test_a_processor_takes_a_template_from_a_file_alone(
+    make_trainer: MakeTrainer, saved_pair: tuple[Path, Path]
+) -> None:
+    """TRL takes it from another model for tokenizers only, and fails late."""
+    for given in (str(saved_pair[0]), "org/model"):
+        with pytest.raises(ValueError, match=r"^chat_template_path must be a file \.jinja"):
+            make_trainer(chat_template_path=given)
+
+
 def test_student_without_a_named_teacher_is_refused(make_trainer: MakeTrainer) -> None:
     with pytest.raises(ValueError, match="teacher_model_name_or_path is not set"):
         make_trainer(teacher_model=None, teacher_tokenizer=None)
