@@ -154,7 +154,7 @@ def planned(case: dict[str, Any], arm: str) -> dict[str, float]:
         batch=case["batch"], dtype="bfloat16" if case["shape"] in LORA else "float32", mixed_precision="bf16",
         gradient_checkpointing=case["checkpointing"], lora_rank=16 if case["shape"] in LORA else 0,
         teacher_quantization=case["teacher"], kv_sharing=arm.partition("_")[0], blind_weight=0.5 if arm.endswith("_twice") else 0.0,
-        kv_source="before" if step_cost.reads_before(arm) else "student", gpu_memory=80,
+        kv_source="before" if step_cost.reads_before(arm) else "student", gpu_memory=80, freeze_vision=False,
     )  # fmt: skip
     plan = make_plan(model_facts(student, "vlm"), model_facts(lm, "lm"), setup)
     return {"planned_mb": plan.peak / 2**20, "planned_ratio": plan.cost, "planned_seconds": plan.seconds or 0.0}

@@ -83,6 +83,7 @@ class Shape:
     quantization: str = "nf4"
     kv_sharing: str = "prompt"
     padded: bool = False
+    frozen: bool = False  # the vision tower
     engine: str = "single"  # or ddp or fsdp2, on two processes
 
     @property
@@ -113,6 +114,7 @@ class Shape:
             engine=self.engine,
             gpus=self.processes,
             device="cpu",
+            freeze_vision=self.frozen,
         )
 
 
@@ -127,6 +129,7 @@ SHAPES = {
     "padded batch of 4": Shape(batch=4, seq_len=512, kv_heads=2, padded=True),
     "large vocabulary, untied": Shape(layers=4, vocab=65536, tied=False, seq_len=512, response=128),
     "vision tower": Shape(layers=4, vision_hidden=512, vision_layers=12, shuffle=2, seq_len=512),
+    "vision tower, frozen": Shape(layers=4, vision_hidden=512, vision_layers=12, shuffle=2, seq_len=512, frozen=True),
     "LoRA": Shape(layers=12, hidden=768, intermediate=2048, heads=12, kv_heads=4, lora_rank=16),
     "bf16 autocast": Shape(bf16=True),
     "bf16 autocast, checkpointing": Shape(layers=24, bf16=True, checkpointing=True, seq_len=1536, side=28),
@@ -238,6 +241,7 @@ def make_trainer(folder: Path, shape: Shape, steps: int) -> LinguDistillTrainer:
         kv_sharing=shape.kv_sharing,
         kv_source="student",
         distill_tokens="all",
+        freeze_vision=shape.frozen,
     )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         assert config.device.type == "cpu"  # the property joins the process group
@@ -394,6 +398,7 @@ def check_cost() -> dict[str, Any]:
             kv_source="before" if "_before" in arm else "student",
             blind_weight=0.5 if arm.endswith("_twice") else 0.0,
             device="cpu",
+            freeze_vision=False,
         )
         row = result["arms"][arm]
         rows[arm] = {

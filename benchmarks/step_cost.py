@@ -248,6 +248,7 @@ def make_stepper(arm: str, folder: Path, args: argparse.Namespace, *, before: bo
         **common,
         teacher_model_name_or_path=str(folder / "lm"),
         teacher_quantization=args.teacher_quantization,
+        freeze_vision=False,  # as TRL's step, which it is held against
         kv_sharing=arm if arm in MODES else "prompt",
         kv_source="before" if before else "student",
         distill_tokens="all",

@@ -234,11 +234,12 @@ class DistillChecks(_Config):
             "skip_bad_rows",
             "answers_only",
             "self_check",
-            "freeze_vision",
             "overwrite_output_dir",
         ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false; got {shown(getattr(self, name))}.")
+        if not isinstance(self.freeze_vision, bool | None):
+            raise ValueError(f"freeze_vision must be true or false, or left out; got {shown(self.freeze_vision)}.")
         for name in ("teacher_model_name_or_path", "teacher_model_revision", "output_dir", "cache_dir"):
             value = getattr(self, name)
             if value is None:

@@ -199,10 +199,10 @@ class DistillOptions:
         "is all rows, it leaves the memory.",
     )
     cache_dir: str | None = _option(None, "Folder of both caches; other runs can use it. Left out: output_dir/caches.")
-    freeze_vision: bool = _option(
-        False,
-        "Leave the vision tower and its projector as they are. The VLM before is then given the student's image features, which makes a step "
-        "cheaper (docs/cost.md).",
+    freeze_vision: bool | None = _option(
+        None,
+        "Leave the vision tower and its projector as they are: they see already, and trained at the language model's rate they see less "
+        "(docs/method.md). A step is cheaper, too. Left out: true, unless an adapter reaches them.",
     )
     skip_bad_rows: bool = _option(
         False,

@@ -232,7 +232,7 @@ class DistillStep:
         shared.release()
         return hidden, head.whole()
 
-    def _backbone(self, inputs: dict[str, Any], seen: Seen | None) -> tuple[Any, list[torch.Tensor]]:
+    def _backbone(self, inputs: dict[str, Any], seen: Seen | None = None) -> tuple[Any, list[torch.Tensor]]:
         """The student without its head. -> its output, `last_hidden_state` (B, T, H_s) with gradient, and its router's logits."""
         own = own_inputs(inputs)
         with (

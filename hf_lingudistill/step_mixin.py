@@ -26,7 +26,7 @@ from .sharing import sharing
 from .step import DistillStep
 from .teacher import Teacher, compute_dtype_of
 from .teacher_mixin import TeacherMixin, is_quantised
-from .vision import freeze_vision
+from .vision import adapted, freeze_vision
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,9 @@ class StepMixin(TeacherMixin):
                 "on_nan='skip' cannot be held under DeepSpeed, whose backward pass ends with the step: use on_nan='stop'."
             )
         student = self._plain_student()
+        if args.freeze_vision is None:
+            self.args = args = copy.copy(args)  # the options may be another trainer's as well
+            args.freeze_vision = adapted(student) is None
         if args.freeze_vision:
             freeze_vision(student)
         choose_kernels(student, trained=True)

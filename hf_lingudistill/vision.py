@@ -20,16 +20,21 @@ def trains_vision(model: PreTrainedModel) -> bool:
     return any(weight.requires_grad for weight in vision_parameters(model).values())
 
 
-def freeze_vision(student: PreTrainedModel) -> None:
+def adapted(model: PreTrainedModel) -> str | None:
+    """The first parameter outside of the language model that is an adapter's."""
+    return next((name for name in vision_parameters(model) if own_name(model, name) is None), None)
+
+
+def freeze_vision(model: PreTrainedModel) -> None:
     """Leave everything outside of the language model as it is.
 
     Raises:
         ValueError: if an adapter reaches it.
     """
-    for name, weight in vision_parameters(student).items():
-        if own_name(student, name) is None:
-            raise ValueError(
-                f"freeze_vision leaves the vision tower as it is, and the adapter reaches it ({name}): name the decoder's layers with "
-                "lora_target_modules, or leave freeze_vision out."
-            )
+    if (name := adapted(model)) is not None:
+        raise ValueError(
+            f"freeze_vision leaves the vision tower as it is, and the adapter reaches it ({name}): name the decoder's layers with "
+            "lora_target_modules, or leave freeze_vision out."
+        )
+    for weight in vision_parameters(model).values():
         weight.requires_grad_(False)

@@ -146,7 +146,7 @@ def make_trainer(tmp_path: Path, _cheap_collections: None) -> Callable[..., Any]
         if ours:
             # A teacher that reads text and image of a student that moves, and is gated: more can go wrong than with the defaults
             settings |= {"teacher_quantization": "none", "distill_tokens": "confident"}
-            settings |= {"kv_sharing": "prompt", "kv_source": "student"}
+            settings |= {"kv_sharing": "prompt", "kv_source": "student", "freeze_vision": False}
             config_class = LinguDistillConfig
         if ours and not issubclass(trainer_class, LinguDistillTrainer):
             settings |= {"max_completion_length": 8, "log_completions": False, "distill_tokens": "all"}

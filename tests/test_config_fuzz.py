@@ -76,7 +76,7 @@ def is_number(value: Any) -> bool:
 
 def is_valid(name: str, value: Any) -> bool:
     """The documentation of each field, in code."""
-    if name in ("kv_source", "blind_weight") and value is None:
+    if name in ("kv_source", "blind_weight", "freeze_vision") and value is None:
         return True
     if name in CHOICES:
         return isinstance(value, str) and value in CHOICES[name]
@@ -265,7 +265,7 @@ def exit_code(*arguments: str) -> Any:
         ({"merge_adapter": 3}, "merge_adapter must be true or false; got 3."),
         ({"demo": 3}, "demo must be true or false; got 3."),
         ({1: 2}, "has a key that is not a text: 1. Quote it, or remove it."),
-        ({"datasets": 3}, "datasets: expected a list of sources, found 3."),
+        ({"datasets": 3}, "datasets: expected a list of sources (`- path: ...`), found 3."),
         ({"streaming": 3}, "streaming: expected true or false, found 3."),
         ({"datasets": [{"path": "a", "fraction": math.nan}]}, "datasets[0].fraction: expected a number, found nan."),
         ({"datasets": [{"path": "a", "split": 3}]}, "datasets[0].split: expected a text, found 3."),

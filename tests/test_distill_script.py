@@ -380,14 +380,6 @@ EARLY: dict[str, tuple[tuple[str, ...], str]] = {
         ("--max_steps", "-5"),
         "max_steps must be above 0, or -1 to train for num_train_epochs; got -5.",
     ),
-    "a revision of a folder": (
-        ("--model_revision", "v2"),
-        "is a folder, and only a repository on the Hub has a revision 'v2'",
-    ),
-    "a revision of the teacher's folder": (
-        ("--teacher_model_revision", "v2"),
-        "is a folder, and only a repository on the Hub has a revision 'v2'",
-    ),
     "nothing to resume": (
         ("--output_dir", "EMPTY", "--resume_from_checkpoint", "true"),
         "empty': train without --resume_from_checkpoint. (",
@@ -438,6 +430,26 @@ def test_what_can_be_known_is_said_before_data_and_weights_are_loaded(
     assert sentence in capsys.readouterr().err and asked == []
     run(saved_pair, data, tmp_path / "out")
     assert asked == ["data"]  # the control
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("revision", ["v2", "main"])
+def test_a_revision_of_a_folder_is_said_to_be_of_no_use(
+    saved_pair: tuple[Path, Path],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    role: str,
+    revision: str,
+) -> None:
+    """A recipe pins what is on the Hub, and may be run on a copy of it. `main` is TRL's default."""
+    monkeypatch.setattr(script, "load_data", lambda *arguments: None)
+    option = {"student": "--model_revision", "teacher": "--teacher_model_revision"}[role]
+    run(saved_pair, data, tmp_path / "out", option, revision)
+    assert (f"The {role} {saved_pair[role == 'teacher']} is a folder, and is read as it is" in caplog.text) == (
+        revision == "v2"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------

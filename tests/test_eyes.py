@@ -18,6 +18,7 @@ from tiny import moved
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
 from hf_lingudistill._internals import decoder_of
 from hf_lingudistill.anchor import Before
 from hf_lingudistill.eyes import Eyes, _light
@@ -274,6 +275,33 @@ def test_the_states_of_a_towers_layers_are_not_kept() -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # freeze_vision
 # --------------------------------------------------------------------------------------------------------------------
+def test_left_out_the_tower_stays_as_it_is_unless_an_adapter_reaches_it(
+    make_trainer: MakeTrainer, tmp_path: Any
+) -> None:
+    cases = {
+        "all weights": (None, True),
+        "decoder": (LoraConfig(r=2, target_modules=".*text_model.*q_proj"), True),
+        "everything": (LoraConfig(r=2, target_modules="all-linear"), False),
+        "projector": (LoraConfig(r=2, target_modules=".*text_model.*q_proj", modules_to_save=["connector"]), False),
+    }
+    for adapter, frozen in cases.values():
+        config = LinguDistillConfig(
+            output_dir=str(tmp_path), report_to="none", use_cpu=True, teacher_quantization="none"
+        )
+        trainer = LinguDistillTrainer(
+            model=tiny.make_vlm(0),
+            processing_class=tiny.make_processor(),
+            teacher_model=tiny.make_lm(1),
+            teacher_tokenizer=tiny.make_tokenizer(extra=False),
+            train_dataset=tiny.make_dataset(8),
+            args=config,
+            peft_config=adapter,
+        )
+        assert trainer.args.freeze_vision is frozen and trains_vision(trainer.step.student) is not frozen
+        assert config.freeze_vision is None  # another trainer's as well
+        assert any(weight.requires_grad for weight in decoder_of(trainer.step.student).parameters())
+
+
 def test_a_frozen_tower_and_projector_end_as_they_began(make_trainer: MakeTrainer) -> None:
     for frozen in (True, False):  # control: else they move
         trainer = make_trainer(**{**FROZEN, "freeze_vision": frozen}, max_steps=2)

@@ -106,6 +106,7 @@ def test_two_steps(
         "use_cpu": True,
         "bf16": False,
         "teacher_quantization": "none",
+        "freeze_vision": variant == "lora",
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     code = distill(["--config", str(tmp_path / "recipe.yaml")])
@@ -118,7 +119,7 @@ def test_two_steps(
         assert all(re.search(r"(q|k|v|o|gate|up|down)_proj\.weight$", name) for name in moved), sorted(moved)[:5]
     else:
         assert any("embed_tokens" in name for name in moved)
-        assert any("vis" in name for name in moved), "no image was seen"
+        assert any("vis" in name for name in moved), "no image was seen"  # since its tower is trained here
 
 
 def test_files_are_as_they_are_written() -> None:

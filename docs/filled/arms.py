@@ -54,6 +54,8 @@ ARM_TITLES = {
     "none_07": "`none`, then .3 of the original mixed in",
     "vision_before_ce05_07": "the default, then .3 of the original mixed in",
     "vision_before_ce05_05": "the default, then .5 of the original mixed in",
+    "ce_tower": "CE, tower trained along",
+    "vision_before_ce05_tower": "the default, tower trained along",
     "vision_before_blind": "`vision_before`, `blind_weight` .5",
     "vision_before_blind_ce05": "the default, `blind_weight` .5",
     "vision_before_blind_ce05_long": "the default, `blind_weight` .5, 160 steps",

@@ -134,7 +134,7 @@ def five_artists_says() -> str:
         + _with_labels(),
         f"*Names stay*: against the VLM before, the default names {gained(default, 'before', 'naming_seen')} of the drawings by known artists and "
         f"{gained(default, 'before', 'naming_new')} of those by the new one. Yes/no questions tell nothing: every arm, and the VLM before "
-        f"({of('before', 'yes_no')}), is near chance.",
+        f"({of('before', 'yes_no')}), is near chance. That is of a tower that stands still. {what_training_the_tower_does()}",
         f"*With text rows at hand* `none` has {of('none', 'text_kl', texts)} on text and {of('none', 'image_kl', texts)} on pictures, the default "
         f"{of(default, 'text_kl', texts)} and {of(default, 'image_kl', texts)}. `none` has no labels beside it, the default has: what of that "
         "is sight, the CPU's table of regime M below tells, with one seed (`none` with labels is level with the default on pictures, "
@@ -175,6 +175,29 @@ def _with_labels() -> str:
         f"answers / on text, by {', '.join(parts)}."
         if parts
         else ""
+    )
+
+
+def what_training_the_tower_does() -> str:
+    """The default with tower and projector trained along, at the language model's rate, beside itself, over the CPU's seeds of both."""
+    arm, default = "vision_before_ce05_tower", "vision_before_ce05"
+    rows = _seeds(ON_A_CPU.parent, "P", "severe")
+    seeds = sorted(seed for seed, name in rows if name == arm and (seed, default) in rows)
+
+    def of(name: str, metric: str) -> str:
+        values = [rows[seed, name][metric] for seed in seeds]
+        mean = f"{statistics.fmean(values):.2f}"
+        return (
+            mean
+            if len(values) < 2
+            else f"{mean} ± {t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5:.2f}"
+        )
+
+    return (
+        f"Trained along with the language model, at its rate of 2e-4, tower and projector forget: the default then names {of(arm, 'naming_seen')} of the "
+        f"drawings, frozen {of(default, 'naming_seen')}, the VLM before {of('before', 'naming_seen')}. The language gains nothing by it: text KL "
+        f"{of(arm, 'text_kl')} and {of(default, 'text_kl')}, pictures {of(arm, 'image_kl')} and {of(default, 'image_kl')} (severe drift, "
+        f"{_count(len(seeds))}, CPU)."
     )
 
 

@@ -15,6 +15,7 @@ from trl import ModelConfig, ScriptArguments, SFTTrainer, TrlParser, get_peft_co
 from hf_lingudistill.checkpoints import check_output_dir
 from hf_lingudistill.config import LocalSFTConfig
 from hf_lingudistill.mixtures import DistillMixtureConfig, load_mixture
+from hf_lingudistill.vision import freeze_vision
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,6 +32,8 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=dataset,
         peft_config=get_peft_config(model_args),
     )
+    if not model_args.use_peft:
+        freeze_vision(trainer.model)  # as a distilled run leaves it
     trainer.train()
     if model_args.use_peft:
         trainer.model = trainer.model.merge_and_unload()

@@ -304,7 +304,7 @@ def yaml_of(pair: Pair, variant: str) -> str:
             "use_peft: true",
             "lora_r: 16",
             "lora_alpha: 32",
-            "lora_target_modules: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]",
+            "lora_target_modules: .*(text_model|language_model).*\\.(q|k|v|o|gate|up|down)_proj  # of the decoder: the vision tower stays as it is",
             "merge_adapter: true",
         ]
     return "\n".join(lines) + "\n"

@@ -152,10 +152,6 @@ def load_config(role: str, source: Any, trust_remote_code: bool, revision: str |
             raise UnreadableModelError(
                 f"The {role} folder {str(source)!r} holds no config.json. Pass the folder that save_pretrained wrote."
             )
-    if revision not in (None, "main") and os.path.isdir(path):
-        raise UnreadableModelError(
-            f"The {role} {str(source)!r} is a folder, and only a repository on the Hub has a revision {revision!r}: leave one of the two out."
-        )
     from transformers import AutoConfig
 
     try:

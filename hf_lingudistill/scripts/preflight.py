@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints import check_apart, check_output_dir, continues, to_resume, wanted_checkpoint
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from ..config import LinguDistillConfig, OnPolicyLinguDistillConfig
     from ..mixtures import DistillMixtureConfig
     from ..options import DistillScriptArguments, StudentArguments
+
+logger = logging.getLogger(__name__)
 
 # Option, the values that need something, the modules of which one must be there, what pip calls it
 _NEEDS = (
@@ -112,6 +116,17 @@ def check_run(
     check_packages(config, student)
     teacher = config.teacher_model_name_or_path or named_teacher(name, trust_remote_code=config.trust_remote_code)
     check_apart(out, teacher=teacher)
+    for role, path, revision in (
+        ("student", name, student.model_revision),
+        ("teacher", teacher, config.teacher_model_revision),
+    ):
+        if revision not in (None, "main") and path is not None and Path(path).is_dir():
+            logger.warning(
+                "The %s %s is a folder, and is read as it is: revision %s is of a repository on the Hub.",
+                role,
+                path,
+                revision,
+            )
     check_compatibility(
         name,
         teacher,

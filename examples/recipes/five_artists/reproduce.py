@@ -179,7 +179,8 @@ def trained(place: Place, run: Run, name: str, sets: dict[str, Any]) -> tuple[Pa
     teacher = start if spec.get("teacher") == "before" else place.original
     record = train(
         start, teacher, rows, path, arguments, kind=spec["kind"], batch_size=sum(per_step.values()), seed=seed,
-        distill=spec.get("args"), lora=spec.get("lora"), told=told, freeze_tower=place.settings["freeze_tower"],
+        distill=spec.get("args"), lora=spec.get("lora"), told=told,
+        freeze_tower=spec.get("freeze_tower", place.settings["freeze_tower"]),
     )  # fmt: skip
     kept.write_json(path / "trained.json", record)
     return path, record

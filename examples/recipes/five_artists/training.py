@@ -105,7 +105,7 @@ def train(
     """Train the VLM in `start` on the rows in order and save it to out; -> a record.
 
     teacher: the original LM's folder; of an arm whose teacher is the VLM before, start. freeze_tower: tower and connector stand still, as in
-        most VLMs' later stages.
+        most VLMs' later stages and as the library does when it is not told otherwise.
     kind: `ce` (trl.SFTTrainer), `distill` (LinguDistillTrainer with `distill`'s options), `on_policy` (its on-policy sibling, likewise),
         `per_token` (`parents.PerTokenTrainer`, likewise), or `caption` (`CaptionTold`).
     """
@@ -126,8 +126,9 @@ def train(
             "disable_tqdm": True,
             "bf16": machine().bf16,
         }
+        vision = {} if freeze_tower else {"freeze_vision": False}  # left out, the library freezes it
         if kind in ("distill", "per_token"):
-            config = LinguDistillConfig(**common, teacher_quantization="none", **(distill or {}))
+            config = LinguDistillConfig(**common, **vision, teacher_quantization="none", **(distill or {}))
             trainer_class = LinguDistillTrainer if kind == "distill" else PerTokenTrainer
             trainer: Any = trainer_class(args=config, teacher_model=str(teacher), **kwargs)
         elif kind == "on_policy":
@@ -135,7 +136,7 @@ def train(
                 name: value for name, value in common.items() if name not in ("max_length", "train_sampling_strategy")
             }
             sampling = OnPolicyLinguDistillConfig(
-                **given, teacher_quantization="none", log_completions=False, **(distill or {})
+                **given, **vision, teacher_quantization="none", log_completions=False, **(distill or {})
             )
             kwargs["train_dataset"] = kwargs["train_dataset"].remove_columns("completion")
             trainer = OnPolicyLinguDistillTrainer(args=sampling, teacher_model=str(teacher), **kwargs)

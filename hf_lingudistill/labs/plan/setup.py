@@ -56,7 +56,7 @@ class Setup:
     )
     accumulation: int = _option(1, "Steps before an update; above 1, gradients stay through the forward pass.")
     lora_rank: int = _option(0, "0: full fine-tuning.")
-    freeze_vision: bool = _option(False, "Tower and projector are not trained, and not adapted.")
+    freeze_vision: bool = _option(True, "Tower and projector are not trained, and not adapted.")
     teacher_quantization: str = _option("nf4", "Of the teacher's weights.", *QUANTIZATIONS)
     kv_sharing: str = _option("vision", "Where the teacher reads the student's keys and values.", *SHARINGS)
     kv_source: str | None = _option(
