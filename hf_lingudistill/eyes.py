@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -88,9 +88,12 @@ def _replaced(backbone: nn.Module, function: Callable[..., Any]) -> Iterator[Non
 
 def _light(output: Any) -> Any:
     """What a tower returned, without the states of its layers, which would live on through the student's forward."""
-    if not isinstance(output, ModelOutput):
+    if not (isinstance(output, ModelOutput) and is_dataclass(output)):
         return output
-    return type(output)(**{name: value for name, value in output.items() if name not in _NOT_READ})
+    # By its fields: before transformers 5.21 SmolVLM sets the projector's output on the object alone, and it is among no items
+    return type(output)(
+        **{part.name: getattr(output, part.name) for part in fields(output) if part.name not in _NOT_READ}
+    )
 
 
 class Eyes:

@@ -337,7 +337,9 @@ def test_the_summary_before_training_says_what_is_minimised(make_trainer: Any) -
     said = startup_summary(make_trainer(anchor="before", anchor_weight=0.25, kv_source="before"), "tiny")
     assert "0.75 x CE + 0.25 x KL(VLM before || student) on unmarked rows, CE elsewhere" in said
     assert "kv_source=before" in said
+    assert "vision tower stays as it is" in startup_summary(make_trainer(freeze_vision=True), "tiny")
     without = startup_summary(make_trainer(kv_source="student"), "tiny")  # control
+    assert "tower" not in without
     assert "VLM before" not in without and "kv_source=student" in without
 
 

@@ -267,6 +267,9 @@ def test_the_states_of_a_towers_layers_are_not_kept() -> None:
     output = BaseModelOutputWithPooling(
         last_hidden_state=torch.ones(1), pooler_output=torch.zeros(1), hidden_states=(torch.ones(1),)
     )
+    late = BaseModelOutputWithPooling(last_hidden_state=torch.ones(1))
+    late.pooler_output = torch.zeros(1)  # set on the object alone, as older releases do
+    assert _light(late).pooler_output is late.pooler_output
     light = _light(output)
     assert type(light) is type(output) and light.hidden_states is None and light.pooler_output is output.pooler_output
     assert output.hidden_states is not None and _light((1, 2)) == (1, 2)
