@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -88,12 +88,14 @@ def _replaced(backbone: nn.Module, function: Callable[..., Any]) -> Iterator[Non
 
 def _light(output: Any) -> Any:
     """What a tower returned, without the states of its layers, which would live on through the student's forward."""
-    if not (isinstance(output, ModelOutput) and is_dataclass(output)):
+    if not isinstance(output, ModelOutput):
         return output
-    # By its fields: before transformers 5.21 SmolVLM sets the projector's output on the object alone, and it is among no items
-    return type(output)(
-        **{part.name: getattr(output, part.name) for part in fields(output) if part.name not in _NOT_READ}
-    )
+    light = type(output)(**{name: value for name, value in output.items() if name not in _NOT_READ})
+    # Before transformers 5.21 SmolVLM sets the projector's output on the object alone, and it is among no items
+    for name, value in vars(output).items():
+        if name not in _NOT_READ and getattr(light, name, None) is not value:
+            object.__setattr__(light, name, value)
+    return light
 
 
 class Eyes:

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from families import FAMILY_NAMES, build_family
+from packaging.version import Version
 from peft import LoraConfig
 from test_kv_source import teacher_ce
 from test_trainer import difference, mixed_batch, step
 from tiny import moved
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
 from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
 from hf_lingudistill._internals import decoder_of
@@ -260,14 +262,16 @@ def test_between_two_dtypes_the_student_keeps_its_own(make_trainer: MakeTrainer,
     step(trainer, batch)
     with looks(trainer) as towers:
         step(trainer, batch)
-    assert sorted(towers) == (["student"] if anchor == "none" else ["before", "student"])
+    # Older releases write image features among the embeddings by an index, which takes no other dtype
+    once = anchor == "none" and Version(transformers.__version__) >= Version("5.21")
+    assert sorted(towers) == (["student"] if once else ["before", "student"])
 
 
 def test_the_states_of_a_towers_layers_are_not_kept() -> None:
     output = BaseModelOutputWithPooling(
         last_hidden_state=torch.ones(1), pooler_output=torch.zeros(1), hidden_states=(torch.ones(1),)
     )
-    late = BaseModelOutputWithPooling(last_hidden_state=torch.ones(1))
+    late = BaseModelOutput(last_hidden_state=torch.ones(1))
     late.pooler_output = torch.zeros(1)  # set on the object alone, as older releases do
     assert _light(late).pooler_output is late.pooler_output
     light = _light(output)
