@@ -300,7 +300,9 @@ def five_artists_cpu_says() -> str:
             f"{of('ce', 'image_kl')} to {of('ce_long', 'image_kl')}. The default is then {below(longer, 'ce_long', 'text_kl')} below "
             f"cross-entropy on text and {below(longer, 'ce_long', 'image_kl')} about pictures ({below(default, 'ce', 'text_kl')} and "
             f"{below(default, 'ce', 'image_kl')} after 45 steps), and names as many. IFEval does not come back with more steps: "
-            f"{of(longer, 'ifeval_strict')}, {of('none_long', 'ifeval_strict')} and {of('ce_long', 'ifeval_strict')} on 495 prompts."
+            f"{of(longer, 'ifeval_strict')}, {of('none_long', 'ifeval_strict')} and {of('ce_long', 'ifeval_strict')} on 495 prompts. Over "
+            f"{_count(len(_shares(longer, 'ce_long', 'text_kl', cpu=True)))} it is {less(longer, 'ce_long', 'text_kl', cpu=True)} below "
+            f"cross-entropy on text, {less(longer, 'ce_long', 'image_kl', cpu=True)} about pictures."
         )
     mixed, half = "vision_before_ce05_07", "vision_before_ce05_05"
     if {mixed, half} <= set(arms):
