@@ -42,7 +42,8 @@ class DistillStep:
     every step. same_modules: likewise for the student's vision tower (see `engines.py`). judge: the VLM before, where it judges
     the rows that are not marked; None = cross-entropy alone does. source: the VLM before, where the teacher reads its keys and values;
     None = the student's. lends: whether its first columns do (`Before.can_lend`), None before the first batch that asks. eyes: what lets it
-    and the student look at a picture once (`eyes.py`). sampled: labels
+    and the student look at a picture once (`eyes.py`). compiled: the student's forward is, and each looks for itself: what stands in the place
+    of a method for a while would be traced anew in every step. sampled: labels
     are the student's own samples (see `plan_queries`). calls: how often the student's forward was this step.
     """
 
@@ -57,6 +58,7 @@ class DistillStep:
     source: Before | None = None
     lends: bool | None = None
     eyes: Eyes | None = None
+    compiled: bool = False
     sampled: bool = False
     watchers: list[Watcher] = field(default_factory=list)
     calls: int = 0
@@ -193,7 +195,7 @@ class DistillStep:
         for itself, or where the VLM before is not asked about pictures."""
         judges = self.judge is not None and plan.has_unmarked_labels
         asked = self.judge if judges else self.source if queries.num_queries else None
-        if asked is None or asked.sharded or inputs.get("pixel_values") is None:
+        if asked is None or asked.sharded or self.compiled or inputs.get("pixel_values") is None:
             return None
         if self.eyes is None:
             self.eyes = Eyes(self.student, asked)

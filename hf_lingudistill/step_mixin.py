@@ -138,6 +138,7 @@ class StepMixin(TeacherMixin):
             sharded=is_sharded,
             judge=self.before if judged else None,
             source=self.before if args.kv_source == "before" and not args.teacher_cache else None,
+            compiled=bool(args.torch_compile),
             sampled=sampled,
             watchers=[self.meter, watch, self.first_batch],
         )

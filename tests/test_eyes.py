@@ -253,6 +253,18 @@ def test_a_family_that_reads_more_of_its_tower_runs_it(
     assert trainer.step.eyes.alike is False
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_of_a_compiled_student_each_looks_for_itself(make_trainer: MakeTrainer, compiled: bool) -> None:
+    """Else every step would be traced anew. Control: a student that is not compiled."""
+    given = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+    trainer = make_trainer(**FROZEN, **given)
+    batch = mixed_batch(trainer)
+    step(trainer, batch)
+    with looks(trainer) as towers:
+        step(trainer, batch)
+    assert len(towers) == (2 if compiled else 1)
+
+
 @pytest.mark.parametrize("anchor", ["none", "before"])
 def test_between_two_dtypes_the_student_keeps_its_own(make_trainer: MakeTrainer, anchor: str) -> None:
     """The VLM before is held in the dtype of autocast: it takes the student's features, which are more exact, and gives none."""

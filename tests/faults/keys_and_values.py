@@ -295,4 +295,12 @@ FAULTS = (
         "freeze_vision freezes nothing",
         (f"{EYES}::test_a_frozen_tower_and_projector_end_as_they_began",),
     ),
+    Fault(
+        "eyes-compiled",
+        "step_mixin.py",
+        "compiled=bool(args.torch_compile),",
+        "compiled=False,",
+        "a compiled student is traced anew in every step",
+        (f"{EYES}::test_of_a_compiled_student_each_looks_for_itself",),
+    ),
 )
