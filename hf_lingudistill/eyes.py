@@ -1,7 +1,7 @@
 """Image features that the student and the VLM before share, so that a picture is looked at once.
 
 Where nothing of the vision part is trained (LoRA on the text decoder, `freeze_vision`), both see the same in a picture: the VLM before is
-given the student's image features, and its vision tower is not run. Loss and gradients stay what they are; the step is cheaper by a
+given the student's image features, and its vision tower is not run. Loss and gradients stay what they are but for rounding; the step is cheaper by a
 forward of the tower, which is most of what the VLM before costs.
 """
 
