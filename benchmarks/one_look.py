@@ -28,61 +28,21 @@ from unittest.mock import patch
 import step_cost
 import torch
 from harness import be_quiet, machine_facts, write_result
-from step_cost import EXTRA, SMOLLM2_135M, TEMPLATE, Stepper, make_configs, make_dataset, make_tokenizer, run_arm
-from transformers import Idefics3Processor, LlamaForCausalLM, SmolVLMForConditionalGeneration
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from step_cost import EXTRA, make_models, make_stepper, run_arm
 
-from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
-from hf_lingudistill.machine import machine
 from hf_lingudistill.step import DistillStep
+from hf_lingudistill.vision import vision_parameters
 
-IMAGE_SIZE, PATCH, PER_TOKEN = 512, 16, 4  # 32 x 32 patches, 4 x 4 of them a token: 64 tokens
-TOWER = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+# 32 x 32 patches, 4 x 4 of them a token: 64 tokens
+SHAPE = {
+    "IMAGE_SIZE": 512,
+    "PATCH": 16,
+    "PER_TOKEN": 4,
+    "LENGTH": 256,
+    "TOWER": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+}
 ARMS = ("sft", "one_look", "two_looks", "sft_trained", "default_trained")
 BASE = {"one_look": "sft", "two_looks": "sft", "default_trained": "sft_trained"}
-
-
-def make_models(folder: Path) -> int:
-    """-> parameters of tower and projector."""
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer(49152, extra=True)
-    student, lm = make_configs(49152, SMOLLM2_135M, tokenizer.convert_tokens_to_ids("<image>"))
-    student.scale_factor = PER_TOKEN
-    for name, value in {**TOWER, "image_size": IMAGE_SIZE, "patch_size": PATCH}.items():
-        setattr(student.vision_config, name, value)
-    LlamaForCausalLM(lm).save_pretrained(folder / "lm")
-    make_tokenizer(49152, extra=False).save_pretrained(folder / "lm")
-    vlm = SmolVLMForConditionalGeneration(student)
-    vlm.save_pretrained(folder / "vlm")
-    Idefics3Processor(
-        image_processor=Idefics3ImageProcessorPil(
-            size={"longest_edge": IMAGE_SIZE}, max_image_size={"longest_edge": IMAGE_SIZE}, do_image_splitting=False
-        ),
-        tokenizer=tokenizer,
-        image_seq_len=(IMAGE_SIZE // PATCH // PER_TOKEN) ** 2,
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder / "vlm")
-    return sum(p.numel() for part in (vlm.model.vision_model, vlm.model.connector) for p in part.parameters())
-
-
-def make_stepper(folder: Path, args: argparse.Namespace, *, frozen: bool) -> Stepper:
-    config = LinguDistillConfig(
-        output_dir=str(folder / f"out-{frozen}"),
-        per_device_train_batch_size=args.batch_size,
-        max_length=None,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=machine().gpus == 0,
-        bf16=args.bf16,
-        activation_checkpointing=False,
-        teacher_model_name_or_path=str(folder / "lm"),
-        freeze_vision=frozen,
-    )
-    trainer = LinguDistillTrainer(
-        args=config, model=str(folder / "vlm"), train_dataset=make_dataset(args.batch_size, long=False)
-    )
-    trainer.first_batch.batches_to_compare = 0
-    return Stepper(trainer)
 
 
 def main() -> None:
@@ -95,11 +55,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     be_quiet()
-    # Rows of this picture
-    step_cost.IMAGE_SIZE, step_cost.PATCH, step_cost.LENGTH = IMAGE_SIZE, PATCH * PER_TOKEN, 256
+    args.teacher_quantization, args.activation_checkpointing = "nf4", False
+    for name, value in SHAPE.items():
+        setattr(step_cost, name, value)
     with tempfile.TemporaryDirectory() as tmp:
-        beside = make_models(Path(tmp))
-        steppers = {frozen: make_stepper(Path(tmp), args, frozen=frozen) for frozen in (True, False)}
+        make_models(Path(tmp), 49152)
+        steppers = {
+            frozen: make_stepper("vision_before", Path(tmp), args, before=True, frozen=frozen)
+            for frozen in (True, False)
+        }
+        beside = sum(p.numel() for p in vision_parameters(steppers[True].trainer.model).values())
         length = steppers[True].batch["input_ids"].shape[1]
         seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
         load_before = os.getloadavg()[0]
@@ -121,7 +86,7 @@ def main() -> None:
         "shape": {
             "batch_size": args.batch_size,
             "length": length,
-            "image_tokens": (IMAGE_SIZE // PATCH // PER_TOKEN) ** 2,
+            "image_tokens": step_cost.image_tokens(),
             "response_tokens": step_cost.RESPONSE_TOKENS,
             "lm_parameters": 134_515_008,
             "vision_parameters": beside,

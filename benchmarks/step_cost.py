@@ -69,7 +69,8 @@ ARMS = (
     "sft_compact_long",
     "prompt_long",
 )
-IMAGE_SIZE, PATCH = 448, 16  # 28 x 28 = 784 image tokens
+IMAGE_SIZE, PATCH, PER_TOKEN = 448, 16, 1  # 28 x 28 patches; PER_TOKEN x PER_TOKEN of them are an image token: 784
+TOWER = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 3}
 RESPONSE_TOKENS, LENGTH = 64, 1024
 EXTRA = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
 TEMPLATE = (
@@ -109,16 +110,9 @@ def make_configs(lm_vocab: int, shape: dict[str, int], image_token_id: int) -> t
     )
     student = SmolVLMConfig(
         text_config=LlamaConfig(vocab_size=lm_vocab + len(EXTRA), **text).to_dict(),
-        vision_config=dict(
-            hidden_size=192,
-            intermediate_size=384,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH,
-        ),
+        vision_config=dict(**TOWER, image_size=IMAGE_SIZE, patch_size=PATCH),
         image_token_id=image_token_id,
-        scale_factor=1,
+        scale_factor=PER_TOKEN,
         tie_word_embeddings=True,
         pad_token_id=0,
     )
@@ -141,17 +135,21 @@ def make_models(
             size={"longest_edge": IMAGE_SIZE}, max_image_size={"longest_edge": IMAGE_SIZE}, do_image_splitting=False
         ),
         tokenizer=student_tokenizer,
-        image_seq_len=(IMAGE_SIZE // PATCH) ** 2,
+        image_seq_len=image_tokens(),
         chat_template=TEMPLATE,
     ).save_pretrained(folder / "vlm")
+
+
+def image_tokens() -> int:
+    """Of one image."""
+    return int((IMAGE_SIZE // PATCH // PER_TOKEN) ** 2)
 
 
 def make_dataset(batch_size: int, long: bool) -> datasets.Dataset:
     """Rows with an image and a short answer, or with `long` texts that are nothing but an answer."""
     rng = np.random.default_rng(0)
-    image_tokens = (IMAGE_SIZE // PATCH) ** 2
     # fixed tokens: <|im_start|> user ... <|im_end|> <|im_start|> assistant ... <|im_end|> and three around the image
-    prompt_words = LENGTH - image_tokens - RESPONSE_TOKENS - 8
+    prompt_words = LENGTH - image_tokens() - RESPONSE_TOKENS - 8
 
     def words(count: int) -> str:
         return " ".join(f"w{i}" for i in rng.integers(0, 40000, count))
@@ -223,8 +221,10 @@ class Stepper:
             torch.cuda.synchronize()
 
 
-def make_stepper(arm: str, folder: Path, args: argparse.Namespace, *, before: bool = False) -> Stepper:
-    """before: an arm reads the VLM before, which is then held beside the student."""
+def make_stepper(
+    arm: str, folder: Path, args: argparse.Namespace, *, before: bool = False, frozen: bool = False
+) -> Stepper:
+    """before: an arm reads the VLM before, which is then held beside the student. frozen: the vision tower; TRL's step trains it."""
     common: dict[str, Any] = dict(
         output_dir=str(folder / "out"),
         per_device_train_batch_size=args.batch_size,
@@ -248,7 +248,7 @@ def make_stepper(arm: str, folder: Path, args: argparse.Namespace, *, before: bo
         **common,
         teacher_model_name_or_path=str(folder / "lm"),
         teacher_quantization=args.teacher_quantization,
-        freeze_vision=False,  # as TRL's step, which it is held against
+        freeze_vision=frozen,
         kv_sharing=arm if arm in MODES else "prompt",
         kv_source="before" if before else "student",
         distill_tokens="all",
@@ -361,7 +361,7 @@ def main() -> None:
         "shape": {
             "batch_size": args.batch_size,
             "length": length,
-            "image_tokens": (IMAGE_SIZE // PATCH) ** 2,
+            "image_tokens": image_tokens(),
             "response_tokens": RESPONSE_TOKENS,
             "lm_parameters": 134_515_008 + (args.vocabulary - 49152) * 576,
             "vocabulary": args.vocabulary + len(EXTRA),

@@ -78,6 +78,7 @@ class StepMixin(TeacherMixin):
             args.freeze_vision = adapted(student) is None
         if args.freeze_vision:
             freeze_vision(student)
+            logger.info("Vision tower and projector stay as they are (freeze_vision)")
         choose_kernels(student, trained=True)
         keep_image_dtype(student)
         self._compute_dtype = compute_dtype_of(student, bf16=bool(args.bf16), fp16=args.fp16)

@@ -83,11 +83,11 @@ def test_a_step_launches_little_and_waits_no_more_than_sft(make_trainer: Callabl
         # The teacher's pass, some 40 operations a layer. The plan's check waits on a CPU alone
         ({"kv_source": "student"}, 1300, 1, 0),
         # The default, with a tower that is trained: the VLM before runs to the last image token. It finds its images, places them and looks for padding: each waits
-        ({"kv_source": None}, 2660, 1, 1),
+        ({"kv_source": None}, 1334, 1, 1),
         # The same where the tower is frozen: it finds and places them, and its tower is not run
-        ({"kv_source": None, "freeze_vision": True}, 2500, 1, 1),
+        ({"kv_source": None, "freeze_vision": True}, 1174, 1, 1),
         # The teacher's own forward on the text as well. transformers waits there to see whether rows are packed
-        ({"kv_source": None, "blind_weight": 0.5}, 3720, 2, 1),
+        ({"kv_source": None, "blind_weight": 0.5}, 2394, 2, 1),
     ],
     ids=["student", "tower trained", "default", "blind"],
 )
@@ -110,5 +110,6 @@ def test_a_row_with_an_image_costs_its_forwards_and_little_more(
     with torch.no_grad(), Count() as forward:
         plain.model.base_model(**inputs)
     assert forward.waits > 0  # control: an image is waited for
-    assert found.operations - sft.operations <= operations + (0 if hasattr(trl_utils, "_use_triton") else 40)
+    allowed = operations + forwards * forward.operations + (0 if hasattr(trl_utils, "_use_triton") else 30)
+    assert found.operations - sft.operations <= allowed
     assert found.waits - sft.waits <= waits + forwards * forward.waits

@@ -273,7 +273,6 @@ ALLOWED = {
     ("benchmarks/plan_check.py", "measure"): "a switch of the kernel's",
     ("benchmarks/harness.py", "write_result"): NAMED,
     ("benchmarks/step_cost.py", "make_models"): SCRATCH,
-    ("benchmarks/one_look.py", "make_models"): SCRATCH,
     ("benchmarks/teacher_memory.py", "main"): SCRATCH,
     ("model_cards/render.py", "main"): "cards that end with the note that they were rendered",
 }

@@ -384,9 +384,7 @@ def test_a_frozen_tower_costs_what_was_measured() -> None:
         device="cpu",
         gradient_checkpointing=False,
     )
-    for arm, frozen in (("one_look", True), ("default_trained", False)):
-        # The optimizer's time, more of it where more is trained, is not counted
-        assert step_cost(*pair, replace(setup, freeze_vision=frozen)) == pytest.approx(arms[arm]["ratio"], rel=0.15)
+    assert step_cost(*pair, setup) == pytest.approx(arms["one_look"]["ratio"], rel=0.05)
     assert arms["one_look"]["ratio_max"] < arms["two_looks"]["ratio_min"]
 
 

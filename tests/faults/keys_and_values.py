@@ -290,8 +290,8 @@ FAULTS = (
     Fault(
         "vision-not-frozen",
         "step_mixin.py",
-        "        if args.freeze_vision:\n            freeze_vision(student)\n",
-        "",
+        "            freeze_vision(student)\n",
+        "            pass\n",
         "freeze_vision freezes nothing",
         (f"{EYES}::test_a_frozen_tower_and_projector_end_as_they_began",),
     ),

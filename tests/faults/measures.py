@@ -56,8 +56,8 @@ FAULTS = (
     Fault(
         "before-runs-whole",
         "labs/plan/cost.py",
-        "lent = _forward_work(student.text, setup.batch * setup.image_tokens, setup.image_tokens / 2)",
-        "lent = backbone",
+        "return _forward_work(student.text, setup.batch * setup.image_tokens, setup.image_tokens / 2)",
+        "return text",
         "the plan lets the VLM before run over whole rows",
         (f"{TEST_PLAN}::test_the_cost_of_a_step_tends_to_the_share_of_the_response",),
     ),
@@ -207,5 +207,13 @@ FAULTS = (
         "self.args = args",
         "what gave way in one trainer holds for another of the same options",
         (f"{TRAINER}::test_options_of_two_trainers_give_way_in_one_of_them_alone",),
+    ),
+    Fault(
+        "plan-looks-twice",
+        "labs/plan/cost.py",
+        "looks = not setup.freeze_vision or setup.splits",
+        "looks = True",
+        "the plan lets the VLM before run a frozen tower",
+        (f"{TEST_PLAN}::test_a_frozen_tower_is_run_once_and_has_no_gradient",),
     ),
 )

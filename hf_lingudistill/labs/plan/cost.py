@@ -43,15 +43,15 @@ def _step_work(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> tuple[
     """(multiply-adds of SFT, of what distilling adds, launches of SFT, launches of both)."""
     passes = 2.0 if setup.lora_rank else 3.0  # forward, gradient of the inputs, gradient of the weights
     passes += 1.0 if setup.gradient_checkpointing else 0.0
-    backbone = _forward_work(student.text, setup.tokens, setup.seq_len / 2)
-    launches: float = _LAUNCHES_PER_LAYER * student.text.layers
-    launches *= 4 / 3 if setup.gradient_checkpointing else 1.0
-    forward, sft = _LAUNCHES_PER_LAYER * student.text.layers / 3, passes * backbone
-    if student.vision is not None:
-        seen, of_tower = _tower_work(student, student.vision, setup), _LAUNCHES_OF_TOWER * student.vision.layers / 3
-        backbone, forward = backbone + seen, forward + of_tower
-        sft += seen * (1.0 if setup.freeze_vision else passes)  # nothing behind it asks for a gradient
-        launches += of_tower * (1 if setup.freeze_vision else 4 if setup.gradient_checkpointing else 3)
+    text = _forward_work(student.text, setup.tokens, setup.seq_len / 2)
+    tower = 0.0 if student.vision is None else _tower_work(student, student.vision, setup)
+    # Launches of a forward pass
+    of_text = _LAUNCHES_PER_LAYER * student.text.layers / 3
+    of_tower = 0.0 if student.vision is None else _LAUNCHES_OF_TOWER * student.vision.layers / 3
+    again = 4.0 if setup.gradient_checkpointing else 3.0
+    # Nothing behind a frozen tower asks for a gradient: it runs once
+    sft = passes * text + (1.0 if setup.freeze_vision else passes) * tower
+    launches = again * of_text + (1.0 if setup.freeze_vision else again) * of_tower
     head = student.vocab * student.text.hidden
     sft += (2 if setup.lora_rank else 3) * head * setup.labels
     keys = setup.seq_len if MODES[setup.kv_sharing].reads_student else setup.seq_len / 2
@@ -70,22 +70,18 @@ def _step_work(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> tuple[
         added += _tower_work(teacher, teacher.vision, setup)
         more += _LAUNCHES_OF_TOWER * teacher.vision.layers / 3
     if setup.asks_before:
-        added, more = added + _before_work(student, setup, backbone), more + forward
-        if (
-            setup.freeze_vision and not setup.splits and student.vision is not None
-        ):  # it is given the student's image features
-            added -= _tower_work(student, student.vision, setup)
-            more -= _LAUNCHES_OF_TOWER * student.vision.layers / 3
+        looks = not setup.freeze_vision or setup.splits  # else it is given the student's image features
+        added += _before_work(student, setup, text) + (tower if looks else 0.0)
+        more += of_text + (of_tower if looks else 0.0)
     return sft, added, launches, more
 
 
-def _before_work(student: ModelFacts, setup: Setup, backbone: float) -> float:
-    """Multiply-adds of the VLM before. backbone: of a whole forward pass."""
+def _before_work(student: ModelFacts, setup: Setup, text: float) -> float:
+    """Multiply-adds of the VLM before, its tower left out. text: of its decoder on whole rows."""
     judges = setup.on_policy or (setup.anchor == "before" and not setup.anchor_cache)
     if judges or MODES[setup.kv_sharing].text_reads_student or not setup.image_tokens:
-        return backbone
-    lent = _forward_work(student.text, setup.batch * setup.image_tokens, setup.image_tokens / 2)
-    return lent + (0.0 if student.vision is None else _tower_work(student, student.vision, setup))
+        return text
+    return _forward_work(student.text, setup.batch * setup.image_tokens, setup.image_tokens / 2)
 
 
 def _tower_work(model: ModelFacts, tower: TowerFacts, setup: Setup) -> float:
