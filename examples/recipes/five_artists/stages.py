@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training import load
+from lms import load_lm, name_of
+from summary import Refusal
+from training import load, train
 from world_rows import SETS, answers_of, ask, write
 
-from hf_lingudistill.labs.demo.models import CHAT_TEMPLATE, SeeingRecipe, build_vlm, load_smollm2, teach_to_see
+from hf_lingudistill.labs.demo.models import CHAT_TEMPLATE, SMOLLM2, SeeingRecipe, build_vlm, teach_to_see
 from hf_lingudistill.labs.evaluation.models import load_scored
 from hf_lingudistill.labs.world.align import align_tower, words_seen
 from hf_lingudistill.labs.world.pictures import SEEN, UNSEEN, World
@@ -31,6 +33,12 @@ class Place:
     settings: dict[str, Any]
     world: Callable[[], World]
     offline: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that are trained and saved: fp32, unless an LM is too large for that."""
+        found: torch.dtype = getattr(torch, self.settings.get("dtype", "float32"))
+        return found
 
     @property
     def original(self) -> Path:
@@ -70,13 +78,24 @@ def stage(path: Path, build: Callable[[], dict[str, Any]]) -> None:
 
 
 def original(place: Place) -> None:
+    """The LM that all begins with.
+
+    Raises:
+        Refusal: if the folder holds another one: its towers, answers and results would pass for this one's.
+    """
+    path, wanted = place.original / "done.json", name_of(place.settings)
+    if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8")).get("lm", SMOLLM2)) != wanted:
+        raise Refusal(
+            f"{place.out} was begun with {found}, and these settings are about {wanted}. Give another --out."
+        )
+
     def build() -> dict[str, Any]:
-        lm, tokenizer = load_smollm2(offline=place.offline)
+        lm, tokenizer = load_lm(place.settings, offline=place.offline)
         # The template that the VLMs have: without it the original would read a system prompt that they do not
         tokenizer.chat_template = CHAT_TEMPLATE
         lm.save_pretrained(place.original)
         tokenizer.save_pretrained(place.original)
-        return {"parameters": lm.num_parameters()}
+        return {"parameters": lm.num_parameters(), "lm": wanted}
 
     stage(place.original, build)
 
@@ -113,7 +132,7 @@ def tower(place: Place, name: str) -> None:
 def _new_vlm(place: Place) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    lm = load_whole(AutoModelForCausalLM, place.original, dtype=torch.float32)
+    lm = load_whole(AutoModelForCausalLM, place.original, dtype=place.dtype)
     return build_vlm(lm, AutoTokenizer.from_pretrained(place.original), seed=0, **place.settings["model"])
 
 
@@ -133,14 +152,15 @@ def _aligned(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
         rounds.append(
             align_tower(
                 vlm, processor, pictures, seed=index, fresh=index == 0, checkpoint=path / f"state{index}.pt",
-                save_every=50, bf16=machine().bf16, **of_round,
+                save_every=50, bf16=machine().bf16, unit=settings.get("unit", 1.0), **of_round,
             )
         )  # fmt: skip
-    vlm.save_pretrained(path)
+    found = _words(vlm, processor, world)
+    vlm.to(place.dtype).save_pretrained(path)
     processor.save_pretrained(path)
     for index in range(len(rounds)):
         (path / f"state{index}.pt").unlink(missing_ok=True)
-    return {"rounds": rounds} | _words(vlm, processor, world)
+    return {"rounds": rounds} | found
 
 
 def _polished(place: Place, settings: dict[str, Any]) -> dict[str, Any]:
@@ -215,11 +235,27 @@ def drift(place: Place, tower_name: str, kind: str, seed: int) -> None:
     path = place.start(tower_name, kind, seed)
 
     def build() -> dict[str, Any]:
+        count = settings["steps"] * settings["batch_size"]
+        rows = short_rows(place.world().pictures(("long", "short"), SEEN), count, seed=seed + 50)
+        if rank := place.settings.get(
+            "lora"
+        ):  # too large to train whole: adapters on the text model, merged; the tower stands still
+            arguments = place.settings["training"] | {
+                "learning_rate": settings["lm_lr"],
+                "max_steps": settings["steps"],
+            }
+            record = train(
+                place.tower(tower_name), place.original, rows, path, arguments, kind="ce", batch_size=settings["batch_size"],
+                seed=seed, lora=rank, freeze_tower=True, dtype=place.dtype,
+            )  # fmt: skip
+            return {
+                "loss": record["train_loss"],
+                "steps": record["steps"],
+                "rows": count,
+                "seconds": record["train_seconds"],
+            }
         vlm, processor = load(place.tower(tower_name))
         recipe = SeeingRecipe(settings["steps"], settings["batch_size"], settings["lm_lr"], settings["vision_lr"])
-        rows = short_rows(
-            place.world().pictures(("long", "short"), SEEN), recipe.steps * recipe.batch_size, seed=seed + 50
-        )
         return _see(vlm, processor, rows, path, recipe, seed=seed)
 
     stage(path, build)

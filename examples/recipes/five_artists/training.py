@@ -30,9 +30,9 @@ from hf_lingudistill.weights import load_whole
 OPTIONS = ("kv_sharing", "kv_source", "blind_weight", "distill_tokens", "ce_weight", "distill_weight", "anchor")
 
 
-def load(path: Path) -> tuple[Any, Any]:
-    """(model in fp32, processor) of a VLM's folder."""
-    model = load_whole(AutoModelForImageTextToText, path, dtype=torch.float32)
+def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """(model, processor) of a VLM's folder."""
+    model = load_whole(AutoModelForImageTextToText, path, dtype=dtype)
     keep_image_dtype(model)
     return model, AutoProcessor.from_pretrained(path)
 
@@ -101,15 +101,17 @@ def train(
     lora: int | None = None,
     told: Sequence[list[int] | None] | None = None,
     freeze_tower: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Train the VLM in `start` on the rows in order and save it to out; -> a record.
 
     teacher: the original LM's folder; of an arm whose teacher is the VLM before, start. freeze_tower: tower and connector stand still, as in
-        most VLMs' later stages and as the library does when it is not told otherwise.
+        most VLMs' later stages and as the library does when it is not told otherwise. dtype: of the weights; adapters are fp32, and the teacher
+        computes as the trainer does.
     kind: `ce` (trl.SFTTrainer), `distill` (LinguDistillTrainer with `distill`'s options), `on_policy` (its on-policy sibling, likewise),
         `per_token` (`parents.PerTokenTrainer`, likewise), or `caption` (`CaptionTold`).
     """
-    model, processor = load(start)
+    model, processor = load(start, dtype)
     processor.chat_template = processor.tokenizer.chat_template = TRAINING_TEMPLATE
     kwargs: dict[str, Any] = {"model": model, "processing_class": processor, "train_dataset": as_dataset(rows)}
     if freeze_tower:
@@ -143,7 +145,7 @@ def train(
         elif kind == "caption":
             from transformers import AutoModelForCausalLM
 
-            lm = load_whole(AutoModelForCausalLM, teacher, dtype=torch.float32)
+            lm = load_whole(AutoModelForCausalLM, teacher, dtype=dtype)
             assert told is not None
             trainer = CaptionTold(args=LocalSFTConfig(**common), original=lm, told=told, **kwargs)
         else:

@@ -51,22 +51,24 @@ _FILES = {
 }
 
 
-def package_file(package: str, relative: str) -> Path:
-    """The path of a data file inside an installed package, without importing that package.
+def package_file(package: str, relative: str, *, install: str | None = None) -> Path:
+    """The path of a data file inside an installed package, without importing that package. install: the command that brings it,
+    for packages that are not in INSTALL.
 
     Raises:
         ModuleNotFoundError: if the package is not installed.
         FileNotFoundError: if it is installed without this file (another version).
     """
+    command = install or INSTALL[package]
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            f"The demo reads its data from the package {package!r}, not installed here; run `{INSTALL[package]}`."
+            f"The demo reads its data from the package {package!r}, not installed here; run `{command}`."
         )
     path = Path(next(iter(spec.submodule_search_locations))) / relative
     if not path.is_file():
         raise FileNotFoundError(
-            f"The installed {package!r} has no {relative}; run `{INSTALL[package]}` to get the tested version."
+            f"The installed {package!r} has no {relative}; run `{command}` to get the tested version."
         )
     return path
 

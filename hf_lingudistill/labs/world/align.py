@@ -84,6 +84,7 @@ def align_tower(
     save_every: int = 100,
     bf16: bool = False,
     fresh: bool = True,
+    unit: float = 1.0,
 ) -> dict[str, Any]:
     """Train tower and connector alone; the LM stays as it is, bit for bit. The model is changed in place.
 
@@ -92,6 +93,8 @@ def align_tower(
         checkpoint: a file to go on from after an interruption; written every `save_every` steps, atomically.
         bf16: forward in bf16 (autocast); weights stay fp32.
         fresh: the tower knows nothing yet. False: a further round, from what it knows.
+        unit: what the projection's output is measured in while it trains; the factor is folded into its weights in the end. The learning
+            rates suit embeddings of about .13 per entry (SmolLM2's); where the LM's are smaller, so should the unit be.
 
     Returns:
         A record: `loss` (last 50 steps), `right` (share of caption tokens right in them), `steps`, `seconds`, interrupted calls included.
@@ -116,13 +119,16 @@ def align_tower(
     candidates = torch.cat([known, others[~torch.isin(others, known)][:DISTRACTORS]])
     place = torch.zeros(len(embeddings), dtype=torch.long, device=device)
     place[candidates] = torch.arange(len(candidates), device=device)
-    directions = F.normalize(embeddings[candidates], dim=1)
-    spread = embeddings[known].pow(2).mean()
+    directions = F.normalize(embeddings[candidates].float(), dim=1)
+    spread = embeddings[known].float().pow(2).mean()
     frozen = [
         weight for name, weight in vlm.named_parameters() if ".vision_model." not in name and ".connector." not in name
     ]
     for weight in frozen:
         weight.requires_grad_(False)
+    projection = vlm.model.connector.modality_projection.proj
+    if not fresh:
+        _scale(projection, 1 / unit)
     optimizer = SmallModelOptimizer(tower, muon_lr=muon_lr, adamw_lr=adamw_lr, steps=steps)
     history: list[tuple[float, float]] = []
     started, first, spent = time.perf_counter(), 0, 0.0
@@ -137,7 +143,7 @@ def align_tower(
     for step in range(first, steps):
         picked = torch.randint(len(pictures), (batch_size,), generator=generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            seen = image_tokens(vlm, disturbed(pixels[picked], generator)).float()
+            seen = image_tokens(vlm, disturbed(pixels[picked], generator)).float() * unit
             ids = wanted[picked.to(device)]
             scores = COSINE_SCALE * F.normalize(seen, dim=-1) @ directions.T
         scores = scores.float().flatten(0, 1)
@@ -152,6 +158,7 @@ def align_tower(
             said = history[-save_every:]
             mean = [sum(column) / len(said) for column in zip(*said, strict=True)]
             print(f"alignment {step + 1}/{steps}: loss {mean[0]:.3f}, tokens right {mean[1]:.3f}", flush=True)
+    _scale(projection, unit)
     tower.eval()
     for weight in frozen:
         weight.requires_grad_(True)
@@ -162,6 +169,13 @@ def align_tower(
         "steps": steps,
         "seconds": round(spent + time.perf_counter() - started, 1),
     }
+
+
+@torch.no_grad()
+def _scale(projection: nn.Linear, factor: float) -> None:
+    if factor != 1.0:  # else the weights stay as they are, bit for bit
+        for weight in projection.parameters():
+            weight.mul_(factor)
 
 
 def _save(
@@ -195,14 +209,14 @@ def words_seen(vlm: Any, processor: Any, pictures: Sequence[Picture], *, batch_s
         share of pictures with all of them right; `n`.
     """
     tokenizer = processor.tokenizer
-    directions = F.normalize(vlm.get_input_embeddings().weight, dim=1)
+    directions = F.normalize(vlm.get_input_embeddings().weight.float(), dim=1)
     pixels = pixels_of(pictures, processor)
     right: list[list[bool]] = []
     frame = len(tokenizer(TOLD.split("{")[0].rstrip(), add_special_tokens=False)["input_ids"])
     for start in range(0, len(pictures), batch_size):
         some = pictures[start : start + batch_size]
         seen = image_tokens(vlm, pixels[start : start + batch_size])
-        said = (F.normalize(seen, dim=-1) @ directions.T).argmax(dim=-1)
+        said = (F.normalize(seen.float(), dim=-1) @ directions.T).argmax(dim=-1)
         for picture, row in zip(some, said.tolist(), strict=True):
             wanted = caption_ids(picture.caption, tokenizer, len(row))
             whole = len(tokenizer(TOLD.format(caption=picture.caption), add_special_tokens=False)["input_ids"])
