@@ -177,6 +177,13 @@ def test_every_step_holds_its_share_of_each_sort() -> None:
     again, _ = world_rows.training_rows(world(), long, text, per_step=per_step, steps=3, seed=0)
     other, _ = world_rows.training_rows(world(), long, text, per_step=per_step, steps=3, seed=1)
     assert rows == again != other
+    ordered, of = world_rows.training_rows(world(), long, text, per_step=per_step, steps=3, seed=0, by_length=True)
+    for step in range(3):
+        part = ordered[4 * step : 4 * step + 4]
+        lengths = [len(row["prompt"][0]["content"]) + len(row["completion"][0]["content"]) for row in part]
+        assert lengths == sorted(lengths)
+        assert all(row in rows[4 * step : 4 * step + 4] for row in part)
+        assert [key is not None for key in of[4 * step : 4 * step + 4]] == [row["distill"] for row in part]
     people, keys = world_rows.training_rows(world(), long, text, per_step=per_step, steps=3, seed=0, people=True)
     assert not any("text answer" in row["completion"][0]["content"] for row in people)
     assert sum(key is not None for key in keys) == 3
@@ -612,7 +619,7 @@ def test_settings_take_the_place_of_those_they_are_based_on() -> None:
     assert leaves(found) == leaves(base) | leaves(own)
     # What the two are compared on is the same
     assert {"arms", "regimes", "measure", "on_cpu", "model", "shipped"}.isdisjoint(own)
-    assert set(own["training"]) == {"learning_rate"}
+    assert set(own["training"]) == {"learning_rate", "gradient_accumulation_steps"}
 
 
 # ------------------------------------------------------------------------------------------------------- another LM
@@ -731,6 +738,27 @@ def test_an_lm_too_large_to_train_whole_drifts_and_is_cured_by_adapters_in_bf16(
     stages.drift(place, "aligned", "severe", 0)
     whole, start = of(place.tower("aligned")), of(place.start("aligned", "severe", 0))
     assert any("vision_model" in name for name in whole if not torch.equal(whole[name], start[name]))
+
+
+@pytest.mark.parametrize("arm", ["ce", "caption", "vision_before_ce05"])
+def test_a_step_in_two_parts_is_the_same_step(place: stages.Place, tmp_path: Path, arm: str) -> None:
+    """Short rows first, in two parts that are padded apart. Control: the arm moves the weights it starts from."""
+    run = ("aligned", "P", "severe", 3)
+    stages.drift(place, "aligned", "severe", 3)
+    reproduce.answers(place, reproduce.sets_needed(place, "P", [arm]))
+    sets, found = world_rows.ask(world(), place.settings["answers"]), []
+    for count in (1, 2):
+        training = place.settings["training"] | {"gradient_accumulation_steps": count}
+        part = stages.Place(tmp_path / str(count), place.settings | {"training": training}, world, offline=True)
+        for name in ("original", "answers", "drifted"):
+            shutil.copytree(place.out / name, part.out / name)
+        path, record = reproduce.trained(part, (*run, [arm]), arm, sets)
+        assert record["steps"] == 2
+        found.append(load_file(path / "model.safetensors"))
+    start = load_file(place.start("aligned", "severe", 3) / "model.safetensors")
+    moved = sum(float((found[0][name] - start[name]).norm()) for name in start)
+    apart = sum(float((found[0][name] - found[1][name]).norm()) for name in start)
+    assert apart < 0.05 * moved, (apart, moved)
 
 
 def test_what_some_seeds_lack_is_averaged_over_the_others(tmp_path: Path) -> None:

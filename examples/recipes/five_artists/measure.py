@@ -59,10 +59,12 @@ class Measures:
         answers: Path,
         sizes: Mapping[str, int],
         names: Sequence[str] = ("test_texts", "test_images"),
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        """dtype: of the original that all are held against, whatever they are measured in; fp32 unless it is too large for that."""
         self.world, self.sizes, self.sets = world, sizes, sets
-        # fp32, whatever models are measured in: the original is what all are held against
-        scored = load_scored("original", str(original), dtype=torch.float32)
+        scored = load_scored("original", str(original), dtype=dtype)
         self.references = {}
         for name in names:
             written = answers_of(name, sets[name], settings, answers)

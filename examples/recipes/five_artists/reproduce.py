@@ -148,8 +148,9 @@ def references(place: Place, names: Sequence[str] = ("test_texts", "test_images"
 
     sets = ask(place.world(), place.settings["answers"])
     return Measures(
-        place.world(), sets, place.settings["answers"], place.original, place.answers, place.settings["measure"], names
-    )
+        place.world(), sets, place.settings["answers"], place.original, place.answers, place.settings["measure"], names,
+        dtype=place.dtype,
+    )  # fmt: skip
 
 
 def trained(place: Place, run: Run, name: str, sets: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
@@ -179,6 +180,7 @@ def trained(place: Place, run: Run, name: str, sets: dict[str, Any]) -> tuple[Pa
     rows, keys = training_rows(
         place.world(), said(place, sets, "long", CUT), said(place, sets, asked, CUT) if asked else [], per_step=per_step,
         steps=arguments["max_steps"], seed=seed, people=spec.get("texts") == "people",
+        by_length=arguments.get("gradient_accumulation_steps", 1) > 1,
     )  # fmt: skip
     told: list[list[int] | None] | None = None
     if spec["kind"] == "caption":
@@ -262,6 +264,7 @@ def modes(place: Place, tower_name: str, kind: str, seed: int) -> None:
             place.answers,
             place.settings["modes"],
             names=("test_images",),
+            dtype=place.dtype,
         )
         known = teachers(measures.references["test_images"], measures.depends, student, place.original)
     rows = [

@@ -56,14 +56,14 @@ class CaptionTold(SFTTrainer):
 
     def __init__(self, *args: Any, original: Any, told: Sequence[list[int] | None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.original, self.told = original.to(self.args.device).eval(), told
+        self.original, self.told, self.rows_read = original.to(self.args.device).eval(), told, 0
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         labels = inputs.pop("labels")
-        size = labels.size(0)
-        told = self.told[self.state.global_step * size : (self.state.global_step + 1) * size]
+        told = self.told[self.rows_read : self.rows_read + labels.size(0)]
+        self.rows_read += labels.size(0)
         rows, places = (labels[:, 1:] != -100).nonzero(as_tuple=True)
         # The Trainer's own autocast wraps the whole model's forward, which is not called here
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.args.bf16):
@@ -108,6 +108,7 @@ def train(
     teacher: the original LM's folder; of an arm whose teacher is the VLM before, start. freeze_tower: tower and connector stand still, as in
         most VLMs' later stages and as the library does when it is not told otherwise. dtype: of the weights; adapters are fp32, and the teacher
         computes as the trainer does.
+    batch_size: rows per step, in `gradient_accumulation_steps` equal parts.
     kind: `ce` (trl.SFTTrainer), `distill` (LinguDistillTrainer with `distill`'s options), `on_policy` (its on-policy sibling, likewise),
         `per_token` (`parents.PerTokenTrainer`, likewise), or `caption` (`CaptionTold`).
     """
@@ -123,7 +124,7 @@ def train(
         common = arguments | {
             "output_dir": scratch,
             "seed": seed,
-            "per_device_train_batch_size": batch_size,
+            "per_device_train_batch_size": batch_size // arguments.get("gradient_accumulation_steps", 1),
             "train_sampling_strategy": "sequential",
             "disable_tqdm": True,
             "bf16": machine().bf16,

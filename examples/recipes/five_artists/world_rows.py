@@ -146,11 +146,13 @@ def training_rows(
     steps: int,
     seed: int,
     people: bool = False,
+    by_length: bool = False,
 ) -> tuple[list[dict[str, Any]], list[str | None]]:
     """Rows in order, and for each the key of its question if the original wrote its answer. Every step holds `per_step` rows of
     each sort: `short` questions (CE), `long` answers about pictures and `text` (both distilled).
 
-    text: what the original answered to texts. people: the text rows are what people wrote instead.
+    text: what the original answered to texts. people: the text rows are what people wrote instead. by_length: short rows first within a
+        step, so that the parts it is cut into are padded less.
     """
     rng = random.Random(seed + 100)
     short = short_rows(world.pictures(("long", "short"), SEEN), per_step["short"] * steps, seed=seed)
@@ -173,6 +175,8 @@ def training_rows(
     for step in range(steps):
         of_step = [pair for sort, count in per_step.items() for pair in pool[sort][step * count : (step + 1) * count]]
         rng.shuffle(of_step)
+        if by_length:
+            of_step.sort(key=lambda pair: sum(len(pair[0][part][0]["content"]) for part in ("prompt", "completion")))
         rows += [row for row, _ in of_step]
         keys += [key for _, key in of_step]
     return rows, keys
