@@ -166,7 +166,7 @@ def check_output_dir(output_dir: str | os.PathLike[str], *, overwrite: bool = Fa
     runs = [*(name for name in _OF_A_RUN if (folder / name).exists()), *runs]
     files = sorted({path.name for pattern in _WRITTEN for path in folder.glob(pattern)} - {MARKER})
     if runs or files:
-        found = f"another run ({runs[0]})" if runs else f"{files[0]!r}, which a run may write over"
+        found = f"a run's files ({runs[0]})" if runs else f"{files[0]!r}, which a run may write over"
         raise ValueError(
             f"output_dir {str(folder)!r} holds {found}: choose another folder, continue the run that is there with "
             "--resume_from_checkpoint true, or pass --overwrite_output_dir."

@@ -7,8 +7,10 @@ import copy
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Real
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 from transformers import TrainingArguments
@@ -105,6 +107,8 @@ class DistillChecks(_Config):
     """What every distilling config checks. Mixed in first, before the options and a config of TRL's."""
 
     kv_source_left_out = False
+    blind_weight_left_out = False
+    _chosen: Mapping[str, Any] = MappingProxyType({})  # what was left out, as it was chosen
     kv_source_gave_way = False  # in the trainer that these options are of: it could not have the VLM before
 
     def as_asked(self) -> Self:
@@ -118,6 +122,24 @@ class DistillChecks(_Config):
     def __post_init__(self) -> None:
         self._check_types()
         super().__post_init__()
+        self.check()
+
+    def check(self) -> None:
+        """Choose what was left out, and check the rest. A trainer does it again: options may have been set since they were made.
+
+        Raises:
+            ValueError: in one sentence that says what was expected, what was found, and what to do.
+        """
+        self._check_types()
+        # What was left out follows what is set now
+        if self.kv_source_left_out and self.kv_source == self._chosen.get("kv_source"):
+            self.kv_source = None
+        if self.blind_weight_left_out and self.blind_weight == self._chosen.get("blind_weight"):
+            self.blind_weight = None
+        self._check()
+        self._chosen = {"kv_source": self.kv_source, "blind_weight": self.blind_weight}
+
+    def _check(self) -> None:
         if self.kv_source is None and isinstance(self.kv_sharing, str) and self.kv_sharing in MODES:
             # `anchor_cache` is there to hold no second model: then nothing else asks for one unsaid
             saves = self.anchor_cache and not self.teacher_cache
@@ -188,6 +210,7 @@ class DistillChecks(_Config):
         mode = MODES[self.kv_sharing]
         joined = [name for name in JOINING if getattr(self, name, False)]
         if self.blind_weight is None:
+            self.blind_weight_left_out = True
             self.blind_weight = 0.0 if joined else mode.blind
         if not 0.0 <= self.blind_weight < 1.0:
             raise ValueError(
@@ -291,6 +314,9 @@ class LinguDistillConfig(DistillChecks, DistillOptions, LocalSFTConfig):
             # The loss moves with what the teacher lets through; cross-entropy does not
             self.metric_for_best_model, self.greater_is_better = "ce_loss", False
         super().__post_init__()
+
+    def _check(self) -> None:
+        super()._check()
         # chunked_nll is the old name of what nll does now
         if (loss := getattr(self, "loss_type", "nll")) not in ("nll", "chunked_nll"):
             raise ValueError(
@@ -344,6 +370,9 @@ class OnPolicyLinguDistillConfig(DistillChecks, OnPolicyOptions, LocalArguments,
     def __post_init__(self) -> None:
         self.remove_unused_columns = False  # the collator reads what it needs, under whatever name
         super().__post_init__()
+
+    def _check(self) -> None:
+        super()._check()
         for option in fields(OnPolicyOptions):
             value = getattr(self, option.name)
             if option.name in NEEDS_LABELS and value != option.default:

@@ -224,6 +224,9 @@ class DataMixin(_Trainer):
         super()._reject_skip_prepare_without_labels(datasets, inner)
 
 
+_MADE_BY_TRL = ("labels", "assistant_masks", "completion_mask", "attention_mask", "seq_lengths", "position_ids")
+
+
 def _is_about_settings(error: Exception) -> bool:
     """Whether an error of the preparation comes from `SFTTrainer` itself, not from a row or a library below it."""
     trace = error.__traceback__
@@ -275,6 +278,10 @@ def _answered(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
     column = "completion" if "completion" in columns else text_column
     if column not in columns or "input_ids" in columns:
         return dataset
+    # TRL would take a column of such a name for what it makes itself
+    if taken := [name for name in _MADE_BY_TRL if name in columns]:
+        dataset = dataset.remove_columns(taken)
+        columns = [name for name in columns if name not in taken]
 
     def check(row: Row, index: int) -> None:
         known_as = _name(index, name, row)

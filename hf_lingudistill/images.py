@@ -9,6 +9,8 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from datasets import Image
 from PIL import Image as PILImage
@@ -49,7 +51,9 @@ def decode_image(value: Any) -> PILImage.Image:
         elif isinstance(value, PILImage.Image):
             image = value
         else:
-            raise BadRow("image of wrong type", f"an image was expected, found {type(value).__name__}")
+            array = isinstance(value, list) or hasattr(value, "__array__")
+            hint = "; of an array of pixels, `PIL.Image.fromarray` makes one" if array else ""
+            raise BadRow("image of wrong type", f"an image was expected, found {type(value).__name__}{hint}")
         if 0 in image.size:
             raise BadRow("image of zero size", f"an image has the size {image.size[0]}x{image.size[1]}")
         return to_rgb(image)
@@ -67,7 +71,7 @@ def _opened_text(text: str) -> Any:
     if text.startswith("data:"):
         return _from_base64(text.partition(",")[2], text)
     if text.startswith("file://"):
-        return Path(text.removeprefix("file://"))
+        return Path(url2pathname(urlsplit(text).path))  # %20 is a space
     if "://" in text[:4096]:  # a URL, inside an archive, or on the Hub: datasets knows how to open it
         try:
             return Image().decode_example({"bytes": None, "path": text})

@@ -61,8 +61,8 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
     Args:
         model: the student VLM, or its Hub id or folder.
         args ([`OnPolicyLinguDistillConfig`]): the configuration.
-        teacher_model: the frozen LM, or its Hub id or folder; overrides `args.teacher_model_name_or_path`. A model object is used as
-            it is: it is not quantised again.
+        teacher_model: the frozen LM, or its Hub id or folder; overrides `args.teacher_model_name_or_path`. A model object is not
+            quantised again; it is frozen, and its embeddings grow to the student's vocabulary.
         teacher_tokenizer: for the vocabulary check; loaded from the teacher's folder or id where left out.
         train_dataset: rows with `prompt` (a text or turns) or `messages`, whose last answer is left out; `images` or `image`; and
             `distill`, by which the judge is chosen.
@@ -111,6 +111,7 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
                 "trl[vllm]`, or leave use_vllm out to sample with transformers."
             )
         args = args.as_asked()
+        args.check()
         self.choose_teacher(model, teacher_model, teacher_tokenizer, args, kwargs)
         opened, vision = open_prompts(train_dataset, eval_dataset, args)
         self.has_distill_column, self.distill_share = opened.has_distill_column, opened.distill_share

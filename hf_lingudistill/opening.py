@@ -205,6 +205,9 @@ def _plain_row(row: Row, name: str) -> Row:
     return row if "input_ids" in row else as_trl_row(row, name, chat=False)
 
 
+_FORMS = {*CONVERSATION_COLUMNS, "prompt", "completion", "text", "input_ids"}
+
+
 def as_dataset(
     data: Any,
     name: str,
@@ -224,6 +227,13 @@ def as_dataset(
     if isinstance(data, Dataset | IterableDataset):
         if isinstance(data, Dataset) and len(data) == 0:
             raise ValueError(f"{name} has no rows: pass one that has some.")
+        if isinstance(data, Dataset) and not raw and data.format["type"] == "custom":
+            made = [column for column in data[0] if column not in data.column_names]
+            if made:
+                raise ValueError(
+                    f"{name} makes its column {made[0]!r} when a row is read (set_transform), and columns must be there before: make "
+                    "it with `dataset.map`, or pass a datasets.IterableDataset."
+                )
         data = data if raw else as_python(data)
         if isinstance(data, IterableDataset) and not raw and next(iter(data), None) is None:
             raise ValueError(f"{name} is a stream without rows: pass one that has some.")
@@ -238,10 +248,13 @@ def as_dataset(
         raise ValueError(
             f"{name} must be a datasets.Dataset, a datasets.IterableDataset, or a list of rows (dicts); found {what}."
         )
-    rows = []
+    rows, field = [], getattr(args, "dataset_text_field", "text")
     for number, row in enumerate(data):
+        own_text = shape is _plain_row and field in row and not _FORMS & {*row}
         try:
-            rows.append(shape(row, f"Row {number}" if name == "train_dataset" else f"Row {number} of {name}"))
+            known_as = f"Row {number}" if name == "train_dataset" else f"Row {number} of {name}"
+            shaped = shape({**row, "text": row[field]} if own_text else row, known_as)
+            rows.append({**shaped, field: row[field]} if own_text else shaped)
         except BadRow as error:
             if not args.skip_bad_rows:
                 raise

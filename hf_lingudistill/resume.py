@@ -32,16 +32,13 @@ from .checkpoints import (
 )
 from .finite import StepPolicy
 from .first_batch import FirstBatch
-from .hub.run_facts import LOSS_SETTINGS, read_run_facts
+from .hub.run_facts import read_run_facts
 from .meter import Meter
-from .options import shown
 from .pace import NothingLeft, check_batches
+from .same_run import check_same
 from .step import DistillStep
 
 logger = logging.getLogger(__name__)
-
-# What a resumed run may not change. A learning rate would not even change: the checkpoint's schedule holds it
-KEPT = (*LOSS_SETTINGS, "freeze_vision", "learning_rate", "seed")
 
 if TYPE_CHECKING:
     from trl import SFTTrainer as _Trainer
@@ -80,9 +77,14 @@ class ResumingMixin(_Trainer):
         """
         student: Any = self.model
         if not any(parameter.requires_grad for parameter in student.parameters()):
+            but = (
+                " but for those of the vision part, which freeze_vision leaves as they are"
+                if self.args.freeze_vision
+                else ""
+            )
             raise ValueError(
-                "Nothing can be trained: all parameters of the student are frozen (requires_grad=False). Set it to True for those that are to "
-                "be trained, or pass a peft_config."
+                f"Nothing can be trained: all parameters of the student are frozen (requires_grad=False){but}. Set it to True for those that "
+                f"are to be trained,{' set freeze_vision=False,' if but else ''} or pass a peft_config."
             )
         out = str(self.args.output_dir)
         wanted = wanted_checkpoint(resume_from_checkpoint or self.args.resume_from_checkpoint)
@@ -96,7 +98,7 @@ class ResumingMixin(_Trainer):
         self.accelerator.wait_for_everyone()  # all have looked, and what was put aside is back
         checkpoint = None if wanted is None else to_resume(wanted, out)
         if checkpoint is not None:
-            self._check_same(Path(checkpoint))
+            check_same(self, Path(checkpoint), read_run_facts(checkpoint))
         if not own and self.accelerator.is_local_main_process:
             start_afresh(out)
         elif (
@@ -114,22 +116,6 @@ class ResumingMixin(_Trainer):
             if saved or not own:
                 raise
             return self._ended()
-
-    def _check_same(self, checkpoint: Path) -> None:
-        """Resumed with another loss or other rows, a run would be neither of two, and its record would speak of one.
-
-        Raises:
-            ValueError: naming what differs.
-        """
-        facts = read_run_facts(checkpoint)
-        kept, now = facts.get("settings") or {}, vars(self.args)
-        differ = [name for name in KEPT if name in kept and name in now and kept[name] != now[name]]
-        if differ:
-            was, found = (", ".join(f"{name}={shown(of[name])}" for name in differ) for of in (kept, now))
-            raise ValueError(
-                f"The checkpoint {str(checkpoint)!r} was trained with {was}; found {found}. Resume it with the options it had, or begin a new "
-                "run in another folder with that checkpoint as the student (without --resume_from_checkpoint)."
-            )
 
     def get_train_dataloader(self) -> Any:
         """`Trainer.get_train_dataloader`; without a batch, transformers would take it for a stream."""

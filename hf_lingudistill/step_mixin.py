@@ -26,7 +26,7 @@ from .sharing import sharing
 from .step import DistillStep
 from .teacher import Teacher, compute_dtype_of
 from .teacher_mixin import TeacherMixin, is_quantised
-from .vision import adapted, freeze_vision
+from .vision import adapted, freeze_vision, thaw_vision
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,11 @@ class StepMixin(TeacherMixin):
         if args.freeze_vision:
             freeze_vision(student)
             logger.info("Vision tower and projector stay as they are (freeze_vision)")
+        elif adapted(student) is None and not is_peft_model(self.model) and not thaw_vision(student):
+            logger.warning(
+                "freeze_vision=False, and the vision tower and projector stay as they are: their requires_grad is False. Set it to True for "
+                "what is to be trained."
+            )
         choose_kernels(student, trained=True)
         keep_image_dtype(student)
         self._compute_dtype = compute_dtype_of(student, bf16=bool(args.bf16), fp16=args.fp16)
@@ -354,6 +359,6 @@ def check_best_metric(args: Any, evaluation: Any, *, computed: bool) -> None:
         return
     if not any(metric.removeprefix("eval_").startswith(f"{name}_") for name in evaluation):
         raise ValueError(
-            f"metric_for_best_model={metric!r} names none of the evaluation sets {', '.join(map(repr, evaluation))}, each of which has a "
+            f"metric_for_best_model={metric!r}{' (the default)' if metric == 'ce_loss' else ''} names none of the evaluation sets {', '.join(map(repr, evaluation))}, each of which has a "
             f"value of its own: set it to {next(iter(evaluation)) + '_ce_loss'!r}, say."
         )

@@ -39,7 +39,8 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
         model: the student VLM, or its Hub id or folder.
         args ([`LinguDistillConfig`]): the configuration.
         teacher_model: the frozen LM, or its Hub id or folder; overrides `args.teacher_model_name_or_path`. Of a VLM, the text half
-            teaches (with `kv_sharing="images"`, all of it). A model object is used as it is: it is not quantised again.
+            teaches (with `kv_sharing="images"`, all of it). A model object is not quantised again; it is frozen, and its embeddings grow
+            to the student's vocabulary.
         teacher_tokenizer: its tokenizer or processor, for the checks; loaded from the teacher's folder or id where left out.
         **kwargs: everything else goes to `SFTTrainer`.
 
@@ -83,6 +84,7 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
                 "compute_loss_func cannot be combined with distillation: the trainer computes its own loss."
             )
         args = args.as_asked()
+        args.check()
         self.choose_teacher(model, teacher_model, teacher_tokenizer, args, kwargs)
         train_dataset, eval_dataset = self.open_data(train_dataset, eval_dataset, args, kwargs)
         own_values = kwargs.get("compute_metrics") is not None or type(self) is not LinguDistillTrainer

@@ -7,6 +7,8 @@ from transformers import PreTrainedModel
 
 from ._internals import decoder_of, own_name
 
+_BY_US = "_frozen_by_lingudistill"
+
 
 def vision_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """The parameters of a VLM outside of its language model, by name: tower and projector."""
@@ -37,4 +39,15 @@ def freeze_vision(model: PreTrainedModel) -> None:
             "lora_target_modules, or leave freeze_vision out."
         )
     for weight in vision_parameters(model).values():
-        weight.requires_grad_(False)
+        if weight.requires_grad:
+            weight.requires_grad_(False)
+            setattr(weight, _BY_US, True)
+
+
+def thaw_vision(model: PreTrainedModel) -> bool:
+    """Undo `freeze_vision`, of an earlier trainer of the same model; what its owner has frozen stays so. -> whether some of it is trained."""
+    for weight in vision_parameters(model).values():
+        if getattr(weight, _BY_US, False):
+            weight.requires_grad_(True)
+            delattr(weight, _BY_US)
+    return trains_vision(model)

@@ -389,7 +389,12 @@ def test_a_run_is_resumed_with_the_loss_and_the_rows_that_it_had(make_trainer: M
         {"temperature": 2.0},
         {"anchor": "before"},
         {"learning_rate": 0.5},
+        {"lr_scheduler_type": "cosine"},
+        {"optim": "adamw_torch"},
         {"seed": 7},
+        {"max_length": 64},
+        {"completion_only_loss": False},
+        {"answers_only": False},
     ):
         ((name, value),) = changed.items()
         trainer = make_trainer(**{**settings, "max_steps": 3, **changed})
@@ -437,7 +442,7 @@ def test_a_run_that_resumes_into_another_runs_folder_leaves_what_is_there(
         target.symlink_to(other)
     before = contents(other)
     with pytest.raises(
-        ValueError, match="holds another run .*: choose another folder, continue the run that is there"
+        ValueError, match="holds a run's files .*: choose another folder, continue the run that is there"
     ):
         run(target, 3, mine / "checkpoint-1")
     assert contents(other) == before

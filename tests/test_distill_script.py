@@ -364,7 +364,11 @@ def test_ctrl_c_before_and_after_the_steps_is_a_sentence_too(
 EARLY: dict[str, tuple[tuple[str, ...], str]] = {
     "swapped models": (("--student", "TEACHER", "--teacher", "STUDENT"), "look swapped"),
     "a student that is a folder of something else": (("--student", "DATA"), "holds no config.json"),
-    "an output_dir in use": (("--output_dir", "USED"), "holds another run (model.safetensors)"),
+    "an output_dir in use": (("--output_dir", "USED"), "holds a run's files (model.safetensors)"),
+    "merging into four bits": (
+        ("--use_peft", "--merge_adapter", "true", "--load_in_4bit", "true"),
+        "would round the adapter away, into the few bits that load_in_4bit=True",
+    ),
     "the student's own folder": (("--output_dir", "STUDENT"), "is the folder of the student, or lies in it"),
     "the student's, to be overwritten": (
         ("--output_dir", "STUDENT", "--overwrite_output_dir", "true"),

@@ -353,3 +353,37 @@ def test_a_run_is_resumed_with_the_tower_it_had(make_trainer: MakeTrainer, tmp_p
     other = make_trainer(**{**settings, "freeze_vision": False}, output_dir=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="was trained with freeze_vision=True; found freeze_vision=False"):
         other.train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_tower_that_an_earlier_trainer_froze_is_trained_when_asked_for(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The two arms of a comparison in one notebook. Control: what its owner froze stays frozen, and a warning says so."""
+    model = tiny.make_vlm(0)
+    make_trainer(model=model, freeze_vision=True)
+    assert not trains_vision(model)
+    trainer = make_trainer(model=model, freeze_vision=False)
+    before = {name: weight.clone() for name, weight in vision_parameters(model).items()}
+    trainer.train()
+    assert any(not torch.equal(weight, before[name]) for name, weight in vision_parameters(model).items())
+    assert "their requires_grad is False" not in caplog.text
+    for weight in vision_parameters(model).values():
+        weight.requires_grad_(False)
+    make_trainer(model=model, freeze_vision=True)
+    make_trainer(model=model, freeze_vision=False)
+    assert not trains_vision(model) and "their requires_grad is False" in caplog.text
+
+
+def test_nothing_left_to_train_names_what_froze_it(make_trainer: MakeTrainer) -> None:
+    model = tiny.make_vlm(0)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("connector" in name)
+    with pytest.raises(ValueError, match="but for those of the vision part.* set freeze_vision=False"):
+        make_trainer(model=model, freeze_vision=True).train()
+    model = tiny.make_vlm(0)
+    for weight in model.parameters():
+        weight.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"\(requires_grad=False\). Set it to True for those that are to be trained, or pass"
+    ):
+        make_trainer(model=model, freeze_vision=False).train()

@@ -258,6 +258,7 @@ ALLOWED = {
     ("hf_lingudistill/labs/world/art.py", "fetch_art"): "to a place where nothing is",
     ("examples/baselines/interpolate.py", "interpolate"): BESIDE,
     ("examples/baselines/text_replay.py", "main"): RUN,
+    ("examples/recipes/five_artists/lms.py", "_from_parts"): "a file put together in a folder of this call's own",
     ("examples/recipes/five_artists/reproduce.py", "arms"): "a model that this very call has trained and measured",
     ("examples/recipes/five_artists/kept.py", "write_json"): "a result of the recipe, written beside its place",
     ("examples/recipes/five_artists/stages.py", "_aligned"): STAGE,

@@ -822,6 +822,64 @@ def test_a_list_of_several_formats_keeps_every_row_whichever_comes_first(
     assert len(make_trainer(train_dataset=renamed, dataset_text_field="body", skip_bad_rows=skip).train_dataset) == 3
 
 
+@pytest.mark.parametrize("as_list", [True, False])
+def test_running_text_is_read_from_the_column_that_is_named(make_trainer: MakeTrainer, as_list: bool) -> None:
+    rows = [{"body": "the cat sat"}, {"body": "on the mat"}]
+    (named, plain) = (
+        make_trainer(train_dataset=given if as_list else Dataset.from_list(given), **options).train_dataset[
+            "input_ids"
+        ]
+        for given, options in (
+            (rows, {"dataset_text_field": "body"}),
+            ([{"text": row["body"]} for row in rows], {}),
+        )
+    )
+    assert list(named) == list(plain)
+
+
+@pytest.mark.parametrize("form", ["pairs", "text"])
+@pytest.mark.parametrize("stream", [False, True], ids=["", "stream"])
+def test_columns_called_as_trl_calls_its_own_are_ignored_like_others(
+    make_trainer: MakeTrainer, form: str, stream: bool
+) -> None:
+    rows: list[Row] = [{"prompt": "a", "completion": "b c"}, {"prompt": "d e", "completion": "f"}]
+    if form == "text":
+        rows = [{"text": "the cat sat"}, {"text": "on the mat"}]
+    beside = [{**row, "labels": [1, 2], "assistant_masks": [0, 0], "attention_mask": [1]} for row in rows]
+    more = {"max_steps": 1, "per_device_train_batch_size": 2, **IN_ORDER}
+    losses = []
+    for given in (rows, beside):
+        data = Dataset.from_list(given)
+        trainer = make_trainer(train_dataset=data.to_iterable_dataset() if stream else data, **more)
+        losses.append(trainer.train().training_loss)
+    assert losses[0] == losses[1]
+
+
+def test_columns_that_a_transform_makes_are_named(make_trainer: MakeTrainer) -> None:
+    """Control: a transform of columns that are there stays, as an augmentation does."""
+    data = Dataset.from_dict({"q": ["what", "who"]})
+    data.set_transform(lambda batch: {"prompt": batch["q"], "completion": ["yes"] * len(batch["q"])})
+    with pytest.raises(
+        ValueError, match=r"train_dataset makes its column 'prompt' when a row is read \(set_transform\)"
+    ):
+        make_trainer(train_dataset=data)
+    pictures, seen = tiny.make_dataset(4), []
+    kept = pictures.with_transform(lambda batch: seen.append(1) or batch)
+    make_trainer(train_dataset=kept).train()
+    assert seen
+
+
+def test_an_image_by_its_uri_and_an_array(tmp_path: Path) -> None:
+    folder = tmp_path / "some pictures"
+    folder.mkdir()
+    picture(3).save(folder / "a b.png")
+    uri = (folder / "a b.png").as_uri()
+    assert "%20" in uri
+    assert decode_image(uri).tobytes() == decode_image(str(folder / "a b.png")).tobytes()
+    with pytest.raises(BadRow, match="found ndarray; of an array of pixels, `PIL.Image.fromarray` makes one"):
+        decode_image(np.zeros((4, 4, 3), dtype=np.uint8))
+
+
 @pytest.mark.parametrize("form", ["numpy", "torch", "pandas"])
 @pytest.mark.parametrize("images", [True, False], ids=["images", "texts"])
 @pytest.mark.parametrize("skip", [False, True], ids=["", "skipping"])

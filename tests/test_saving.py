@@ -353,7 +353,7 @@ def test_output_dir_of_another_run_is_one_sentence_and_exit_code_2(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(flags) == 0
-    assert "holds another run (model.safetensors)" in _fails_in_a_sentence(flags, capsys)
+    assert "holds a run's files (model.safetensors)" in _fails_in_a_sentence(flags, capsys)
     assert main([*flags, "--overwrite_output_dir", "true"]) == 0
 
 

@@ -22,6 +22,7 @@ import yaml
 
 from .._internals import own_name
 from .._version import __version__
+from ..weights import glance
 from .http import HTTPError
 
 RunFacts = dict[str, Any]
@@ -60,13 +61,18 @@ LOSS_SETTINGS = (
     "anchor",
     "anchor_weight",
 )
+# Which tokens are trained on, of given rows
+ROW_SETTINGS = ("answers_only", "completion_only_loss", "distill_column", "max_length")
 SETTINGS = (
     *LOSS_SETTINGS,
+    *ROW_SETTINGS,
     "freeze_vision",
     "anchor_cache",
     "teacher_cache",
     "teacher_quantization",
     "learning_rate",
+    "lr_scheduler_type",
+    "optim",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "seed",
@@ -254,7 +260,7 @@ def gather_run_facts(
             **_cache_fact(trainer, "teacher_cached"),
         },
         "datasets": list(datasets),
-        "settings": {name: chosen[name] for name in SETTINGS if name in chosen},
+        "settings": {name: getattr(chosen[name], "value", chosen[name]) for name in SETTINGS if name in chosen},
         "training": {
             "steps": state.global_step or None,
             "epochs": state.epoch,
@@ -310,6 +316,7 @@ def model_fact(reference: str, revision: str | None = None) -> RunFacts:
         "id": known,
         "name": public_name(reference) if reference else None,
         "revision": loaded_commit(known, revision) if known else None,
+        "files": glance(reference) if reference else None,
         **(base_facts(reference, revision) if reference else {}),
     }
 

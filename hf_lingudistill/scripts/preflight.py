@@ -103,6 +103,12 @@ def check_run(
             "No data: pass --dataset_name (a file, a folder or a Hub id), or list sources under `datasets:` in a recipe."
         )
     check_unread(script_args, config, student, mixture)
+    packed = [option for option in ("load_in_4bit", "load_in_8bit") if getattr(student, option, False)]
+    if script_args.merge_adapter and packed:
+        raise ValueError(
+            f"merge_adapter=True would round the adapter away, into the few bits that {packed[0]}=True leaves the student's weights: leave "
+            "merge_adapter out, and merge into whole weights afterwards (docs/lora.md)."
+        )
     if config.max_steps < 0 and config.num_train_epochs <= 0:
         raise ValueError(
             f"num_train_epochs must be above 0 (or set max_steps); got {config.num_train_epochs:g}, which trains nothing."

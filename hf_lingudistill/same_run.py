@@ -1,0 +1,94 @@
+"""Whether a run that is resumed is the run that its checkpoint is of: same loss, rows, models and adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import is_peft_model
+
+from .hub.run_facts import LOSS_SETTINGS, ROW_SETTINGS, public_name
+from .options import shown
+from .weights import glance
+
+# What a resumed run may not change. A learning rate would not even change: the checkpoint's schedule holds it
+KEPT = (
+    *LOSS_SETTINGS,
+    *ROW_SETTINGS,
+    *("freeze_vision", "teacher_quantization", "learning_rate", "lr_scheduler_type", "optim", "seed"),
+)
+_ADAPTER = "adapter_config.json"
+_OF_AN_ADAPTER = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "target_modules",
+    "modules_to_save",
+    "bias",
+)
+
+
+def check_same(trainer: Any, checkpoint: Path, facts: Mapping[str, Any]) -> None:
+    """Resumed with another loss, other rows or another teacher, a run would be neither of two, and its record would speak of one.
+
+    Args:
+        trainer: that resumes. checkpoint: its folder. facts: what was recorded there; what an older version did not record is not compared.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if differ := [*_options(trainer.args, facts), *_models(trainer, facts), *_adapter(trainer.model, checkpoint)]:
+        was, found = (", ".join(f"{name}={shown(pair[side])}" for name, *pair in differ) for side in (0, 1))
+        raise ValueError(
+            f"The checkpoint {str(checkpoint)!r} was trained with {was}; found {found}. Resume it with the options it had, or begin a new "
+            "run in another folder with that checkpoint as the student (without --resume_from_checkpoint)."
+        )
+
+
+def _options(args: Any, facts: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    kept, now = facts.get("settings") or {}, vars(args)
+    for name in KEPT:
+        if name in kept and name in now and kept[name] != (value := plain(now[name])):
+            yield name, kept[name], value
+
+
+def plain(value: Any) -> Any:
+    """An option as JSON keeps it: an enum's value."""
+    return getattr(value, "value", value)
+
+
+def _models(trainer: Any, facts: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """By a look at their files, wherever those lie now. The student's weights come from the checkpoint; what it began as counts where the
+    VLM before is asked."""
+    asked = {"teacher": trainer.teacher_name_or_path}
+    if trainer.before is not None:
+        asked["student"] = str(getattr(trainer.model.config, "_name_or_path", "") or "")
+    for role, name in asked.items():
+        known = facts.get(role) or {}
+        was, found = known.get("files"), glance(name) if name else None
+        if was is not None and found is not None and was != found:
+            yield role, f"{known.get('name')} (files {was})", f"{public_name(name)} (files {found})"
+
+
+def _adapter(model: Any, checkpoint: Path) -> Iterator[tuple[str, Any, Any]]:
+    path = checkpoint / _ADAPTER
+    if not is_peft_model(model):
+        if path.is_file():
+            yield "an adapter", True, False
+        return
+    if not path.is_file():
+        yield "an adapter", False, True
+        return
+    saved, now = json.loads(path.read_text(encoding="utf-8")), model.active_peft_config.to_dict()
+    for name in _OF_AN_ADAPTER:
+        was, found = (_sorted(plain(of.get(name))) for of in (saved, now))
+        if name in saved and was != found:
+            yield f"lora_{name}" if name == "r" else name, was, found
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list | set | tuple) else value
