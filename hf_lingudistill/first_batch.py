@@ -23,11 +23,12 @@ DEADLINE = 64
 
 
 class FirstBatch(Watcher):
-    """Two questions, each asked once.
+    """Three questions, each asked once: the two above, and whether rows begin as the tokenizer begins a text.
 
     whole_teacher: loads the unquantised teacher; None where its quantisation is not to be measured. compare_sharing: whether the
     teacher may be run once more without sharing: not where it is sharded (all processes would have to at once) or where
-    rows are packed. offload: the teacher waits in CPU memory.
+    rows are packed. offload: the teacher waits in CPU memory. leading: the token that the tokenizer puts before a text, if any: its text and
+    id.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class FirstBatch(Watcher):
         whole_teacher: Callable[[], Teacher] | None,
         compare_sharing: bool,
         offload: bool = False,
+        leading: tuple[str, int] | None = None,
     ) -> None:
-        self.mode, self.teacher, self.offload = mode, teacher, offload
+        self.mode, self.teacher, self.offload, self.leading = mode, teacher, offload, leading
         self.whole_teacher = whole_teacher
         self.quantization_kl: float | None = None
         self.quantization_measured = whole_teacher is None
@@ -71,6 +73,7 @@ class FirstBatch(Watcher):
         The teacher is still better than such a student, so that `teacher_ce` against `student_ce` does not show it; the same
         teacher without sharing does.
         """
+        self._look_at_the_beginning(inputs)
         if not self.batches_to_compare:
             return
         self.batches_to_compare -= 1
@@ -103,6 +106,23 @@ class FirstBatch(Watcher):
                 self.ce_unshared,
             )
 
+    def _look_at_the_beginning(self, inputs: dict[str, Any]) -> None:
+        """LLaVA-1.5's chat template writes no <s>, TRL adds none, and transformers' processor does: a model trained without it is then asked
+        with it."""
+        if self.leading is None:
+            return
+        (text, token), self.leading = self.leading, None
+        ids = inputs["input_ids"]
+        mask = inputs.get("attention_mask")
+        first = torch.zeros_like(ids[:, 0]) if mask is None else mask.long().argmax(dim=1)
+        if not (ids.gather(1, first[:, None]) == token).any():
+            logger.warning(
+                "No row begins with %s, which the tokenizer puts before a text: the chat template does not write it, and TRL adds nothing to "
+                "what the template writes. transformers' processors add it when the model is asked. Write {{ bos_token }} into the chat "
+                "template (chat_template_path) if both models have learned with it.",
+                text,
+            )
+
     def state(self) -> dict[str, Any]:
         """What a resumed run must not measure again."""
         return {
@@ -116,3 +136,12 @@ class FirstBatch(Watcher):
         """What `state` returned."""
         for name, value in state.items():
             setattr(self, name, value)
+
+
+def leading_token(processing: Any) -> tuple[str, int] | None:
+    """The token that a tokenizer, or a processor's, puts before every text, as (text, id); None if it puts none."""
+    tokenizer = getattr(processing, "tokenizer", processing)
+    token = getattr(tokenizer, "bos_token_id", None)
+    if token is None or list(tokenizer("a")["input_ids"])[:1] != [token]:
+        return None
+    return str(tokenizer.bos_token), int(token)

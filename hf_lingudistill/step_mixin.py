@@ -17,7 +17,7 @@ from .anchor import Before, make_before
 from .bad_rows import BadRow
 from .engines import SameModules, blank_image, sharding_of
 from .finite import FiniteWatch, StepPolicy
-from .first_batch import FirstBatch
+from .first_batch import FirstBatch, leading_token
 from .losses import Weights
 from .meter import Meter
 from .opening import eval_name
@@ -131,6 +131,7 @@ class StepMixin(TeacherMixin):
             # An extra pass of a sharded teacher would have to be made by all processes at once; packed rows cannot be compacted
             compare_sharing=not (is_sharded or packed or sampled or args.teacher_cache),
             offload=offload,
+            leading=leading_token(self.processing_class),
         )
         if measured and not quantised:
             self.first_batch.quantization_kl = 0.0

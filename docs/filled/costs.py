@@ -68,7 +68,7 @@ def one_look() -> str:
 
 def _frozen() -> str:
     arms = read(STEP_COST.with_name("one_look.json"))["arms"]
-    return f"{arms['one_look']['ratio'] - 1:.0%} at 256M, CPU"
+    return f"{arms['one_look']['ratio'] - 1:.0%} more than SFT that scores answers alone (256M, CPU"
 
 
 def _step_cost(result: dict[str, Any]) -> str:
@@ -132,7 +132,7 @@ def gpu_claim() -> str:
     return (
         f"A step costs {more(large, 'full')} (`full`) to {more(large, 'vision_before')} (default) more than TRL's own, on an "
         f"H100 at {large['shape']}, batch {large['batch']}, tower trained; {more(small, 'full')} to {more(small, 'vision_before')} at "
-        f"{small['shape']}. By default the tower is frozen: {_frozen()} ([every mode](docs/cost.md))."
+        f"{small['shape']}. With the tower frozen, as by default: {_frozen()}; [every mode](docs/cost.md))."
     )
 
 
