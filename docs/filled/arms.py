@@ -8,7 +8,7 @@ from typing import Any
 
 from scipy.stats import t
 
-from .files import NOT_YET, ON_A_CPU, SUMMARY, read
+from .files import LARGER, NOT_YET, ON_A_CPU, SUMMARY, read
 
 ARM_TITLES = {
     "original": "original LM",
@@ -230,6 +230,18 @@ def by_text(arms: dict[str, Any]) -> list[str]:
 def five_artists_turned() -> str:
     """Every arm of the tower whose image tokens are no words: seed 0 alone."""
     arms = read(ON_A_CPU)["towers"].get("turned", {}).get("P", {}).get("severe", {})
+    return arms_table(arms, by_text(arms)) if arms else NOT_YET
+
+
+def larger() -> dict[str, Any]:
+    """Arms of the larger LM at severe drift: one seed on a CPU; {} before it was run."""
+    found: dict[str, Any] = read(LARGER)["regimes"]["P"]["severe"] if LARGER.is_file() else {}
+    return found
+
+
+def five_artists_qwen() -> str:
+    """Every arm of the larger LM."""
+    arms = larger()
     return arms_table(arms, by_text(arms)) if arms else NOT_YET
 
 

@@ -17,6 +17,7 @@ ANSWERS_ONCE = ROOT / "benchmarks/results/answers_once.json"
 RECIPE = ROOT / "examples/recipes/five_artists"
 SUMMARY = RECIPE / "results/summary.json"
 ON_A_CPU = RECIPE / "results/cpu/summary.json"
+LARGER = RECIPE / "results/qwen/cpu/summary.json"
 NOT_YET = "Not measured yet: `make reproduce`."
 
 

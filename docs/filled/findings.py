@@ -10,8 +10,8 @@ from typing import Any
 
 from scipy.stats import t
 
-from .arms import of_regime, seed_0_on_a_cpu, spread
-from .files import ON_A_CPU, SUMMARY, read
+from .arms import larger, of_regime, seed_0_on_a_cpu, spread
+from .files import NOT_YET, ON_A_CPU, SUMMARY, read
 
 DEPENDENT = "image_kl_dependent"
 IFEVAL_PROMPTS = 495
@@ -37,6 +37,28 @@ def five_artists_claim() -> str:
             f"{near['interpolate_03']['naming_seen']['mean']:.0%} of names right; the default {near[name]['naming_seen']['mean']:.0%} "
             "(one seed, CPU).",
         )
+    )
+
+
+def five_artists_qwen_says() -> str:
+    """What the larger LM's table tells, one seed."""
+    arms = larger()
+    if not arms:
+        return NOT_YET
+
+    def of(arm: str, metric: str) -> float:
+        return float(arms[arm][metric]["mean"])
+
+    def below(metric: str) -> str:
+        return f"{1 - of('vision_before_ce05', metric) / of('ce', metric):.0%}".replace("-0%", "0%")
+
+    return (
+        f"One seed, one CPU. After the drift it answers *What is the capital of France?* with one word, and a request for a story with the picture's "
+        f"name. The default brings {of('vision_before_ce05', 'recovered_text_kl'):.0%} of the language back, cross-entropy "
+        f"{of('ce', 'recovered_text_kl'):.0%}, interpolation {of('interpolate_05', 'recovered_text_kl'):.0%}. The default ends {below('text_kl')} below "
+        f"cross-entropy on text, {below('image_kl')} about pictures, {below(DEPENDENT)} where the picture decides; of the names, "
+        f"{of('vision_before_ce05', 'naming_seen'):.2f} are right after it, {of('ce', 'naming_seen'):.2f} after cross-entropy, "
+        f"{of('before', 'naming_seen'):.2f} before."
     )
 
 
