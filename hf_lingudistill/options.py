@@ -60,7 +60,8 @@ _MAY_BE_INFINITE = ("max_grad_norm",)  # measured, and never clipped
 
 
 def check_numbers(options: Any, *, but: Collection[str] = ()) -> None:
-    """Check every number among the fields of a dataclass. A recipe in YAML, or Python, may give a fraction of a step, or NaN.
+    """Check every number among the fields of a dataclass. A recipe in YAML, or Python, may give a fraction of a step, or NaN; and YAML reads
+    1e-4 as a text, which becomes the number.
 
     but: fields that are checked elsewhere.
 
@@ -70,10 +71,14 @@ def check_numbers(options: Any, *, but: Collection[str] = ()) -> None:
     kind: Any = type(options)
     for name, whole in _numbers(kind).items():
         value = getattr(options, name)
-        if (
-            name in but or value is None or isinstance(value, str)
-        ):  # a text is read as a number by whoever parses the options
+        if name in but or value is None:
             continue
+        if isinstance(value, str):
+            try:
+                value = int(value) if whole else float(value)
+            except ValueError:
+                raise ValueError(f"{name} must be a {'whole ' if whole else ''}number; got {shown(value)}.") from None
+            setattr(options, name, value)
         if not isinstance(value, Integral if whole else Real) or isinstance(value, bool):
             raise ValueError(f"{name} must be a {'whole ' if whole else ''}number; got {shown(value)}.")
         if not whole and not (math.isfinite(value) or (value == math.inf and name in _MAY_BE_INFINITE)):

@@ -365,3 +365,17 @@ def test_what_is_accepted_comes_back_from_its_own_dictionary(values: dict[str, A
     kept = json.loads(json.dumps({name: config.to_dict()[name] for name in OWN}))
     again = LinguDistillConfig(output_dir="out", report_to="none", **kept)
     assert {name: getattr(again, name) for name in OWN} == {name: getattr(config, name) for name in OWN}
+
+
+def test_a_number_that_yaml_reads_as_a_text_is_a_number(tmp_path: Path) -> None:
+    """As `HfArgumentParser.parse_yaml_file` gives it: in YAML, 1e-4 has no point and is a text."""
+    from transformers import HfArgumentParser
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("output_dir: out\nlearning_rate: 1e-4\nmax_steps: '7'\nbf16: false\n")
+    (config,) = HfArgumentParser(LinguDistillConfig).parse_yaml_file(str(recipe))
+    assert (config.learning_rate, config.max_steps) == (1e-4, 7)
+    assert isinstance(config.learning_rate, float) and isinstance(config.max_steps, int)
+    for name, value in (("learning_rate", "fast"), ("max_steps", "1.5"), ("learning_rate", "nan")):
+        with pytest.raises(ValueError, match=f"{name} must be a "):
+            LinguDistillConfig(output_dir="out", bf16=False, **{name: value})
