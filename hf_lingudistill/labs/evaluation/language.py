@@ -21,7 +21,7 @@ from ...sentences import install
 from ..statistics import Items
 from .cache import ItemCache
 from .models import Scored, user_turn
-from .reading import FiniteLogits, check_logits, text_types
+from .reading import FiniteLogits, check_logits, plain_generation, text_types
 from .suite import HarnessTasks, TextTask
 
 try:
@@ -41,7 +41,7 @@ def require_harness() -> None:
 class TextPath(HFLM):  # type: ignore[misc]
     """lm-eval's model of an LM, or of a VLM called without an image: its own tokenizer, its own chat template.
 
-    On a plain LM it is lm-eval's `HFLM`.
+    On a plain LM it is lm-eval's `HFLM`, but for the generation config, of which only the stops count.
 
     Raises:
         ModuleNotFoundError: if lm-eval is not installed.
@@ -72,7 +72,8 @@ class TextPath(HFLM):  # type: ignore[misc]
         return logits
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
-        return super()._model_generate(*args, logits_processor=[FiniteLogits(self.scored.name)], **kwargs)
+        with plain_generation(self.model):
+            return super()._model_generate(*args, logits_processor=[FiniteLogits(self.scored.name)], **kwargs)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat history through the model's own template; a VLM's processor may be the only one to have it."""
