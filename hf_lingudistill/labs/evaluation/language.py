@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from ...progress import progress_bar
 from ...sentences import install
 from ..statistics import Items
-from .cache import ItemCache
+from .cache import ItemCache, digest, made_with
 from .models import Scored, user_turn
 from .reading import FiniteLogits, check_logits, plain_generation, text_types
 from .suite import HarnessTasks, TextTask
@@ -90,7 +90,7 @@ def harness_scores(
     """lm-eval's per-item scores. -> {task: {"items": Items, "metric", "higher_is_better", "title"}}.
 
     Of a task's metrics the first is reported, `acc_norm` before `acc` where a task has both. Answers are kept in lm-eval's own
-    request cache under `cache_folder`, which names the weights: a rerun asks the model nothing twice.
+    request cache under `cache_folder`, whose name tells weights, versions and device: a rerun asks for no answer twice.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -98,7 +98,8 @@ def harness_scores(
     from .tasks import OWN_TASKS
 
     cache_folder.mkdir(parents=True, exist_ok=True)
-    weights = f"{scored.fingerprint.replace('/', '--')}-{str(scored.model.dtype).removeprefix('torch.')}"
+    by = digest(made_with(scored.model, "lm_eval"))
+    weights = f"{scored.fingerprint.replace('/', '--')}-{str(scored.model.dtype).removeprefix('torch.')}-{by}"
     wanted: list[Any] = [OWN_TASKS[name]() if name in OWN_TASKS else name for name in tasks.tasks]
     try:
         results = simple_evaluate(

@@ -19,7 +19,7 @@ from ...sentences import at_home
 from ...sources import load_source
 from ...yaml_text import read_yaml
 from ..diagnose.prompts import Prompt, prompt_of
-from ..evaluation.cache import ItemCache, digest, of_images
+from ..evaluation.cache import ItemCache, digest, made_with, of_images
 from ..evaluation.models import (
     Scored,
     chat_template_of,
@@ -198,6 +198,7 @@ def _header(scored: Scored, prompts: Sequence[Prompt], max_answer_tokens: int) -
     return {
         "model": scored.fingerprint,
         "dtype": str(scored.model.dtype),
+        "made_with": made_with(scored.model),
         "rows": digest([chat_template_of(scored), max_answer_tokens, rows]),
     }
 
