@@ -76,8 +76,8 @@ def run(args: Namespace) -> int:
 COMMAND = Command(
     name="score-mix",
     help="which sources of a mixture should the teacher speak on?",
-    description="Draw rows of every source; measure what their images are worth to the student (its loss on the answer with and "
-    "without them) and how much language they hold (answer length, entropy of the teacher); propose `distill` flags. A rerun goes on "
+    description="Draw rows of every source; measure what their images are worth to the student (its loss on the answer with "
+    "them and with grey ones in their place) and how much language they hold (answer length, entropy of the teacher); propose `distill` flags. A rerun goes on "
     "where the last one stopped. Exit code: 0 done, 2 bad input.",
     add_arguments=add_arguments,
     run=run,

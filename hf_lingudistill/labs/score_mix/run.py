@@ -34,7 +34,7 @@ from .measure import Read, Record, as_texts, read_all, student_reader, teacher_r
 from .report import FILES
 
 Report = dict[str, Any]
-SCHEMA = "lingudistill-mix/1"
+SCHEMA = "lingudistill-mix/2"  # 2: an image is held against a grey one, not against none
 
 
 @dataclass(frozen=True)
@@ -199,14 +199,14 @@ def _header(scored: Scored, prompts: Sequence[Prompt], max_answer_tokens: int) -
         "model": scored.fingerprint,
         "dtype": str(scored.model.dtype),
         "made_with": made_with(scored.model),
-        "rows": digest([chat_template_of(scored), max_answer_tokens, rows]),
+        "rows": digest([SCHEMA, chat_template_of(scored), max_answer_tokens, rows]),
     }
 
 
 def _of_row(source: Source, prompt: Prompt, seen: Mapping[str, Any], told: Mapping[str, Any]) -> Report:
     mine, theirs = seen[prompt.key], told[prompt.key]
-    read = len(mine["with"])
-    own, blind = sum(mine["with"]), sum(mine["without"]) if "without" in mine else None
+    read = len(mine["own"])
+    own, blank = sum(mine["own"]), sum(mine["grey"]) if "grey" in mine else None
     return {
         "row": prompt.key,
         "source": source.name,
@@ -214,8 +214,8 @@ def _of_row(source: Source, prompt: Prompt, seen: Mapping[str, Any], told: Mappi
         "answer_tokens": mine["tokens"],
         "tokens_read": read,
         "loss": own / read,
-        "loss_without_image": None if blind is None else blind / read,
-        "dependence": 0.0 if blind is None else (blind - own) / read,
+        "loss_grey_image": None if blank is None else blank / read,
+        "dependence": 0.0 if blank is None else (blank - own) / read,
         "teacher_entropy": theirs["entropy"] / theirs["tokens"],
         "teacher_loss": theirs["nats"] / theirs["tokens"],
         "language": theirs["entropy"],
