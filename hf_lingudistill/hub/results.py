@@ -29,8 +29,8 @@ class Score:
     def signed(self) -> str:
         """As a difference."""
         if self.low is None or self.high is None:
-            return f"{self.value:+.3f}"
-        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+            return f"{self.value:+z.3f}"
+        return f"{self.value:+z.3f} [{self.low:+z.3f}, {self.high:+z.3f}]"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Task:
 
 def number(value: float) -> str:
     """A score as readers want it: three digits after the point below 10, one above; a dash if it is not finite."""
-    return "-" if not math.isfinite(value) else f"{value:.{3 if abs(value) < 10 else 1}f}"
+    return "-" if not math.isfinite(value) else f"{value:z.{3 if abs(value) < 10 else 1}f}"
 
 
 def score_of(entry: Any) -> Score | None:

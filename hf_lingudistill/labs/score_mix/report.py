@@ -71,8 +71,8 @@ def _flag(value: bool) -> str:
 
 
 def _interval(score: Report) -> str:
-    low, high = ends(score, "{:.2f}".format)
-    return f"{score['value']:.2f} [{low}, {high}]"
+    low, high = ends(score, "{:z.2f}".format)
+    return f"{score['value']:z.2f} [{low}, {high}]"
 
 
 def _counts(counts: Mapping[str, int]) -> str:
