@@ -85,9 +85,12 @@ def blend(
     if any(point.shares == "drift" for point in blends):
         drift = _drift(before, str(original), options)
         blends = [Blend(p.weight, p.shares, drift) if p.shares == "drift" else p for p in blends]
-    prints = [fingerprint(path, read_config(role, path)) for role, path in (("before", before), ("after", after))]
-
-    stored = getattr(read_config("before", before), "dtype", None) or torch.float32
+    configs = [
+        read_config(role, path, trust_remote_code=trust_remote_code)
+        for role, path in (("before", before), ("after", after))
+    ]
+    prints = [fingerprint(path, config) for path, config in zip((before, after), configs, strict=True)]
+    stored = getattr(configs[0], "dtype", None) or torch.float32
 
     def make(point: Blend) -> Callable[[str], Scored]:
         def made(name: str) -> Scored:
