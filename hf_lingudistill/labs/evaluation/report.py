@@ -27,7 +27,7 @@ GROUPS = {
 
 @dataclass
 class Task:
-    """One score of all models. items: {model: Items}. controls: {control: {model: Items}}. beside: {what: {model: Items}}, what is
+    """One score of all models. items: {model: Items}. data: where the items came from, see `join`. controls: {control: {model: Items}}. beside: {what: {model: Items}}, what is
     told with the score and is neither good nor bad."""
 
     name: str
@@ -37,6 +37,7 @@ class Task:
     unit: str
     higher_is_better: bool
     items: dict[str, Items]
+    data: dict[str, Any] = field(default_factory=dict)
     controls: dict[str, dict[str, Items]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     beside: dict[str, dict[str, Items]] = field(default_factory=dict)
@@ -76,6 +77,7 @@ def task_entry(task: Task, bootstrap: Bootstrap, compare: Sequence[str] = ()) ->
         "unit": task.unit,
         "higher_is_better": task.higher_is_better,
         "n": max(score["n"] for score in scores.values()),  # of the items that weigh something
+        **({"data": task.data} if task.data else {}),
         "scores": scores,
         "controls": {
             control: {model: bootstrap.score(items) for model, items in by_model.items()}
