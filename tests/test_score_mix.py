@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import yaml
 from datasets import Dataset, Features, Image, List, Value
@@ -198,6 +200,11 @@ def test_the_command_writes_and_goes_on(
         (["{text}"], ["--min_language", "inf"], "min_language must be a finite number of nats, got inf"),
         (["{text}"], ["--student", "{teacher}"], "is a language model that takes no images"),
         (["{text}"], ["--teacher", "{student}"], "is a vision-language model"),
+        (
+            ["{text}"],
+            ["--teacher", "{untold}"],
+            "has no chat template, in which it is asked here. Save its tokenizer with one.",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -212,7 +219,12 @@ def test_bad_input_is_one_sentence(
     (tmp_path / "recipe.yaml").write_text("learning_rate: 1\n")
     (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n' * 2)
     places = {"recipe": tmp_path / "recipe.yaml", "bad": tmp_path / "bad.jsonl", "text": mix["text"]}
-    places |= {"student": pair[0], "teacher": pair[1]}
+    shutil.copytree(pair[1], tmp_path / "untold")
+    tokenizer = tiny.make_tokenizer(extra=False)
+    tokenizer.chat_template = None
+    (tmp_path / "untold" / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(tmp_path / "untold")
+    places |= {"student": pair[0], "teacher": pair[1], "untold": str(tmp_path / "untold")}
     words = [
         "score-mix",
         *data,

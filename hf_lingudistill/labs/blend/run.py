@@ -20,6 +20,7 @@ from ...machine import device_of
 from ...weights import check_finite, fingerprint, load_whole
 from ..diagnose.weights import weight_drift
 from ..evaluation import evaluate_models
+from ..evaluation.checks import check_templates
 from ..evaluation.models import Made, Scored, load_scored, read_config, scoring_dtype, takes_images
 from ..evaluation.report import FILES as OF_EVALUATION
 from ..evaluation.report import GROUPS
@@ -82,6 +83,8 @@ def blend(
     blends = _blends(weights, shares, original)
     _check_models(before, after, trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    models = {**({"original": original} if original else {}), "before": before, "after": after}
+    check_templates(models, {name: name != "original" for name in models}, suite, trust_remote_code=trust_remote_code)
     if any(point.shares == "drift" for point in blends):
         drift = _drift(before, str(original), options)
         blends = [Blend(p.weight, p.shares, drift) if p.shares == "drift" else p for p in blends]
@@ -109,7 +112,7 @@ def blend(
         return made
 
     report = evaluate_models(
-        {**({"original": original} if original else {}), "before": before, "after": after},
+        models,
         suite,
         out / "evaluation",
         made={point.name: Made(point.fingerprint(*prints), make(point)) for point in blends},

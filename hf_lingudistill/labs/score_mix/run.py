@@ -27,6 +27,7 @@ from ..evaluation.models import (
     load_scored,
     read_config,
     release_memory,
+    require_template,
     takes_images,
 )
 from ..statistics import Bootstrap, Items
@@ -166,6 +167,7 @@ def score_mix(
                 f"{role}: {path!r} is a {'language model that takes no images' if sees else 'vision-language model'}; expected "
                 f"{'a vision-language model' if sees else 'the language model that the student was built from'}."
             )
+        require_template(role, path, sees=sees, **options)
     prompts = [prompt for source in sources for prompt in source.prompts]
     options |= {"dtype": dtype, "device": device}
 
