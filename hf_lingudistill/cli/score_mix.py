@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ..exit_codes import DONE
-from .arguments import add_loading, add_pair, below_one, loading
+from .arguments import LM_ALONE, add_loading, add_pair, below_one, loading
 from .command import Command
 from .errors import bad_input, failed
 
@@ -19,7 +19,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="DATA",
         help="datasets (file, folder, Hub id), or recipes with a `datasets:` section",
     )
-    add_pair(parser, required=True)
+    add_pair(parser, required=True, teacher=LM_ALONE)
     parser.add_argument(
         "--output_dir", required=True, help="where mix.json, rows.jsonl, datasets.yaml and the plot go"
     )
