@@ -17,7 +17,7 @@ from hf_lingudistill.cli import main
 from hf_lingudistill.folders import record
 from hf_lingudistill.hub.card import render_card
 from hf_lingudistill.hub.run_facts import SCHEMA, read_run_facts, write_run_facts
-from hf_lingudistill.labs.blend import Blend, NotBlendable, blend, parse_condition
+from hf_lingudistill.labs.blend import Blend, NotBlendable, blend, parse_condition, run
 from hf_lingudistill.labs.blend.report import FILES
 from hf_lingudistill.labs.blend.run import _front
 from hf_lingudistill.labs.blend.weights import blend_into, drift_of, group_of
@@ -174,6 +174,8 @@ TASKS = [
         ("vision >= before - 0.01", {"before", "a"}),
         ("vision>=before-0.1", {"before", "a", "b"}),
         ("vision >= before", {"before"}),
+        ("vision >= before - 1e-2", {"before", "a"}),
+        ("vision>=before-1.5E-1 and vision <= 8e-1", {"before", "a", "b"}),
         ("vision/colors >= 0.75", {"before", "a"}),
         ("vision >= after + .05 and fidelity/instructions/text_kl <= 1.5", {"b"}),
         ("fidelity/instructions/text_kl <= original + 1", {"after", "b"}),
@@ -214,6 +216,8 @@ def test_what_is_kept_surely_is_kept_at_the_worse_end_of_the_paired_interval() -
         "vision >= base",
         "vision >= before * 2",
         "vision >= before - ",
+        "vision >= before - e-2",
+        "vision >= before - 1e",
         "vision >= 0.1 or 1 <= 2",
     ],
 )
@@ -304,6 +308,27 @@ def test_the_command_saves_what_keeps_and_goes_on(
     (tmp_path / "out/model/config.json").write_text("mine")
     capsys.readouterr()
     assert main(words) == 2 and "is in the way" in capsys.readouterr().err
+
+
+def test_code_that_comes_with_the_models_is_allowed_wherever_their_configs_are_read(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, reached = run.read_config, RuntimeError("the evaluation")
+
+    def strict(name: str, path: str, *, trust_remote_code: bool = False) -> Any:
+        assert trust_remote_code, name
+        return read(name, path, trust_remote_code=trust_remote_code)
+
+    def evaluation(*args: Any, **kwargs: Any) -> Any:
+        raise reached
+
+    monkeypatch.setattr(run, "read_config", strict)
+    monkeypatch.setattr(run, "evaluate_models", evaluation)
+    words = (models["before"], models["after"], models["suite.yaml"], "vision >= 0", tmp_path / "out")
+    with pytest.raises(RuntimeError, match="^the evaluation$"):
+        run.blend(*words, weights=(0.5,), trust_remote_code=True)
+    with pytest.raises(AssertionError):  # control
+        run.blend(*words, weights=(0.5,))
 
 
 def test_none_keeps(models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,9 +18,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scripts import script
 
+from hf_lingudistill.config import LinguDistillConfig
 from hf_lingudistill.hub.card import render_card, usage_of
 from hf_lingudistill.hub.escape import fenced, markdown, plain
-from hf_lingudistill.hub.metadata import eval_result_file
+from hf_lingudistill.hub.metadata import eval_result_file, eval_results
 from hf_lingudistill.hub.results import main_model, tasks_of
 from hf_lingudistill.hub.run_facts import dataset_fact, hub_id, public_name, recipe_of
 from hf_lingudistill.sharing import MODES
@@ -289,7 +290,10 @@ def test_a_path_in_a_report_is_no_hub_id() -> None:
 
 def test_the_report_tells_which_of_its_models_the_card_is_about() -> None:
     assert main_model(REPORT) == "after"
-    assert main_model({"models": {"original": {}, "before": {}, "ce": {}, "prompt": {}, "full": {}}}) == "prompt"
+    default = LinguDistillConfig.kv_sharing
+    arms = ("original", "before", "ce", *(mode for mode in MODES if mode != default))
+    assert main_model({"models": dict.fromkeys((default, *arms), {})}) == default == "vision"
+    assert main_model({"models": dict.fromkeys(arms, {})}) == arms[-1]  # control
     assert main_model({"models": {"before": {}, "mine": {}}}) == "mine"
     task = tasks_of(REPORT, "ce_only")[0]
     assert task.scores["after"].value == 1.3
@@ -319,11 +323,32 @@ def gsm8k(**changes: Any) -> dict[str, Any]:
         "metric": "exact_match",
         "unit": "",
         "n": 1319,
+        "data": {"harness": "lm_eval"},
     }
     return {
         **REPORT,
         "tasks": [*REPORT["tasks"], {**task, "higher_is_better": True, "scores": {"after": score(0.25)}, **changes}],
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("bits_per_byte/wikitext/plain", {"id": None, "name": "our_wiki", "split": "test"}, "wikitext"),
+        ("bits_per_byte/wikitext/plain", {}, "wikitext"),  # a report of before, which did not say
+        ("bits_per_byte/wikitext/plain", {"id": "ORG/WIKI", "name": "ORG/WIKI", "split": "test"}, "ORG/WIKI"),
+        ("vision/docvqa_val", {"id": None, "name": "invoices.jsonl", "split": "test"}, "docvqa_val"),
+        ("bits_per_byte/news/plain", {"builtin": "xsum"}, "EdinburghNLP/xsum"),
+        ("bits_per_byte/xsum/plain", {"builtin": "contracts"}, "xsum"),
+        ("lm_eval/hellaswag", {"harness": "lm_eval"}, "Rowan/hellaswag"),
+    ],
+)
+def test_a_dataset_is_named_where_the_items_are_known_to_be_its(
+    name: str, data: dict[str, Any], expected: str
+) -> None:
+    """The name of a task is its user's: data of one's own called `wikitext` is not Salesforce's."""
+    report = {**REPORT, "tasks": [{**REPORT["tasks"][0], "name": name, "data": data}]}
+    assert [entry.dataset_type for entry in eval_results(tasks_of(report))] == [expected]
 
 
 def test_eval_results_are_of_whole_registered_benchmarks_alone() -> None:
@@ -332,6 +357,11 @@ def test_eval_results_are_of_whole_registered_benchmarks_alone() -> None:
     entries = parse_eval_result_entries(yaml.safe_load(text))
     assert all(isinstance(entry, EvalResultEntry) for entry in entries)
     assert [(entry.dataset_id, entry.task_id, entry.value) for entry in entries] == [("openai/gsm8k", "gsm8k", 25.0)]
+    for mine in (
+        {},
+        {"id": None, "name": "gsm8k.jsonl", "split": "test"},
+    ):  # nor is data of one's own, whatever it is called
+        assert eval_result_file(tasks_of(gsm8k(data=mine))) is None
     assert eval_result_file(tasks_of(gsm8k(n=200))) is None  # a part of a benchmark is no entry on its leaderboard
     assert eval_result_file(tasks_of(REPORT)) is None
 

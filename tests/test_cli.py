@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -173,6 +174,18 @@ def test_every_command_names_the_pair_in_the_same_way(command: str, capsys: pyte
         main([command, "--help"])
     text = capsys.readouterr().out
     assert leave.value.code == 0 and "--student" in text and "--teacher" in text
+
+
+@pytest.mark.parametrize("words", [["plan", "--help"], ["distill", "--help"], ["distill", "--help_all"]])
+def test_the_help_of_a_negated_switch_says_what_it_does(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """HfArgumentParser gives `--no_OPTION` the help of OPTION, which says the opposite."""
+    with pytest.raises(SystemExit):
+        main(words)
+    text = capsys.readouterr().out
+    flat = " ".join(text.split())
+    negated = set(re.findall(r"^ +--no_(\w+)", text, flags=re.MULTILINE))
+    assert negated and all(f"Set --{name} to false." in flat for name in negated)
+    assert flat.count("Compute activations again in the backward pass.") == (words[0] == "plan")
 
 
 @pytest.mark.parametrize("command", ["check", "diagnose", "plan"])

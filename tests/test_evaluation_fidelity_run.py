@@ -15,10 +15,13 @@ import yaml
 from PIL import Image as PILImage
 
 from hf_lingudistill.cli import main
-from hf_lingudistill.labs.evaluation import evaluate_models, fidelity_run, ifeval, load_suite, plots, run
+from hf_lingudistill.compatibility import UnreadableModelError
+from hf_lingudistill.labs.evaluation import cache, evaluate_models, fidelity_run, ifeval, load_suite, plots, run
 from hf_lingudistill.labs.evaluation.data import fidelity_questions, image_items
 from hf_lingudistill.labs.evaluation.drawings import COLORS, drawings
 from hf_lingudistill.labs.evaluation.ifeval import Instructed, check, checkable, read_prompts
+from hf_lingudistill.labs.evaluation.join import source_of
+from hf_lingudistill.labs.evaluation.reading import Written
 from hf_lingudistill.labs.evaluation.suite import FidelityTask, IfevalTask, VisionTask
 from hf_lingudistill.labs.evaluation.terminal import as_text, verdict
 
@@ -134,6 +137,17 @@ def test_the_report_holds_fidelity_with_intervals_against_both_yardsticks(finish
     assert share * parts[0] + (1 - share) * parts[1] == pytest.approx(image["scores"]["after"]["value"], rel=1e-3)
 
 
+def test_the_report_says_where_each_tasks_data_came_from(finished: Finished) -> None:
+    sources = {task["name"].split("/")[1]: task["data"] for task in finished[1]["tasks"]}
+    pictures = {"id": None, "name": "pictures", "split": "test"}  # a folder, of which the last part is published
+    assert sources == {"words": {"builtin": "instructions"}, "pictures": pictures}
+    on_the_hub = IfevalTask(builtin=None, path="google/IFEval", split="train", config="all")
+    known = {"id": "google/IFEval", "name": "google/IFEval", "split": "train", "config": "all"}
+    assert source_of(on_the_hub) == known
+    loader = FidelityTask(name="a", path="parquet", data_files="rows.parquet")
+    assert source_of(loader)["id"] is None
+
+
 def test_table_verdict_markdown_and_plots_show_it(finished: Finished) -> None:
     out, report, said = finished
     back = report["tasks"][0]["recovered"]["after"]
@@ -201,6 +215,67 @@ def test_a_rerun_asks_no_model_anything_and_other_weights_are_asked_alone(
     assert other["tasks"][0]["scores"]["after"] != report["tasks"][0]["scores"]["after"]
 
 
+@pytest.mark.parametrize("upgraded", ["version", "__version__", None])
+def test_after_an_upgrade_every_answer_is_asked_for_again(
+    finished: Finished,
+    models: dict[str, str],
+    suite: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    upgraded: str | None,
+) -> None:
+    out, report, _ = finished
+    shutil.copytree(out / "items", tmp_path / "out" / "items")
+    if upgraded is not None:
+        monkeypatch.setattr(cache, upgraded, (lambda package: "99.0") if upgraded == "version" else "99.0")
+    added: list[str] = []
+    add = cache.ItemCache.add
+    monkeypatch.setattr(cache.ItemCache, "add", lambda self, records: (added.extend(records), add(self, records)))
+    assert quiet(models, suite, tmp_path / "out")["tasks"] == report["tasks"]
+    assert bool(added) is (upgraded is not None)
+
+
+def test_a_cache_knows_the_device_and_the_checkers() -> None:
+    lm = tiny.make_lm(1)
+    assert cache.made_with(lm, "langdetect")["versions"].keys() == {"hf_lingudistill", "transformers", "langdetect"}
+    assert cache.made_with(lm)["device"] == "cpu" != cache.made_with(lm.to("meta"))["device"]
+    assert cache.made_with(lm, "no-such-package")["versions"]["no-such-package"] is None
+
+
+def test_edited_instructions_and_captions_are_measured_anew_where_the_answers_stay(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An original that says the same whatever it is asked: its answers alone do not tell that the questions changed."""
+    monkeypatch.setattr(
+        fidelity_run,
+        "original_answers",
+        lambda original, questions, **_: {q.key: Written((5, 6, 7), False) for q in questions},
+    )
+    chosen = {name: models[name] for name in ("original", "before")}
+    picture = PILImage.new("RGB", (40, 40), "red")
+    features = datasets.Features(
+        {"image": datasets.Image(), **dict.fromkeys(("caption", "asked"), datasets.Value("string"))}
+    )
+
+    def measured(word: str, caption: str, out: str) -> dict[str, Any]:
+        rows = [{"image": picture, "caption": f"{caption} {i}", "asked": f"{word} is {i}?"} for i in range(8)]
+        data = tmp_path / f"{word}-{caption}"
+        if not data.exists():
+            datasets.Dataset.from_list(rows, features=features).save_to_disk(data)
+        (tmp_path / "data").unlink(missing_ok=True)
+        (tmp_path / "data").symlink_to(data)
+        task = {"name": "own", "path": str(tmp_path / "data"), "image": "image", "caption": "caption",
+                "instruction": "asked", "threshold": 1e-4}  # fmt: skip
+        report = quiet(chosen, {"name": "t", "resamples": 10, "fidelity": [task]}, tmp_path / out)
+        return {task["metric"]: task["scores"]["before"]["value"] for task in report["tasks"]}
+
+    first = measured("what", "a sea", "out")
+    asked = measured("tell", "a sea", "out")
+    assert asked == measured("tell", "a sea", "new") != first
+    told = measured("tell", "the cat sat on the mat", "out")
+    assert told == measured("tell", "the cat sat on the mat", "new") != asked
+
+
 def test_in_the_vlms_template_the_same_weights_are_at_0_whatever_the_lms_own_template_adds(
     models: dict[str, str], tmp_path: Path
 ) -> None:
@@ -219,6 +294,29 @@ def test_in_the_vlms_template_the_same_weights_are_at_0_whatever_the_lms_own_tem
     kl = {t["name"]: t["scores"]["before"]["value"] for t in report["tasks"] if t["metric"] == "text_kl"}
     assert kl["fidelity/vlms/text_kl"] == pytest.approx(0, abs=1e-5)
     assert kl["fidelity/own/text_kl"] > 0.01
+
+
+def test_an_original_without_a_chat_template_is_refused_before_weights_are_read(
+    models: dict[str, str], suite: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(models["original"], tmp_path / "original")
+    tokenizer = tiny.make_tokenizer(extra=True)
+    tokenizer.chat_template = None
+    (tmp_path / "original" / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(tmp_path / "original")
+    chosen = {"original": str(tmp_path / "original"), "before": models["before"]}
+    task = {"name": "words", "builtin": "instructions", "n": 2, "max_new_tokens": 1}
+    one = {"name": "t", "resamples": 10, "fidelity": [task]}
+    told = {"name": "t", "resamples": 10, "fidelity": [{**task, "template": "before"}]}
+    assert quiet(chosen, told, tmp_path / "told")["tasks"]  # control: asked in the VLM's
+    monkeypatch.setattr(run, "load_scored", lambda *args, **kwargs: pytest.fail("weights were read"))
+    with pytest.raises(
+        UnreadableModelError, match=r"^original: .* has no chat template, .*Set `template: before` at .*'words'"
+    ):
+        quiet(chosen, one, tmp_path / "out")
+    texts = [{"name": "page", "path": str(tmp_path / "page.txt"), "forms": ["chat"]}]
+    with pytest.raises(UnreadableModelError, match=r"^original: .* Save its tokenizer with one, or leave the tasks"):
+        quiet(chosen, {**told, "texts": texts}, tmp_path / "out")
 
 
 def test_records_that_only_looked_complete_have_the_original_loaded_once_more(

@@ -121,6 +121,18 @@ def test_and_on_a_vlm_whose_text_weights_are_that_lm(lm: Scored, vlm: Scored, ot
     assert written(TextPath(other_vlm, batch_size=2), chat) != written(reference, chat)
 
 
+def test_no_habit_of_a_generation_config_changes_what_lm_eval_reads(vlm: Scored) -> None:
+    plain = written(TextPath(vlm, batch_size=2), False)
+    own = vlm.model.generation_config
+    token = vlm.ids(plain[0])[0]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("suppress_tokens", [token]), ("min_new_tokens", 6), ("repetition_penalty", 5.0)):
+            patch.setattr(own, name, value)
+        assert written(of_the_harness(vlm), False) != plain  # control: lm-eval's own model follows it
+        assert written(TextPath(vlm, batch_size=2), False) == plain
+    assert vlm.model.generation_config is own
+
+
 def test_the_chat_template_changes_the_numbers(vlm: Scored) -> None:
     assert likelihoods(TextPath(vlm), True) != almost(likelihoods(TextPath(vlm), False))
 

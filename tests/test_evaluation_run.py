@@ -16,9 +16,11 @@ import datasets
 import pytest
 import tiny
 import torch
+import transformers
 import yaml
 from PIL import Image as PILImage
 
+from hf_lingudistill._version import __version__
 from hf_lingudistill.cli import main
 from hf_lingudistill.compatibility import UnreadableModelError
 from hf_lingudistill.labs.evaluation import Suite, evaluate_models, language, load_suite, plots, run
@@ -752,6 +754,9 @@ def test_dtype_and_fingerprint_keep_caches_apart(finished: Finished, tmp_path: P
     out, _, paths = finished
     header = json.loads((out / "items" / "original" / "sea-plain.jsonl").read_text().splitlines()[0])
     assert header["dtype"] == "torch.float32"
+    versions = {"hf_lingudistill": __version__, "transformers": transformers.__version__}
+    for file in (out / "items").rglob("*.jsonl"):  # every cache knows the code that filled it
+        assert json.loads(file.read_text().splitlines()[0])["made_with"] == {"device": "cpu", "versions": versions}
     shutil.copytree(out / "items", tmp_path / "items")
     quiet({"original": paths["original"]}, paths["suite"], tmp_path, dtype=torch.bfloat16)
     again = json.loads((tmp_path / "items" / "original" / "sea-plain.jsonl").read_text().splitlines()[0])

@@ -19,6 +19,7 @@ from hf_lingudistill.labs.evaluation.cache import ItemCache
 from hf_lingudistill.labs.evaluation.data import ImageItem, grey, image_items, other_item, text_items
 from hf_lingudistill.labs.evaluation.grounded import answer_scores, image_tokens, split_scores, token_scores, wins
 from hf_lingudistill.labs.evaluation.models import Scored, user_turn
+from hf_lingudistill.labs.evaluation.reading import plain_generation, write_answers
 from hf_lingudistill.labs.evaluation.suite import GroundedTask, TextTask, VisionTask
 from hf_lingudistill.labs.evaluation.vision import answers, conditions, generate, question, score_answers
 
@@ -118,17 +119,50 @@ def test_an_answer_is_the_teacher_forced_argmax(vlm: Scored, items: list[ImageIt
     assert written != exchanged
 
 
-def test_an_answer_ends_with_the_turn_and_no_penalty_of_a_config_changes_it(
-    vlm: Scored, items: list[ImageItem]
-) -> None:
+def habits(token: int) -> dict[str, Any]:
+    """Every field of a generation config that moves answers which begin with `token`."""
+    return {
+        "repetition_penalty": 5.0,
+        "no_repeat_ngram_size": 1,
+        "encoder_repetition_penalty": 5.0,
+        "suppress_tokens": [token],
+        "begin_suppress_tokens": [token],
+        "bad_words_ids": [[token]],
+        "min_length": 40,
+        "min_new_tokens": 6,
+        "sequence_bias": [[[token], -100.0]],
+        "forced_bos_token_id": 5,
+        "forced_eos_token_id": 5,
+        "exponential_decay_length_penalty": (1, 5.0),
+        "num_beams": 3,
+        "do_sample": True,
+        "top_k": 5,
+        "eos_token_id": None,
+    }
+
+
+def test_of_a_generation_config_only_the_stops_count(vlm: Scored, items: list[ImageItem]) -> None:
     """Two models with the same weights give the same answers, whatever their generation configs say."""
     prompts, images = [vlm.render(user_turn(item.question, 1)) for item in items], [item.images for item in items]
     plain = generate(vlm, prompts, images, 6)
+    (first,) = write_answers(vlm, prompts[:1], images[:1], max_new_tokens=1)
     config = vlm.model.generation_config
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("repetition_penalty", 5.0), ("no_repeat_ngram_size", 1), ("eos_token_id", None)):
+    for name, value in habits(first.ids[0]).items():
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(config, name, value)
-        assert generate(vlm, prompts, images, 6) == plain
+            assert generate(vlm, prompts, images, 6) == plain, name
+            assert vlm.model.generation_config is config and getattr(config, name) == value
+    with pytest.MonkeyPatch.context() as patch:  # control: a stop does count
+        patch.setattr(config, "eos_token_id", [first.ids[0]])
+        assert generate(vlm, prompts, images, 6) != plain
+
+
+def test_the_generation_config_comes_back_after_an_error(vlm: Scored) -> None:
+    own = vlm.model.generation_config
+    with pytest.raises(RuntimeError, match="out of memory"), plain_generation(vlm.model):
+        assert vlm.model.generation_config is not own
+        raise RuntimeError("out of memory")
+    assert vlm.model.generation_config is own
 
 
 def test_the_controls_change_the_pixels_that_the_model_gets_and_nothing_else(

@@ -126,13 +126,16 @@ def test_one_item_makes_no_verdict(tmp_path: Path) -> None:
     )
     report = build_report([task(original=one, before=other, after=one), kl], bootstrap, **facts)
     said = as_text(report)
-    assert "no change outside the interval (+1.000 [-, -])" in said and "fewer than 6 items cannot tell" in said
+    assert "after, vision against before: fewer than 6 items cannot tell (+1.000)." in said
     assert "Infinity" not in as_json(report)  # no JSON: other readers stop at it
     plot_all(report, tmp_path)  # no axis ends at infinity
     # control: twenty items that all agree do say something
     many = {str(i): (1.0, 1.0) for i in range(20)}, {str(i): (0.0, 1.0) for i in range(20)}
     report = build_report([task(original=many[0], before=many[1], after=many[0])], bootstrap, **facts)
     assert "after, vision against before: a change" in as_text(report)
+    same = build_report([task(original=many[0], before=many[1], after=many[1])], bootstrap, **facts)
+    said = "after, vision against before: no clear change (the 95 % interval includes 0): +0.000 [-0.168, +0.168]."
+    assert said in as_text(same)
 
 
 def test_one_row_of_a_source_decides_nothing(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from scripts import script
 
+from hf_lingudistill.labs.evaluation import load_suite
 from hf_lingudistill.labs.plan.known_models import BUILT_IN
 from hf_lingudistill.scripts.arguments import parse
 from hf_lingudistill.scripts.distill import main as distill
@@ -74,6 +75,19 @@ def test_a_recipe_is_read_whole(slug: str, variant: str) -> None:
     assert "**Not run at full size.**" in path.with_name("README.md").read_text().split("\n")[2]
     for name in {pair.plan_student or pair.student, pair.teacher}:
         assert name in BUILT_IN, "the plan would need the Hub"
+
+
+@pytest.mark.parametrize("slug", PAIRS)
+def test_a_page_prints_no_command_that_is_refused(slug: str) -> None:
+    """`evaluate` and `score-mix` take no VLM as the original; such a teacher is a base to compare with."""
+    pair, page = PAIRS[slug], (RECIPES / slug / "README.md").read_text()
+    sees = "vision_config" in BUILT_IN[pair.teacher]
+    assert pair.teacher_sees is sees
+    taken = [
+        line for line in page.splitlines() if line.startswith(("lingudistill evaluate", "lingudistill score-mix"))
+    ]
+    assert [f"--teacher {pair.teacher}" in line for line in taken] == ([False] if sees else [True] * 3)
+    assert not sees or not load_suite("demo").fidelity and "--suite demo --base" in taken[0]
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import yaml
 from datasets import Dataset, Features, Image, List, Value
@@ -114,7 +117,19 @@ def test_a_student_that_does_not_look_finds_nothing_that_depends(
         tmp_path / "out",
         progress=False,
     )
-    assert of(found, "seen")["dependence"]["value"] < 0.5 < of(report, "seen")["dependence"]["value"]
+    for source in found["sources"]:
+        assert {source["dependence"][end] for end in ("value", "low", "high")} == {0.0}
+    said = "No source is shown to need its images"
+    assert said in as_text(found) and said not in as_text(report)  # control: with the sighted student one is
+
+
+def test_a_source_that_cannot_be_told_from_none_is_no_source_that_needs_images(report: Any) -> None:
+    """Nor are fewer rows than an interval needs, whose ends are infinite."""
+    seen = of(report, "seen")
+    for low, high in ((-0.004, 0.006), (-0.02, -0.001), (0.0, 0.0), (-math.inf, math.inf)):
+        source = {**seen, "dependence": {"value": 0.0, "low": low, "high": high, "n": 9}}
+        assert "No source is shown to need its images" in as_text({**report, "sources": [source]}), (low, high)
+    assert "No source" not in as_text({**report, "sources": [seen]})
 
 
 def test_a_row_is_what_plain_forwards_say(pair: tuple[str, str], mix: dict[str, str], report: Any) -> None:
@@ -134,10 +149,11 @@ def test_a_row_is_what_plain_forwards_say(pair: tuple[str, str], mix: dict[str, 
 
     answer = torch.tensor(student.ids(prompt.answer))[:, None]
     own = -log_probs(student, student.render(user_turn(QUESTION, 1)), list(prompt.images)).gather(1, answer).mean()
-    blind = -log_probs(student, student.render(user_turn(QUESTION)), []).gather(1, answer).mean()
+    grey = [PILImage.new("RGB", image.size, (127, 127, 127)) for image in prompt.images]
+    blank = -log_probs(student, student.render(user_turn(QUESTION, 1)), grey).gather(1, answer).mean()
     assert row["loss"] == pytest.approx(float(own), abs=1e-3)
-    assert row["loss_without_image"] == pytest.approx(float(blind), abs=1e-3)
-    assert row["dependence"] == pytest.approx(float(blind - own), abs=1e-3)
+    assert row["loss_grey_image"] == pytest.approx(float(blank), abs=1e-3)
+    assert row["dependence"] == pytest.approx(float(blank - own), abs=1e-3)
     said = log_probs(teacher, teacher.render([{"role": "user", "content": QUESTION}]), [])
     assert row["language"] == pytest.approx(float(-(said.exp() * said).sum()), rel=1e-3)
 
@@ -184,6 +200,11 @@ def test_the_command_writes_and_goes_on(
         (["{text}"], ["--min_language", "inf"], "min_language must be a finite number of nats, got inf"),
         (["{text}"], ["--student", "{teacher}"], "is a language model that takes no images"),
         (["{text}"], ["--teacher", "{student}"], "is a vision-language model"),
+        (
+            ["{text}"],
+            ["--teacher", "{untold}"],
+            "has no chat template, in which it is asked here. Save its tokenizer with one.",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -198,7 +219,12 @@ def test_bad_input_is_one_sentence(
     (tmp_path / "recipe.yaml").write_text("learning_rate: 1\n")
     (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n' * 2)
     places = {"recipe": tmp_path / "recipe.yaml", "bad": tmp_path / "bad.jsonl", "text": mix["text"]}
-    places |= {"student": pair[0], "teacher": pair[1]}
+    shutil.copytree(pair[1], tmp_path / "untold")
+    tokenizer = tiny.make_tokenizer(extra=False)
+    tokenizer.chat_template = None
+    (tmp_path / "untold" / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(tmp_path / "untold")
+    places |= {"student": pair[0], "teacher": pair[1], "untold": str(tmp_path / "untold")}
     words = [
         "score-mix",
         *data,

@@ -14,7 +14,15 @@ from scipy.stats import binomtest
 
 from hf_lingudistill.labs import statistics
 from hf_lingudistill.labs.evaluation import plots
-from hf_lingudistill.labs.evaluation.report import Task, build_report, markdown, task_entry, write_report
+from hf_lingudistill.labs.evaluation.report import (
+    Task,
+    build_report,
+    markdown,
+    share,
+    signed,
+    task_entry,
+    write_report,
+)
 from hf_lingudistill.labs.statistics import Bootstrap, Items, loss_is_real
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -193,6 +201,26 @@ def test_recovered_and_its_interval_agree_with_the_closed_form() -> None:
     assert (found["low"], found["high"]) == (pytest.approx(share - half, abs=half / 8), pytest.approx(share + half, abs=half / 8))  # fmt: skip
 
 
+def test_of_shares_that_all_agree_what_came_back_has_the_ends_of_the_exact_interval() -> None:
+    """Twenty answers lost, and all of them right again: resamples agree, and say nothing of the next answer."""
+    bootstrap, n = Bootstrap(resamples=50), 20
+    right, wrong = items([1.0] * n), items([0.0] * n)
+    found = bootstrap.recovered(right, wrong, right)
+    others = binomtest(0, n).proportion_ci(method="exact").high  # of the next answers, so many may fall, from 1 to -1
+    assert (found["value"], found["low"], found["high"]) == (1.0, pytest.approx(1 - 2 * others), 1.0)
+    rng = np.random.default_rng(0)
+    before = items(np.round(rng.random(200)))
+    same = bootstrap.recovered(before, before, items([1.0] * 200))
+    assert same["low"] < 0.0 < same["high"] and math.copysign(1, same["value"]) == 1.0
+    assert share(same).startswith("0% [-") and share(same | {"low": -0.001}).startswith("0% [0%, ")
+    assert signed({"value": -0.0, "low": -0.0001, "high": 0.0}) == "+0.000 [+0.000, +0.000]"
+    # Control: nats have no exact interval
+    nats = items(rng.uniform(1, 3, n))
+    lost = {key: (value + 2.0, weight) for key, (value, weight) in nats.items()}
+    whole = bootstrap.recovered(nats, lost, nats)
+    assert whole["low"] == whole["high"] == 1.0
+
+
 @pytest.mark.parametrize(("after", "expected"), [(0.0, 1.0), (1.0, 0.0), (-0.5, 1.5), (2.0, -1.0)])
 def test_recovered_may_be_none_all_or_more(after: float, expected: float) -> None:
     original = np.random.default_rng(0).uniform(1, 3, 40)
@@ -299,7 +327,7 @@ def test_markdown_has_every_model_task_and_note(tasks: list[Task]) -> None:
     assert "| Shapes | grey | - | 0." in text  # the original has no eyes
     assert "First: 25.0% of 90 answer tokens depend on the image (reference: before)." in text
     assert "Second: 50.0% of 90 answer tokens depend on the image (reference: before)." in text
-    assert text.count("That split favours before, which is compared itself") == 2
+    assert text.count("before is also compared, and scores too well here") == 2
     columns = [line.count(" |") for line in text.splitlines() if line.startswith("| ")]
     assert min(columns) >= 3
 
@@ -309,7 +337,7 @@ def test_a_judge_that_is_not_compared_favours_none(tasks: list[Task]) -> None:
     assert any(task.notes.get("reference") == "judge" for task in judged)
     text = markdown(report_of(judged))
     assert "depend on the image (reference: judge)." in text
-    assert "favours" not in text
+    assert "scores too well" not in text
 
 
 def test_a_report_is_written_with_its_plots_and_an_identical_one_gives_identical_files(
@@ -395,4 +423,4 @@ def test_a_single_item_shows_no_interval_anywhere() -> None:
     assert re.fullmatch(r"2\.00 \[1\.\d\d, 2\.\d\d\]", _interval(bootstrap.score(eight)))  # control
     perplexity = {"student": {"value": 4.0}, "none": {"value": 3.0}}
     said = _language_lost(bootstrap.difference(one, {"a": (2.0, 2.0)}), perplexity)
-    assert "interval - to -, n=1" in said and "inf" not in said
+    assert "(+0.500 nats per token, no interval: fewer than 6 cannot tell, n=1)" in said and "inf" not in said

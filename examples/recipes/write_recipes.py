@@ -70,6 +70,7 @@ class Pair:
     images: str
     notes: str = ""
     plan_student: str | None = None  # whose sizes are planned with, where the student is yours
+    teacher_sees: bool = False  # a VLM, for its text half
 
     @property
     def facts(self) -> tuple[ModelFacts, ModelFacts]:
@@ -171,6 +172,10 @@ PAIRS = (
         max_length=4096,
         lineage="LLaVA-1.5's authors name Vicuna-7B v1.5 as its language model, whose chat format it keeps.",
         images="An image becomes 576 tokens, whatever its size.",
+        notes=(
+            "Vicuna's tokenizer has no chat template (as far as we know). `evaluate` then asks for `template: before` at the suite's fidelity "
+            "tasks, and `score-mix` for a copy of the teacher that is saved with one."
+        ),
     ),
     Pair(
         slug="internvl3_1b",
@@ -222,6 +227,7 @@ PAIRS = (
             "`--anchor before` adds the model as you tuned it as the second parent, for the rows that are not marked (docs/parents.md)."
         ),
         plan_student="google/gemma-3-4b-it",
+        teacher_sees=True,
     ),
 )
 # More than one step before an update: gradients stay
@@ -317,11 +323,6 @@ def page_of(pair: Pair) -> str:
     found = {variant: plans(pair, variant) for variant in VARIANTS}
     student = pair.student if pair.plan_student is None else "outputs/gemma3_4b/student"
     commands = [launch(pair, variant, found[variant][80]) for variant in VARIANTS]
-    evaluation = [
-        f"lingudistill evaluate --suite {suite} --teacher {pair.teacher} --student {student} --after outputs/{pair.slug}/lora "
-        f"--output_dir outputs/{pair.slug}/{suite}"
-        for suite in ("quick", "paper")
-    ]
     return "\n".join(
         [
             f"# {pair.title}",
@@ -363,12 +364,7 @@ def page_of(pair: Pair) -> str:
             "|---|---|---|",
             *(f"| {subset.name} | {str(subset.distill).lower()} | {subset.why} |" for subset in MIX),
             "",
-            "The flags are our judgement ([docs/subsets.md](../../../docs/subsets.md)). What your student and teacher make of the rows is measured by",
-            "",
-            "```bash",
-            f"lingudistill score-mix examples/recipes/{pair.slug}/full.yaml --student {student} --teacher {pair.teacher} "
-            f"--output_dir outputs/{pair.slug}/mix",
-            "```",
+            *_flags(pair, student),
             "",
             pair.images,
             "",
@@ -384,15 +380,42 @@ def page_of(pair: Pair) -> str:
             "",
             "## Evaluation",
             "",
-            "```bash",
-            *evaluation,
-            "```",
-            "",
-            "`quick` needs minutes and no further package; `paper` has the paper's tasks and needs the Hub and, for its vision half, lmms-eval "
-            "([docs/evaluate.md](../../../docs/evaluate.md)).",
+            *_evaluation(pair, student),
             "",
         ]
     )
+
+
+def _flags(pair: Pair, student: str) -> list[str]:
+    judged = "The flags are our judgement ([docs/subsets.md](../../../docs/subsets.md))."
+    if pair.teacher_sees:
+        return [
+            f"{judged} `score-mix` cannot measure them here: its teacher is a language model alone, and this one is a VLM."
+        ]
+    return [
+        f"{judged} What your student and teacher make of the rows is measured by",
+        "",
+        "```bash",
+        f"lingudistill score-mix examples/recipes/{pair.slug}/full.yaml --student {student} --teacher {pair.teacher} "
+        f"--output_dir outputs/{pair.slug}/mix",
+        "```",
+    ]
+
+
+def _evaluation(pair: Pair, student: str) -> list[str]:
+    role, suites = ("base", ("demo",)) if pair.teacher_sees else ("teacher", ("quick", "paper"))
+    commands = [
+        f"lingudistill evaluate --suite {suite} --{role} {pair.teacher} --student {student} --after outputs/{pair.slug}/lora "
+        f"--output_dir outputs/{pair.slug}/{suite}"
+        for suite in suites
+    ]
+    told = (
+        "`evaluate` takes a language model alone as the original, and this teacher is a VLM. It is compared as `--base` instead, with a suite "
+        "without `fidelity`: `demo`, which needs the `demo` and `eval` extras, or one of your own"
+        if pair.teacher_sees
+        else "`quick` needs minutes and no further package; `paper` has the paper's tasks and needs the Hub and, for its vision half, lmms-eval"
+    )
+    return ["```bash", *commands, "```", "", f"{told} ([docs/evaluate.md](../../../docs/evaluate.md))."]
 
 
 def _pin(revision: str | None) -> str:

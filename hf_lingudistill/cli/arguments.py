@@ -6,13 +6,15 @@ import argparse
 from typing import Any
 
 VLM = "the vision-language model: folder or Hub id"
-LM = "the LM that it was built from, or a VLM, for its text half; default: the one that the config or card names"
+NAMED = "default: the one that the config or card names"
+LM = f"the LM that it was built from, or a VLM, for its text half; {NAMED}"
+LM_ALONE = f"the LM that it was built from, no VLM; {NAMED}"
 
 
-def add_pair(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """--student and --teacher, for what reads one VLM and its LM."""
+def add_pair(parser: argparse.ArgumentParser, *, required: bool = False, teacher: str = LM) -> None:
+    """--student and --teacher, for what reads one VLM and its LM. teacher: its help."""
     parser.add_argument("--student", required=required, metavar="VLM", help=VLM)
-    parser.add_argument("--teacher", metavar="LM", help=LM)
+    parser.add_argument("--teacher", metavar="LM", help=teacher)
 
 
 def add_before_and_original(

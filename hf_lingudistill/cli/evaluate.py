@@ -12,7 +12,9 @@ from .errors import bad_input, failed
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    add_before_and_original(parser, before="the VLM before distillation", original="the LM that it was built from")
+    add_before_and_original(
+        parser, before="the VLM before distillation", original="the LM that it was built from, no VLM"
+    )
     parser.add_argument("--base", metavar="VLM", help="the VLM before it was tuned further, as a second yardstick")
     parser.add_argument("--after", metavar="VLM", help="the VLM after distillation")
     parser.add_argument(

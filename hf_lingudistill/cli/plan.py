@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     from trl import TrlParser
 
     from ..labs.plan import PlanError, Setup, make_plan, read_pair, smallest_plan
-    from ..scripts.arguments import with_on_and_off
+    from ..scripts.arguments import negated, with_on_and_off
 
     parser = TrlParser(
         (PlanArguments, Setup),  # type: ignore[arg-type]
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     )
     try:
         args, setup, unknown = parser.parse_args_into_dataclasses(
-            with_on_and_off(parser, arguments), return_remaining_strings=True, look_for_args_file=False
+            with_on_and_off(negated(parser), arguments), return_remaining_strings=True, look_for_args_file=False
         )
         if unknown:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ..exit_codes import DONE
-from .arguments import add_loading, add_pair, below_one, loading
+from .arguments import LM_ALONE, add_loading, add_pair, below_one, loading
 from .command import Command
 from .errors import bad_input, failed
 
@@ -19,7 +19,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="DATA",
         help="datasets (file, folder, Hub id), or recipes with a `datasets:` section",
     )
-    add_pair(parser, required=True)
+    add_pair(parser, required=True, teacher=LM_ALONE)
     parser.add_argument(
         "--output_dir", required=True, help="where mix.json, rows.jsonl, datasets.yaml and the plot go"
     )
@@ -76,8 +76,8 @@ def run(args: Namespace) -> int:
 COMMAND = Command(
     name="score-mix",
     help="which sources of a mixture should the teacher speak on?",
-    description="Draw rows of every source; measure what their images are worth to the student (its loss on the answer with and "
-    "without them) and how much language they hold (answer length, entropy of the teacher); propose `distill` flags. A rerun goes on "
+    description="Draw rows of every source; measure what their images are worth to the student (its loss on the answer with "
+    "them and with grey ones in their place) and how much language they hold (answer length, entropy of the teacher); propose `distill` flags. A rerun goes on "
     "where the last one stopped. Exit code: 0 done, 2 bad input.",
     add_arguments=add_arguments,
     run=run,

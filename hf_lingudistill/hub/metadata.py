@@ -15,7 +15,7 @@ from .results import Facts, Task, tasks_of
 TAGS = ("lingudistill", "trl", "sft", "distillation")
 TAGS_ON_POLICY = ("lingudistill", "trl", "on-policy", "distillation")
 
-# Datasets on the Hub that the tasks are made of, for the card's `model-index`. Each id was found in public code that loads it
+# Datasets on the Hub that built-in tasks and those of lm-eval and lmms-eval are made of, for the card's `model-index`. Each id was found in public code that loads it
 # (November 2026); none was asked of the Hub itself.
 HUB_DATASETS = {
     "xsum": "EdinburghNLP/xsum",
@@ -102,7 +102,7 @@ def eval_results(tasks: Sequence[Task]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="image-text-to-text" if task.group in ("vision", "grounded") else "text-generation",
-            dataset_type=HUB_DATASETS.get(_slug(task), _slug(task)),
+            dataset_type=dataset_of(task),
             dataset_name=plain(task.title, 120),
             dataset_config=_form(task),  # tells entries on the same data apart
             metric_type=identifier(task.metric),
@@ -122,14 +122,23 @@ def eval_result_file(tasks: Sequence[Task], *, date: str | None = None) -> str |
     entries = []
     for task in tasks:
         dataset, identity, items = BENCHMARKS.get(_slug(task), (None, None, None))
-        if dataset and identity and task.n == items and task.higher_is_better:
+        ours = task.data.get("harness") is not None or task.data.get("id") == dataset
+        if dataset and identity and ours and task.n == items and task.higher_is_better:
             value, notes = 100 * task.scores["after"].value, f"{plain(task.metric, 60)}, hf_lingudistill"
             entries.append(EvalResultEntry(dataset_id=dataset, task_id=identity, value=value, date=date, notes=notes))
     return yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False) if entries else None
 
 
+def dataset_of(task: Task) -> str:
+    """The dataset on the Hub that the report says the items came from; else the task's name, which its user chose."""
+    if identity := repo_or_none(task.data.get("id")):
+        return identity
+    known = task.data.get("builtin") or (_slug(task) if task.data.get("harness") else None)
+    return HUB_DATASETS.get(str(known), _slug(task))
+
+
 def _slug(task: Task) -> str:
-    """The data that a task is made of: the second part of names such as `bits_per_byte/xsum/plain`."""
+    """The name of a task: the second part of names such as `bits_per_byte/xsum/plain`."""
     parts = [part for part in task.name.split("/") if part]
     return identifier(parts[1] if len(parts) > 1 else parts[0] if parts else task.title)
 

@@ -29,8 +29,8 @@ class Score:
     def signed(self) -> str:
         """As a difference."""
         if self.low is None or self.high is None:
-            return f"{self.value:+.3f}"
-        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+            return f"{self.value:+z.3f}"
+        return f"{self.value:+z.3f} [{self.low:+z.3f}, {self.high:+z.3f}]"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Task:
     """One benchmark: scores by model, controls by name, what changed since `before`, what came back.
 
     recovered: share of the loss, or the reason why there is none. ce_recovered: the same of the run with cross-entropy alone, and
-    ce_change what this model has over it. metric: an id such as `accuracy`.
+    ce_change what this model has over it. metric: an id such as `accuracy`. data: where the items came from, as the report records it.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Task:
     n: int | None
     scores: dict[str, Score]
     controls: dict[str, Score] = field(default_factory=dict)
+    data: Facts = field(default_factory=dict)
     change: Score | None = None
     recovered: Score | str | None = None
     ce_recovered: Score | None = None
@@ -58,7 +59,7 @@ class Task:
 
 def number(value: float) -> str:
     """A score as readers want it: three digits after the point below 10, one above; a dash if it is not finite."""
-    return "-" if not math.isfinite(value) else f"{value:.{3 if abs(value) < 10 else 1}f}"
+    return "-" if not math.isfinite(value) else f"{value:z.{3 if abs(value) < 10 else 1}f}"
 
 
 def score_of(entry: Any) -> Score | None:
@@ -75,9 +76,11 @@ def is_finite(value: Any) -> bool:
 
 
 def main_model(report: Facts) -> str:
-    """The model of a report that a card is about: `after`, else `prompt` (the default sharing mode), else the last one."""
+    """The model of a report that a card is about: `after`, else the one named like the default sharing mode, else the last one."""
+    from ..options import DistillOptions  # imports trl
+
     models = list(report.get("models") or {})
-    for name in ("after", "prompt"):
+    for name in ("after", DistillOptions.kv_sharing):
         if name in models or not models:
             return name
     return str(models[-1])
@@ -116,6 +119,7 @@ def _evaluated(entry: Facts, main: str) -> Task | None:
         n=entry.get("n") if isinstance(entry.get("n"), int) else None,
         scores=scores,
         controls=controls,
+        data=entry["data"] if isinstance(entry.get("data"), Mapping) else {},
         change=_difference(entry, main, "before"),
         recovered=score_of(share) or (str(share["reason"]) if share.get("reason") else None),
         ce_recovered=score_of(shares.get(ce)),

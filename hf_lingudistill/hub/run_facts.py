@@ -231,7 +231,8 @@ def gather_run_facts(
     """What a card says about how a model was trained.
 
     Args:
-        trainer: a `PublishingMixin`, at any time; what is not known yet (steps, seconds) is None.
+        trainer: a `PublishingMixin`, at any time; what is not known yet (steps, seconds) is None. So are the seconds of a run that was
+            resumed: its clock knows the last part alone.
         recipe: `recipe_of` the run's arguments; left out, of the trainer's alone.
         datasets: `dataset_fact` of each source.
     """
@@ -267,6 +268,7 @@ def gather_run_facts(
             "rows": len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
             "distilled_rows_share": 1.0 if trainer.has_distill_column is False else trainer.distill_share,
             **_from_log(state.log_history),
+            **({"seconds": None} if getattr(trainer, "_resumed_from", None) is not None else {}),
             "trained_parameters": _count(trainer.model, trained=True),
         },
         "hardware": _hardware(trainer.accelerator, args),

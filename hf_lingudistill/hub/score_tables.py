@@ -28,7 +28,7 @@ def headline(tasks: Sequence[Task]) -> str:
     if "original" in task.scores:
         text += f", {number(task.scores['original'].value)} in the original language model"
     if isinstance(task.recovered, Score):
-        text += f"; {task.recovered.value:.0%} of what was lost came back"
+        text += f"; {task.recovered.value:z.0%} of what was lost came back"
         if task.unit == "perplexity":
             text += " (in log-perplexity)"
     return text + "."
@@ -74,8 +74,8 @@ def _share(recovered: Score | str | None) -> str:
     if isinstance(recovered, str):
         return markdown(recovered)
     if recovered.low is None or recovered.high is None:
-        return f"{recovered.value:.0%}"
-    return f"{recovered.value:.0%} [{recovered.low:.0%}, {recovered.high:.0%}]"
+        return f"{recovered.value:z.0%}"
+    return f"{recovered.value:z.0%} [{recovered.low:z.0%}, {recovered.high:z.0%}]"
 
 
 def reading(report: Facts, tasks: Sequence[Task]) -> str:
@@ -156,7 +156,7 @@ def vision_reading(tasks: Sequence[Task]) -> str:
             sentences.append(f"{markdown(task.title)}: {verdict}.")
         elif task.change is not None:
             sentences.append(
-                f"{markdown(task.title)}: {task.change.value:+.3f}, with no interval of the difference itself."
+                f"{markdown(task.title)}: {task.change.value:+z.3f}, with no interval of the difference itself."
             )
     if any(task.controls for task in rows):
         sentences.append(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,12 @@ class Bootstrap:
             lambda sums: (sums[1] - sums[0]) / np.where(sums[1] == sums[2], np.nan, sums[1] - sums[2]),
             [items, before, original],
         )
-        return share | {"lost": lost}
+        if share["low"] == share["high"] and all(_are_shares(of.values()) for of in (items, before, original)):
+            # All resamples agree, and say nothing of the next item: the ends are those of what came back, over what was lost
+            back = self.difference(before, items)
+            share["low"], share["high"] = sorted((back["low"] / lost["value"], back["high"] / lost["value"]))
+        # + 0.0: no minus zero
+        return {name: number + 0.0 for name, number in share.items()} | {"n": share["n"], "lost": lost}
 
     def _interval(
         self, statistic: Callable[[Array], Array], models: list[Items], of_shares: tuple[float, float] | None = None
@@ -98,7 +103,7 @@ class Bootstrap:
         values, weights = values[:, weighs], weights[:, weighs]
         low, high = self._bounds(statistic, values, weights)
         value, count = float(statistic(values.sum(axis=1) / weights.sum(axis=1))), int(weighs.sum())
-        if low == high and of_shares is not None and (weights == 1).all() and ((values >= 0) & (values <= 1)).all():
+        if low == high and of_shares is not None and _are_shares(zip(values.flat, weights.flat, strict=True)):
             others = 1 - ((1 - self.level) / 2) ** (1 / count)  # of the items that were not drawn
             low, high = value - (value - of_shares[0]) * others, value + (of_shares[1] - value) * others
         return {"value": value, "low": low, "high": high, "n": count}
@@ -129,6 +134,18 @@ class Bootstrap:
         tail = stats.norm.cdf(math.sqrt(count / (count - 1)) * stats.t.ppf((1 - self.level) / 2, count - 1))
         low, high = np.nanquantile(drawn, [tail, 1 - tail])
         return float(low), float(high)
+
+
+def _are_shares(pairs: Iterable[tuple[float, float]]) -> bool:
+    """Whether every item is right, wrong or between. pairs: (value, weight)."""
+    return all(0 <= value <= 1 == weight for value, weight in pairs)
+
+
+def interval(score: Mapping[str, Any], shown: Callable[[float], str] = "{:+z.3f}".format) -> str:
+    """A score's interval in words: "95 % interval +0.100 to +0.200", or that there is none, as of a few items."""
+    if not math.isfinite(score["high"]):
+        return f"no interval: fewer than {FEWEST} cannot tell"
+    return f"95 % interval {shown(score['low'])} to {shown(score['high'])}"
 
 
 def ends(score: Mapping[str, Any], shown: Callable[[float], str]) -> tuple[str, str]:

@@ -77,7 +77,16 @@ def help_text() -> str:
     run.add_argument("--help_all", action="store_true", help="List TRL's options too.")
     for group in (DistillOptions, DistillScriptArguments):
         parser._add_dataclass_arguments(group)  # type: ignore[arg-type]
-    return str(parser.format_help())
+    return str(negated(parser).format_help())
+
+
+def negated(parser: TrlParser) -> TrlParser:
+    """The same parser; the help of each `--no_OPTION` says what it does. HfArgumentParser repeats that of OPTION, which says the opposite."""
+    for action in parser._actions:
+        name = next((name for name in action.option_strings if name.startswith("--no_")), None)
+        if name is not None and action.nargs == 0:
+            action.help, action.default = f"Set --{name.removeprefix('--no_')} to false.", argparse.SUPPRESS
+    return parser
 
 
 def read_recipe(path: str | Path, known: set[str]) -> dict[str, Any]:
@@ -150,7 +159,7 @@ def parse(argv: Sequence[str]) -> Parsed:
     groups = _groups(OnPolicyLinguDistillConfig if on_policy else LinguDistillConfig)
     parser = _Parser(groups, prog="lingudistill distill", usage=USAGE, allow_abbrev=False)  # type: ignore[arg-type]
     if "--help_all" in argv:
-        parser.print_help()
+        negated(parser).print_help()
         raise SystemExit(0)
     for name in ("demo", "on_policy"):
         if getattr(early, name) is not None:

@@ -11,7 +11,7 @@ __all__ = ["MODES", "Sharing", "sharing"]
 _ALL = (
     Full("full", "everywhere", "the response", "the student has drifted little"),
     Prompt("prompt", "at the prompt, text and image", "the response", "the text is right and its answers are not"),
-    Vision("vision", "at image tokens only", "all text", "the tower speaks the language model's language"),
+    Vision("vision", "at image tokens only", "all text", "image tokens lie near the LM's word embeddings"),
     Unshared("none", "nowhere (images are left out)", "all text", "only text rows are distilled, or as a baseline"),
     Inputs(
         "inputs",

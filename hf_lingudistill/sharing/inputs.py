@@ -2,7 +2,7 @@
 
 No keys and values are shared. The teacher runs over the whole row: its own embeddings at the tokens that it knows, the
 student's input embeddings (projected image features, the VLM's own tokens) elsewhere, under the student's masks and rotary
-embeddings. A strong baseline where the tower speaks the language model's language, at the price of a full-length pass.
+embeddings. A strong baseline where image tokens lie near the LM's word embeddings, at the price of a full-length pass.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
 from hf_lingudistill.cli import main as cli
+from hf_lingudistill.hub.card import render_card
 from hf_lingudistill.hub.manifest import PublishError, command_for
 from hf_lingudistill.hub.mixin import PublishingMixin
 from hf_lingudistill.hub.model import model_manifest
@@ -157,6 +159,22 @@ def test_the_record_says_how_the_model_was_trained(make_trainer: MakeTrainer, tm
     assert record["teacher"]["mib"] > 0 and record["hardware"]["precision"] == "fp32"
     assert record["versions"].keys() >= {"torch", "transformers", "trl", "hf_lingudistill"}
     assert TOKEN not in text and str(tmp_path) not in text and str(Path.home()) + "/" not in text
+
+
+def test_a_resumed_run_does_not_give_its_last_part_for_the_whole(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """Steps and tokens are of the whole run; its clock knows what came after the checkpoint."""
+    first = make_trainer(max_steps=2, save_strategy="steps", save_steps=1)
+    first.train()
+    first.save_model()
+    whole = json.loads((tmp_path / "out/lingudistill.json").read_text())["training"]
+    assert whole["seconds"] > 0  # control
+    shutil.rmtree(tmp_path / "out/checkpoint-2")
+    resumed = make_trainer(max_steps=2, save_strategy="steps", save_steps=1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
+    resumed.save_model()
+    facts = json.loads((tmp_path / "out/lingudistill.json").read_text())
+    assert (facts["training"]["steps"], facts["training"]["tokens"]) == (whole["steps"], whole["tokens"])
+    assert facts["training"]["seconds"] is None and "| seconds |" not in render_card(facts, {}).content
 
 
 def test_the_record_and_the_card_name_the_second_parent(make_trainer: MakeTrainer, tmp_path: Path) -> None:

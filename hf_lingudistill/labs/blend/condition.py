@@ -16,7 +16,7 @@ from typing import Any
 from ..evaluation.report import GROUPS, difference
 
 MODELS = ("before", "after", "original")
-_NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
+_NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
 _CLAUSE = re.compile(
     rf"(?P<score>[A-Za-z][\w./-]*)\s*(?P<relation>>=|<=)\s*"
     rf"(?:(?P<model>[A-Za-z]+)(?:\s*(?P<sign>[+-])\s*(?P<offset>{_NUMBER}))?|(?P<number>-?{_NUMBER}))"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..json_text import as_json
+from ..statistics import ends
 
 Report = Mapping[str, Any]
 MODEL = "model"
@@ -51,16 +52,17 @@ def _kept(point: Report) -> str:
 
 
 _SURE = {
-    True: "The worse end of its 95 % intervals, paired with the other model's where it is compared with one, keeps it too.",
-    False: "The worse end of its 95 % intervals, paired with the other model's where it is compared with one, does not keep it: other items "
-    "could have decided otherwise.",
-    None: "A score of several tasks has no interval: other items could have decided otherwise.",
+    True: "The condition was checked on the measured scores. It also holds at the worse end of the 95 % interval.",
+    False: "The condition was checked on the measured scores. At the worse end of the 95 % interval it fails, so another sample of items might "
+    "reject this blend.",
+    None: "The condition was checked on the measured scores. A score of several tasks has no interval, so another sample of items might reject "
+    "this blend.",
 }
 
 
 def _cell(score: Report) -> str:
-    interval = f" [{score['low']:.3f}, {score['high']:.3f}]" if "low" in score else ""
-    return f"{score['value']:.3f}{interval}"
+    interval = f" [{', '.join(ends(score, '{:z.3f}'.format))}]" if "low" in score else ""
+    return f"{score['value']:z.3f}{interval}"
 
 
 def _verdict(front: Report) -> str:
@@ -68,7 +70,7 @@ def _verdict(front: Report) -> str:
     if front["chosen"] is None:
         return f"Nothing was saved: {front['reason']}."
     return (
-        f"Saved: {front['chosen']}, with the {direction} {front['most']} of those with {front['keep']}, asked of the scores as measured. "
+        f"Saved: {front['chosen']}, with the {direction} {front['most']} of those with {front['keep']}. "
         + _SURE[next(point["keeps_surely"] for point in front["points"] if point["name"] == front["chosen"])]
     )
 

@@ -20,6 +20,7 @@ from ...machine import device_of
 from ...weights import check_finite, fingerprint, load_whole
 from ..diagnose.weights import weight_drift
 from ..evaluation import evaluate_models
+from ..evaluation.checks import check_templates
 from ..evaluation.models import Made, Scored, load_scored, read_config, scoring_dtype, takes_images
 from ..evaluation.report import FILES as OF_EVALUATION
 from ..evaluation.report import GROUPS
@@ -82,12 +83,17 @@ def blend(
     blends = _blends(weights, shares, original)
     _check_models(before, after, trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    models = {**({"original": original} if original else {}), "before": before, "after": after}
+    check_templates(models, {name: name != "original" for name in models}, suite, trust_remote_code=trust_remote_code)
     if any(point.shares == "drift" for point in blends):
         drift = _drift(before, str(original), options)
         blends = [Blend(p.weight, p.shares, drift) if p.shares == "drift" else p for p in blends]
-    prints = [fingerprint(path, read_config(role, path)) for role, path in (("before", before), ("after", after))]
-
-    stored = getattr(read_config("before", before), "dtype", None) or torch.float32
+    configs = [
+        read_config(role, path, trust_remote_code=trust_remote_code)
+        for role, path in (("before", before), ("after", after))
+    ]
+    prints = [fingerprint(path, config) for path, config in zip((before, after), configs, strict=True)]
+    stored = getattr(configs[0], "dtype", None) or torch.float32
 
     def make(point: Blend) -> Callable[[str], Scored]:
         def made(name: str) -> Scored:
@@ -106,7 +112,7 @@ def blend(
         return made
 
     report = evaluate_models(
-        {**({"original": original} if original else {}), "before": before, "after": after},
+        models,
         suite,
         out / "evaluation",
         made={point.name: Made(point.fingerprint(*prints), make(point)) for point in blends},

@@ -1,4 +1,4 @@
-"""The demo's stages: a VLM around the original LM whose tower speaks the LM's language, the drift, and the rows of the cure.
+"""The demo's stages: a VLM around the original LM whose image tokens lie near its word embeddings, the drift, and the rows of the cure.
 
 lm, tokenizer = original_lm()
 vlm, processor = aligned_vlm(lm, tokenizer, pictures, steps=300)

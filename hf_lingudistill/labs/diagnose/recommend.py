@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ...config import LinguDistillConfig
 from ...sharing import MODES
-from ..statistics import Bootstrap, Items
+from ..statistics import Bootstrap, Items, interval
 from .measure import TWICE
 from .prompts import CONDITIONS
 
@@ -34,8 +34,8 @@ def rule(default: str) -> str:
         f"The mode whose teacher has the lowest loss on the answers: on those of at least {LONG} tokens where there are {FEWEST} of them, and "
         f"on answers about an image, or else behind one, or else without. It stays {default}, the trainer's default, unless another mode's "
         f"loss is lower by more than the 95 % interval of the paired difference. A difference below {SAME:g} nats per token, or on fewer "
-        f"than {FEWEST} prompts, is a tie. With images, none is left out, because its teacher does not see them; without images, only none "
-        "and the default are compared."
+        f"than {FEWEST} prompts, is a tie. Where there are images, none is no candidate: its teacher does not see them. Without images, only "
+        "none and the default are compared."
     )
 
 
@@ -105,8 +105,8 @@ def _blind_weight(
         f"{bootstrap.score(twice)['value']:.3f} against {bootstrap.score(items[mode])['value']:.3f} nats per token"
     )
     return found, (
-        f"Answering a second time without the image, the mean of both ({mode} and none) has a loss of {losses}, {gap['value']:+.3f}, 95 % "
-        f"interval {gap['low']:+.3f} to {gap['high']:+.3f}: blind_weight={found:g}."
+        f"Answering a second time without the image, the mean of both ({mode} and none) has a loss of {losses}, {gap['value']:+z.3f}, "
+        f"{interval(gap)}: blind_weight={found:g}."
     )
 
 
@@ -136,11 +136,9 @@ def _losses(items: Mapping[str, Items], condition: str, long: bool, bootstrap: B
 
 
 def _reason(gain: Mapping[str, Any], best: str, default: str) -> str:
-    compared = (
-        f"{best} against {default}: {gain['value']:+.3f}, 95 % interval {gain['low']:+.3f} to {gain['high']:+.3f}."
-    )
     if gain["n"] < FEWEST:
-        return f"{compared} Fewer than {FEWEST} prompts cannot tell the two apart, so {default}, the default."
+        return f"{best} against {default}: {gain['value']:+z.3f}. Fewer than {FEWEST} prompts cannot tell the two apart, so {default}, the default."
+    compared = f"{best} against {default}: {gain['value']:+z.3f}, {interval(gain)}."
     if tell(gain) == "lower":
         return f"{compared} So {best}: it is lower by more than the interval."
     if gain["value"] < -SAME:
@@ -175,7 +173,7 @@ def _against_student(items: Mapping[str, Items], mode: str, condition: str, boot
     if found == "lower":
         return f"{read}. The teacher knows better: this is what distillation can bring back."
     if found == "tie":
-        return f"{read}. That is no difference to build on ({gap['n']} prompts, {gap['low']:+.3f} to {gap['high']:+.3f} nats per token)."
+        return f"{read}. That is no difference to build on ({gap['n']} prompts, {gap['value']:+z.3f} nats per token, {interval(gap)})."
     if condition == "text":
         return f"{read}. The student is the better one already: such text has nothing to bring back."
     return (

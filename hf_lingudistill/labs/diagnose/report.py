@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from ...folders import replacing
 from ..json_text import as_json
-from ..statistics import ends
+from ..statistics import ends, interval
 from .measure import READERS
 from .prompts import CONDITIONS
 from .recommend import shown, tell
@@ -93,23 +94,26 @@ def _perplexity(report: Report) -> list[str]:
     lines.append(_row(["", *(f"n={part['student']['n']}, {part['tokens']} tokens" for part in table.values())]))
     for reader, label in LABELS.items():
         scores = [part[reader] for part in table.values()]
-        lines.append(_row([label, *(f"{shown(s['value'])}  ({' - '.join(ends(s, shown))})" for s in scores)]))
+        lines.append(_row([label, *(f"{shown(s['value'])}  ({_ends(s)})" for s in scores)]))
     if report["language_lost"] is not None:
         lines += ["", *_wrap(_language_lost(report["language_lost"], table["text"]))]
     return lines
 
 
+def _ends(score: Report) -> str:
+    return " - ".join(ends(score, shown)) if math.isfinite(score["high"]) else "no interval"
+
+
 def _language_lost(lost: Report, text: Report) -> str:
     student, alone = shown(text["student"]["value"]), shown(text["none"]["value"])
     read = f"On text without an image the student's perplexity is {student} and the original's, read alone, {alone}"
-    low, high = ends(lost, "{:+.3f}".format)
-    interval = f"{lost['value']:+.3f} nats per token, 95 % interval {low} to {high}, n={lost['n']}"
+    measured = f"{lost['value']:+z.3f} nats per token, {interval(lost)}, n={lost['n']}"
     verdict = {
         "higher": "that much language was lost",
         "tie": "no loss of language can be told on these texts",
         "lower": "on these texts nothing was lost, the student is the better of the two",
     }[tell(lost)]
-    return f"{read} ({interval}): {verdict}."
+    return f"{read} ({measured}): {verdict}."
 
 
 def _recommendation(report: Report) -> list[str]:

@@ -16,7 +16,7 @@ from ...compatibility import check_compatibility
 from ...machine import machine
 from ...progress import progress_bar
 from ...teacher import prepare_teacher, vocabulary_of
-from ..evaluation.models import Scored, describe, load_scored
+from ..evaluation.models import Scored, describe, load_scored, require_template
 from ..statistics import Bootstrap, Items
 from .measure import READERS, TWICE, Measured, measure
 from .prompts import CONDITIONS, Prompts, load_prompts
@@ -58,6 +58,7 @@ def diagnose(
     fit.raise_for_misfit()
     prompts = load_prompts() if prompts is None else prompts
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    require_template("student", student, sees=True, trust_remote_code=trust_remote_code)
     vlm, lm = load_scored("student", student, **options), load_scored("teacher", teacher, **options)
     if prompts.drawn:
         _keep_pictures_whole(vlm)

@@ -1,7 +1,7 @@
 """The item cache: what a model gave on each item of a task, on disk as soon as it is there, so that a rerun goes on.
 
-One JSON-lines file per model and task. Its first line says which weights and which task settings the rest belongs to; if
-either has changed, the file is started anew.
+One JSON-lines file per model and task. Its first line says which weights, task settings, versions and kind of device the rest belongs
+to; if one of them has changed, the file is started anew.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from PIL import Image as PILImage
 
+from ..._version import __version__
 from ...folders import NotOurs
 from ..statistics import OVERFLOW, NotFiniteScore
 
@@ -82,6 +84,22 @@ def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError:
+        return None
+
+
+def made_with(model: Any, *packages: str) -> dict[str, Any]:
+    """What records depend on besides weights and task, as a header names it: {"device": type, "versions": {package: version}}.
+
+    packages: those that the records depend on beside hf_lingudistill and transformers.
+    """
+    versions = {"hf_lingudistill": __version__} | {name: _version(name) for name in ("transformers", *packages)}
+    return {"device": model.device.type, "versions": versions}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
         return None
 
 

@@ -1,10 +1,11 @@
-"""Are these the models that the suite needs? Told from names and configs, before any weights are read."""
+"""Are these the models that the suite needs? Told from names, configs and chat templates, before any weights are read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+from .models import require_template
 from .suite import Suite
 
 VLMS = ("base", "before", "after")
@@ -42,3 +43,31 @@ def check_roles(models: Mapping[str, str], sees: Mapping[str, bool], suite: Suit
             f"Suite {suite.name!r} measures fidelity to the original, which is missing; pass the language model that the VLM was built "
             "from as --original."
         )
+
+
+def check_templates(
+    models: Mapping[str, str], sees: Mapping[str, bool], suite: Suite, *, trust_remote_code: bool = False
+) -> None:
+    """Refuse a model without a chat template in a suite that asks it in one.
+
+    Args: as `check_roles`.
+
+    Raises:
+        UnreadableModelError: in one sentence that says what to change.
+    """
+    for name, path in models.items():
+        if advice := _needs_template(suite, name, sees[name]):
+            require_template(name, path, sees=sees[name], trust_remote_code=trust_remote_code, advice=advice)
+
+
+def _needs_template(suite: Suite, name: str, sees: bool) -> str | None:
+    """What to do where a model has no chat template; None where the suite asks it nothing in one."""
+    chats = suite.ifeval is not None or any("chat" in task.forms for task in suite.texts)
+    chats |= bool(suite.lm_eval.tasks and suite.lm_eval.chat_template)
+    chats |= sees and bool(suite.vision or suite.grounded or suite.lmms_eval.tasks)
+    own = [task.name for task in suite.fidelity if name != "original" or task.template == "own"]
+    if chats or (own and name != "original"):
+        return "Save its tokenizer with one, or leave the tasks that need it out of the suite."
+    if own:
+        return f"Set `template: before` at the suite's fidelity task {own[0]!r}: it is then asked in the VLM's. Or save its tokenizer with one."
+    return None

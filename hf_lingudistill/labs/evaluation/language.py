@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from ...progress import progress_bar
 from ...sentences import install
 from ..statistics import Items
-from .cache import ItemCache
+from .cache import ItemCache, digest, made_with
 from .models import Scored, user_turn
-from .reading import FiniteLogits, check_logits, text_types
+from .reading import FiniteLogits, check_logits, plain_generation, text_types
 from .suite import HarnessTasks, TextTask
 
 try:
@@ -41,7 +41,7 @@ def require_harness() -> None:
 class TextPath(HFLM):  # type: ignore[misc]
     """lm-eval's model of an LM, or of a VLM called without an image: its own tokenizer, its own chat template.
 
-    On a plain LM it is lm-eval's `HFLM`.
+    On a plain LM it is lm-eval's `HFLM`, but for the generation config, of which only the stops count.
 
     Raises:
         ModuleNotFoundError: if lm-eval is not installed.
@@ -72,7 +72,8 @@ class TextPath(HFLM):  # type: ignore[misc]
         return logits
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
-        return super()._model_generate(*args, logits_processor=[FiniteLogits(self.scored.name)], **kwargs)
+        with plain_generation(self.model):
+            return super()._model_generate(*args, logits_processor=[FiniteLogits(self.scored.name)], **kwargs)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat history through the model's own template; a VLM's processor may be the only one to have it."""
@@ -89,7 +90,7 @@ def harness_scores(
     """lm-eval's per-item scores. -> {task: {"items": Items, "metric", "higher_is_better", "title"}}.
 
     Of a task's metrics the first is reported, `acc_norm` before `acc` where a task has both. Answers are kept in lm-eval's own
-    request cache under `cache_folder`, which names the weights: a rerun asks the model nothing twice.
+    request cache under `cache_folder`, whose name tells weights, versions and device: a rerun asks for no answer twice.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -97,7 +98,8 @@ def harness_scores(
     from .tasks import OWN_TASKS
 
     cache_folder.mkdir(parents=True, exist_ok=True)
-    weights = f"{scored.fingerprint.replace('/', '--')}-{str(scored.model.dtype).removeprefix('torch.')}"
+    by = digest(made_with(scored.model, "lm_eval"))
+    weights = f"{scored.fingerprint.replace('/', '--')}-{str(scored.model.dtype).removeprefix('torch.')}-{by}"
     wanted: list[Any] = [OWN_TASKS[name]() if name in OWN_TASKS else name for name in tasks.tasks]
     try:
         results = simple_evaluate(

@@ -18,7 +18,6 @@ import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
-from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from PIL import Image as PILImage
 from ...progress import progress_bar
 from ...rgb import to_rgb
 from ..statistics import Items
-from .cache import ItemCache, digest
+from .cache import ItemCache, digest, made_with
 from .grounded import answer_scores
 from .models import Scored, chat_template_of, user_turn
 from .reading import Images
@@ -145,7 +144,7 @@ class ImagePath(lmms):  # type: ignore[misc]
         header = {
             "model": self.scored.fingerprint,
             "dtype": str(self.scored.model.dtype),
-            "lmms_eval": version("lmms_eval"),
+            "made_with": made_with(self.scored.model, "lmms_eval"),
             "task": digest([asked, data, chat_template_of(self.scored)]),
         }
         return ItemCache(self.cache_folder / f"lmms_eval-{task}.jsonl", header)

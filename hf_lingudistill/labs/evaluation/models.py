@@ -221,14 +221,33 @@ def read_template(path: str, *, trust_remote_code: bool = False) -> str:
     Raises:
         UnreadableModelError: if it has none.
     """
-    try:
-        processing: Any = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _unreadable("chat template", path, error) from error
-    found = getattr(processing, "chat_template", None) or getattr(processing.tokenizer, "chat_template", None)
+    found = _saved_template("chat template", path, sees=True, trust_remote_code=trust_remote_code)
     if not isinstance(found, str):
         raise UnreadableModelError(f"{path!r} has no chat template in which the original could be asked.")
     return found
+
+
+def require_template(
+    name: str, path: str, *, sees: bool, trust_remote_code: bool = False, advice: str = "Save its tokenizer with one."
+) -> None:
+    """Refuse a saved model without a chat template, before its weights are read. sees: whether it is a VLM. advice: what to do.
+
+    Raises:
+        UnreadableModelError: if neither its processor nor its tokenizer has one.
+    """
+    if not _saved_template(name, path, sees=sees, trust_remote_code=trust_remote_code):
+        raise UnreadableModelError(f"{name}: {path!r} has no chat template, in which it is asked here. {advice}")
+
+
+def _saved_template(name: str, path: str, *, sees: bool, trust_remote_code: bool) -> Any:
+    try:
+        processing: Any = (AutoProcessor if sees else AutoTokenizer).from_pretrained(
+            path, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _unreadable(name, path, error) from error
+    own = getattr(processing, "chat_template", None)
+    return own or getattr(getattr(processing, "tokenizer", None), "chat_template", None)
 
 
 def release_memory() -> None:

@@ -5,7 +5,8 @@ B rows, T positions, n tokens of one answer, H hidden size, V vocabulary entries
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,6 +168,21 @@ class FiniteLogits(LogitsProcessor):
         return scores
 
 
+@contextmanager
+def plain_generation(model: Any) -> Iterator[None]:
+    """Inside, the model's generation config holds its special tokens alone; afterwards it is the checkpoint's own again.
+
+    `generate` fills in every field that it is not given from there: suppressed tokens, a least length, biases, penalties.
+    """
+    own = model.generation_config
+    tokens = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**tokens)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 class _Gumbel(LogitsProcessor):
     """Makes greedy decoding a sample: the argmax of logits / temperature + Gumbel noise. The noise is a row's own, so that a
     sample does not depend on what it is batched with."""
@@ -192,7 +208,7 @@ def write_answers(
     seeds: Sequence[int] = (),
 ) -> list[Written]:
     """Continue rendered prompts, batched and with a KV cache, from the model's plain distribution: greedy at temperature 0, else
-    sampled with one seed per row. Penalties and filters of the model's generation config (repetition, top-p, ...) are off."""
+    sampled with one seed per row. Of the model's generation config only the stops count."""
     if any(map(len, images)):
         inputs = dict(scored.with_images(prompts, images))
     else:
@@ -209,15 +225,13 @@ def write_answers(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        encoder_repetition_penalty=1.0,
         eos_token_id=sorted(stops),
         pad_token_id=next(iter(sorted(stops))),
     )
     noise = [_Gumbel(temperature, seeds)] if temperature > 0 else []
     processors = LogitsProcessorList([FiniteLogits(scored.name), *noise])
-    output = scored.model.generate(**inputs, generation_config=config, logits_processor=processors)
+    with plain_generation(scored.model):
+        output = scored.model.generate(**inputs, generation_config=config, logits_processor=processors)
     found = []
     for row in output[:, inputs["input_ids"].size(1) :].tolist():
         end = next((position for position, token in enumerate(row) if token in stops), None)

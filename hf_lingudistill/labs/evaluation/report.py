@@ -27,7 +27,7 @@ GROUPS = {
 
 @dataclass
 class Task:
-    """One score of all models. items: {model: Items}. controls: {control: {model: Items}}. beside: {what: {model: Items}}, what is
+    """One score of all models. items: {model: Items}. data: where the items came from, see `join`. controls: {control: {model: Items}}. beside: {what: {model: Items}}, what is
     told with the score and is neither good nor bad."""
 
     name: str
@@ -37,6 +37,7 @@ class Task:
     unit: str
     higher_is_better: bool
     items: dict[str, Items]
+    data: dict[str, Any] = field(default_factory=dict)
     controls: dict[str, dict[str, Items]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     beside: dict[str, dict[str, Items]] = field(default_factory=dict)
@@ -76,6 +77,7 @@ def task_entry(task: Task, bootstrap: Bootstrap, compare: Sequence[str] = ()) ->
         "unit": task.unit,
         "higher_is_better": task.higher_is_better,
         "n": max(score["n"] for score in scores.values()),  # of the items that weigh something
+        **({"data": task.data} if task.data else {}),
         "scores": scores,
         "controls": {
             control: {model: bootstrap.score(items) for model, items in by_model.items()}
@@ -149,7 +151,7 @@ def markdown(report: Report) -> str:
             note, title = task["notes"], task["title"].rpartition(":")[0]
             lines += ["", f"{title}: {note['image_token_share']:.1%} of {note['tokens']} answer tokens depend on the image (reference: {note['reference']})."]  # fmt: skip
             if note["reference"] in models:
-                lines[-1] += f" That split favours {note['reference']}, which is compared itself: it was made where {note['reference']} is sure. Another VLM as --reference favours none."  # fmt: skip
+                lines[-1] += f" {note['reference']} is also compared, and scores too well here: the tokens were chosen where it is sure. Use a VLM that is not compared as --reference."  # fmt: skip
     lines += ["", "## How", ""]
     machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
     lines += [f"Seed {report['suite']['seed']}; {machine}. Seconds: {report['seconds']}.", ""]
@@ -189,15 +191,15 @@ def share(found: Mapping[str, Any] | None) -> str:
         return "-"
     if found["value"] is None:
         return str(found["reason"])
-    return f"{found['value']:.0%} [{found['low']:.0%}, {found['high']:.0%}]"
+    return f"{found['value']:z.0%} [{found['low']:z.0%}, {found['high']:z.0%}]"
 
 
 def signed(score: Mapping[str, Any] | None) -> str:
     """A difference and its interval; dashes for what there is not."""
     if score is None:
         return "-"
-    low, high = ends(score, "{:+.3f}".format)
-    return f"{score['value']:+.3f} [{low}, {high}]"
+    low, high = ends(score, "{:+z.3f}".format)
+    return f"{score['value']:+z.3f} [{low}, {high}]"
 
 
 def _changes(task: Report, models: Sequence[str]) -> list[list[str]]:

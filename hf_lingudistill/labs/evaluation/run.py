@@ -23,7 +23,7 @@ from ...sentences import install
 from ...weights import fingerprint
 from ..statistics import Bootstrap
 from .cache import digest
-from .checks import check_roles
+from .checks import check_roles, check_templates
 from .fidelity_run import ORIGINAL, FidelityRun
 from .join import DEPENDS, join
 from .language import require_harness
@@ -124,6 +124,7 @@ def evaluate_models(
         )
     if suite.lm_eval.tasks:
         require_harness()
+    check_templates(to_score, sees, suite, trust_remote_code=trust_remote_code)
     items = read_items(suite)
     prints = {name: fingerprint(path, configs[name]) for name, path in to_score.items()}
     prints |= {name: model.fingerprint for name, model in made.items()}

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .cache import ItemCache, digest, of_images
+from .cache import ItemCache, digest, made_with, of_images
 from .data import fidelity_questions, image_items, text_items
 from .fidelity_run import FidelityRun
 from .grounded import token_scores
-from .ifeval import Instructed, checkable, ifeval_scores, read_prompts
+from .ifeval import CHECKERS, Instructed, checkable, ifeval_scores, read_prompts
 from .language import bits_per_byte, harness_scores
 from .models import Scored, chat_template_of
-from .suite import GroundedTask, Suite, VisionTask
+from .suite import GroundedTask, IfevalTask, Suite, VisionTask
 from .vision import answers, conditions, load_metric, score_answers
 
 SKIPPED = "ifeval/skipped"  # among the items: the number of prompts whose checker would need a download
@@ -62,6 +62,7 @@ def score(
         header = {
             "model": scored.fingerprint,
             "dtype": str(scored.model.dtype),
+            "made_with": made_with(scored.model, *(CHECKERS if isinstance(task, IfevalTask) else ())),
             "task": digest([task.__dict__, suite.seed, chat_template_of(scored), keys(task.name)]),
         }
         return ItemCache(folder / f"{name}.jsonl", header)

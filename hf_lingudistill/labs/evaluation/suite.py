@@ -153,8 +153,8 @@ class GroundedTask(Data):
         image, question, answer: columns; the answer is a text of some length (of several, the first).
         swaps (`int`): other images under the same answer, from which the split is found.
         threshold (`float`): a token depends on the image if the reference model gives it on average so many nats more with
-            its own image than with the others. A reference that is compared itself is favoured by that: it is surest where the
-            split was made. Another VLM as `--reference` favours none.
+            its own image than with the others. If the reference model is also compared, it scores too well: the tokens were
+            chosen where it is sure. Use a VLM that is not compared.
         max_answer_tokens (`int`): answers are cut there.
     """
 

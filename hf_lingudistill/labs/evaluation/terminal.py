@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...hub.results import number
+from ..statistics import FEWEST
 from .report import GROUPS, difference, share, signed
 
 Report = Mapping[str, Any]
@@ -63,11 +65,20 @@ def verdict(report: Report) -> list[str]:
                 lines.append(f"{model}, language against {whole}: {_came_back(task, key, model)}.")
         changes = [d for t in report["tasks"] if t["group"] == "vision" for d in [difference(t, model, "before")] if d]
         if changes:
-            clear = [d for d in changes if d["low"] > 0 or d["high"] < 0]
-            told = ", ".join(map(signed, changes))
-            kind = "a change" if clear else "no change outside the interval"
-            lines.append(f"{model}, vision against before: {kind} ({told}).")
+            lines.append(f"{model}, vision against before: {_changed(changes)}.")
     return lines
+
+
+def _changed(changes: Sequence[Mapping[str, Any]]) -> str:
+    """What paired differences say, and the differences."""
+    known = [change for change in changes if math.isfinite(change["high"])]
+    if not known:
+        values = ", ".join(f"{change['value']:+z.3f}" for change in changes)
+        return f"fewer than {FEWEST} items cannot tell ({values})"
+    told = ", ".join(map(signed, changes))
+    if any(change["low"] > 0 or change["high"] < 0 for change in known):
+        return f"a change ({told})"
+    return f"no clear change (the 95 % interval includes 0): {told}"
 
 
 def _came_back(task: Report, key: str, model: str) -> str:

@@ -1,4 +1,4 @@
-"""What one row says: the student reads its answer with and without the image, the teacher reads it as text.
+"""What one row says: the student reads its answer with its image and with a grey one, the teacher reads it as text.
 
 n tokens of an answer.
 """
@@ -13,6 +13,7 @@ import torch
 from ...progress import progress_bar
 from ..diagnose.prompts import Prompt
 from ..evaluation.cache import ItemCache
+from ..evaluation.data import grey
 from ..evaluation.grounded import answer_scores
 from ..evaluation.models import Scored
 from ..evaluation.reading import answer_states, answering_head, logits
@@ -22,17 +23,18 @@ Read = Callable[[Sequence[Prompt]], list[Record]]
 
 
 def student_reader(student: Scored, max_answer_tokens: int) -> Read:
-    """Reads rows, all with images or all without, as {"tokens": of the whole answer, "with", "without": n nats each}; rows without an
-    image have no "without"."""
+    """Reads rows, all with images or all without, as {"tokens": of the whole answer, "own", "grey": n nats each}. "grey": behind even grey
+    images of the same sizes, so that a student that does not see has the same nats; rows without an image have none."""
 
     def read(batch: Sequence[Prompt]) -> list[Record]:
         whole = [student.ids(prompt.answer) for prompt in batch]
         ids = [row[:max_answer_tokens] for row in whole]
-        shown = _nats(student, [prompt.messages for prompt in batch], [prompt.images for prompt in batch], ids)
-        found = [{"tokens": len(row), "with": nats} for row, nats in zip(whole, shown, strict=True)]
+        asked = [student.render(list(prompt.messages)) for prompt in batch]
+        own = _nats(student, asked, [prompt.images for prompt in batch], ids)
+        found = [{"tokens": len(row), "own": nats} for row, nats in zip(whole, own, strict=True)]
         if batch[0].images:
-            blind = _nats(student, [without_images(prompt.messages) for prompt in batch], [()] * len(batch), ids)
-            found = [{**record, "without": nats} for record, nats in zip(found, blind, strict=True)]
+            blank = _nats(student, asked, [tuple(map(grey, prompt.images)) for prompt in batch], ids)
+            found = [{**record, "grey": nats} for record, nats in zip(found, blank, strict=True)]
         return list(found)
 
     return read
@@ -75,10 +77,9 @@ def read_all(
 
 
 def _nats(
-    student: Scored, turns: Sequence[Any], images: Sequence[Any], ids: Sequence[Sequence[int]]
+    student: Scored, prompts: Sequence[str], images: Sequence[Any], ids: Sequence[Sequence[int]]
 ) -> list[list[float]]:
-    rows = answer_scores(student, [student.render(list(t)) for t in turns], images, ids)
-    return [[-log_prob for log_prob, _ in row] for row in rows]
+    return [[-log_prob for log_prob, _ in row] for row in answer_scores(student, prompts, images, ids)]
 
 
 def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
@@ -88,13 +89,8 @@ def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
         yield from (kind[start : start + size] for start in range(0, len(kind), size))
 
 
-def without_images(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation with no image shown and no place for one."""
-    return [{**turn, "content": _parts_of_text(turn["content"])} for turn in messages]
-
-
 def as_texts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The same for a chat template that takes texts alone."""
+    """The conversation without its images, for a chat template that takes texts alone."""
     return [
         {**turn, "content": "".join(part["text"] for part in _parts_of_text(turn["content"]))} for turn in messages
     ]

@@ -13,7 +13,7 @@ import yaml
 
 from ...folders import replacing
 from ..json_text import as_json
-from ..statistics import ends
+from ..statistics import FEWEST, ends
 
 Report = Mapping[str, Any]
 FILES = ["mix.json", "rows.jsonl", "datasets.yaml", "mix.png", "mix.svg"]
@@ -41,7 +41,7 @@ def as_text(report: Report) -> str:
     lines += [
         "",
         f"distill: true where the image is worth at most {limits['max_dependence']:g} nats per token and the teacher leaves at least "
-        f"{limits['min_language']:g} nats per row open; '?' where a 95 % interval holds a limit.",
+        f"{limits['min_language']:g} nats per row open; '?' where a 95 % interval contains a limit.",
         "The limits are a judgement, not a measurement: look at the plot and at rows.jsonl.",
     ]
     for source in report["sources"]:
@@ -54,9 +54,10 @@ def as_text(report: Report) -> str:
                 f"{source['name']}: {sum(source['unusable'].values())} rows left out ({_counts(source['unusable'])})."
             )
     seen = [source for source in report["sources"] if source["with_image"]]
-    if seen and all(source["dependence"]["high"] <= 0 for source in seen):
+    if seen and not any(source["dependence"]["low"] > 0 for source in seen):
         lines.append(
-            "No source's answers depend on its images: either none needs them, or this student does not look at them."
+            "No source is shown to need its images (no interval lies above 0): this student does not look at them, no answer needs them, "
+            f"or the rows are too few (below {FEWEST} there is no interval)."
         )
     return "\n".join(lines)
 
@@ -70,8 +71,8 @@ def _flag(value: bool) -> str:
 
 
 def _interval(score: Report) -> str:
-    low, high = ends(score, "{:.2f}".format)
-    return f"{score['value']:.2f} [{low}, {high}]"
+    low, high = ends(score, "{:z.2f}".format)
+    return f"{score['value']:z.2f} [{low}, {high}]"
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -19,7 +19,7 @@ from ...sentences import at_home
 from ...sources import load_source
 from ...yaml_text import read_yaml
 from ..diagnose.prompts import Prompt, prompt_of
-from ..evaluation.cache import ItemCache, digest, of_images
+from ..evaluation.cache import ItemCache, digest, made_with, of_images
 from ..evaluation.models import (
     Scored,
     chat_template_of,
@@ -27,6 +27,7 @@ from ..evaluation.models import (
     load_scored,
     read_config,
     release_memory,
+    require_template,
     takes_images,
 )
 from ..statistics import Bootstrap, Items
@@ -34,7 +35,7 @@ from .measure import Read, Record, as_texts, read_all, student_reader, teacher_r
 from .report import FILES
 
 Report = dict[str, Any]
-SCHEMA = "lingudistill-mix/1"
+SCHEMA = "lingudistill-mix/2"  # 2: an image is held against a grey one, not against none
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ def score_mix(
                 f"{role}: {path!r} is a {'language model that takes no images' if sees else 'vision-language model'}; expected "
                 f"{'a vision-language model' if sees else 'the language model that the student was built from'}."
             )
+        require_template(role, path, sees=sees, **options)
     prompts = [prompt for source in sources for prompt in source.prompts]
     options |= {"dtype": dtype, "device": device}
 
@@ -198,14 +200,15 @@ def _header(scored: Scored, prompts: Sequence[Prompt], max_answer_tokens: int) -
     return {
         "model": scored.fingerprint,
         "dtype": str(scored.model.dtype),
-        "rows": digest([chat_template_of(scored), max_answer_tokens, rows]),
+        "made_with": made_with(scored.model),
+        "rows": digest([SCHEMA, chat_template_of(scored), max_answer_tokens, rows]),
     }
 
 
 def _of_row(source: Source, prompt: Prompt, seen: Mapping[str, Any], told: Mapping[str, Any]) -> Report:
     mine, theirs = seen[prompt.key], told[prompt.key]
-    read = len(mine["with"])
-    own, blind = sum(mine["with"]), sum(mine["without"]) if "without" in mine else None
+    read = len(mine["own"])
+    own, blank = sum(mine["own"]), sum(mine["grey"]) if "grey" in mine else None
     return {
         "row": prompt.key,
         "source": source.name,
@@ -213,8 +216,8 @@ def _of_row(source: Source, prompt: Prompt, seen: Mapping[str, Any], told: Mappi
         "answer_tokens": mine["tokens"],
         "tokens_read": read,
         "loss": own / read,
-        "loss_without_image": None if blind is None else blind / read,
-        "dependence": 0.0 if blind is None else (blind - own) / read,
+        "loss_grey_image": None if blank is None else blank / read,
+        "dependence": 0.0 if blank is None else (blank - own) / read,
         "teacher_entropy": theirs["entropy"] / theirs["tokens"],
         "teacher_loss": theirs["nats"] / theirs["tokens"],
         "language": theirs["entropy"],
