@@ -245,7 +245,13 @@ def five_artists_targets() -> str:
             back["mean"] - back["half"] >= 0.9,
         ),
         *(
-            (what, f">= {wanted:.0%}", less(arm, other, metric), share(arm, other, metric) >= wanted, _least(arm, other, metric) >= wanted)
+            (
+                what,
+                f">= {wanted:.0%}",
+                less(arm, other, metric),
+                share(arm, other, metric) >= wanted,
+                _least(arm, other, metric) >= wanted,
+            )
             for what, wanted, arm, other, metric in (
                 ("the default's remaining text KL below cross-entropy's", 0.25, default, "ce", "text_kl"),
                 ("KL of answers about pictures below cross-entropy's", 0.3, default, "ce", "image_kl"),
