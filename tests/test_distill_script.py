@@ -287,7 +287,7 @@ def test_resuming_into_another_runs_folder_is_refused_before_data_and_weights_ar
     monkeypatch.setattr(script, "load_data", lambda *arguments: asked.append("data"))
     resume = ("--resume_from_checkpoint", str(mine / "checkpoint-1"))
     assert run(saved_pair, data, other, *steps, "3", *resume) == 2
-    assert f"error: output_dir {str(other)!r} holds another run" in capsys.readouterr().err and asked == []
+    assert f"error: output_dir {str(other)!r} holds a run's files" in capsys.readouterr().err and asked == []
     assert {path: path.stat().st_mtime_ns for path in other.rglob("*") if path.is_file()} == stamps
     for out in (mine, tmp_path / "new"):  # the control
         run(saved_pair, data, out, *steps, "3", *resume)

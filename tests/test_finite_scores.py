@@ -141,7 +141,7 @@ def test_one_item_makes_no_verdict(tmp_path: Path) -> None:
 def test_one_row_of_a_source_decides_nothing(tmp_path: Path) -> None:
     prompt = Prompt(key="s/0", condition="text", messages=(), answer="", images=())
     source = Source("s", (prompt,), {}, DistillSource(path="x"))
-    seen = {"s/0": {"tokens": 4, "with": [1.0] * 4}}
+    seen = {"s/0": {"tokens": 4, "own": [1.0] * 4}}
     told = {"s/0": {"tokens": 4, "entropy": 40.0, "nats": 4.0}}
     found = _of_source(source, seen, told, Bootstrap(resamples=20), Limits())
     assert found["distill"] is True and found["sure"] is False

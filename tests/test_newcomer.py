@@ -83,7 +83,7 @@ def test_a_newcomers_hour(hub: Hub, tmp_path: Path) -> None:
     written = {path.name for path in clone.iterdir()} - {path.name for path in ROOT.iterdir()}
     assert {"drift", "smolvlm-fluent"} <= written
     again = run(commands(hour)[5], clone, environment, code=2)  # a second time into the same folder
-    assert "error: output_dir 'smolvlm-fluent' holds another run" in again
+    assert "error: output_dir 'smolvlm-fluent' holds a run's files" in again
 
 
 def run(command: str, folder: Path, environment: dict[str, str], *, code: int = 0) -> str:

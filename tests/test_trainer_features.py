@@ -518,7 +518,7 @@ def test_output_dir_of_another_run_is_refused_before_anything_is_trained(
 
     refused = make_trainer(**settings)
     before = weights(refused)
-    with pytest.raises(ValueError, match=r"holds another run \(checkpoint-1\).*--overwrite_output_dir"):
+    with pytest.raises(ValueError, match=r"holds a run's files \(checkpoint-1\).*--overwrite_output_dir"):
         refused.train()
     assert torch.equal(weights(refused), before) and sorted((tmp_path / "out").rglob("*")) == held
 
@@ -538,7 +538,7 @@ def test_files_that_mark_another_run(make_trainer: MakeTrainer, tmp_path: Path, 
     (tmp_path / "out" / "notes.txt").touch()
     make_trainer().train()  # a folder with other files is no run
     (tmp_path / "out" / mark).touch()
-    with pytest.raises(ValueError, match=f"holds another run \\({mark}\\)"):
+    with pytest.raises(ValueError, match=f"holds a run's files \\({mark}\\)"):
         make_trainer().train()
 
 

@@ -37,10 +37,10 @@ class Task:
     unit: str
     higher_is_better: bool
     items: dict[str, Items]
-    data: dict[str, Any] = field(default_factory=dict)
     controls: dict[str, dict[str, Items]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     beside: dict[str, dict[str, Items]] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 def build_report(tasks: Sequence[Task], bootstrap: Bootstrap, *, compare: Sequence[str] = (), **facts: Any) -> Report:
