@@ -171,7 +171,11 @@ BAD_IMAGES = [
     (stored(None), "image missing", r"an image is missing \(null\)"),
     (stored(b""), "image missing", r"an image is missing \(null\)"),
     (17, "image of wrong type", r"an image was expected, found int"),
-    ([RED], "image of wrong type", r"an image was expected, found list; of an array of pixels, `PIL.Image.fromarray` makes one"),
+    (
+        [RED],
+        "image of wrong type",
+        r"an image was expected, found list; of an array of pixels, `PIL.Image.fromarray` makes one",
+    ),
     (
         np.zeros((4, 4, 3), np.uint8),
         "image of wrong type",

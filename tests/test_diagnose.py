@@ -449,7 +449,9 @@ def test_the_notes_say_what_the_teacher_is_good_for() -> None:
     assert (
         decide(text=made_up(2.0))
         .notes[0]
-        .endswith("That is no difference to build on (20 prompts, +0.000 nats per token, 95 % interval +0.000 to +0.000).")
+        .endswith(
+            "That is no difference to build on (20 prompts, +0.000 nats per token, 95 % interval +0.000 to +0.000)."
+        )
     )
     assert "a teacher that sees nothing reads better still (none: 2.72)" in decide(about=made_up(none=1.0)).notes[1]
     assert len(decide(about=made_up()).notes) == 2  # control: and the second reading

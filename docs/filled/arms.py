@@ -98,11 +98,13 @@ def spread(found: dict[str, Any] | None, digits: int, sign: str = "") -> str:
 
 
 def arms_table(arms: dict[str, Any], order: list[str]) -> str:
-    lines = ["| " + " | ".join(["arm", *(title for title, _, _ in ARM_COLUMNS)]) + " |"]
-    lines.append("|" + "---|" * (len(ARM_COLUMNS) + 1))
+    """A row per arm; a column that none of them has is left out."""
+    columns = [column for column in ARM_COLUMNS if any(column[1] in arms[arm] for arm in order if arm in arms)]
+    lines = ["| " + " | ".join(["arm", *(title for title, _, _ in columns)]) + " |"]
+    lines.append("|" + "---|" * (len(columns) + 1))
     for arm in order:
         if arm in arms:
-            cells = [spread(arms[arm].get(metric), digits) for _, metric, digits in ARM_COLUMNS]
+            cells = [spread(arms[arm].get(metric), digits) for _, metric, digits in columns]
             lines.append("| " + " | ".join([ARM_TITLES.get(arm, f"`{arm}`"), *cells]) + " |")
     return "\n".join(lines)
 
@@ -236,7 +238,7 @@ def five_artists_turned() -> str:
 def larger() -> dict[str, Any]:
     """Arms of the larger LM at severe drift: one seed on a CPU; {} before it was run."""
     found: dict[str, Any] = read(LARGER)["regimes"]["P"]["severe"] if LARGER.is_file() else {}
-    return found
+    return {arm: scores for arm, scores in found.items() if scores}
 
 
 def five_artists_qwen() -> str:

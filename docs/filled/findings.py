@@ -11,7 +11,7 @@ from typing import Any
 from scipy.stats import t
 
 from .arms import larger, of_regime, seed_0_on_a_cpu, spread
-from .files import NOT_YET, ON_A_CPU, SUMMARY, read
+from .files import LARGER, NOT_YET, ON_A_CPU, SUMMARY, read
 
 DEPENDENT = "image_kl_dependent"
 IFEVAL_PROMPTS = 495
@@ -33,6 +33,7 @@ def five_artists_claim() -> str:
             f"{share(name, 'ce', 'image_kl', drift='mild'):.0%} closer ([second recipe](examples/recipes/five_artists/README.md)). "
             "IFEval did not come back.",
             f"- {what_sight_does()}",
+            *([f"- {_of_the_larger()}"] if larger() else []),
             f"- 30% of the drifted weights mixed with 70% of the original's, without training: {near['interpolate_03']['recovered_text_kl']['mean']:.0%} back, "
             f"{near['interpolate_03']['naming_seen']['mean']:.0%} of names right; the default {near[name]['naming_seen']['mean']:.0%} "
             "(one seed, CPU).",
@@ -49,17 +50,37 @@ def five_artists_qwen_says() -> str:
     def of(arm: str, metric: str) -> float:
         return float(arms[arm][metric]["mean"])
 
-    def below(metric: str) -> str:
-        return f"{1 - of('vision_before_ce05', metric) / of('ce', metric):.0%}".replace("-0%", "0%")
-
     return (
         f"One seed, one CPU. After the drift it answers *What is the capital of France?* with one word, and a request for a story with the picture's "
         f"name. The default brings {of('vision_before_ce05', 'recovered_text_kl'):.0%} of the language back, cross-entropy "
-        f"{of('ce', 'recovered_text_kl'):.0%}, interpolation {of('interpolate_05', 'recovered_text_kl'):.0%}. The default ends {below('text_kl')} below "
-        f"cross-entropy on text, {below('image_kl')} about pictures, {below(DEPENDENT)} where the picture decides; of the names, "
+        f"{of('ce', 'recovered_text_kl'):.0%}, interpolation {of('interpolate_05', 'recovered_text_kl'):.0%}. The default ends {_below('text_kl')} below "
+        f"cross-entropy on text, {_below('image_kl')} about pictures, {_below(DEPENDENT)} where the picture decides; of the names, "
         f"{of('vision_before_ce05', 'naming_seen'):.2f} are right after it, {of('ce', 'naming_seen'):.2f} after cross-entropy, "
-        f"{of('before', 'naming_seen'):.2f} before."
+        f"{of('before', 'naming_seen'):.2f} before. Over items, 95 %: text {_with_items('vision_before_ce05', 'text_kl')} against "
+        f"{_with_items('ce', 'text_kl')}, pictures {_with_items('vision_before_ce05', 'image_kl')} against {_with_items('ce', 'image_kl')}."
     )
+
+
+def _with_items(arm: str, metric: str) -> str:
+    """A score of the larger LM with half of its bootstrap interval over items."""
+    rows = map(json.loads, (LARGER.parent / "arms.jsonl").read_text(encoding="utf-8").splitlines())
+    row = next(row for row in rows if row["arm"].endswith(f"/{arm}"))
+    return f"{row[metric]:.3f} ± {row['half'][metric]:.3f}"
+
+
+def _of_the_larger() -> str:
+    arms = larger()
+    back = [f"{arms[arm]['recovered_text_kl']['mean']:.0%}" for arm in ("vision_before_ce05", "ce")]
+    return (
+        f"Qwen2.5-Coder-1.5B (one seed, CPU, LoRA): {back[0]} back; {_below('text_kl')} closer on text than cross-entropy ({back[1]} back), "
+        f"{_below('image_kl')} about pictures."
+    )
+
+
+def _below(metric: str) -> str:
+    """By which share the default is below cross-entropy, with the larger LM."""
+    arms = larger()
+    return f"{1 - arms['vision_before_ce05'][metric]['mean'] / arms['ce'][metric]['mean']:.0%}".replace("-0%", "0%")
 
 
 def what_sight_does() -> str:
