@@ -77,14 +77,11 @@ class ResumingMixin(_Trainer):
         """
         student: Any = self.model
         if not any(parameter.requires_grad for parameter in student.parameters()):
-            but = (
-                " but for those of the vision part, which freeze_vision leaves as they are"
-                if self.args.freeze_vision
-                else ""
-            )
+            of_vision = self.args.freeze_vision
             raise ValueError(
-                f"Nothing can be trained: all parameters of the student are frozen (requires_grad=False){but}. Set it to True for those that "
-                f"are to be trained,{' set freeze_vision=False,' if but else ''} or pass a peft_config."
+                "Nothing can be trained: all parameters of the student are frozen (requires_grad=False)"
+                f"{' but for those of the vision part, which freeze_vision leaves as they are' if of_vision else ''}. Set it to True for "
+                f"those that are to be trained,{' set freeze_vision=False,' if of_vision else ''} or pass a peft_config."
             )
         out = str(self.args.output_dir)
         wanted = wanted_checkpoint(resume_from_checkpoint or self.args.resume_from_checkpoint)

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 
-from .hub.run_facts import LOSS_SETTINGS, ROW_SETTINGS, public_name
+from .hub.run_facts import LOSS_SETTINGS, ROW_SETTINGS, plain, public_name
 from .options import shown
 from .weights import glance
 
@@ -56,20 +56,17 @@ def _options(args: Any, facts: Mapping[str, Any]) -> Iterator[tuple[str, Any, An
             yield name, kept[name], value
 
 
-def plain(value: Any) -> Any:
-    """An option as JSON keeps it: an enum's value."""
-    return getattr(value, "value", value)
-
-
 def _models(trainer: Any, facts: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """By a look at their files, wherever those lie now. The student's weights come from the checkpoint; what it began as counts where the
     VLM before is asked."""
-    asked = {"teacher": trainer.teacher_name_or_path}
+    args = trainer.args
+    asked = {"teacher": (trainer.teacher_name_or_path, args.teacher_model_revision)}
     if trainer.before is not None:
-        asked["student"] = str(getattr(trainer.model.config, "_name_or_path", "") or "")
-    for role, name in asked.items():
+        name = str(getattr(trainer.model.config, "_name_or_path", "") or "")
+        asked["student"] = name, (args.model_init_kwargs or {}).get("revision")
+    for role, (name, revision) in asked.items():
         known = facts.get(role) or {}
-        was, found = known.get("files"), glance(name) if name else None
+        was, found = known.get("files"), glance(name, revision) if name else None
         if was is not None and found is not None and was != found:
             yield role, f"{known.get('name')} (files {was})", f"{public_name(name)} (files {found})"
 

@@ -143,8 +143,9 @@ def fingerprint(path: str | Path, config: Any = None) -> str:
     return total.hexdigest()[:16]
 
 
-def glance(name: str) -> str | None:
+def glance(name: str, revision: str | None = None) -> str | None:
     """A short hash of a model's weight files, by their names, sizes and ends, wherever they lie; None if they are not on this machine.
+    revision: of a repository on the Hub; default: main.
 
     Where `fingerprint` reads every byte, this reads two MiB per file: enough to tell models apart, not to vouch for one.
     """
@@ -154,7 +155,7 @@ def glance(name: str) -> str | None:
         from huggingface_hub.errors import HFValidationError
 
         try:
-            config = try_to_load_from_cache(name, "config.json")
+            config = try_to_load_from_cache(name, "config.json", revision=revision or "main")
         except HFValidationError:
             return None
         if not isinstance(config, str):

@@ -46,6 +46,21 @@ def test_a_glance_tells_models_apart_and_knows_one_that_was_moved(
     assert glance(str(tmp_path)) is None and glance("ORG/nobody-has-this") is None and glance("no name/at/all") is None
 
 
+def test_a_glance_at_the_hubs_cache_is_at_the_revision_that_is_named(
+    pairs: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--ORG--LM"
+    for revision, name in (("main", "0"), ("v2", "7")):
+        commit = name * 40
+        shutil.copytree(pairs[name][1], repo / "snapshots" / commit)
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / revision).write_text(commit)
+    assert glance("ORG/LM") == glance("ORG/LM", "main") == glance(str(pairs["0"][1]))
+    assert glance("ORG/LM", "v2") == glance(str(pairs["7"][1])) != glance("ORG/LM")
+    assert glance("ORG/LM", "v3") is None
+
+
 def test_a_run_is_resumed_with_the_models_it_had(
     pairs: dict[str, tuple[Path, Path]], make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:

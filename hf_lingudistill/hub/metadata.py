@@ -15,8 +15,8 @@ from .results import Facts, Task, tasks_of
 TAGS = ("lingudistill", "trl", "sft", "distillation")
 TAGS_ON_POLICY = ("lingudistill", "trl", "on-policy", "distillation")
 
-# Datasets on the Hub that built-in tasks and those of lm-eval and lmms-eval are made of, for the card's `model-index`. Each id was found in public code that loads it
-# (November 2026); none was asked of the Hub itself.
+# Datasets on the Hub that built-in tasks and those of lm-eval and lmms-eval are made of, for the card's `model-index`. Each id was found
+# in public code that loads it (November 2026); none was asked of the Hub itself.
 HUB_DATASETS = {
     "xsum": "EdinburghNLP/xsum",
     "imdb": "stanfordnlp/imdb",

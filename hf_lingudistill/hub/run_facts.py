@@ -261,7 +261,7 @@ def gather_run_facts(
             **_cache_fact(trainer, "teacher_cached"),
         },
         "datasets": list(datasets),
-        "settings": {name: getattr(chosen[name], "value", chosen[name]) for name in SETTINGS if name in chosen},
+        "settings": {name: plain(chosen[name]) for name in SETTINGS if name in chosen},
         "training": {
             "steps": state.global_step or None,
             "epochs": state.epoch,
@@ -275,6 +275,11 @@ def gather_run_facts(
         "versions": _versions(),
         "recipe": dict(recipe) if recipe is not None else {**_model_names(name, trainer), **recipe_of(args)},
     }
+
+
+def plain(option: Any) -> Any:
+    """An option as JSON keeps it: an enum's value."""
+    return getattr(option, "value", option)
 
 
 def _count(model: Any, *, trained: bool = False) -> int:
@@ -318,7 +323,7 @@ def model_fact(reference: str, revision: str | None = None) -> RunFacts:
         "id": known,
         "name": public_name(reference) if reference else None,
         "revision": loaded_commit(known, revision) if known else None,
-        "files": glance(reference) if reference else None,
+        "files": glance(reference, revision) if reference else None,
         **(base_facts(reference, revision) if reference else {}),
     }
 

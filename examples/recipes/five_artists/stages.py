@@ -237,23 +237,14 @@ def drift(place: Place, tower_name: str, kind: str, seed: int) -> None:
     def build() -> dict[str, Any]:
         count = settings["steps"] * settings["batch_size"]
         rows = short_rows(place.world().pictures(("long", "short"), SEEN), count, seed=seed + 50)
-        if rank := place.settings.get(
-            "lora"
-        ):  # too large to train whole: adapters on the text model, merged; the tower stands still
-            arguments = place.settings["training"] | {
-                "learning_rate": settings["lm_lr"],
-                "max_steps": settings["steps"],
-            }
+        if rank := place.settings.get("lora"):  # too large to train whole: merged adapters, and the tower stands still
+            arguments = {"learning_rate": settings["lm_lr"], "max_steps": settings["steps"]}
             record = train(
-                place.tower(tower_name), place.original, rows, path, arguments, kind="ce", batch_size=settings["batch_size"],
-                seed=seed, lora=rank, freeze_tower=True, dtype=place.dtype,
+                place.tower(tower_name), place.original, rows, path, place.settings["training"] | arguments, kind="ce",
+                batch_size=settings["batch_size"], seed=seed, lora=rank, freeze_tower=True, dtype=place.dtype,
             )  # fmt: skip
-            return {
-                "loss": record["train_loss"],
-                "steps": record["steps"],
-                "rows": count,
-                "seconds": record["train_seconds"],
-            }
+            found = {"loss": record["train_loss"], "steps": record["steps"]}
+            return found | {"rows": count, "seconds": record["train_seconds"]}
         vlm, processor = load(place.tower(tower_name))
         recipe = SeeingRecipe(settings["steps"], settings["batch_size"], settings["lm_lr"], settings["vision_lr"])
         return _see(vlm, processor, rows, path, recipe, seed=seed)
