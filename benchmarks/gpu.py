@@ -250,6 +250,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=480.0, help="seconds for the cases together; default: 480")
     parser.add_argument("--toy", action="store_true", help="one toy case of each kind")
     parser.add_argument("--no_tests", action="store_true", help="skip `pytest -m gpu`")
+    parser.add_argument("--no_look", action="store_true", help="skip one_look.py")
     parser.add_argument(
         "--replan", type=Path, metavar="FILE", help="put what today's plan says into a gpu.json, and end"
     )
@@ -282,8 +283,8 @@ def main() -> None:
         ]
     started, done = time.perf_counter(), []
     tests = {"summary": "skipped", "failed": []} if args.no_tests else gpu_tests()
-    # First: nothing of it was measured on a GPU yet
-    frozen = {"failed": "toy size"} if args.toy else one_look(args.budget / 3)
+    skipped = "toy size" if args.toy else "skipped" if args.no_look else ""
+    frozen = {"failed": skipped} if skipped else one_look(args.budget / 3)
     with tempfile.TemporaryDirectory() as tmp:
         for case in cases:
             left = args.budget - (time.perf_counter() - started)

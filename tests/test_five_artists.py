@@ -315,7 +315,10 @@ def test_the_parent_that_gives_a_label_more_probability_teaches_it(place: stages
     assert total.item() == pytest.approx(expected, rel=1e-3)
 
 
-def test_side_by_side_every_stage_comes_once_and_before_what_needs_it(place: stages.Place, tmp_path: Path) -> None:
+def test_side_by_side_every_stage_comes_once_and_before_what_needs_it(
+    place: stages.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduce, "ARMS_AT_ONCE", 3)
     empty = stages.Place(tmp_path, place.settings, world)
     runs = [
         ("aligned", "P", "severe", 0, ["before", "ce", "none", "vision", "prompt"]),
@@ -333,7 +336,7 @@ def test_side_by_side_every_stage_comes_once_and_before_what_needs_it(place: sta
     ]
     # One at a time, the first arms come as soon as they can
     kinds = [task.arguments[0] for task in reproduce.tasks_of(empty, runs, jobs=1)]
-    assert kinds[:5] == ["answers", "original", "tower", "drift", "arms"] and kinds.count("arms") == 4
+    assert kinds[:5] == ["lm", "answers", "original", "tower", "drift"] and kinds.count("arms") == 4
     assert [task.arguments[0] for task in tasks].index("arms") == len(tasks) - 5
     begun: list[str] = []
 
@@ -614,6 +617,12 @@ def test_settings_take_the_place_of_those_they_are_based_on() -> None:
         return {leaf: it for name, inner in value.items() for leaf, it in leaves(inner, *path, str(name)).items()}
 
     base, found = reproduce.read_settings(), reproduce.read_settings(RECIPE / "qwen.yaml")
+    whole, of_whole = (
+        reproduce.read_settings(RECIPE / "qwen_whole.yaml"),
+        yaml.safe_load((RECIPE / "qwen_whole.yaml").read_text()),
+    )
+    assert of_whole.pop("based_on") == "qwen.yaml"
+    assert leaves(whole) == leaves(found) | leaves(of_whole) and whole["lora"] is None
     own = yaml.safe_load((RECIPE / "qwen.yaml").read_text())
     assert own.pop("based_on") == "recipe.yaml"
     assert leaves(found) == leaves(base) | leaves(own)

@@ -5,7 +5,8 @@
 
 or step by step, each of which skips what is done:
 
-    python examples/recipes/five_artists/reproduce.py answers              # the original's long answers, and the tests'
+    python examples/recipes/five_artists/reproduce.py lm                   # the original itself
+    python examples/recipes/five_artists/reproduce.py answers              # its long answers, and the tests'
     python examples/recipes/five_artists/reproduce.py original             # what the original itself scores
     python examples/recipes/five_artists/reproduce.py tower aligned
     python examples/recipes/five_artists/reproduce.py drift aligned severe 0
@@ -45,7 +46,7 @@ sys.path[:0] = [str(HERE), str(ROOT / "examples" / "baselines")]
 
 import kept  # noqa: E402
 import summary  # noqa: E402
-from stages import Place, answers, drift, is_done, tower  # noqa: E402
+from stages import Place, answers, drift, is_done, original, tower  # noqa: E402
 from world_rows import CUT, SETS, answers_of, ask, training_rows  # noqa: E402
 
 from hf_lingudistill.labs.evaluation.models import release_memory  # noqa: E402
@@ -53,16 +54,21 @@ from hf_lingudistill.labs.world.questions import row_of  # noqa: E402
 from hf_lingudistill.machine import machine  # noqa: E402
 
 Run = tuple[str, str, str, int, list[str]]  # tower, regime, drift, seed, arms
-ARMS_AT_ONCE = 3  # of one call, where several run side by side
+ARMS_AT_ONCE = 6  # of one call, where several run side by side
 
 
 def read_settings(path: Path = HERE / "recipe.yaml") -> dict[str, Any]:
     """recipe.yaml; without a GPU, what stands under its `on_cpu` in place of the same names."""
-    settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if other := settings.pop("based_on", None):
-        settings = _over(yaml.safe_load((path.parent / other).read_text(encoding="utf-8")), settings)
+    settings = _whole(path)
     on_cpu = settings.pop("on_cpu", {})
     return settings if machine().accelerated else settings | on_cpu
+
+
+def _whole(path: Path) -> dict[str, Any]:
+    """A file of settings, over those that it is based on."""
+    settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    other = settings.pop("based_on", None)
+    return settings if other is None else _over(_whole(path.parent / other), settings)
 
 
 def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,6 +239,12 @@ def sets_needed(place: Place, regime: str, names: Iterable[str]) -> list[str]:
     return [name for name in SETS if name in wanted]
 
 
+def sets_of_runs(place: Place) -> list[str]:
+    """The sets that the settings' runs need."""
+    needed = {name for run in all_runs(place.settings) for name in sets_needed(place, run[1], run[4])}
+    return [name for name in SETS if name in needed]
+
+
 def _told(tokenizer: Any, text: str) -> list[int]:
     turns = [{"role": "user", "content": text}]
     rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -304,20 +316,21 @@ def tasks_of(place: Place, runs: Sequence[Run], jobs: int) -> list[Task]:
         found.setdefault(name, Task(name, tuple(map(str, arguments)), tuple(needs)))
         return name
 
-    first = add("answers", "answers")
+    lm = add("lm", "lm")
+    written = add("answers", "answers", needs=[lm])
     if not summary.original(place.out / "results"):
-        add("original", "original", needs=[first])
+        add("original", "original", needs=[written])
     for run in missing(place, runs):
         tower_name, regime, kind, seed, names = run
         names = [name for name in names if (*run[:4], name) not in planned]  # lists may overlap
         planned |= {(*run[:4], name) for name in names}
         source = place.settings["towers"][tower_name].get("from")
-        before = [add(f"tower {source}", "tower", source, needs=[first])] if source else [first]
+        before = [add(f"tower {source}", "tower", source, needs=[lm])] if source else [lm]
         made = add(f"tower {tower_name}", "tower", tower_name, needs=before)
-        drifted = add(f"drift {tower_name} {kind} {seed}", "drift", tower_name, kind, seed, needs=[made, first])
+        drifted = add(f"drift {tower_name} {kind} {seed}", "drift", tower_name, kind, seed, needs=[made])
         for start in range(0, len(names), at_once):
             some = names[start : start + at_once]
-            add(f"{' '.join(map(str, run[:4]))}: {' '.join(some)}", "arms", *run[:4], *some, needs=[drifted])
+            add(f"{' '.join(map(str, run[:4]))}: {' '.join(some)}", "arms", *run[:4], *some, needs=[drifted, written])
     # Side by side, what others wait for comes first: a tower takes longer than an arm
     return sorted(found.values(), key=lambda task: jobs > 1 and task.arguments[0] == "arms")
 
@@ -411,7 +424,7 @@ def status(place: Place) -> None:
     for name in place.settings["towers"]:
         print(f"tower {name}: {'done' if is_done(place.tower(name)) else 'missing'}")
     sets = ask(place.world(), place.settings["answers"])
-    for name in SETS:
+    for name in sets_of_runs(place):
         whole = answers_of(name, sets[name], place.settings["answers"], place.answers) is not None
         print(f"answers {name}: {'done' if whole else 'missing'}")
     for run in [*all_runs(place.settings), *seed_runs(place)]:
@@ -459,7 +472,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run (default 1)")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("all", "seeds", "answers", "original", "report", "restore", "compare", "status"):
+    for name in ("all", "seeds", "lm", "answers", "original", "report", "restore", "compare", "status"):
         commands.add_parser(name)
     commands.add_parser("tower").add_argument("name")
     for name in ("drift", "modes"):
@@ -504,8 +517,10 @@ def run_command(args: argparse.Namespace, place: Place) -> int:
         tower(place, args.name)
     elif args.command == "drift":
         drift(place, args.tower, args.drift, args.seed)
+    elif args.command == "lm":
+        original(place)
     elif args.command == "answers":
-        answers(place)
+        answers(place, sets_of_runs(place))
     elif args.command == "original":
         some = {name: place.settings[name] for name in ("ifeval", "lengths")}
         measured = {name: it for name, it in some.items() if it["from_seed"] < place.settings["seeds"]}

@@ -22,6 +22,7 @@ from hf_lingudistill.labs.evaluation.models import Scored
 from hf_lingudistill.labs.evaluation.reading import Written
 from hf_lingudistill.labs.world.pictures import SEEN, Picture, World
 from hf_lingudistill.labs.world.questions import HELD_OUT_INSTRUCTIONS, LONG_INSTRUCTIONS, TOLD, row_of, short_rows
+from hf_lingudistill.machine import machine
 
 # In the order in which they are needed: the last two by regime M alone
 SETS = ("long", "test_images", "test_texts", "text", "instructions")
@@ -112,7 +113,7 @@ def write(original: Scored, name: str, asked: Sequence[Asked], settings: Mapping
         max_new_tokens=settings[name]["max_new_tokens"],
         temperature=settings["temperature"],
         seed={"long": 1, "text": 2, "test_images": 3, "test_texts": 4, "instructions": 5}[name],
-        batch_size=32,
+        batch_size=256 if machine().accelerated else 32,
         cache=ItemCache(folder / f"{name}.jsonl", _header(name, asked, settings)),
     )
 
