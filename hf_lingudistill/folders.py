@@ -7,16 +7,25 @@
 
 A folder's `MARKER` lists the files that were written there, with their sizes and times. A name is free if nothing bears it, or
 if every file under it is listed and unchanged: a file that was added to a model's folder, or trained over, is the user's.
+
+Several processes may write to one folder at a time (two sweeps into `outputs/`): each builds in a folder of its own, and takes its turn
+with the list. They are told apart by locks, which Windows and some network file systems do not have.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 MARKER = ".lingudistill-files.json"
 STAGING = ".lingudistill-being-written"
@@ -98,12 +107,18 @@ def replacing(folder: str | os.PathLike[str], *names: str, by: str) -> Iterator[
     """
     root = Path(folder)
     check(root, *names, by=by)
-    staging = make_staging(root / STAGING)
-    try:
-        yield staging
-    except BaseException:
-        clear_staging(staging)
-        raise
+    with _own_staging(root) as staging:
+        try:
+            yield staging
+        except BaseException:
+            clear_staging(staging)
+            raise
+        with _alone(root):
+            _take_their_places(root, staging, names, by)
+            clear_staging(staging)
+
+
+def _take_their_places(root: Path, staging: Path, names: tuple[str, ...], by: str) -> None:
     made = [name for name in names if (staging / name).exists()]
     try:
         check(root, *names, by=by)
@@ -121,25 +136,26 @@ def replacing(folder: str | os.PathLike[str], *names: str, by: str) -> Iterator[
     for name in made:
         (staging / name).rename(root / name)
     _write(root, {**kept, **new})
-    clear_staging(staging)
 
 
 def record(folder: str | os.PathLike[str], name: str, *, by: str) -> None:
     """Note that `by` has written `name` to a folder, which `check` had found free."""
     root = Path(folder)
-    kept = {path: stamps for path, stamps in _listing(root).items() if path.split("/")[0] != name}
-    new = {path.relative_to(root).as_posix(): [_stamp(path, by)] for path in _files(root / name)}
-    _write(root, {**kept, **new})
+    with _alone(root):
+        kept = {path: stamps for path, stamps in _listing(root).items() if path.split("/")[0] != name}
+        new = {path.relative_to(root).as_posix(): [_stamp(path, by)] for path in _files(root / name)}
+        _write(root, {**kept, **new})
 
 
 def forget(folder: str | os.PathLike[str], *, by: str) -> None:
     """Take what `by` wrote to a folder so far for the user's from now on."""
     root = Path(folder)
-    listing = _listing(root)
-    if kept := {path: stamps for path, stamps in listing.items() if all(stamp[0] != by for stamp in stamps)}:
-        _write(root, kept)
-    elif listing:
-        (root / MARKER).unlink()
+    with _alone(root):
+        listing = _listing(root)
+        if kept := {path: stamps for path, stamps in listing.items() if all(stamp[0] != by for stamp in stamps)}:
+            _write(root, kept)
+        elif listing:
+            (root / MARKER).unlink()
 
 
 def remove(folder: str | os.PathLike[str], name: str, *, by: str) -> None:
@@ -152,6 +168,73 @@ def remove(folder: str | os.PathLike[str], name: str, *, by: str) -> None:
     check(root, name, by=by)
     _remove(root / name)
     record(root, name, by=by)
+
+
+@contextmanager
+def _own_staging(root: Path) -> Iterator[Path]:
+    """An empty folder to build in that no other process builds in, while both are at it; what a process left that was killed is cleared."""
+    held = None
+    with suppress(FileExistsError):  # `make_staging` says it in words
+        root.mkdir(parents=True, exist_ok=True)
+    with _alone(root):
+        for number in itertools.count(1):
+            staging = root / (STAGING if number == 1 else f"{STAGING}-{number}")
+            try:
+                with _locked(staging, wait=False):
+                    pass  # nobody's, or of a process that is gone
+            except BlockingIOError:
+                continue
+            held = _lock(make_staging(staging), wait=False)
+            break
+    try:
+        yield staging
+    finally:
+        _unlock(held)
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """One process at a time, of those that work on the same folder; where there are no locks, as many as there are."""
+    with _locked(root, wait=True):
+        yield
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
+    held = _lock(folder, wait=wait)
+    try:
+        yield
+    finally:
+        _unlock(held)
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """A lock on a folder, which ends with the process at the latest; None where there is no such folder, or there are no locks.
+
+    Raises:
+        BlockingIOError: if another holds it and this one does not `wait`.
+    """
+    if fcntl is None:
+        return None
+    try:
+        held = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(held)
+        raise
+    except OSError:  # a file system without locks
+        os.close(held)
+        return None
+    return held
+
+
+def _unlock(held: int | None) -> None:
+    if held is not None:
+        fcntl.flock(held, fcntl.LOCK_UN)  # a process that was forked meanwhile has the same one open
+        os.close(held)
 
 
 def make_staging(staging: Path) -> Path:

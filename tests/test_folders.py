@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from hf_lingudistill import folders
 from hf_lingudistill.checkpoints import check_output_dir
 from hf_lingudistill.folders import MARKER, STAGING, NotOurs, check, claim, forget, is_ours, record, remove, replacing
 
@@ -123,6 +126,72 @@ def test_a_run_killed_while_files_are_moved_leaves_nothing_that_is_not_known(
     assert content(tmp_path) == {"before/deep/model": "3", "report.json": "3"}
 
 
+SWEEP = """
+import sys
+from pathlib import Path
+from hf_lingudistill.folders import replacing
+root, name = Path(sys.argv[1]), sys.argv[2]
+with replacing(root, name, by="sweep") as made:
+    print(made.name, flush=True)
+    (made / name).mkdir()
+    (made / name / "model").write_text(name)
+    sys.stdin.readline()  # until it is told to go on, or killed
+"""
+
+
+@pytest.fixture
+def sweep() -> Iterator[Callable[[Path, str], subprocess.Popen[str]]]:
+    """Starts a process that writes to a folder, and waits before its end."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(root: Path, name: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", SWEEP, str(root), name]
+        pipe = subprocess.PIPE
+        running.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT))
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be locked")
+def test_two_processes_write_to_one_folder_at_a_time(
+    tmp_path: Path, sweep: Callable[[Path, str], subprocess.Popen[str]]
+) -> None:
+    """As two sweeps into `outputs/` do. A third is killed: what it left is cleared, and nobody else's."""
+    names = ("one", "two", "killed")
+    processes = {name: sweep(tmp_path, name) for name in names}
+    stagings = {name: process.stdout.readline().strip() for name, process in processes.items() if process.stdout}
+    assert sorted(stagings.values()) == [STAGING, f"{STAGING}-2", f"{STAGING}-3"]
+    processes["killed"].kill()
+    processes["killed"].wait()
+    for name in ("two", "one"):
+        processes[name].communicate("\n")
+        assert processes[name].returncode == 0
+    assert content(tmp_path) == {
+        "one/model": "one", "two/model": "two", f"{stagings['killed']}/killed/model": "killed"
+    }  # fmt: skip
+    assert is_ours(tmp_path, "one", by="sweep") and is_ours(tmp_path, "two", by="sweep")
+    with replacing(tmp_path, "a", by="sweep"), replacing(tmp_path, "b", by="sweep"):
+        with replacing(tmp_path, "c", by="sweep"):
+            pass
+    assert content(tmp_path) == {"one/model": "one", "two/model": "two"}
+
+
+def test_where_folders_cannot_be_locked_one_process_writes_as_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "fcntl", None)
+    (tmp_path / STAGING).mkdir()
+    (tmp_path / STAGING / MARKER).touch()
+    (tmp_path / STAGING / "left").touch()  # by one that was killed
+    write(tmp_path, "1")
+    write(tmp_path, "2")
+    assert content(tmp_path) == {"before/deep/model": "2", "report.json": "2"}
+
+
 def test_a_folder_is_claimed_only_where_nothing_is_or_where_the_same_command_wrote(tmp_path: Path) -> None:
     claim(tmp_path / "new", by="demo")
     claim(tmp_path, by="demo")
@@ -213,7 +282,7 @@ SCRATCH = "a temporary folder made for this"
 
 # (file, function) -> why it may
 ALLOWED = {
-    ("hf_lingudistill/folders.py", "replacing"): OURS,
+    ("hf_lingudistill/folders.py", "_take_their_places"): BESIDE,
     ("hf_lingudistill/folders.py", "forget"): "the list itself",
     ("hf_lingudistill/folders.py", "clear_staging"): OURS,
     ("hf_lingudistill/folders.py", "_write"): "the list itself",
