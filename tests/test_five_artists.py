@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import itertools
 import json
 import shutil
 import sys
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +41,7 @@ import lms  # noqa: E402
 import reproduce  # noqa: E402
 import stages  # noqa: E402
 import summary  # noqa: E402
+import training  # noqa: E402
 import world_rows  # noqa: E402
 from instructions import instructions  # noqa: E402
 
@@ -315,6 +318,34 @@ def test_the_parent_that_gives_a_label_more_probability_teaches_it(place: stages
     assert total.item() == pytest.approx(expected, rel=1e-3)
 
 
+def test_side_by_side_no_two_calls_train_the_same_arm_at_a_time(tmp_path: Path) -> None:
+    """Of all that recipe.yaml runs: an arm that others are mixed from is trained where they are made, too."""
+    recipe = reproduce.read_settings()
+    calls = [task for task in reproduce.tasks_of(stages.Place(tmp_path, recipe, world), reproduce.all_runs(recipe), 8)]
+    by_name = {task.name: task for task in calls}
+    assert len(by_name) == len(calls)
+
+    def before(task: reproduce.Task) -> set[str]:
+        return set(task.needs).union(*(before(by_name[name]) for name in task.needs))
+
+    trained: dict[tuple[str, ...], list[reproduce.Task]] = {}
+    for task in calls:
+        if task.arguments[0] == "arms":
+            run, arms = task.arguments[1:5], task.arguments[5:]
+            needed = reproduce.sets_needed(stages.Place(tmp_path, recipe, world), run[1], arms)
+            assert {f"answers {name}" for name in needed} <= set(task.needs)
+            for arm in {recipe["arms"][name].get("of", name) for name in arms}:
+                trained.setdefault((*run, arm), []).append(task)
+    several = [tasks for tasks in trained.values() if len(tasks) > 1]
+    assert several  # control: some come in two lists
+    for tasks in several:
+        assert all(first.name in before(second) for first, second in itertools.pairwise(tasks))
+    # In one list they share a call, whatever stands between them
+    arms = {"a": {}, "b": {}, "a_07": {"of": "a"}, "c": {}, "c_05": {"of": "c"}}
+    assert reproduce.together(arms, ["a", "b", "a_07", "c_05"], 3) == [["a", "a_07", "b"], ["c_05"]]
+    assert reproduce.together(arms, ["a", "a_07", "b", "c", "c_05"], 1) == [["a", "a_07"], ["b"], ["c", "c_05"]]
+
+
 def test_side_by_side_every_stage_comes_once_and_before_what_needs_it(
     place: stages.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,7 +367,7 @@ def test_side_by_side_every_stage_comes_once_and_before_what_needs_it(
     ]
     # One at a time, the first arms come as soon as they can
     kinds = [task.arguments[0] for task in reproduce.tasks_of(empty, runs, jobs=1)]
-    assert kinds[:5] == ["lm", "answers", "original", "tower", "drift"] and kinds.count("arms") == 4
+    assert kinds[:5] == ["lm", "answers", "answers", "original", "tower"] and kinds.count("arms") == 4
     assert [task.arguments[0] for task in tasks].index("arms") == len(tasks) - 5
     begun: list[str] = []
 
@@ -600,8 +631,6 @@ def test_yours_stand_beside_ours(
 
 @pytest.mark.parametrize("accelerated", [True, False])
 def test_a_cpu_measures_fewer(accelerated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
-
     monkeypatch.setattr(reproduce, "machine", lambda: SimpleNamespace(accelerated=accelerated))
     found = reproduce.read_settings()
     assert "on_cpu" not in found
@@ -730,7 +759,20 @@ def test_an_lm_too_large_to_train_whole_drifts_and_is_cured_by_adapters_in_bf16(
 
     large = stages.Place(tmp_path, place.settings | {"lora": 4, "dtype": "bfloat16"}, world, offline=True)
     shutil.copytree(place.original, large.original)
-    arms = ["before", "ce", "vision_before_ce05", "none"]
+    arms = [
+        "before",
+        "ce",
+        "vision_before_ce05",
+        "none",
+        "caption",
+        "parents",
+        "on_policy",
+        "ce_anchor",
+        "interpolate_05",
+        "ce_07",
+    ]
+    kinds = {place.settings["arms"][arm]["kind"] for arm in arms}
+    assert kinds == {spec["kind"] for spec in place.settings["arms"].values()}
     reproduce.arms(large, ("aligned", "P", "severe", 0, arms))
     results = {
         arm: json.loads(reproduce.result_path(large, ("aligned", "P", "severe", 0), arm).read_text()) for arm in arms
@@ -750,15 +792,19 @@ def test_an_lm_too_large_to_train_whole_drifts_and_is_cured_by_adapters_in_bf16(
 
 
 @pytest.mark.parametrize("arm", ["ce", "caption", "vision_before_ce05"])
-def test_a_step_in_two_parts_is_the_same_step(place: stages.Place, tmp_path: Path, arm: str) -> None:
-    """Short rows first, in two parts that are padded apart. Control: the arm moves the weights it starts from."""
+def test_a_step_in_two_parts_is_the_same_step(
+    place: stages.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str
+) -> None:
+    """Short rows first, in two parts that are padded apart. Control: the arm moves the weights it starts from. In fp32: AdamW's first
+    steps are as long as they are whatever the gradient's size, so that rounding counts."""
+    monkeypatch.setattr(training, "machine", lambda: SimpleNamespace(bf16=False))
     run = ("aligned", "P", "severe", 3)
     stages.drift(place, "aligned", "severe", 3)
     reproduce.answers(place, reproduce.sets_needed(place, "P", [arm]))
     sets, found = world_rows.ask(world(), place.settings["answers"]), []
     for count in (1, 2):
-        training = place.settings["training"] | {"gradient_accumulation_steps": count}
-        part = stages.Place(tmp_path / str(count), place.settings | {"training": training}, world, offline=True)
+        arguments = place.settings["training"] | {"gradient_accumulation_steps": count}
+        part = stages.Place(tmp_path / str(count), place.settings | {"training": arguments}, world, offline=True)
         for name in ("original", "answers", "drifted"):
             shutil.copytree(place.out / name, part.out / name)
         path, record = reproduce.trained(part, (*run, [arm]), arm, sets)
@@ -767,7 +813,7 @@ def test_a_step_in_two_parts_is_the_same_step(place: stages.Place, tmp_path: Pat
     start = load_file(place.start("aligned", "severe", 3) / "model.safetensors")
     moved = sum(float((found[0][name] - start[name]).norm()) for name in start)
     apart = sum(float((found[0][name] - found[1][name]).norm()) for name in start)
-    assert apart < 0.05 * moved, (apart, moved)
+    assert apart < 0.001 * moved, (apart, moved)
 
 
 def test_what_some_seeds_lack_is_averaged_over_the_others(tmp_path: Path) -> None:

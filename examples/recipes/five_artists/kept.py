@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def _write_new(path: Path, value: Any) -> bool:
 
 def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_suffix(".part")
+    partial_path = path.with_suffix(f".{os.getpid()}.part")  # runs side by side may measure the same: the original
     partial_path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     partial_path.replace(path)
 

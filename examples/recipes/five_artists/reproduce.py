@@ -317,9 +317,14 @@ def tasks_of(place: Place, runs: Sequence[Run], jobs: int) -> list[Task]:
         return name
 
     lm = add("lm", "lm")
-    written = add("answers", "answers", needs=[lm])
+
+    def written(names: Iterable[str]) -> list[str]:
+        return [add(f"answers {name}", "answers", name, needs=[lm]) for name in names]
+
+    tests = written(("test_images", "test_texts"))
     if not summary.original(place.out / "results"):
-        add("original", "original", needs=[written])
+        add("original", "original", needs=tests)
+    trains: dict[tuple[Any, ...], str] = {}  # (run, an arm that others are mixed from) -> the task that trains it
     for run in missing(place, runs):
         tower_name, regime, kind, seed, names = run
         names = [name for name in names if (*run[:4], name) not in planned]  # lists may overlap
@@ -328,11 +333,29 @@ def tasks_of(place: Place, runs: Sequence[Run], jobs: int) -> list[Task]:
         before = [add(f"tower {source}", "tower", source, needs=[lm])] if source else [lm]
         made = add(f"tower {tower_name}", "tower", tower_name, needs=before)
         drifted = add(f"drift {tower_name} {kind} {seed}", "drift", tower_name, kind, seed, needs=[made])
-        for start in range(0, len(names), at_once):
-            some = names[start : start + at_once]
-            add(f"{' '.join(map(str, run[:4]))}: {' '.join(some)}", "arms", *run[:4], *some, needs=[drifted, written])
+        for some in together(place.settings["arms"], names, at_once):
+            parents = {place.settings["arms"][name].get("of", name) for name in some}
+            # Two that train the same arm would write over each other
+            after = [trains[key] for parent in sorted(parents) if (key := (*run[:4], parent)) in trains]
+            needs = [drifted, *written(sets_needed(place, regime, some)), *dict.fromkeys(after)]
+            made_by = add(f"{' '.join(map(str, run[:4]))}: {' '.join(some)}", "arms", *run[:4], *some, needs=needs)
+            trains |= {(*run[:4], parent): made_by for parent in parents}
     # Side by side, what others wait for comes first: a tower takes longer than an arm
     return sorted(found.values(), key=lambda task: jobs > 1 and task.arguments[0] == "arms")
+
+
+def together(arms: Mapping[str, Mapping[str, Any]], names: Sequence[str], at_once: int) -> list[list[str]]:
+    """Names in calls of about `at_once`; an arm and those that are mixed from it are in one call, which trains it once."""
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(arms[name].get("of", name), []).append(name)
+    calls: list[list[str]] = []
+    for family in families.values():
+        if calls and len(calls[-1]) + len(family) <= at_once:
+            calls[-1] += family
+        else:
+            calls.append(list(family))
+    return calls
 
 
 def run_tasks(tasks: Sequence[Task], jobs: int, start: Callable[[Task], subprocess.Popen[Any]]) -> list[str]:
@@ -472,7 +495,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run (default 1)")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("all", "seeds", "lm", "answers", "original", "report", "restore", "compare", "status"):
+    commands.add_parser("answers").add_argument(
+        "names", nargs="*", metavar="SET", help=f"of {', '.join(SETS)}; default: all that the runs need"
+    )
+    for name in ("all", "seeds", "lm", "original", "report", "restore", "compare", "status"):
         commands.add_parser(name)
     commands.add_parser("tower").add_argument("name")
     for name in ("drift", "modes"):
@@ -488,6 +514,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.command == "restore" and args.results is None:
         parser.error("restore needs --results: the folder whose figures are taken over.")
+    if args.command == "answers" and (unknown := sorted(set(args.names) - set(SETS))):
+        parser.error(f"there is no set {unknown[0]!r}: expected some of {', '.join(SETS)}.")
     own = "five_artists" if args.settings.stem == "recipe" else f"five_artists_{args.settings.stem}"
     args.out = args.out or ROOT / "outputs" / own
     args.results = args.results or args.out / "report"
@@ -520,7 +548,7 @@ def run_command(args: argparse.Namespace, place: Place) -> int:
     elif args.command == "lm":
         original(place)
     elif args.command == "answers":
-        answers(place, sets_of_runs(place))
+        answers(place, args.names or sets_of_runs(place))
     elif args.command == "original":
         some = {name: place.settings[name] for name in ("ifeval", "lengths")}
         measured = {name: it for name, it in some.items() if it["from_seed"] < place.settings["seeds"]}

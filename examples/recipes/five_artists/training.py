@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from parents import PerTokenTrainer
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTTrainer
 from world_rows import TRAINING_TEMPLATE
@@ -39,8 +40,6 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
 def adapters(rank: int) -> Any:
     """LoRA on every matrix of the text model; tower and connector stand still."""
-    from peft import LoraConfig
-
     targets = r".*text_model.*(q|k|v|o|gate|up|down)_proj"
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
 
@@ -66,9 +65,10 @@ class CaptionTold(SFTTrainer):
         self.rows_read += labels.size(0)
         rows, places = (labels[:, 1:] != -100).nonzero(as_tuple=True)
         # The Trainer's own autocast wraps the whole model's forward, which is not called here
+        vlm = model.get_base_model() if isinstance(model, PeftModel) else model
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=self.args.bf16):
-            states = model.model(**inputs, use_cache=False).last_hidden_state
-            logits = model.lm_head(states[rows, places]).float()
+            states = vlm.model(**inputs, use_cache=False).last_hidden_state
+            logits = vlm.lm_head(states[rows, places]).float()
         loss = F.cross_entropy(logits, labels[rows, places + 1], reduction="none")
         for row, prompt in enumerate(told):
             if prompt is None:

@@ -183,18 +183,20 @@ def plain_generation(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-class _Gumbel(LogitsProcessor):
-    """Makes greedy decoding a sample: the argmax of logits / temperature + Gumbel noise. The noise is a row's own, so that a
-    sample does not depend on what it is batched with."""
+class _Drawn(LogitsProcessor):
+    """Makes greedy decoding a sample: all but one token per row are ruled out. A row's draws are its own, so that a sample does not
+    depend on what it is batched with: one number in [0, 1) per step, and the token at which the summed probabilities pass it."""
 
     def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
         self.temperature = temperature
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        noise = torch.stack([torch.rand(scores.size(1), generator=generator) for generator in self.generators])
-        noise = -torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))
-        return scores.float() / self.temperature + noise.to(scores.device)
+        drawn = torch.stack([torch.rand(1, generator=generator) for generator in self.generators]).to(scores.device)
+        passed = (scores.float() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        # The sum ends a rounding beside 1; `right`: a token of probability 0 passes nothing
+        token = torch.searchsorted(passed, drawn * passed[:, -1:], right=True).clamp(max=scores.size(1) - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
 @torch.inference_mode()
@@ -228,8 +230,8 @@ def write_answers(
         eos_token_id=sorted(stops),
         pad_token_id=next(iter(sorted(stops))),
     )
-    noise = [_Gumbel(temperature, seeds)] if temperature > 0 else []
-    processors = LogitsProcessorList([FiniteLogits(scored.name), *noise])
+    drawn = [_Drawn(temperature, seeds)] if temperature > 0 else []
+    processors = LogitsProcessorList([FiniteLogits(scored.name), *drawn])
     with plain_generation(scored.model):
         output = scored.model.generate(**inputs, generation_config=config, logits_processor=processors)
     found = []
