@@ -406,11 +406,12 @@ def test_the_cost_on_a_gpu_is_what_was_measured_there() -> None:
     """One number (the time of an operation) was taken from the 135M student's step; every other arm and size is a prediction."""
     rows = [
         row
-        for case in json.loads((ROOT / "benchmarks/results/gpu.json").read_text(encoding="utf-8"))["cases"]
+        for name in ("gpu", "gpu_h200")
+        for case in json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))["cases"]
         for arm, row in case.get("arms", {}).items()
-        if "planned_ratio" in row and arm != "vision_before"  # measured over whole rows
+        if "planned_ratio" in row and (name, arm) != ("gpu", "vision_before")  # measured over whole rows
     ]
-    assert len(rows) >= 15
+    assert len(rows) >= 22
     for row in rows:
         assert 0.9 * row["ratio_min"] < row["planned_ratio"] < 1.1 * row["ratio_max"]
         assert 0.7 < row["planned_seconds"] / row["seconds"] < 1.1

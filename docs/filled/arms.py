@@ -236,7 +236,7 @@ def five_artists_turned() -> str:
 
 
 def larger() -> dict[str, Any]:
-    """Arms of the larger LM at severe drift: one seed on a CPU; {} before it was run."""
+    """Arms of the larger LM at severe drift; {} before it was run."""
     found: dict[str, Any] = read(LARGER)["regimes"]["P"]["severe"] if LARGER.is_file() else {}
     return {arm: scores for arm, scores in found.items() if scores}
 

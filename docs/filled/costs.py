@@ -9,7 +9,7 @@ from typing import Any
 from hf_lingudistill.labs.plan import Setup, read_pair
 from hf_lingudistill.labs.plan import step_cost as step_cost_of
 
-from .files import ANSWERS_ONCE, GPU_COST, ON_POLICY_COST, STEP_COST, read
+from .files import ANSWERS_ONCE, GPU_COSTS, ON_POLICY_COST, STEP_COST, gpu_cases, read
 
 
 def step_cost() -> str:
@@ -51,24 +51,41 @@ def one_look() -> str:
         arm: f"{step_cost_of(*pair, replace(setup, freeze_vision=arm == 'one_look')):.2f}"
         for arm in ("one_look", "default_trained")
     }
-    lines = ["| | step | over SFT (min - max) | `plan` says |", "|---|---|---|---|"]
+    on_a_gpu = read(STEP_COST.with_name("one_look_gpu.json"))
+    gpu = on_a_gpu["machine"]
+
+    def over(row: dict[str, Any]) -> str:
+        return f"{row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f})" if "ratio" in row else "1"
+
+    lines = [
+        f"| | CPU: step | over SFT (min - max) | `plan` says | {gpu['device'].split(' ')[1]}: step | over SFT |",
+        "|---|---|---|---|---|---|",
+    ]
     for arm, row in arms.items():
-        over = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} - {row['ratio_max']:.2f})" if "ratio" in row else "1"
-        lines.append(f"| {said[arm]} | {row['seconds']:.2f} s | {over} | {planned.get(arm, '')} |")
+        there = on_a_gpu["arms"][arm]
+        lines.append(
+            f"| {said[arm]} | {row['seconds']:.2f} s | {over(row)} | {planned.get(arm, '')} | {there['seconds']:.3f} s | {over(there)} |"
+        )
     lines += [
         "",
         f"SmolVLM-256M's shape: tower and projector of {shape['vision_parameters'] / 1e6:.0f}M parameters, LM of {shape['lm_parameters'] / 1e6:.0f}M; "
         f"{shape['length']} tokens, {shape['image_tokens']} of them image, {shape['response_tokens']} response. Medians of {result['rounds']} "
         f"interleaved rounds, CPU time; {machine['device']}, {machine['dtype']}, load {machine['load_before']} to {machine['load_after']}. SFT "
-        "scores labelled positions alone; `plan` leaves out the optimizer's time, of which there is more where more is trained "
+        f"scores labelled positions alone. On the GPU: batch {on_a_gpu['shape']['batch_size']}, {gpu['dtype']}, wall time. `plan` leaves out the optimizer's time, of which there is more where more is trained "
         "(`python benchmarks/one_look.py`).",
     ]
     return "\n".join(lines)
 
 
 def _frozen() -> str:
-    arms = read(STEP_COST.with_name("one_look.json"))["arms"]
-    return f"{arms['one_look']['ratio'] - 1:.0%} more than SFT that scores answers alone (256M, CPU"
+    on_a_cpu, on_a_gpu = (
+        read(STEP_COST.with_name(name))["arms"]["one_look"]["ratio"] - 1
+        for name in ("one_look.json", "one_look_gpu.json")
+    )
+    return (
+        f"{on_a_cpu:.0%} more than SFT that scores answers alone (256M, CPU; {on_a_gpu:.0%} on the H200, where so small a model waits for its "
+        "launches"
+    )
 
 
 def _step_cost(result: dict[str, Any]) -> str:
@@ -98,41 +115,42 @@ def _step_cost(result: dict[str, Any]) -> str:
 
 def gpu_cost() -> str:
     """Time and memory of one step on a GPU, of the cases that were measured."""
-    result = read(GPU_COST)
     lines = [
-        "| student | batch | arm | step | over compact SFT (min - max) | over TRL's SFT | peak memory | over TRL's SFT |",
-        "|---|---|---|---|---|---|---|---|",
+        "| GPU | student | batch | arm | step | over compact SFT (min - max) | over TRL's SFT | peak memory | over TRL's SFT |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    done = [case for case in result["cases"] if "arms" in case]
-    for case in done:
+    cases = gpu_cases()
+    for gpu, case in cases:
         base = case["arms"]["sft"]["peak_mb"]
         for arm, row in case["arms"].items():
             lines.append(
-                f"| {case['shape']} | {case['batch']} | `{arm}` | {row['seconds']:.3f} s | {row['ratio']:.3f} ({row['ratio_min']:.3f} - "
+                f"| {gpu} | {case['shape']} | {case['batch']} | `{arm}` | {row['seconds']:.3f} s | {row['ratio']:.3f} ({row['ratio_min']:.3f} - "
                 f"{row['ratio_max']:.3f}) | {row['ratio_trl']:.3f} | {row['peak_mb'] / 1024:.1f} GiB | {row['peak_mb'] - base:+.0f} MiB |"
             )
-    first = done[0]
+    first, newest = cases[0][1], read(GPU_COSTS[0])
     lines += [
         "",
-        f"{result['device']}, torch {result['torch']}, {result['dtype']}; medians of {result['rounds']} interleaved rounds (the first "
-        f"discarded), {first['length']} tokens, {first['response']} of them response, checkpointing on, teacher in {first['teacher']}, "
-        "full fine-tuning with AdamW. `python benchmarks/gpu.py --out OUT` measures more cases where there is time.",
+        f"One GPU, torch {newest['torch']}, {newest['dtype']}; medians of interleaved rounds ("
+        + ", ".join(f"{found['rounds']} on the {found['device'].split(' ')[1]}" for found in map(read, GPU_COSTS))
+        + f", the first discarded), {first['length']} tokens, {first['response']} of them response, checkpointing on, teacher in {first['teacher']}, "
+        "full fine-tuning with AdamW. The H100's rows are of 2026-11-26, when `vision_before` ran the VLM before over whole rows; now it stops at "
+        "the last image token. `python benchmarks/gpu.py --out OUT` measures more cases where there is time.",
     ]
     return "\n".join(lines)
 
 
 def gpu_claim() -> str:
     """README's sentence: what a step costs in the cheapest and in the default mode, at the largest and the smallest size measured."""
-    cases = [case for case in read(GPU_COST)["cases"] if "arms" in case and case["batch"] == 8]
-    large, small = cases[0], cases[-1]
+    cases = [(gpu, case) for gpu, case in gpu_cases() if case["batch"] == 8]
+    (newest, large), (older, small) = cases[0], cases[-1]
 
     def more(case: dict[str, Any], arm: str) -> str:
         return f"{case['arms'][arm]['ratio_trl'] - 1:.0%}"
 
     return (
         f"A step costs {more(large, 'full')} (`full`) to {more(large, 'vision_before')} (default) more than TRL's own, on an "
-        f"H100 at {large['shape']}, batch {large['batch']}, tower trained; {more(small, 'full')} to {more(small, 'vision_before')} at "
-        f"{small['shape']}. With the tower frozen, as by default: {_frozen()}; [every mode](docs/cost.md))."
+        f"{newest} at {large['shape']}, batch {large['batch']}, tower trained; {more(small, 'full')} to {more(small, 'vision_before')} at "
+        f"{small['shape']} ({older}). With the tower frozen, as by default: {_frozen()}; [every mode](docs/cost.md))."
     )
 
 

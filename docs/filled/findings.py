@@ -11,7 +11,7 @@ from typing import Any
 from scipy.stats import t
 
 from .arms import larger, of_regime, seed_0_on_a_cpu, spread
-from .files import LARGER, NOT_YET, ON_A_CPU, SUMMARY, read
+from .files import LARGER, LARGER_ON_A_CPU, NOT_YET, ON_A_CPU, SUMMARY, read
 
 DEPENDENT = "image_kl_dependent"
 IFEVAL_PROMPTS = 495
@@ -42,45 +42,66 @@ def five_artists_claim() -> str:
 
 
 def five_artists_qwen_says() -> str:
-    """What the larger LM's table tells, one seed."""
+    """What the larger LM's table tells, over the seeds that the arms it compares share."""
     arms = larger()
     if not arms:
         return NOT_YET
+    default, blind = "vision_before_ce05", "vision_before_blind_ce05"
+    paired = read(LARGER)["paired"]["P"]["severe"]
 
-    def of(arm: str, metric: str) -> float:
-        return float(arms[arm][metric]["mean"])
+    def gained(arm: str, other: str, metric: str) -> str:
+        return spread(paired[f"{arm} - {other}"][metric], 3, "+")
 
-    return (
-        f"One seed, one CPU. After the drift it answers *What is the capital of France?* with one word, and a request for a story with the picture's "
-        f"name. The default brings {of('vision_before_ce05', 'recovered_text_kl'):.0%} of the language back, cross-entropy "
-        f"{of('ce', 'recovered_text_kl'):.0%}, interpolation {of('interpolate_05', 'recovered_text_kl'):.0%}. The default ends {_below('text_kl')} below "
-        f"cross-entropy on text, {_below('image_kl')} about pictures, {_below(DEPENDENT)} where the picture decides; of the names, "
-        f"{of('vision_before_ce05', 'naming_seen'):.2f} are right after it, {of('ce', 'naming_seen'):.2f} after cross-entropy, "
-        f"{of('before', 'naming_seen'):.2f} before. Over items, 95 %: text {_with_items('vision_before_ce05', 'text_kl')} against "
-        f"{_with_items('ce', 'text_kl')}, pictures {_with_items('vision_before_ce05', 'image_kl')} against {_with_items('ce', 'image_kl')}."
+    def seeds(arm: str) -> int:
+        return int(arms[arm]["text_kl"]["seeds"])
+
+    fewer = sorted(
+        (arm for arm in arms if "seeds" in arms[arm]["text_kl"] and seeds(arm) < seeds("ce")), key=seeds, reverse=True
     )
+    lines = [
+        f"One H200, {_count(seeds('ce'))} of the VLM before, cross-entropy and the default; then the machine was gone: "
+        + ", ".join(f"`{arm}` has {seeds(arm)}" for arm in fewer)
+        + ". Drift differs from seed to seed, so arms are compared within seeds.",
+        f"The default brings {_back(default)} of the language back, cross-entropy {_back('ce')}. It ends {less(default, 'ce', 'text_kl', of=LARGER)} "
+        f"below cross-entropy on text, {less(default, 'ce', 'image_kl', of=LARGER)} about pictures, {less(default, 'ce', DEPENDENT, of=LARGER)} "
+        f"where the picture decides. Names: {gained(default, 'before', 'naming_seen')} against the VLM before, "
+        f"{gained(default, 'ce', 'naming_seen')} against cross-entropy.",
+        f"Without labels and blind (`none`), text is level ({gained(default, 'none', 'text_kl')}, {_count(paired[f'{default} - none']['text_kl']['seeds'])}); "
+        f"about pictures the default is {less(default, 'none', 'image_kl', of=LARGER)} below it, {less(default, 'none', DEPENDENT, of=LARGER)} where "
+        "the picture decides.",
+        f"A second, blind reading (`blind_weight` .5, {_count(seeds(blind))}) gains nothing here, against the default: text "
+        f"{gained(blind, default, 'text_kl')}, pictures {gained(blind, default, 'image_kl')}, where the picture decides "
+        f"{gained(blind, default, DEPENDENT)}. The library's default stays without it.",
+        *_larger_on_a_cpu(),
+    ]
+    return "\n".join(f"- {line}" for line in lines)
 
 
-def _with_items(arm: str, metric: str) -> str:
-    """A score of the larger LM with half of its bootstrap interval over items."""
-    rows = map(json.loads, (LARGER.parent / "arms.jsonl").read_text(encoding="utf-8").splitlines())
-    row = next(row for row in rows if row["arm"].endswith(f"/{arm}"))
-    return f"{row[metric]:.3f} ± {row['half'][metric]:.3f}"
+def _larger_on_a_cpu() -> list[str]:
+    """The same on a CPU, seed 0."""
+    arms = read(LARGER_ON_A_CPU)["regimes"]["P"]["severe"]
+    scores = [
+        f"{arms['vision_before_ce05'][metric]['mean']:.3f} against {arms['ce'][metric]['mean']:.3f}"
+        for metric in ("text_kl", "image_kl")
+    ]
+    return [
+        f"On a CPU (one seed, fewer items, measured in bf16; `results/qwen/cpu`) the default has {scores[0]} on text, {scores[1]} about pictures. "
+        "There the drifted model answered *What is the capital of France?* with one word, and a request for a story with the picture's name."
+    ]
+
+
+def _back(arm: str) -> str:
+    """The share of the language that an arm of the larger LM brings back."""
+    found = larger()[arm]["recovered_text_kl"]
+    return f"{found['mean']:.0%} ± {found['half']:.0%}"
 
 
 def _of_the_larger() -> str:
-    arms = larger()
-    back = [f"{arms[arm]['recovered_text_kl']['mean']:.0%}" for arm in ("vision_before_ce05", "ce")]
+    default, device = "vision_before_ce05", read(LARGER)["device"].split(" ")[1]
     return (
-        f"Qwen2.5-Coder-1.5B (one seed, CPU, LoRA): {back[0]} back; {_below('text_kl')} closer on text than cross-entropy ({back[1]} back), "
-        f"{_below('image_kl')} about pictures."
+        f"Qwen2.5-Coder-1.5B ({_count(larger()[default]['text_kl']['seeds'])}, {device}, LoRA): {_back(default)} back (cross-entropy {_back('ce')}); "
+        f"{less(default, 'ce', 'text_kl', of=LARGER)} closer on text than cross-entropy, {less(default, 'ce', 'image_kl', of=LARGER)} about pictures."
     )
-
-
-def _below(metric: str) -> str:
-    """By which share the default is below cross-entropy, with the larger LM."""
-    arms = larger()
-    return f"{1 - arms['vision_before_ce05'][metric]['mean'] / arms['ce'][metric]['mean']:.0%}".replace("-0%", "0%")
 
 
 def what_sight_does() -> str:
@@ -123,10 +144,17 @@ def _seeds(folder: Path, regime: str, drift: str) -> dict[tuple[int, str], dict[
 
 
 def _shares(
-    arm: str, other: str, metric: str, *, regime: str = "P", drift: str = "severe", cpu: bool = False
+    arm: str,
+    other: str,
+    metric: str,
+    *,
+    regime: str = "P",
+    drift: str = "severe",
+    cpu: bool = False,
+    of: Path | None = None,
 ) -> list[float]:
-    """By which share an arm is below another, seed by seed, over those of both."""
-    found = _seeds((ON_A_CPU if cpu else SUMMARY).parent, regime, drift)
+    """By which share an arm is below another, seed by seed, over those of both. of: the summary of other results than the recipe's."""
+    found = _seeds((of or (ON_A_CPU if cpu else SUMMARY)).parent, regime, drift)
     both = sorted(seed for seed, name in found if name == arm and (seed, other) in found)
     return [1 - found[seed, arm][metric] / found[seed, other][metric] for seed in both]
 

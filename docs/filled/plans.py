@@ -16,7 +16,7 @@ from hf_lingudistill.labs.plan import (
 )
 from hf_lingudistill.labs.plan.known_models import BUILT_IN_PAIRS
 
-from .files import GPU_COST, PLAN_CHECK, read
+from .files import GPU_COSTS, PLAN_CHECK, gpu_cases, read
 
 METHODS = {
     "full": Setup(),
@@ -108,36 +108,40 @@ def plan_peaks() -> str:
     return "\n".join(rows)
 
 
+ARMS = {
+    "vision_before": "`vision`, `kv_source=before`",
+    "vision_before_twice": "the same, `blind_weight` .5",
+}
+
+
 def plan_gpu() -> str:
     """Planned and measured peaks of the GPU's cases."""
-    result = read(GPU_COST)
-    rows = ["| student | batch | `kv_sharing` | planned | measured | error |", "|---|---|---|---|---|---|"]
+    rows = ["| GPU | student | batch | `kv_sharing` | planned | measured | error |", "|---|---|---|---|---|---|---|"]
     errors = []
-    for case in (case for case in result["cases"] if "arms" in case):
+    for gpu, case in gpu_cases():
         for arm, row in case["arms"].items():
             if "planned_mb" in row:
                 errors.append(row["planned_mb"] / row["peak_mb"] - 1)
-                title = "`vision`, `kv_source=before`" if arm == "vision_before" else f"`{arm}`"
+                title = ARMS.get(arm, f"`{arm}`")
                 rows.append(
-                    f"| {case['shape']} | {case['batch']} | {title} | {row['planned_mb'] / 1024:.1f} GiB | {row['peak_mb'] / 1024:.1f} GiB | "
+                    f"| {gpu} | {case['shape']} | {case['batch']} | {title} | {row['planned_mb'] / 1024:.1f} GiB | {row['peak_mb'] / 1024:.1f} GiB | "
                     f"{errors[-1]:+.1%} |"
                 )
-    rows += ["", f"{result['device']}, torch {result['torch']}: {min(errors):+.1%} to {max(errors):+.1%}."]
+    rows += ["", f"torch {read(GPU_COSTS[0])['torch']}: {min(errors):+.1%} to {max(errors):+.1%}."]
     return "\n".join(rows)
 
 
 def plan_gpu_cost() -> str:
     """Planned and measured cost of a step on the GPU."""
-    result = read(GPU_COST)
     rows = [
-        "| student | batch | `kv_sharing` | planned | measured, median (min - max) | seconds planned | measured |",
-        "|---|---|---|---|---|---|---|",
+        "| GPU | student | batch | `kv_sharing` | planned | measured, median (min - max) | seconds planned | measured |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for case in (case for case in result["cases"] if "arms" in case):
+    for gpu, case in gpu_cases():
         for arm, row in case["arms"].items():
-            if "planned_ratio" in row and arm != "vision_before":
+            if "planned_ratio" in row and (gpu, arm) != ("H100", "vision_before"):  # over whole rows
                 rows.append(
-                    f"| {case['shape']} | {case['batch']} | `{arm}` | {row['planned_ratio']:.3f} | {row['ratio']:.3f} ({row['ratio_min']:.3f} - "
+                    f"| {gpu} | {case['shape']} | {case['batch']} | {ARMS.get(arm, f'`{arm}`')} | {row['planned_ratio']:.3f} | {row['ratio']:.3f} ({row['ratio_min']:.3f} - "
                     f"{row['ratio_max']:.3f}) | {row['planned_seconds']:.2f} | {row['seconds']:.2f} |"
                 )
     return "\n".join(rows)

@@ -551,7 +551,7 @@ def run_command(args: argparse.Namespace, place: Place) -> int:
         answers(place, args.names or sets_of_runs(place))
     elif args.command == "original":
         some = {name: place.settings[name] for name in ("ifeval", "lengths")}
-        measured = {name: it for name, it in some.items() if it["from_seed"] < place.settings["seeds"]}
+        measured = {name: it for name, it in some.items() if it["of"] and it["from_seed"] < place.settings["seeds"]}
         measure_original(place, references(place), measured)
     elif args.command == "report":
         report(place, args.results)
