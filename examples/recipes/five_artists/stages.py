@@ -81,7 +81,8 @@ def original(place: Place) -> None:
     """The LM that all begins with.
 
     Raises:
-        Refusal: if the folder holds another one: its towers, answers and results would pass for this one's.
+        Refusal: if the folder holds another one: its towers, answers and results would pass for this one's; or if it is to come from packages
+            that are not installed.
     """
     path, wanted = place.original / "done.json", name_of(place.settings)
     if path.is_file() and (found := json.loads(path.read_text(encoding="utf-8")).get("lm", SMOLLM2)) != wanted:
@@ -90,7 +91,10 @@ def original(place: Place) -> None:
         )
 
     def build() -> dict[str, Any]:
-        lm, tokenizer = load_lm(place.settings, offline=place.offline)
+        try:
+            lm, tokenizer = load_lm(place.settings, offline=place.offline)
+        except (ModuleNotFoundError, FileNotFoundError) as error:
+            raise Refusal(str(error)) from error
         # The template that the VLMs have: without it the original would read a system prompt that they do not
         tokenizer.chat_template = CHAT_TEMPLATE
         lm.save_pretrained(place.original)

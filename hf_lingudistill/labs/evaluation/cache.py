@@ -65,7 +65,7 @@ class ItemCache:
                 file.write(json.dumps({"item": item, "record": record}) + "\n")
 
     def _rewrite(self) -> None:
-        partial = self.path.with_suffix(".tmp")
+        partial = self.path.with_suffix(f".{os.getpid()}.tmp")  # two runs may begin at a time
         with partial.open("w", encoding="utf-8") as file:
             file.write(json.dumps(self.header) + "\n")
             for item, record in self.records.items():
