@@ -4,7 +4,8 @@
     python benchmarks/step_cost.py --json benchmarks/results/step_cost.json
 
 A SmolVLM with a ~135M-parameter LM (random weights) and one row of 1,024+ tokens: 784 image tokens, prompt text, 64 response
-tokens. The vision tower is kept small on purpose: a real one would make every ratio look better. Arms, all with TRL's
+tokens. The vision tower is kept small on purpose: a real one would make every ratio look better,
+but for `vision_before` with a trained tower (one_look.py). Arms, all with TRL's
 VLM collator, a whole optimizer step each (forward, backward, AdamW), interleaved round by round, medians of paired ratios:
 
     sft          trl.SFTTrainer; off Triton its head scores every position. `ratio_trl` is to it.

@@ -748,7 +748,8 @@ def test_other_settings_have_folders_of_their_own(
         assert reproduce.main(words) == 0
     assert [args.out.name for args in asked] == ["five_artists", "five_artists_qwen", "o"]
     assert [args.settings for args in asked] == [RECIPE / "recipe.yaml", RECIPE / "qwen.yaml", RECIPE / "qwen.yaml"]
-    assert reproduce.kept_folders("recipe") == [RECIPE / "results", RECIPE / "results/cpu"]
+    assert reproduce.kept_folders("recipe") == [RECIPE / "results", RECIPE / "results/cpu", RECIPE / "results/h200"]
+    assert reproduce.kept_folders("qwen") == [RECIPE / "results/qwen", RECIPE / "results/qwen/cpu"]
     assert reproduce.kept_folders("other") == []
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from scipy.stats import t
 
-from .files import LARGER, NOT_YET, ON_A_CPU, SUMMARY, read
+from .files import LARGER, NOT_YET, ON_A_CPU, SUMMARY, read, read_lines
 
 ARM_TITLES = {
     "original": "original LM",
@@ -213,14 +213,19 @@ def seed_0_on_a_cpu(regime: str = "P") -> dict[str, Any]:
 
 def five_artists_cpu_replay() -> str:
     """Every arm of regime M at severe drift: seed 0 alone."""
-    arms = seed_0_on_a_cpu("M")
+    arms = seed_0_on_a_cpu("M") | _original_on_a_cpu()
     return arms_table(arms, by_text(arms))
 
 
 def five_artists_cpu_arms() -> str:
     """Every arm of regime P at severe drift: seed 0 alone."""
-    arms = seed_0_on_a_cpu()
+    arms = seed_0_on_a_cpu() | _original_on_a_cpu()
     return arms_table(arms, by_text(arms))
+
+
+def _original_on_a_cpu() -> dict[str, Any]:
+    """The floor of that machine's figures."""
+    return {"original": read(ON_A_CPU)["regimes"]["P"]["severe"]["original"]}
 
 
 def by_text(arms: dict[str, Any]) -> list[str]:
@@ -242,9 +247,27 @@ def larger() -> dict[str, Any]:
 
 
 def five_artists_qwen() -> str:
-    """Every arm of the larger LM."""
+    """Every arm of the larger LM over the seeds that it has, and beside it the default over the same ones."""
     arms = larger()
-    return arms_table(arms, by_text(arms)) if arms else NOT_YET
+    if not arms:
+        return NOT_YET
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in read_lines(LARGER.parent / "arms.jsonl"):
+        *_, seed, arm = row["arm"].split("/")
+        found.setdefault(arm, {})[int(seed)] = row
+    columns = [column for column in ARM_COLUMNS if column[1] in found["ce"][0]]
+    lines = [f"| arm | seeds | {' | '.join(title for title, *_ in columns)} |", "|" + "---|" * (len(columns) + 2)]
+
+    def line(title: str, rows: list[dict[str, Any]]) -> None:
+        cells = [spread(_over_seeds([row[metric] for row in rows]), digits) for _, metric, digits in columns]
+        lines.append(f"| {title} | {len(rows)} | {' | '.join(cells)} |")
+
+    default = found["vision_before_ce05"]
+    for arm in sorted(found, key=lambda arm: (-len(found[arm]), arms[arm]["text_kl"]["mean"])):
+        line("**default**" if found[arm] is default else ARM_TITLES.get(arm, f"`{arm}`"), list(found[arm].values()))
+        if len(found[arm]) < len(default):
+            line("default, on these seeds", [default[seed] for seed in found[arm]])
+    return "\n".join(lines)
 
 
 def five_artists_lengths() -> str:

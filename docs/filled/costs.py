@@ -149,8 +149,8 @@ def gpu_claim() -> str:
 
     return (
         f"A step costs {more(large, 'full')} (`full`) to {more(large, 'vision_before')} (default) more than TRL's own, on an "
-        f"{newest} at {large['shape']}, batch {large['batch']}, tower trained; {more(small, 'full')} to {more(small, 'vision_before')} at "
-        f"{small['shape']} ({older}). With the tower frozen, as by default: {_frozen()}; [every mode](docs/cost.md))."
+        f"{newest} at {large['shape']}, batch {large['batch']} (a tower of 1M, trained); `full` {more(small, 'full')} at {small['shape']} ({older}). "
+        f"With the tower frozen, as by default: {_frozen()}; [every mode](docs/cost.md))."
     )
 
 

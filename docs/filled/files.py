@@ -27,6 +27,10 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def gpu_cases() -> list[tuple[str, dict[str, Any]]]:
     """(GPU, case) of all that `benchmarks/gpu.py` has measured."""
     results = map(read, GPU_COSTS)

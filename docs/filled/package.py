@@ -178,7 +178,8 @@ def families_known() -> str:
     release = ".".join(_families()["transformers"].split(".")[:2])
     types = sum(map(len, fate.values()))
     return (
-        f"{len(fits)} of transformers {release}'s {types} VLM types fit, as [tiny random models](docs/families.md): {names(fits)}, ... Refused: "
+        f"{len(fate['lm'])} of transformers {release}'s {types} VLM types fit their LM and {len(fate['itself'])} more the text half of the VLM before, "
+        f"as [tiny random models](docs/families.md): {names(fits)}, ... Refused: "
         f"{names(refused)}, ..."
     )
 

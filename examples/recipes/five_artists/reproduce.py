@@ -416,9 +416,9 @@ def report(place: Place, results: Path) -> None:
 
 
 def kept_folders(name: str) -> list[Path]:
-    """Where this repository keeps what some settings gave, on a GPU and on a CPU."""
+    """Where this repository keeps what some settings gave, on a GPU and on a CPU, and on another GPU."""
     base = RESULTS if name == "recipe" else RESULTS / name
-    return [folder for folder in (base, base / "cpu") if (folder / "summary.json").is_file()]
+    return [folder for folder in (base, base / "cpu", base / "h200") if (folder / "summary.json").is_file()]
 
 
 def compare(place: Place, folders: Sequence[Path]) -> None:
