@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -31,6 +33,12 @@ _COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"
 
 # PEFT's other ways to begin (PiSSA, OLoRA, CorDA, LoftQ, ...) take something out of the base weights and put it into the adapter
 _BASE_STAYS = (True, False, "gaussian", "orthogonal", "eva")
+
+# How a layer of PEFT's is switched: these set a flag, and freeze and thaw parameters beside
+_FLAG_ALONE = tuple(
+    kind.enable_adapters
+    for kind in (BaseTunerLayer, AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper)
+)
 
 
 @dataclass
@@ -75,8 +83,10 @@ class Before:
 
     def can_lend(self, inputs: Mapping[str, Any], columns: int, text: torch.Tensor) -> bool:
         """Whether its first columns can be had without those behind them: rows can be cut, and no token sees a later one that is cut
-        off, as the prompt of a prefix LM would. Tried on these inputs, and on text alone, (1, n) token ids, as a prompt."""
-        if not _can_be_cut(inputs) or mixers_of(decoder_of(self.model)):
+        off, as the prompt of a prefix LM would. Tried on these inputs, and on text alone, (1, n) token ids, as a prompt. Not where
+        positions are rotated by the length of their row: a cut row, longer than those tried, would be another."""
+        decoder = decoder_of(self.model)
+        if not can_be_cut(inputs) or mixers_of(decoder) or _rotates_by_length(decoder):
             return False
         kinds = {name: torch.zeros_like(text) for name in _COLUMNS[2:] if name in inputs}
         try:
@@ -111,7 +121,7 @@ class Before:
         shared.keys, shared.values, shared.keep_kv = own.keys, own.values, True
 
 
-def _can_be_cut(inputs: Mapping[str, Any]) -> bool:
+def can_be_cut(inputs: Mapping[str, Any]) -> bool:
     """Whether every input with a value per token is known, and none speaks of packed documents."""
     shape = inputs["input_ids"].shape
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
@@ -204,6 +214,25 @@ def _check_adapter(model: Any, student: nn.Module, asked_by: str, without: str) 
 
 @contextmanager
 def _adapter_off(model: Any) -> Iterator[None]:
+    """The base model's answers: of every layer of PEFT's, the flag that its forward reads, and nothing else. PEFT's own way walks over all
+    layers several times, freezes the adapter, and thaws all of it; it is taken where a layer does more to be switched off."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    if not layers or any(type(layer).enable_adapters not in _FLAG_ALONE for layer in layers):
+        with _adapter_off_by_peft(model):
+            yield
+        return
+    on = [layer for layer in layers if not layer._disable_adapters]
+    try:
+        for layer in on:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in on:
+            layer._disable_adapters = False
+
+
+@contextmanager
+def _adapter_off_by_peft(model: Any) -> Iterator[None]:
     """PEFT freezes the adapter with it, and thaws all of it: what is trained stays so throughout, since FSDP2 gathers a weight into
     another tensor, with the flag that it finds."""
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -223,10 +252,28 @@ def _adapter_off(model: Any) -> Iterator[None]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout; afterwards, each module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
     try:
+        if any(
+            type(module).train is not nn.Module.train for module in training
+        ):  # which does more than to set the mode
+            model.eval()
+        else:
+            _set_mode(training, False)
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        _set_mode(training, True)
+
+
+def _set_mode(modules: list[nn.Module], training: bool) -> None:
+    for module in modules:
+        object.__setattr__(
+            module, "training", training
+        )  # past nn.Module's, which looks for parameters: thousands in each step
+
+
+def _rotates_by_length(decoder: nn.Module) -> bool:
+    """Whether the frequencies of its rotary embedding are chosen by how long a row is."""
+    kinds = [getattr(module, "rope_type", None) for module in decoder.modules()]
+    flat = {kind for one in kinds for kind in (one.values() if isinstance(one, Mapping) else (one,))}
+    return not flat.isdisjoint(("dynamic", "longrope"))

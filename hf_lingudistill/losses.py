@@ -99,6 +99,8 @@ class Scores:
     anchored: torch.Tensor
 
 
+# Traced, it would be compiled anew for each number of labels, until the compiler gives up
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def score(
     hidden: torch.Tensor,
     head: Head,
@@ -132,9 +134,11 @@ def score(
 def divergence(hidden: torch.Tensor, head: Head, teacher_hidden: torch.Tensor, teacher_head: Head) -> torch.Tensor:
     """KL(teacher || student) in nats, (N,), without gradient."""
     labels = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
-    return score(hidden, head, labels, teacher_hidden, teacher_head, Weights()).divergence
+    found: torch.Tensor = score(hidden, head, labels, teacher_hidden, teacher_head, Weights()).divergence
+    return found
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def label_nll(hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tensor:
     """-log p(label) in nats, (N,), in chunks. hidden: (N, H), labels: (N,)."""
@@ -147,6 +151,7 @@ def label_nll(hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.T
     return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def top_k(hidden: torch.Tensor, head: Head, k: int) -> TopK:
     """What a model says at hidden states (N, H), or raw logits as in `score`, kept as its k most likely tokens; in chunks."""
@@ -281,7 +286,7 @@ def _divergence(log_s: torch.Tensor, p_s: torch.Tensor, log_t: torch.Tensor, p_t
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Row by row, (n, V) x (n, V) -> (n,), without writing the products."""
+    """Row by row, (n, V) x (n, V) -> (n,)."""
     with torch.autocast(a.device.type, enabled=False):  # which would take it for a matrix product, in bf16
         dots: torch.Tensor = torch.linalg.vecdot(a, b, dim=-1)
     return dots

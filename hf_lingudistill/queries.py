@@ -281,6 +281,8 @@ def plan_queries(
     # An image needs all its places, in rows that the teacher does not read too, and where they are labels (of running text)
     images = vocabulary.images(input_ids) & attended
     read = images | (attended & ((~readable & ~labelled) | ((where <= last) & ~own)))
+    # Where every row that the teacher is asked about is its own, as text is, nothing is read: also not of other rows' images
+    reads = bool((attended & (where <= last) & ~own).any())
     if at_least_one and not bool(queried.any()):
         queried[0, 0] = True
         own[0, 0] = sharing.own(readable | True, labelled, attended)[0, 0]
@@ -318,5 +320,5 @@ def plan_queries(
         has_image=images.any(dim=1),
         has_text_loss=bool((loss.any(dim=1) & text_only).any()),
         has_unmarked_labels=distill is not None and bool((scored & ~marked.to(scored.device)[:, None]).any()),
-        columns_read=int(torch.where(read, where + 1, 0).max()) if read.numel() else 0,
+        columns_read=int(torch.where(read, where + 1, 0).max()) if reads else 0,
     )

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ._internals import FusedCausalLMOutput, Head, head_of
-from .anchor import Before, first_columns
+from .anchor import Before, can_be_cut, first_columns
 from .cached import CachedAnswers
 from .engines import SameModules, head_unsharded
 from .eyes import Eyes, Seen
@@ -188,7 +188,7 @@ class DistillStep:
         if columns and self.lends is None and queries.num_queries > 1:  # a text of one token has nothing to cut
             text = inputs["input_ids"][queries.rows[:16], queries.positions[:16]][None]
             self.lends = self.source.can_lend(own_inputs(inputs), columns, text)
-        return columns if self.lends or not columns else None
+        return columns if not columns or (self.lends and can_be_cut(own_inputs(inputs))) else None
 
     def _seen(self, inputs: dict[str, Any], plan: QueryPlan, queries: QueryPlan) -> Seen | None:
         """Where the batch's image features are kept, for whichever of the student and the VLM before comes second; None where each looks

@@ -15,12 +15,12 @@ import test_losses
 import tiny
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoHaConfig, LoraConfig, OFTConfig, VeraConfig, get_peft_model
 from test_trainer import SHARED_VOCAB, TOLERANCE, Batch, counted, difference, gradients_of, mixed_rows, reference, step
 
 from hf_lingudistill import LinguDistillConfig, losses
 from hf_lingudistill._internals import Head
-from hf_lingudistill.anchor import Before, make_before
+from hf_lingudistill.anchor import Before, _adapter_off, _adapter_off_by_peft, evaluating, make_before
 from hf_lingudistill.losses import Anchor, Weights, score
 from hf_lingudistill.scripts.distill import end_summary, startup_summary
 
@@ -357,3 +357,63 @@ def test_the_commands_that_a_run_prints_have_their_arguments(
     whole = make_trainer(**pair, output_dir=str(tmp_path / "whole"))
     whole.save_model()
     assert "--before" not in end_summary(whole, 1.0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The adapter off
+# --------------------------------------------------------------------------------------------------------------------
+PROJECTIONS = ["q_proj", "v_proj"]
+ADAPTERS = {
+    "LoRA": lora,
+    "DoRA": lambda: lora(use_dora=True),
+    "saved modules": lambda: lora(modules_to_save=["norm"]),
+    "trained tokens": lambda: lora(trainable_token_indices=[5, 6]),
+    "LoHa": lambda: LoHaConfig(r=4, target_modules=PROJECTIONS, init_weights=False),
+    "VeRA": lambda: VeraConfig(r=4, target_modules=["q_proj"], init_weights=False),
+    "IA3": lambda: IA3Config(target_modules=PROJECTIONS, feedforward_modules=[], init_ia3_weights=False),
+    "OFT": lambda: OFTConfig(target_modules=PROJECTIONS, oft_block_size=4, init_weights=False),
+    "norms, which do more": lambda: LNTuningConfig(target_modules=".*norm"),
+}
+
+
+@pytest.mark.parametrize("kind", list(ADAPTERS))
+def test_the_adapter_is_off_as_peft_turns_it_off_and_no_flag_is_touched(kind: str) -> None:
+    """Answers are PEFT's and the base model's; what is trained stays so inside and after, dropout too. Control: with it they differ."""
+    ids = torch.arange(8, 20)[None]
+    base = tiny.make_lm(3)
+    with torch.no_grad():
+        plain = base(ids).logits
+        model = get_peft_model(base, ADAPTERS[kind]()).train()
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.3)
+        modes = {name: module.training for name, module in model.named_modules()}
+        flags = {name: weight.requires_grad for name, weight in model.named_parameters()}
+        assert any(flags.values()) and not torch.allclose(model(ids).logits, plain, atol=1e-3)
+
+        def untouched() -> bool:
+            return flags == {name: weight.requires_grad for name, weight in model.named_parameters()}
+
+        for off in (_adapter_off, _adapter_off_by_peft):
+            with_it = model(ids).logits
+            with off(model), evaluating(model):
+                found = model(ids).logits
+                assert untouched() and not any(module.training for module in model.modules())
+            assert torch.equal(found, plain), off.__name__
+            assert untouched() and modes == {name: module.training for name, module in model.named_modules()}
+            assert torch.equal(model(ids).logits, with_it)
+
+
+def test_a_module_that_does_more_than_to_set_its_mode_is_told() -> None:
+    told: list[bool] = []
+
+    class Own(torch.nn.Linear):
+        def train(self, mode: bool = True) -> Any:
+            told.append(mode)
+            return super().train(mode)
+
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), Own(2, 2))
+    frozen = torch.nn.Sequential(torch.nn.Dropout(0.5)).eval()
+    with evaluating(model), evaluating(frozen):
+        assert told == [False] and not model[0].training
+    assert model[0].training and model[1].training and not frozen[0].training

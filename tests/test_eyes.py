@@ -342,7 +342,8 @@ def test_an_adapter_on_a_frozen_tower_is_refused(make_trainer: MakeTrainer, wher
 
 
 def test_a_run_is_resumed_with_the_tower_it_had(make_trainer: MakeTrainer, tmp_path: Any) -> None:
-    settings = {**FROZEN, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    rows = [{**row, "distill": True} for row in tiny.make_rows(8)]  # else the VLM before has no picture to look at
+    settings = {**FROZEN, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "train_dataset": rows}
     whole = make_trainer(**settings)
     whole.train()
     checkpoint = str(tmp_path / "out/checkpoint-2")

@@ -24,7 +24,7 @@ from tiny import moved
 from transformers.models.smolvlm import modeling_smolvlm
 
 from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
-from hf_lingudistill.anchor import Before, _can_be_cut, make_before
+from hf_lingudistill.anchor import Before, can_be_cut, make_before
 from hf_lingudistill.meter import LED_ASTRAY, Meter
 from hf_lingudistill.student_kv import recording
 
@@ -160,9 +160,9 @@ def test_a_row_as_long_as_a_side_of_its_pixels_is_cut() -> None:
     """A name says what has a value per token; where none is known, the shape does: (B, T, ...), or (3, B, T) of M-RoPE."""
     ids = torch.arange(20, 52).expand(2, 32)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.zeros(2, 1, 3, 32, 32)}
-    assert _can_be_cut(given) and _can_be_cut({**given, "pixel_attention_mask": torch.ones(2, 1, 32, 32)})
-    assert not _can_be_cut({**given, "position_ids": ids.expand(3, 2, 32)})
-    assert not _can_be_cut({**given, "visual_mask": torch.ones(2, 32, 5)})
+    assert can_be_cut(given) and can_be_cut({**given, "pixel_attention_mask": torch.ones(2, 1, 32, 32)})
+    assert not can_be_cut({**given, "position_ids": ids.expand(3, 2, 32)})
+    assert not can_be_cut({**given, "visual_mask": torch.ones(2, 32, 5)})
 
 
 def test_a_resumed_run_keeps_what_the_first_batch_decided(
@@ -216,6 +216,43 @@ def test_no_row_loses_an_image_token(make_trainer: MakeTrainer) -> None:
     last = [int((image[row] & (batch["labels"][row] == -100)).nonzero().max()) + 1 for row in (0, 1)]
     assert last[1] > last[0] and plan.columns_read == max(last)
     step(trainer, batch)
+
+
+@pytest.mark.parametrize("mode", ["vision", "prompt"])
+def test_pictures_that_the_teacher_is_not_asked_about_are_not_looked_at(
+    make_trainer: MakeTrainer, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mixture of marked texts and unmarked questions about pictures: with `vision` the teacher reads nothing of the VLM before. Loss
+    and gradients are those of a step that runs it all the same. Control: `prompt` reads the texts' prompts."""
+    trainer = moved(make_trainer(kv_source="before", kv_sharing=mode, distill_tokens="all"))
+    batch = mixed_batch(trainer, tiny.make_rows(4))
+    plan = trainer.step.planner(batch)
+    assert plan.num_queries and plan.has_image.any() and (plan.columns_read == 0) == (mode == "vision")
+    with counted(trainer.before.model.base_model) as calls:
+        loss, gradients = step(trainer, batch)
+    assert bool(calls) == (mode == "prompt")
+    with counted(trainer.before.model.base_model) as calls:
+        whole = step(trainer, {**batch, "queries": replace(plan, columns_read=plan.length)})
+    assert calls and loss == whole[0]
+    assert difference(gradients, whole[1]) <= (0.0 if mode == "vision" else TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic", "default"])
+def test_rows_whose_positions_are_rotated_by_their_length_are_not_cut(kind: str) -> None:
+    """On the first batch cut rows lend the same keys, on a longer one others. Control: ordinary positions."""
+    given = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "longrope":
+        given |= {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "original_max_position_embeddings": 32}
+    long = {"max_position_embeddings": 32} if kind == "dynamic" else {}
+    vlm = tiny.make_vlm(0, rope_parameters=given, **long)
+    before, text = Before(vlm, nullcontext, 0), torch.arange(8, 16)[None]
+    short, later = (
+        {"input_ids": torch.randint(8, 60, (1, length)), "attention_mask": torch.ones(1, length, dtype=torch.long)}
+        for length in (24, 48)
+    )
+    assert before._same_without(short, 10)
+    assert before._same_without(later, 10) == (kind == "default")
+    assert before.can_lend(short, 10, text) == (kind == "default")
 
 
 @pytest.mark.parametrize("kind", ["running text", "every turn"])

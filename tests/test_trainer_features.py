@@ -26,7 +26,7 @@ from transformers import TrainerCallback, TrainerControl
 from trl import SFTTrainer
 
 import hf_lingudistill.teacher_mixin as teacher_module
-from hf_lingudistill import LinguDistillTrainer, check_compatibility
+from hf_lingudistill import LinguDistillTrainer, check_compatibility, losses
 from hf_lingudistill.step_mixin import EVALUATED
 
 MakeTrainer = Callable[..., Any]
@@ -217,7 +217,17 @@ def test_worker_processes_change_nothing(make_trainer: MakeTrainer, stream: bool
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_sharing", KV_SHARING_MODES)
-def test_compiled_student_is_trained_as_the_eager_one(make_trainer: MakeTrainer, kv_sharing: str) -> None:
+def test_compiled_student_is_trained_as_the_eager_one(
+    make_trainer: MakeTrainer, kv_sharing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is not compiled with it: it has another number of labels in each batch, and would be for each of them."""
+    traced, chunks = [], losses._chunks
+
+    def spied(*args: Any) -> Any:
+        traced.append(torch.compiler.is_compiling())
+        return chunks(*args)
+
+    monkeypatch.setattr(losses, "_chunks", spied)
     eager = make_trainer(kv_sharing=kv_sharing, max_steps=2)
     compiled = make_trainer(kv_sharing=kv_sharing, max_steps=2, torch_compile=True, torch_compile_backend="eager")
     start = weights(eager)
@@ -225,6 +235,7 @@ def test_compiled_student_is_trained_as_the_eager_one(make_trainer: MakeTrainer,
     assert_distils(compiled, steps=2)
     moved = (weights(eager) - start).abs().max()
     assert (weights(compiled) - weights(eager)).abs().max() < 1e-5 * moved
+    assert traced and not any(traced)
 
 
 # --------------------------------------------------------------------------------------------------------------------
