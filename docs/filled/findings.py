@@ -11,7 +11,7 @@ from typing import Any
 from scipy.stats import t
 
 from .arms import larger, of_regime, seed_0_on_a_cpu, spread
-from .files import LARGER, LARGER_ON_A_CPU, NOT_YET, ON_A_CPU, SUMMARY, read
+from .files import LARGER, LARGER_ON_A_CPU, NOT_YET, ON_A_CPU, SUMMARY, read, read_lines
 
 DEPENDENT = "image_kl_dependent"
 IFEVAL_PROMPTS = 495
@@ -89,7 +89,27 @@ def _larger_on_a_cpu() -> list[str]:
     ]
     return [
         f"On a CPU (one seed, fewer pictures to name, measured in bf16; `results/qwen/cpu`) the default has {scores[0]} on text, {scores[1]} about pictures. "
-        "There the drifted model answered *What is the capital of France?* with one word, and a request for a story with the picture's name."
+        "There the drifted model answered *What is the capital of France?* with one word, and a request for a story with the picture's name.",
+        *_ifeval_of_the_larger(arms),
+    ]
+
+
+def _ifeval_of_the_larger(arms: dict[str, Any]) -> list[str]:
+    """Of how many of IFEval's prompts each follows every demand: seed 0 on a CPU."""
+    if not all("ifeval_strict" in arms[arm] for arm in ("original", "before", "ce", "vision_before_ce05")):
+        return []
+    rows = {row["arm"].rpartition("/")[2]: row for row in read_lines(LARGER_ON_A_CPU.parent / "arms.jsonl")}
+
+    def of(arm: str) -> str:
+        return (
+            f"{arms[arm]['ifeval_strict']['mean']:.2f} ({arms[arm]['ifeval_tokens']['mean']:.0f} tokens, "
+            f"{arms[arm]['ifeval_stopped']['mean']:.0%} ended)"
+        )
+
+    return [
+        f"*IFEval comes back in part, if at all*: of {rows['ce']['ifeval_prompts']} prompts, strict, the original follows {of('original')}, the VLM before "
+        f"{of('before')}, cross-entropy {of('ce')}, the default {of('vision_before_ce05')}; ± {rows['vision_before_ce05']['half']['ifeval_strict']:.2f} over "
+        "prompts, so that the last three are not told apart. The rows here are answers about pictures of at most 72 tokens."
     ]
 
 
