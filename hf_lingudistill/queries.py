@@ -280,9 +280,10 @@ def plan_queries(
     queried = loss | own
     # An image needs all its places, in rows that the teacher does not read too, and where they are labels (of running text)
     images = vocabulary.images(input_ids) & attended
-    read = images | (attended & ((~readable & ~labelled) | ((where <= last) & ~own)))
+    others = (where <= last) & ~own
+    read = images | (attended & ((~readable & ~labelled) | others))
     # Where every row that the teacher is asked about is its own, as text is, nothing is read: also not of other rows' images
-    reads = bool((attended & (where <= last) & ~own).any())
+    reads = bool((attended & others).any())
     if at_least_one and not bool(queried.any()):
         queried[0, 0] = True
         own[0, 0] = sharing.own(readable | True, labelled, attended)[0, 0]

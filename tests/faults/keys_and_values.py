@@ -241,10 +241,34 @@ FAULTS = (
     Fault(
         "images-of-other-rows-cut",
         "queries.py",
-        "read = images | (attended & ((~readable & ~labelled) | ((where <= last) & ~own)))",
-        "read = attended & ((where <= last) & ~own)",
+        "read = images | (attended & ((~readable & ~labelled) | others))",
+        "read = attended & others",
         "rows that are not marked lose image tokens, and pixels have no place",
         (f"{KV_SOURCE}::test_no_row_loses_an_image_token",),
+    ),
+    Fault(
+        "unread-pictures-looked-at",
+        "queries.py",
+        "if reads else 0",
+        "if read.numel() else 0",
+        "the VLM before is run for pictures of which the teacher reads nothing",
+        (f"{KV_SOURCE}::test_pictures_that_the_teacher_is_not_asked_about_are_not_looked_at",),
+    ),
+    Fault(
+        "cut-where-length-counts",
+        "anchor.py",
+        " or _rotates_by_length(decoder)",
+        "",
+        "a long batch lends keys of other frequencies",
+        (f"{KV_SOURCE}::test_rows_whose_positions_are_rotated_by_their_length_are_not_cut",),
+    ),
+    Fault(
+        "adapter-stays-on",
+        "anchor.py",
+        "layer._disable_adapters = True",
+        "layer._disable_adapters = False",
+        "the VLM before answers with what was trained",
+        ("tests/test_anchor.py::test_the_adapter_is_off_as_peft_turns_it_off_and_no_flag_is_touched",),
     ),
     # ---- eyes.py
     Fault(

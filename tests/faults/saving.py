@@ -5,6 +5,15 @@ from __future__ import annotations
 from .fault import FIDELITY, RESUMED, TRAINER, Fault
 
 FAULTS = (
+    # ---- folders.py
+    Fault(
+        "one-staging-for-all",
+        "folders.py",
+        "held = _lock(make_staging(staging), wait=False)",
+        "make_staging(staging)",
+        "processes that write to one folder remove one another's files",
+        ("tests/test_folders.py::test_two_processes_write_to_one_folder_at_a_time",),
+    ),
     # ---- checkpoints.py, resume.py, trainer.py
     Fault(
         "not-atomic",
