@@ -132,9 +132,9 @@ from pathlib import Path
 from hf_lingudistill.folders import replacing
 root, name = Path(sys.argv[1]), sys.argv[2]
 with replacing(root, name, by="sweep") as made:
-    print(made.name, flush=True)
     (made / name).mkdir()
     (made / name / "model").write_text(name)
+    print(made.name, flush=True)
     sys.stdin.readline()  # until it is told to go on, or killed
 """
 
@@ -163,7 +163,10 @@ def test_two_processes_write_to_one_folder_at_a_time(
     """As two sweeps into `outputs/` do. A third is killed: what it left is cleared, and nobody else's."""
     names = ("one", "two", "killed")
     processes = {name: sweep(tmp_path, name) for name in names}
-    stagings = {name: process.stdout.readline().strip() for name, process in processes.items() if process.stdout}
+    stagings = {  # after whatever imports print
+        name: next(line.strip() for line in process.stdout or [] if line.startswith(STAGING))
+        for name, process in processes.items()
+    }
     assert sorted(stagings.values()) == [STAGING, f"{STAGING}-2", f"{STAGING}-3"]
     processes["killed"].kill()
     processes["killed"].wait()
