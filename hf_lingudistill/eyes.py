@@ -108,7 +108,7 @@ class Eyes:
     def __init__(self, student: PreTrainedModel, before: Before) -> None:
         self.student, self.before = student, before
         self.alike: bool | None = None  # None: not tried
-        self._ours, self._theirs = (_vision_tensors(model) for model in (student, before.model))
+        self._ours, self._theirs = _vision_tensors(student), _vision_tensors(before.model)
         self._parameters = list(vision_parameters(student).values())
         self._touched = -1
 
@@ -119,6 +119,7 @@ class Eyes:
             return None
         touched = sum(weight._version for weight in self._parameters)
         if touched != self._touched:
+            self._theirs = _vision_tensors(self.before.model)  # which may have copies of its own by now
             self._touched, self.alike = touched, None if self._may_be_alike() else False
         return None if self.alike is False else Seen()
 

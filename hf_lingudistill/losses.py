@@ -23,6 +23,7 @@ from .top_k import top_k as most_likely
 # Logits per chunk and model. Larger chunks read both heads less often; these are fractions of the device's memory.
 CPU_CHUNK = 2**25  # 128 MiB in fp32
 MIN_CHUNK, MAX_CHUNK, OF_DEVICE = 2**24, 2**28, 128
+CPU_SLICE, SLICE = 2**20, 2**22  # logits whose products are summed at a time: what caches hold
 
 # Added to the teacher's finished logits of tokens that it does not share with the student: e^-100 is nothing beside a real token, and
 # finite (-inf gives a NaN divergence), and small enough that reverse KL charges 1 nat for 1 % of student mass on them.
@@ -219,21 +220,33 @@ def _finish(raw: torch.Tensor, head: Head) -> torch.Tensor:
     return logits
 
 
-def _through_finish(gradient: torch.Tensor, raw: torch.Tensor, head: Head) -> torch.Tensor:
-    """From the gradient in the finished logits to that in the raw ones, in place."""
-    if head.softcap is not None:
+def _through_finish(gradient: torch.Tensor, raw: torch.Tensor | None, head: Head) -> torch.Tensor:
+    """From the gradient in the finished logits to that in the raw ones, in place. raw: the raw ones, where they are soft-capped."""
+    if head.softcap is not None and raw is not None:
         gradient.mul_(1 - torch.tanh(raw * head.scale / head.softcap).square())
     return gradient if head.scale == 1.0 else gradient.mul_(head.scale)
 
 
-def _softened(
-    logits: torch.Tensor, log_p: torch.Tensor, p: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, V) logits, and what they say at temperature 1 -> log-probabilities and probabilities at another."""
-    if temperature == 1.0:
-        return log_p, p
-    log_p = torch.log_softmax(logits / temperature, dim=-1)
-    return log_p, log_p.exp()
+@dataclass(frozen=True)
+class _Ours:
+    """The student at n positions. logits: (n, V), None where no temperature asks for them. log_p, p: (n, V) at temperature 1.
+    most_likely: (n,) token ids."""
+
+    logits: torch.Tensor | None
+    log_p: torch.Tensor
+    p: torch.Tensor
+    most_likely: torch.Tensor
+
+    def __getitem__(self, rows: slice) -> _Ours:
+        logits = None if self.logits is None else self.logits[rows]
+        return _Ours(logits, self.log_p[rows], self.p[rows], self.most_likely[rows])
+
+    def softened(self, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and probabilities at a temperature."""
+        if temperature == 1.0 or self.logits is None:
+            return self.log_p, self.p
+        log_p = torch.log_softmax(self.logits / temperature, dim=-1)
+        return log_p, log_p.exp()
 
 
 def _teacher_says(
@@ -271,25 +284,28 @@ def _mixed(log_p: list[torch.Tensor], second: float) -> torch.Tensor:
 
 
 def _divergence(log_s: torch.Tensor, p_s: torch.Tensor, log_t: torch.Tensor, p_t: torch.Tensor, beta: float) -> Any:
-    """(n, V) log-probabilities and probabilities -> divergence (n,) and its gradient in the student's logits (n, V)."""
+    """(n, V) log-probabilities and probabilities -> divergence (n,) and its gradient in the student's logits (n, V). Writes it over one
+    of the teacher's two."""
     if beta == 0.0:
-        return _dot(p_t, log_t) - _dot(p_t, log_s), p_s - p_t
+        value = _dot(p_t, log_t) - _dot(p_t, log_s)
+        return value, p_t.neg_().add_(p_s)
     if beta == 1.0:
-        gap = log_s - log_t
+        gap = log_t.neg_().add_(log_s)
         value = _dot(p_s, gap)
         return value, gap.sub_(value[:, None]).mul_(p_s)
     log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
     value = beta * (_dot(p_t, log_t) - _dot(p_t, log_m))
-    gap = log_s - log_m
+    gap = log_m.neg_().add_(log_s)
     kl_student = _dot(p_s, gap)
     return value + (1 - beta) * kl_student, gap.sub_(kl_student[:, None]).mul_(p_s).mul_(1 - beta)
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Row by row, (n, V) x (n, V) -> (n,)."""
+    """Row by row, (n, V) x (n, V) -> (n,). In slices: the products are a tensor of their size before they are summed."""
+    step = max(1, (SLICE if a.is_cuda else CPU_SLICE) // a.shape[1])
     with torch.autocast(a.device.type, enabled=False):  # which would take it for a matrix product, in bf16
-        dots: torch.Tensor = torch.linalg.vecdot(a, b, dim=-1)
-    return dots
+        dots = [torch.linalg.vecdot(x, y, dim=-1) for x, y in zip(a.split(step), b.split(step), strict=True)]
+    return torch.cat(dots)
 
 
 class _Score(torch.autograd.Function):
@@ -309,81 +325,20 @@ class _Score(torch.autograd.Function):
         marked: torch.Tensor,
         anchor: Anchor | KeptAnchor | None,
     ) -> tuple[torch.Tensor, ...]:
-        M, N, device = hidden.shape[0], teacher_hidden.shape[0], hidden.device
-        loss, cross_entropy, entropy = (torch.zeros(M, device=device) for _ in range(3))
-        is_top1 = torch.zeros(M, dtype=torch.bool, device=device)
-        value, teacher_log_prob, teacher_entropy = (torch.zeros(N, device=device) for _ in range(3))
-        chosen, agrees = (torch.zeros(N, dtype=torch.bool, device=device) for _ in range(2))
-        anchor_kl = torch.zeros(0 if anchor is None else M - N, device=device)
-        anchored = torch.zeros_like(anchor_kl, dtype=torch.bool)
         gradients = _Gradients(ctx.needs_input_grad[:3], hidden, weight, bias)
-        T, T_b = weights.temperature, weights.anchor_temperature
+        asked = _Pass(hidden, head, labels, teacher_hidden, teacher_head, weights, marked, anchor, gradients)
         before_head = anchor.head if isinstance(anchor, Anchor) else Head(None)
         with (
             gathered(weight, bias),
             gathered(teacher_head.weight, teacher_head.bias),
             gathered(before_head.weight, before_head.bias),
         ):
-            for part in _chunks(M, teacher_head.vocab_size, device):
-                label = labels[part, None]
-                raw = _raw_logits(hidden[part], head)
-                logits = _finish(raw, head)
-                log_s = torch.log_softmax(logits, dim=-1)
-                p_s = log_s.exp()
-                ce = -log_s.gather(1, label)[:, 0]
-                top = logits.argmax(dim=-1)
-                cross_entropy[part], entropy[part], is_top1[part] = ce, -_dot(p_s, log_s), top == label[:, 0]
-                ce_weight = torch.full_like(ce, weights.unjudged)
-                asked = slice(part.start, min(part.stop, N))
-                n = max(asked.stop - asked.start, 0)
-                if n:
-                    told, sound = _only_finite(teacher_hidden[asked])
-                    (log_t, p_t), theirs = _teacher_says(told, teacher_head, weights)
-                    teacher_log_prob[asked] = torch.where(sound, log_t.gather(1, label[:n])[:, 0], torch.nan)
-                    teacher_entropy[asked] = torch.where(sound, -_dot(p_t, log_t), torch.nan)
-                    agrees[asked] = log_t.argmax(dim=-1) == top[:n]
-                    passed = marked[asked]
-                    if weights.margin is not None:
-                        passed = passed & confident_tokens(teacher_log_prob[asked], -ce[:n], weights.margin)
-                    kd = torch.where(passed & ~sound, torch.nan, passed * weights.divergence)
-                    ce_weight[:n] = torch.where(passed, weights.cross_entropy, weights.unjudged)
-                    apart, added = _divergence(*_softened(logits[:n], log_s[:n], p_s[:n], T), *theirs, weights.beta)
-                    value[asked] = torch.where(sound, apart, torch.nan)
-                    chosen[asked] = passed
-                n_anchor = 0 if anchor is None else part.stop - max(part.start, N)
-                if anchor is not None and n_anchor > 0:
-                    rest = slice(part.stop - N - n_anchor, part.stop - N)
-                    asked_b, ours = anchor.asked[rest], (logits[-n_anchor:], log_s[-n_anchor:], p_s[-n_anchor:])
-                    if isinstance(anchor, KeptAnchor):
-                        kl, pull = divergence_from(anchor.kept[rest], *ours[1:])
-                    else:
-                        hidden_b = anchor.hidden[rest].masked_fill(~asked_b[:, None], 0.0)
-                        before = _finish(_raw_logits(hidden_b, anchor.head), anchor.head)
-                        log_b = torch.log_softmax(before, dim=-1)
-                        theirs = _softened(before, log_b, log_b.exp(), T_b)
-                        del before
-                        kl, pull = _divergence(*_softened(*ours, T_b), *theirs, weights.anchor_beta)
-                    anchor_kl[rest], anchored[rest] = torch.where(asked_b, kl, 0.0), asked_b
-                    ce_weight[-n_anchor:] = torch.where(asked_b, 1.0 - weights.anchor, weights.unjudged)
-                # Not `kd * value` alone: what is not finite must not spoil a token that is not distilled (nor its gradient, `_only_finite`)
-                loss[part] = ce_weight * ce
-                if n:
-                    loss[asked] += torch.where(passed, weights.divergence * value[asked], 0.0)
-                if n_anchor > 0 and weights.anchor:
-                    loss[part][-n_anchor:] += weights.anchor * anchor_kl[rest]
-                if gradients.needed:
-                    gradient = p_s.mul_(ce_weight[:, None]).scatter_add_(1, label, -ce_weight[:, None])
-                    if n:
-                        gradient[:n].addcmul_(added, kd[:, None] / T)
-                    if n_anchor > 0 and weights.anchor:
-                        gradient[-n_anchor:].addcmul_(pull, (asked_b * weights.anchor)[:, None] / T_b)
-                    gradients.add(part, _through_finish(gradient, raw, head))
+            for part in _chunks(hidden.shape[0], teacher_head.vocab_size, hidden.device):
+                asked.take(part)
         ctx.gradients = gradients.closed()
-        value = torch.where(chosen, value, 0.0)
-        said = (loss, cross_entropy, entropy, is_top1, value, chosen, teacher_log_prob, teacher_entropy, agrees)
-        of_anchor = (anchor_kl, anchored)
-        ctx.mark_non_differentiable(*said, *of_anchor)
-        return (loss.sum(), *said, *of_anchor)
+        said = asked.said()
+        ctx.mark_non_differentiable(*said)
+        return (asked.loss.sum(), *said)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
@@ -391,6 +346,128 @@ class _Score(torch.autograd.Function):
             raise RuntimeError("The loss was differentiated before, and its gradients are freed: compute it again.")
         gradients, ctx.gradients = ctx.gradients, None
         return (*(None if g is None else g.mul_(upstream).to(dtype) for g, dtype in gradients), *(None,) * 7)
+
+
+class _Pass:
+    """One pass over both heads, chunk by chunk, and what it finds: see `Scores`."""
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        head: Head,
+        labels: torch.Tensor,
+        teacher_hidden: torch.Tensor,
+        teacher_head: Head,
+        weights: Weights,
+        marked: torch.Tensor,
+        anchor: Anchor | KeptAnchor | None,
+        gradients: _Gradients,
+    ) -> None:
+        self.hidden, self.head, self.labels = hidden, head, labels
+        self.teacher_hidden, self.teacher_head, self.marked = teacher_hidden, teacher_head, marked
+        self.weights, self.anchor, self.gradients = weights, anchor, gradients
+        M, N, device = hidden.shape[0], teacher_hidden.shape[0], hidden.device
+        self.loss, self.cross_entropy, self.entropy = (torch.zeros(M, device=device) for _ in range(3))
+        self.is_top1 = torch.zeros(M, dtype=torch.bool, device=device)
+        self.value, self.teacher_log_prob, self.teacher_entropy = (torch.zeros(N, device=device) for _ in range(3))
+        self.chosen, self.agrees = (torch.zeros(N, dtype=torch.bool, device=device) for _ in range(2))
+        self.anchor_kl = torch.zeros(0 if anchor is None else M - N, device=device)
+        self.anchored = torch.zeros_like(self.anchor_kl, dtype=torch.bool)
+
+    def said(self) -> tuple[torch.Tensor, ...]:
+        """All of `Scores` but the total."""
+        value = torch.where(self.chosen, self.value, 0.0)
+        of_student = (self.loss, self.cross_entropy, self.entropy, self.is_top1)
+        of_teacher = (value, self.chosen, self.teacher_log_prob, self.teacher_entropy, self.agrees)
+        return (*of_student, *of_teacher, self.anchor_kl, self.anchored)
+
+    def take(self, part: slice) -> None:
+        """One chunk. It holds four tensors (n, V) at most, five where the teacher has two readings, and more at other temperatures or with
+        soft-capping (held in tests/test_losses.py); they go when it returns, before the next one's are made."""
+        weights, label, N = self.weights, self.labels[part, None], self.teacher_hidden.shape[0]
+        ours, capped = self._student(part)
+        top = ours.most_likely
+        ce = -ours.log_p.gather(1, label)[:, 0]
+        self.cross_entropy[part], self.entropy[part] = ce, -_dot(ours.p, ours.log_p)
+        self.is_top1[part] = top == label[:, 0]
+        ce_weight = torch.full_like(ce, weights.unjudged)
+        pulls: list[tuple[slice, torch.Tensor, torch.Tensor]] = []  # rows, gradient of a divergence, and its factor
+        n = max(min(part.stop, N) - part.start, 0)
+        if n:
+            asked, rows = slice(part.start, part.start + n), slice(0, n)
+            pull, factor = self._ask_teacher(asked, label[rows], ce[rows], ours[rows])
+            passed = self.chosen[asked]
+            ce_weight[rows] = torch.where(passed, weights.cross_entropy, weights.unjudged)
+            pulls.append((rows, pull, factor / weights.temperature))
+        n_anchor = 0 if self.anchor is None else part.stop - max(part.start, N)
+        if n_anchor > 0:
+            rest, rows = slice(part.stop - N - n_anchor, part.stop - N), slice(-n_anchor, None)
+            pull = self._ask_before(rest, ours[rows])
+            ce_weight[rows] = torch.where(self.anchored[rest], 1.0 - weights.anchor, weights.unjudged)
+            if weights.anchor:
+                pulls.append((rows, pull, self.anchored[rest] * weights.anchor / weights.anchor_temperature))
+        # Not `factor * value` alone: what is not finite must not spoil a token that is not distilled (nor its gradient, `_only_finite`)
+        self.loss[part] = ce_weight * ce
+        if n:
+            self.loss[asked] += torch.where(passed, weights.divergence * self.value[asked], 0.0)
+        if n_anchor > 0 and weights.anchor:
+            self.loss[part][rows] += weights.anchor * self.anchor_kl[rest]
+        if self.gradients.needed:
+            gradient = ours.p.mul_(ce_weight[:, None]).scatter_add_(1, label, -ce_weight[:, None])
+            while pulls:
+                rows, pull, factor = pulls.pop()
+                gradient[rows].addcmul_(pull, factor[:, None])
+                del pull
+            self.gradients.add(part, _through_finish(gradient, capped, self.head))
+
+    def _student(self, part: slice) -> tuple[_Ours, torch.Tensor | None]:
+        """What the student says at n positions, and its raw logits where they are soft-capped, which the gradient goes back through."""
+        raw = _raw_logits(self.hidden[part], self.head)
+        logits = _finish(raw, self.head)
+        capped = None if self.head.softcap is None else raw
+        del raw
+        log_p = torch.log_softmax(logits, dim=-1)
+        top = logits.argmax(dim=-1)
+        sharpened = not self.weights.temperature == self.weights.anchor_temperature == 1.0
+        kept = logits if sharpened else None
+        del logits
+        return _Ours(kept, log_p, log_p.exp(), top), capped
+
+    def _ask_teacher(
+        self, asked: slice, label: torch.Tensor, ce: torch.Tensor, ours: _Ours
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The divergence at n of the N distilled positions: its gradient in the student's logits, (n, V), and its weight in the loss, (n,)."""
+        weights = self.weights
+        told, sound = _only_finite(self.teacher_hidden[asked])
+        (log_t, p_t), theirs = _teacher_says(told, self.teacher_head, weights)
+        self.teacher_log_prob[asked] = torch.where(sound, log_t.gather(1, label)[:, 0], torch.nan)
+        self.teacher_entropy[asked] = torch.where(sound, -_dot(p_t, log_t), torch.nan)
+        self.agrees[asked] = log_t.argmax(dim=-1) == ours.most_likely
+        del log_t, p_t
+        passed = self.marked[asked]
+        if weights.margin is not None:
+            passed = passed & confident_tokens(self.teacher_log_prob[asked], -ce, weights.margin)
+        apart, pull = _divergence(*ours.softened(weights.temperature), *theirs, weights.beta)
+        self.value[asked] = torch.where(sound, apart, torch.nan)
+        self.chosen[asked] = passed
+        return pull, torch.where(passed & ~sound, torch.nan, passed * weights.divergence)
+
+    def _ask_before(self, rest: slice, ours: _Ours) -> torch.Tensor:
+        """The divergence to the VLM before at n of the M - N other positions: its gradient in the student's logits, (n, V)."""
+        anchor, weights = self.anchor, self.weights
+        assert anchor is not None
+        asked = anchor.asked[rest]
+        if isinstance(anchor, KeptAnchor):
+            kl, pull = divergence_from(anchor.kept[rest], ours.log_p, ours.p)
+        else:
+            hidden = anchor.hidden[rest].masked_fill(~asked[:, None], 0.0)
+            T = weights.anchor_temperature
+            before = _finish(_raw_logits(hidden, anchor.head), anchor.head)
+            log_b = torch.log_softmax(before if T == 1.0 else before / T, dim=-1)
+            del before
+            kl, pull = _divergence(*ours.softened(T), log_b, log_b.exp(), weights.anchor_beta)
+        self.anchor_kl[rest], self.anchored[rest] = torch.where(asked, kl, 0.0), asked
+        return pull
 
 
 class _Gradients:

@@ -175,7 +175,12 @@ class StepMixin(TeacherMixin):
             return None
         try:
             before = make_before(
-                self.model, student, self._compute_dtype, accelerator=self.accelerator, asked_by=asking[0]
+                self.model,
+                student,
+                self._compute_dtype,
+                accelerator=self.accelerator,
+                asked_by=asking[0],
+                speaks="anchor" in asking,
             )
         except ValueError as error:
             if asking != ["kv_source"] or not args.kv_source_left_out:

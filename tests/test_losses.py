@@ -6,15 +6,19 @@ Two oracles: the definition, written below on whole `[M, V]` logits in float64, 
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.utils import is_triton_available
 
 from hf_lingudistill import losses
 from hf_lingudistill._internals import Head
+from hf_lingudistill.labs.plan import Setup, memory
 from hf_lingudistill.losses import (
     UNSHARED_BIAS,
     Anchor,
@@ -548,3 +552,67 @@ def test_the_end_of_turn_is_one_event_under_two_names() -> None:
     torch.testing.assert_close(said.teacher_log_prob, expected, atol=1e-5, rtol=0)
     gone = dataclasses.replace(aliased, labels=torch.full((5,), 2)).score().teacher_log_prob
     assert (gone < -90).all() and (expected > -60).all()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Memory
+# --------------------------------------------------------------------------------------------------------------------
+class Held(TorchDispatchMode):
+    """The most bytes that tensors made in it held at a time, views counted with what they are views of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[weakref.ref[torch.Tensor]] = []
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        self.seen += [weakref.ref(leaf) for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        alive = [tensor for one in self.seen if (tensor := one()) is not None]
+        self.seen = [weakref.ref(tensor) for tensor in alive]
+        self.peak = max(
+            self.peak, sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}.values())
+        )
+        return output
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings"),
+    [
+        (4, {}),
+        (4, {"margin": 0.0}),
+        (4, {"beta": 1.0}),
+        (5, {"blind": 0.5}),
+        (4, {"anchor": 0.5}),
+        (8, {"temperature": 2.0}),
+    ],
+    ids=str,
+)
+def test_what_a_chunk_holds_at_once(tensors: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In logits-sized tensors of fp32. Several chunks: what one held is gone before the next one's are made."""
+    rows, V = 16, 2**14
+    monkeypatch.setattr(losses, "CPU_CHUNK", rows * V)
+    monkeypatch.setattr(losses, "CPU_SLICE", V)
+    problem = make_problem((4 * rows, 3 * rows, V, 4, 4))
+    told = problem.teacher_hidden
+    if "blind" in settings:
+        told = torch.stack([told, told.flip(0)], dim=1)
+    anchor = None
+    if "anchor" in settings:
+        anchor = Anchor(torch.randn(rows, 4), Head(torch.randn(V, 4)), torch.ones(rows, dtype=torch.bool))
+    with Held() as held:
+        score(
+            problem.hidden,
+            problem.head,
+            problem.labels,
+            told,
+            problem.teacher_head,
+            Weights(**settings),
+            anchor=anchor,
+        )
+    others = 2 * problem.head.weight.numel() * 4  # type: ignore[union-attr]  # the head's gradient, and room
+    assert tensors <= held.peak / (rows * V * 4) <= tensors + others / (rows * V * 4)
+
+
+def test_the_plan_counts_what_a_chunk_holds() -> None:
+    assert (memory.chunk_tensors(Setup()), memory.chunk_tensors(Setup(blind_weight=0.5))) == (4, 5)

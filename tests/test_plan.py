@@ -499,17 +499,30 @@ def test_a_set_up_that_cannot_be_is_refused(options: dict[str, Any], message: st
 
 
 def test_the_vlm_before_is_a_copy_of_the_student_in_full_training_alone(small: tuple[ModelFacts, ModelFacts]) -> None:
-    for options, copies in (({}, 1), ({"lora_rank": 8}, 0), ({"engine": "ddp", "gpus": 2}, 1)):
+    """Without the head where it does not speak, and without a tower that is frozen and in the same dtype."""
+    student = small[0]
+    head = student.vocab * student.text.hidden
+    assert not student.tied and student.beside
+    same_dtype = {"dtype": "bfloat16"}
+    for options, elements in (
+        ({}, student.parameters),
+        (same_dtype, student.parameters - student.beside),
+        ({"freeze_vision": False, **same_dtype}, student.parameters),
+        ({"lora_rank": 8}, 0),
+        ({"engine": "ddp", "gpus": 2}, student.parameters),
+    ):
         options = {"kv_sharing": "prompt", **options}
         without, anchored = (make_plan(*small, Setup(anchor=anchor, **options)) for anchor in ("none", "before"))
-        assert anchored.peak - without.peak == anchored.lines["VLM before"] == copies * 2 * small[0].parameters
+        assert anchored.peak - without.peak == anchored.lines["VLM before"] == 2 * elements
         assert anchored.cost > without.cost + 0.1  # a forward pass more, adapter or not
         read = make_plan(
             *small, Setup(kv_source="before", **options)
         )  # one copy and one forward, whatever asks for them
-        assert read.peak == anchored.peak and read.cost == anchored.cost
+        assert anchored.peak - read.peak == (2 * head if elements else 0) and read.cost == anchored.cost
         both = make_plan(*small, Setup(kv_source="before", anchor="before", **options))
         assert both.peak == anchored.peak and both.cost == anchored.cost
+    tied = (replace(student, tied=True), small[1])
+    assert make_plan(*tied, Setup(kv_source="before")).lines["VLM before"] == 2 * student.parameters
     assert "VLM before" in str(make_plan(*small, Setup(anchor="before"))) and "VLM before" not in str(without)
     one = make_plan(*small, Setup(anchor="before")).needed / GIB
     found = smallest_plan(*small, Setup(anchor="before", gpu_memory=one - 0.1), (1, 2), ("single", "fsdp2"))

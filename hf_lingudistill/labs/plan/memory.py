@@ -12,9 +12,6 @@ from ...sharing import MODES
 from .facts import ModelFacts, TowerFacts
 from .setup import Setup
 
-# Logits-sized fp32 tensors that the loss holds at once for a chunk: both models' logits, their log-probabilities and probabilities,
-# and the divergence's gradient, less what has been written over
-_CHUNK_BUFFERS = 6
 # DeepSpeed's defaults, in elements: reduce and all-gather buckets, and parameters that ZeRO-3 keeps gathered
 _ZERO_BUCKET, _ZERO_LIVE = 5 * 10**8, 10**9
 
@@ -71,14 +68,18 @@ def teacher_bytes(teacher: ModelFacts, quantization: str, dtype_bytes: int, voca
 
 
 def before_bytes(student: ModelFacts, setup: Setup) -> int:
-    """The frozen copy of the student that judges unmarked rows or is read; an adapter's base is there already. In pieces where the
+    """The frozen copy of the student that judges unmarked rows or is read; an adapter's base is there already. Whole, it goes without
+    a tower of its own where that is frozen and in the same dtype, and without a head where it does not judge. In pieces where the
     student is; the head is gathered for the loss, where it judges."""
     if not setup.asks_before or setup.lora_rank:
         return 0
-    if not setup.splits:
-        return student.parameters * setup.compute_bytes
     judges = setup.on_policy or (setup.anchor == "before" and not setup.anchor_cache)
-    head = student.vocab * student.text.hidden if judges else 0
+    head = student.vocab * student.text.hidden
+    if not setup.splits:
+        borrowed = student.beside if setup.freeze_vision and setup.loaded_bytes == setup.compute_bytes else 0
+        unread = 0 if judges or student.tied else head
+        return (student.parameters - borrowed - unread) * setup.compute_bytes
+    head = head if judges else 0
     return (student.parameters // setup.gpus + head) * setup.compute_bytes
 
 
@@ -180,6 +181,12 @@ def _chunk_bytes(student: ModelFacts, setup: Setup) -> int:
     return 4 * min(max(most // student.vocab, 1), setup.labels) * student.vocab
 
 
+def chunk_tensors(setup: Setup) -> int:
+    """Logits-sized fp32 tensors that the loss holds at once for a chunk: both models' log-probabilities and probabilities, and the
+    logits of a second reading."""
+    return 5 if setup.blind_queries else 4
+
+
 def moments_of(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Iterator[tuple[str, Lines]]:
     """(moment of the step, its lines) for each moment that can be the peak, in the order of the step."""
     text, tokens = student.text, setup.tokens
@@ -242,7 +249,7 @@ def moments_of(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Iterat
         activations=kept,
         autocast_copies=casts + head_casts,
         gradients=head_gradient,
-        logits=_CHUNK_BUFFERS * chunk + (chunk // 2 if product_bytes == 2 else 0),
+        logits=chunk_tensors(setup) * chunk + (chunk // 2 if product_bytes == 2 else 0),
     )
     yield moment(
         "the backward pass of the layers",
