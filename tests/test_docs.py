@@ -55,8 +55,9 @@ def test_generated_blocks_are_current(tool: ModuleType) -> None:
 
 
 def test_readme_is_read_in_minutes() -> None:
-    words = (ROOT / "README.md").read_text(encoding="utf-8").split()
-    assert len(words) <= 900, f"README.md has {len(words)} words: move some of them to docs/"
+    """Rules of tables are not read."""
+    words = re.findall(r"\S*\w\S*", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(words) <= 820, f"README.md has {len(words)} words: move some of them to docs/"
 
 
 def missing(text: str, page: Path) -> list[str]:

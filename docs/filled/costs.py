@@ -83,8 +83,7 @@ def _frozen() -> str:
         for name in ("one_look.json", "one_look_gpu.json")
     )
     return (
-        f"{on_a_cpu:.0%} more than SFT that scores answers alone (256M, CPU; {on_a_gpu:.0%} on the H200, where so small a model waits for its "
-        "launches"
+        f"At 256M, tower frozen as by default, on top of SFT that scores answers alone: {on_a_cpu:.0%} on a CPU, {on_a_gpu:.0%} on the H200, which waits for launches"
     )
 
 
@@ -140,17 +139,15 @@ def gpu_cost() -> str:
 
 
 def gpu_claim() -> str:
-    """README's sentence: what a step costs in the cheapest and in the default mode, at the largest and the smallest size measured."""
-    cases = [(gpu, case) for gpu, case in gpu_cases() if case["batch"] == 8]
-    (newest, large), (older, small) = cases[0], cases[-1]
+    """README's sentence: what a step costs in the cheapest and in the default mode, at the largest size measured, and with a frozen tower."""
+    gpu, case = next((gpu, case) for gpu, case in gpu_cases() if case["batch"] == 8)
 
-    def more(case: dict[str, Any], arm: str) -> str:
+    def more(arm: str) -> str:
         return f"{case['arms'][arm]['ratio_trl'] - 1:.0%}"
 
     return (
-        f"A step costs {more(large, 'full')} (`full`) to {more(large, 'vision_before')} (default) more than TRL's own, on an "
-        f"{newest} at {large['shape']}, batch {large['batch']} (a tower of 1M, trained); `full` {more(small, 'full')} at {small['shape']} ({older}). "
-        f"With the tower frozen, as by default: {_frozen()}; [every mode](docs/cost.md))."
+        f"A step takes {more('vision_before')} longer than TRL's own (`full`: {more('full')}) on an {gpu} at {case['shape']}, batch {case['batch']} (small tower, trained). "
+        f"{_frozen()} ([every mode](docs/cost.md))."
     )
 
 
