@@ -138,6 +138,20 @@ def _header(name: str, asked: Sequence[Asked], settings: Mapping[str, Any]) -> d
     return {"set": name, "settings": settings[name], "temperature": settings["temperature"], "questions": questions}
 
 
+def _drawn(rng: random.Random, rows: Sequence[Any], wanted: int) -> list[Any]:
+    """So many of the rows in random order; each again only after all of them, where they are fewer.
+
+    Raises:
+        ValueError: if there are none to draw from.
+    """
+    if wanted and not rows:
+        raise ValueError(f"{wanted} rows are asked for, and the original has answered no question of that kind.")
+    found: list[Any] = []
+    while len(found) < wanted:
+        found += rng.sample(list(rows), min(wanted - len(found), len(rows)))
+    return found
+
+
 def training_rows(
     world: World,
     long: Sequence[tuple[Asked, str]],
@@ -158,7 +172,7 @@ def training_rows(
     rng = random.Random(seed + 100)
     short = short_rows(world.pictures(("long", "short"), SEEN), per_step["short"] * steps, seed=seed)
     pool: dict[str, list[tuple[dict[str, Any], str | None]]] = {"short": [(row, None) for row in short]}
-    chosen = rng.sample(list(long), per_step["long"] * steps)
+    chosen = _drawn(rng, long, per_step["long"] * steps)
     pool["long"] = [
         (row_of(one.question.instruction, answer, picture=one.picture, distill=True), one.question.key)
         for one, answer in chosen
@@ -169,7 +183,7 @@ def training_rows(
     else:
         pool["text"] = [
             (row_of(one.question.instruction, answer, distill=True), one.question.key)
-            for one, answer in rng.sample(list(text), wanted)
+            for one, answer in _drawn(rng, text, wanted)
         ]
     rows: list[dict[str, Any]] = []
     keys: list[str | None] = []
