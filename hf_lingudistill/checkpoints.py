@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,14 +18,28 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
-from .folders import MARKER, clear_staging, forget, is_ours, make_staging, obstacle, record, remove
+from .folders import (
+    MARKER,
+    NotOurs,
+    clear_left,
+    clear_staging,
+    forget,
+    is_ours,
+    make_staging,
+    obstacle,
+    record,
+    remove,
+)
+from .locks import Lock, lock
 
 BY = "distill"  # whose files they are, in the folder's list
 STAGING = ".checkpoint-being-written"
 STATE = "trainer_state.json"
+RUN_FACTS = "lingudistill.json"
 _SETTINGS = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("preprocessor_config.json", "processor_config.json", "special_tokens_map.json", "chat_template.json"),
@@ -44,6 +59,8 @@ _WRITTEN = (
     "adapter",
     "completions/*.parquet",
 )
+# Weights in a checkpoint: transformers', PEFT's, FSDP's, DeepSpeed's
+_WEIGHTS = ("*.safetensors", "pytorch_model*", "adapter_model.bin", "global_step*")
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")  # one process or DDP, older, FSDP2, DeepSpeed
 
 
@@ -72,9 +89,14 @@ def flaw(checkpoint: str | os.PathLike[str]) -> str | None:
         except (SafetensorError, OSError):
             return f"its {file.name} is cut off"
     for index in folder.glob("*.safetensors.index.json"):
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"its {index.name} is cut off"
         if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
             return f"it lacks {missing[0]}"
+    if not any(next(folder.glob(f"**/{pattern}"), None) for pattern in _WEIGHTS):
+        return "it holds no weights"
     if not any((folder / name).exists() for name in _OPTIMIZERS):
         return "it holds no optimizer state (save_only_model?)"
     return None
@@ -191,9 +213,13 @@ def check_apart(output_dir: str | os.PathLike[str], *, what: str = "output_dir",
 
 
 def start_afresh(run: str | os.PathLike[str]) -> None:
-    """A new run begins in this folder: checkpoints of an earlier one, if any, are not its own, and `rotate` leaves them."""
+    """A new run begins in this folder: checkpoints of an earlier one, if any, are not its own, and `rotate` leaves them. Its record goes
+    to a name of its own: it would stand for what this run has saved."""
     put_back(run)
     forget(run, by=BY)
+    record_of_it = Path(run) / RUN_FACTS
+    if record_of_it.is_file():
+        record_of_it.rename(_free(record_of_it.with_name(f"earlier-{RUN_FACTS}")))
 
 
 def rotate(run: str | os.PathLike[str], limit: int | None, best: str | None) -> None:
@@ -237,12 +263,32 @@ def keep_edits(run: str | os.PathLike[str], checkpoint: str | os.PathLike[str]) 
 
 
 def put_back(run: str | os.PathLike[str]) -> None:
-    """Remove what a killed run left half-written, and put back a checkpoint that was about to be replaced."""
+    """Remove what a killed run left half-written, and put back a checkpoint that was about to be replaced.
+
+    Raises:
+        NotOurs: if the run that writes there is not killed.
+    """
     staging = Path(run) / STAGING
+    try:
+        held = lock(staging, None, wait=False)
+    except BlockingIOError:
+        raise NotOurs(
+            f"Another process is writing a checkpoint to {str(run)!r}: wait for it to end, or choose another output_dir."
+        ) from None
+    try:
+        _put_back(staging)
+    finally:
+        if held is not None:
+            held.release()
+    clear_left(run)
+
+
+def _put_back(staging: Path) -> None:
     for aside in staging.glob("replaced-*"):
-        place = Path(run) / aside.name.removeprefix("replaced-")
-        if not place.exists():
-            aside.rename(place)
+        place = staging.parent / aside.name.removeprefix("replaced-")
+        with suppress(FileNotFoundError):  # another process of the run was first
+            if not place.exists():
+                aside.rename(place)
     clear_staging(staging)
 
 
@@ -255,12 +301,10 @@ def staged(run: str, name: str, accelerator: Accelerator) -> Iterator[str]:
     Raises:
         CheckpointError: if something in the context could not be written. What was is removed.
     """
-    staging = Path(run) / STAGING
+    staging, held = Path(run) / STAGING, None
     try:
-        if accelerator.is_local_main_process:
-            put_back(run)
-            make_staging(staging)
-        accelerator.wait_for_everyone()
+        (token,) = broadcast_object_list([secrets.token_hex(8)])
+        held = _make_staging(run, staging, accelerator, token=token)
         yield str(staging)
         accelerator.wait_for_everyone()
         if accelerator.is_local_main_process:
@@ -270,7 +314,7 @@ def staged(run: str, name: str, accelerator: Accelerator) -> Iterator[str]:
         RuntimeError,
         SafetensorError,
     ) as error:  # torch and safetensors raise the last two when a disk is full
-        clear_staging(staging)
+        _put_back(staging)
         last = newest(run)
         kept = (
             f"The last complete one is {str(last)!r}: resume from it"
@@ -281,7 +325,27 @@ def staged(run: str, name: str, accelerator: Accelerator) -> Iterator[str]:
             f"{name} could not be written ({' '.join(str(error).split())[:200]}), and what was written of it is removed. {kept} when "
             "there is room."
         ) from error
+    finally:
+        if held is not None:
+            held.release()
     accelerator.wait_for_everyone()
+
+
+def _make_staging(run: str, staging: Path, accelerator: Accelerator, *, token: str) -> Lock | None:
+    """On every disk, by one process: machines may share one. -> a lock on it, of the process that has made it, where it can be had.
+
+    token: the same on all processes, and no other run's.
+    """
+    held = None
+    for turn in ("first", "others"):
+        if accelerator.is_main_process if turn == "first" else accelerator.is_local_main_process:
+            if not (staging / MARKER).is_file() or (staging / MARKER).read_text(encoding="utf-8") != token:
+                put_back(run)
+                make_staging(staging)
+                (staging / MARKER).write_text(token, encoding="utf-8")
+                held = lock(staging, None, wait=False)
+        accelerator.wait_for_everyone()
+    return held
 
 
 def _move(staging: Path, name: str) -> None:

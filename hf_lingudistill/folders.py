@@ -9,7 +9,7 @@ A folder's `MARKER` lists the files that were written there, with their sizes an
 if every file under it is listed and unchanged: a file that was added to a model's folder, or trained over, is the user's.
 
 Several processes may write to one folder at a time (two sweeps into `outputs/`): each builds in a folder of its own, and takes its turn
-with the list. They are told apart by locks, which Windows and some network file systems do not have.
+with the list (`locks.py`). Where nothing can be locked, what a killed process left stays, since nobody can tell that it is gone.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from .locks import Lock, lock
 
 MARKER = ".lingudistill-files.json"
 STAGING = ".lingudistill-being-written"
+LOCK = ".lingudistill.lock"  # where folders cannot be locked
+_REPLACED = "replaced"  # in a staging folder: what lay in the places that new files are taking
+_LISTED = f"{MARKER}.tmp"
 
 Stamp = list[object]  # [by, size in bytes, time of the last change in nanoseconds]
 Listing = dict[
@@ -51,7 +51,7 @@ def claim(folder: str | os.PathLike[str], *, by: str) -> None:
     if (why := obstacle(root)) is not None:
         raise NotOurs(f"{why}: choose another output_dir.")
     if root.is_symlink() or root.exists():
-        others = sorted(path.name for path in root.iterdir())
+        others = sorted(path.name for path in root.iterdir() if not _is_trace(path))
         if others and not any(stamp[0] == by for stamps in _listing(root).values() for stamp in stamps):
             raise NotOurs(
                 f"{str(root)!r} holds {others[0]!r} and was not made by this command: choose an output_dir that is new, empty, or "
@@ -102,8 +102,8 @@ def replacing(folder: str | os.PathLike[str], *names: str, by: str) -> Iterator[
     as it was before.
 
     Raises:
-        NotOurs: before the block is entered, or after it, if something has come into the way meanwhile: then what was made is kept
-            where it is, and the message says where.
+        NotOurs: before the block is entered, or after it, if something has come into the way meanwhile or cannot be replaced: then
+            everything is as it was, what was made is kept, and the message says where.
     """
     root = Path(folder)
     check(root, *names, by=by)
@@ -120,10 +120,12 @@ def replacing(folder: str | os.PathLike[str], *names: str, by: str) -> Iterator[
 
 def _take_their_places(root: Path, staging: Path, names: tuple[str, ...], by: str) -> None:
     made = [name for name in names if (staging / name).exists()]
+    if not (staging / MARKER).is_file():
+        raise NotOurs(f"{str(staging)!r} was removed while it was written to: nothing was replaced. Run it again.")
     try:
         check(root, *names, by=by)
     except NotOurs as error:
-        raise NotOurs(f"{error} What was made is in {str(staging)!r}.") from None
+        raise NotOurs(f"{error} What was made is in {str(_left_to_the_user(staging))!r}.") from None
     listing = _listing(root)
     new = {
         path.relative_to(staging).as_posix(): [_stamp(path, by)] for name in made for path in _files(staging / name)
@@ -131,11 +133,48 @@ def _take_their_places(root: Path, staging: Path, names: tuple[str, ...], by: st
     kept = {path: stamps for path, stamps in listing.items() if path.split("/")[0] not in names}
     # While the files are moved, either of two may lie in a place: a run that is killed here leaves nothing that is not known
     _write(root, {path: listing.get(path, []) + new.get(path, []) for path in {*listing, *new}})
-    for name in names:
-        _remove(root / name)
-    for name in made:
-        (staging / name).rename(root / name)
+    (staging / _REPLACED).mkdir()
+    write_whole(staging / MARKER, json.dumps({"names": names, "made": made}))
+    try:
+        for name in names:
+            if os.path.lexists(root / name):
+                (root / name).rename(staging / _REPLACED / name)
+        for name in made:
+            (staging / name).rename(root / name)
+    except OSError as error:
+        _undo(root, staging)
+        _write(root, listing)
+        raise NotOurs(
+            f"{error.filename or str(root)!r} cannot be replaced ({error.strerror or error}): everything is as it was, and what was made is in "
+            f"{str(_left_to_the_user(staging))!r}."
+        ) from None
     _write(root, {**kept, **new})
+    write_whole(staging / MARKER, "")  # done: what was replaced may go
+
+
+def _undo(root: Path, staging: Path) -> None:
+    """Of files that were taking their places when it broke off: the new ones back into the staging folder, and the old ones back."""
+    try:
+        begun = json.loads((staging / MARKER).read_text(encoding="utf-8"))
+        names, made = begun["names"], begun["made"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # nothing was on its way
+    for name in names:
+        with suppress(OSError):
+            if name in made and not os.path.lexists(staging / name):
+                (root / name).rename(staging / name)
+        with suppress(OSError):
+            if not os.path.lexists(root / name):
+                (staging / _REPLACED / name).rename(root / name)
+
+
+def _left_to_the_user(staging: Path) -> Path:
+    """A staging folder that is nobody's to clear. -> where it is."""
+    with suppress(OSError):
+        (staging / _REPLACED).rmdir()
+    with suppress(OSError):
+        (staging / MARKER).unlink()
+    return staging
 
 
 def record(folder: str | os.PathLike[str], name: str, *, by: str) -> None:
@@ -166,75 +205,80 @@ def remove(folder: str | os.PathLike[str], name: str, *, by: str) -> None:
     """
     root = Path(folder)
     check(root, name, by=by)
-    _remove(root / name)
-    record(root, name, by=by)
+    with _own_staging(root) as staging:
+        with _alone(root):
+            with suppress(FileNotFoundError):
+                (root / name).rename(staging / name)  # first: a folder that is half removed looks like a whole one
+        record(root, name, by=by)
+        clear_staging(staging)
+
+
+def clear_left(folder: str | os.PathLike[str]) -> None:
+    """Remove what processes that are gone left half-written in a folder, and put back what they were about to replace."""
+    root = Path(folder)
+    with _alone(root):
+        _clear_left(root)
+
+
+def _clear_left(root: Path) -> None:
+    for staging in sorted(root.glob(f"{STAGING}*")):
+        if not _is_staging(staging):
+            continue
+        try:
+            held = lock(staging, _lock_of(staging), wait=False)
+        except BlockingIOError:
+            continue  # its process is at it
+        if held is not None:  # else nobody can tell
+            _undo(root, staging)
+            clear_staging(staging)
+            _release(held, staging)
 
 
 @contextmanager
 def _own_staging(root: Path) -> Iterator[Path]:
-    """An empty folder to build in that no other process builds in, while both are at it; what a process left that was killed is cleared."""
-    held = None
-    with suppress(FileExistsError):  # `make_staging` says it in words
+    """An empty folder to build in that is no other process's; what processes left that were killed is cleared."""
+    with suppress(FileExistsError):  # `check` says it in words
         root.mkdir(parents=True, exist_ok=True)
     with _alone(root):
+        _clear_left(root)
         for number in itertools.count(1):
             staging = root / (STAGING if number == 1 else f"{STAGING}-{number}")
             try:
-                with _locked(staging, wait=False):
-                    pass  # nobody's, or of a process that is gone
-            except BlockingIOError:
+                staging.mkdir()
+                held = lock(staging, _lock_of(staging), wait=False)
+            except FileExistsError:  # another's, or something of the user's
                 continue
-            held = _lock(make_staging(staging), wait=False)
+            except BlockingIOError:  # whoever had the name before has not let go of it
+                staging.rmdir()
+                continue
             break
+        (staging / MARKER).touch()
     try:
         yield staging
     finally:
-        _unlock(held)
+        _release(held, staging)
 
 
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """One process at a time, of those that work on the same folder; where there are no locks, as many as there are."""
-    with _locked(root, wait=True):
-        yield
-
-
-@contextmanager
-def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
-    held = _lock(folder, wait=wait)
+    held = lock(root, root / LOCK, wait=True)
     try:
         yield
     finally:
-        _unlock(held)
+        if held is not None:
+            held.release()
 
 
-def _lock(folder: Path, *, wait: bool) -> int | None:
-    """A lock on a folder, which ends with the process at the latest; None where there is no such folder, or there are no locks.
-
-    Raises:
-        BlockingIOError: if another holds it and this one does not `wait`.
-    """
-    if fcntl is None:
-        return None
-    try:
-        held = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(held)
-        raise
-    except OSError:  # a file system without locks
-        os.close(held)
-        return None
-    return held
-
-
-def _unlock(held: int | None) -> None:
+def _release(held: Lock | None, staging: Path) -> None:
     if held is not None:
-        fcntl.flock(held, fcntl.LOCK_UN)  # a process that was forked meanwhile has the same one open
-        os.close(held)
+        held.release()
+        with suppress(OSError):
+            _lock_of(staging).unlink(missing_ok=True)
+
+
+def _lock_of(staging: Path) -> Path:
+    return staging.with_name(f"{staging.name}.lock")
 
 
 def make_staging(staging: Path) -> Path:
@@ -244,7 +288,7 @@ def make_staging(staging: Path) -> Path:
         NotOurs: if a folder of this name is there that we did not make.
     """
     clear_staging(staging)
-    if staging.is_symlink() or (staging.exists() and any(staging.iterdir())):
+    if staging.is_symlink() or (staging.exists() and (not staging.is_dir() or any(staging.iterdir()))):
         raise NotOurs(f"{str(staging)!r} is in the way and was not made by this library. Move it.")
     staging.mkdir(parents=True, exist_ok=True)
     (staging / MARKER).touch()
@@ -253,8 +297,26 @@ def make_staging(staging: Path) -> Path:
 
 def clear_staging(staging: Path) -> None:
     """Remove a folder that `make_staging` made, with all that was built in it; any other is left alone."""
-    if not staging.is_symlink() and (staging / MARKER).is_file():
-        shutil.rmtree(staging, ignore_errors=True)
+    if not _is_staging(staging):
+        return
+    with suppress(OSError):
+        for path in list(staging.iterdir()):
+            if path.name != MARKER:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if [path.name for path in staging.iterdir()] == [MARKER]:  # last: what is left after a kill is ours to the end
+            (staging / MARKER).unlink()
+            staging.rmdir()
+
+
+def _is_staging(staging: Path) -> bool:
+    return not staging.is_symlink() and (staging / MARKER).is_file()
+
+
+def _is_trace(path: Path) -> bool:
+    """Whether it is something that this library leaves beside what a command makes."""
+    if path.name.startswith(STAGING):
+        return path.suffix == ".lock" or _is_staging(path)
+    return path.name in (MARKER, _LISTED, LOCK)
 
 
 def _stranger(root: Path, name: str, by: str) -> Path | None:
@@ -275,9 +337,14 @@ def _listing(root: Path) -> Listing:
 
 
 def _write(root: Path, listing: Listing) -> None:
-    partial = root / f"{MARKER}.tmp"
-    partial.write_text(json.dumps({"files": dict(sorted(listing.items()))}, indent=0) + "\n", encoding="utf-8")
-    os.replace(partial, root / MARKER)
+    write_whole(root / MARKER, json.dumps({"files": dict(sorted(listing.items()))}, indent=0) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or as it was, whatever ends the process or fills the disk."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _files(path: Path) -> list[Path]:
@@ -290,11 +357,3 @@ def _files(path: Path) -> list[Path]:
 def _stamp(path: Path, by: str) -> Stamp:
     facts = path.lstat()
     return [by, facts.st_size, facts.st_mtime_ns]
-
-
-def _remove(path: Path) -> None:
-    """Called for what `check` has found to be ours."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

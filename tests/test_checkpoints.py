@@ -10,9 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_lingudistill import checkpoints
 from hf_lingudistill.checkpoints import (
     BY,
     STAGING,
@@ -35,6 +38,7 @@ from hf_lingudistill.checkpoints import (
     read_measured,
     rotate,
     staged,
+    start_afresh,
     to_resume,
 )
 from hf_lingudistill.folders import MARKER, NotOurs, record
@@ -607,3 +611,96 @@ def test_real_full_disk(recipe: Path, small_disk: Path) -> None:
     assert " could not be written (" in told and "resume from it when there is room" in told
     last = newest(small_disk / "out")
     assert last is not None and str(last) in told and not (small_disk / "out" / STAGING).exists()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Two runs, several machines, a rename that fails
+# --------------------------------------------------------------------------------------------------------------------
+def test_a_run_that_writes_is_not_cleared_by_another(tmp_path: Path) -> None:
+    with staged(str(tmp_path), "checkpoint-2", Accelerator(cpu=True)) as folder:
+        made = Path(folder) / "checkpoint-2"
+        made.mkdir()
+        (made / "weights").write_text("mine")
+        for other in (lambda: put_back(tmp_path), lambda: start_afresh(tmp_path)):
+            with pytest.raises(NotOurs, match="Another process is writing a checkpoint to"):
+                other()
+    assert (tmp_path / "checkpoint-2" / "weights").read_text() == "mine"
+    put_back(tmp_path)  # control: it is done
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one disk", "a disk each"])
+def test_machines_make_one_folder_where_they_share_a_disk(tmp_path: Path, shared: bool) -> None:
+    """The second machine comes after the first has begun to write, and clears what a killed run left on a disk of its own."""
+    disks = [tmp_path / "one", tmp_path / ("one" if shared else "two")]
+    for disk in {*disks}:
+        (disk / STAGING).mkdir(parents=True)
+        (disk / STAGING / MARKER).touch()
+        (disk / STAGING / "left").touch()
+    waiting = threading.Barrier(2)
+
+    def machine(index: int) -> None:
+        accelerator = SimpleNamespace(
+            is_main_process=index == 0, is_local_main_process=True, wait_for_everyone=waiting.wait
+        )
+        held = checkpoints._make_staging(str(disks[index]), disks[index] / STAGING, accelerator, token="0" * 16)
+        (disks[index] / STAGING / f"of {index}").touch()
+        waiting.wait()
+        if held is not None:
+            held.release()
+
+    threads = [threading.Thread(target=machine, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    found = [sorted(path.name for path in (disk / STAGING).iterdir()) for disk in disks]
+    assert found == ([[MARKER, "of 0", "of 1"]] * 2 if shared else [[MARKER, "of 0"], [MARKER, "of 1"]])
+
+
+def test_a_checkpoint_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(text: str) -> None:
+        with staged(str(tmp_path), "checkpoint-2", Accelerator(cpu=True)) as folder:
+            made = Path(folder) / "checkpoint-2"
+            made.mkdir()
+            (made / "weights").write_text(text)
+
+    write("1")
+    plain = os.rename
+
+    def rename(path: Path, target: Path) -> None:
+        if path.name == "whole-checkpoint-2":
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        plain(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(CheckpointError, match="Disk quota exceeded"):
+            write("2")
+    assert (tmp_path / "checkpoint-2" / "weights").read_text() == "1" and not (tmp_path / STAGING).exists()
+    write("3")
+    assert (tmp_path / "checkpoint-2" / "weights").read_text() == "3"
+
+
+def test_flaws_of_weights_and_their_index(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    (folder / STATE).write_text("{}")
+    (folder / "optimizer.pt").touch()
+    assert flaw(folder) == "it holds no weights"
+    for index in ('{"weight_map": {"a": "mod', "[]", "{}"):
+        (folder / "model.safetensors.index.json").write_text(index)
+        assert flaw(folder) == "its model.safetensors.index.json is cut off"
+    (folder / "model.safetensors.index.json").unlink()
+    for name in ("pytorch_model_fsdp_0", "global_step2"):  # controls: FSDP's and DeepSpeed's weights
+        (folder / name).mkdir()
+        assert flaw(folder) is None
+        (folder / name).rmdir()
+
+
+def test_the_record_of_an_earlier_run_does_not_stand_for_a_new_one(tmp_path: Path) -> None:
+    for steps in (1, 2):
+        (tmp_path / "lingudistill.json").write_text(json.dumps({"steps": steps}))
+        start_afresh(tmp_path)
+    assert not (tmp_path / "lingudistill.json").exists()
+    kept = {path.name: json.loads(path.read_text())["steps"] for path in tmp_path.glob("earlier-*")}
+    assert kept == {"earlier-lingudistill.json": 1, "earlier-lingudistill.json-2": 2}

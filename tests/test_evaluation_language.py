@@ -22,7 +22,7 @@ from tokenizers_for_tests import PARTS_TEMPLATE
 from hf_lingudistill.folders import NotOurs
 from hf_lingudistill.labs.evaluation import language
 from hf_lingudistill.labs.evaluation import tasks as local_tasks
-from hf_lingudistill.labs.evaluation.cache import ItemCache
+from hf_lingudistill.labs.evaluation.cache import SCHEMA, ItemCache
 from hf_lingudistill.labs.evaluation.language import TextPath, bits_per_byte, harness_scores, sequence_nll
 from hf_lingudistill.labs.evaluation.models import Scored, chat_template_of, load_scored, user_turn
 from hf_lingudistill.labs.evaluation.reading import answer_states
@@ -440,15 +440,36 @@ def test_a_cache_of_other_weights_or_another_task_is_started_anew(changed: dict[
     ItemCache(path, header).add({"a": 1})
     assert ItemCache(path, dict(header)).records == {"a": 1}
     assert ItemCache(path, changed).records == {}
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [changed]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"schema": SCHEMA, **changed}]
+
+
+def test_a_run_that_goes_on_in_a_file_that_another_has_begun_anew_gives_it_nothing(tmp_path: Path) -> None:
+    """Two models under one name, evaluated into one folder at a time."""
+    path = tmp_path / "task.jsonl"
+    one = ItemCache(path, {"model": "one"})
+    one.add({"a": 1.0})
+    two = ItemCache(path, {"model": "two"})
+    two.add({"a": 2.0})
+    one.add({"b": 1.0})
+    assert ItemCache(path, {"model": "two"}).records == {"a": 2.0}
+
+
+def test_a_cache_of_before_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+    before = [{"model": "m"}, {"item": "a", "record": 1.0}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in before))
+    assert ItemCache(path, {"model": "m"}).records == {"a": 1.0} == ItemCache(path, {"model": "m"}).records
+    path.write_text("".join(json.dumps(line) + "\n" for line in before))
+    assert ItemCache(path, {"model": "n"}).records == {}
 
 
 def test_a_file_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "task.jsonl"
-    path.write_text('{"model": "m"\nnonsense\n')
-    with pytest.raises(NotOurs, match=r"is no item cache: move it, or choose another output_dir\.$"):
-        ItemCache(path, {"model": "m"})
-    assert path.read_text().endswith("nonsense\n")
+    for text in ('{"model": "m"\nnonsense\n', '{"name": "me"}\n{"name": "you"}\nnonsense\n'):
+        path.write_text(text)
+        with pytest.raises(NotOurs, match=r"is no item cache: move it, or choose another output_dir\.$"):
+            ItemCache(path, {"model": "m"})
+        assert path.read_text().endswith("nonsense\n")
 
 
 # --------------------------------------------------------------------------------------------------------------------

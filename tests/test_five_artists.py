@@ -189,8 +189,12 @@ def test_every_step_holds_its_share_of_each_sort() -> None:
         assert [key is not None for key in of[4 * step : 4 * step + 4]] == [row["distill"] for row in part]
     few, keys = world_rows.training_rows(world(), long, text[:2], per_step=per_step, steps=3, seed=0)
     asked = [key for key, row in zip(keys, few, strict=True) if key is not None and not row["images"]]
-    assert len(asked) == 3 and set(asked[:2]) == {one.question.key for one, _ in text[:2]}, "again only after all of them"
-    with pytest.raises(ValueError, match="3 rows are asked for, and the original has answered no question of that kind"):
+    assert len(asked) == 3 and set(asked[:2]) == {one.question.key for one, _ in text[:2]}, (
+        "again only after all of them"
+    )
+    with pytest.raises(
+        ValueError, match="3 rows are asked for, and the original has answered no question of that kind"
+    ):
         world_rows.training_rows(world(), long, [], per_step=per_step, steps=3, seed=0)
     people, keys = world_rows.training_rows(world(), long, text, per_step=per_step, steps=3, seed=0, people=True)
     assert not any("text answer" in row["completion"][0]["content"] for row in people)

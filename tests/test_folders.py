@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_lingudistill import folders
+from hf_lingudistill import folders, locks
 from hf_lingudistill.checkpoints import check_output_dir
 from hf_lingudistill.folders import MARKER, STAGING, NotOurs, check, claim, forget, is_ours, record, remove, replacing
 
@@ -183,16 +183,104 @@ def test_two_processes_write_to_one_folder_at_a_time(
     assert content(tmp_path) == {"one/model": "one", "two/model": "two"}
 
 
-def test_where_folders_cannot_be_locked_one_process_writes_as_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["files", "nothing"])
+def test_where_folders_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """On network file systems and Windows files are; where nothing is, what a killed process left stays, and is nobody's to remove."""
+    monkeypatch.setattr(locks, "fcntl", None)
+    if how == "nothing":
+        monkeypatch.setattr(locks.FileLock, "acquire", lambda *_, **__: (_ for _ in ()).throw(NotImplementedError()))
+    left = tmp_path / STAGING
+    left.mkdir()
+    (left / MARKER).touch()
+    (left / "left").touch()  # by one that was killed
+    write(tmp_path, "1")
+    with replacing(tmp_path, "other", by="demo") as outer:  # a second run while a first is at it
+        (outer / "other").write_text("outer")
+        write(tmp_path, "2")
+    expected = {"before/deep/model": "2", "report.json": "2", "other": "outer"}
+    found = content(tmp_path)
+    assert found.pop(".lingudistill.lock", None) == ("" if how == "files" else None)
+    assert found == (expected if how == "files" else expected | {f"{STAGING}/left": ""})
+
+
+def test_whose_work_was_removed_while_it_was_made_removes_nothing(tmp_path: Path) -> None:
+    write(tmp_path, "1")
+    with pytest.raises(NotOurs, match="was removed while it was written to: nothing was replaced"):
+        with replacing(tmp_path, *NAMES, by="demo") as made:
+            shutil.rmtree(made)
+    assert content(tmp_path) == {"before/deep/model": "1", "report.json": "1"}
+
+
+@pytest.mark.parametrize("at", range(1, 5))
+@pytest.mark.parametrize("how", ["killed", "refused"])
+def test_what_is_replaced_is_there_until_the_new_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, how: str
 ) -> None:
-    monkeypatch.setattr(folders, "fcntl", None)
+    """However far it comes: everything is new, or everything is as it was, at once or with the next run."""
+    write(tmp_path, "1")
+    renames: list[Path] = []
+
+    def rename(path: Path, target: Path) -> None:
+        renames.append(path)
+        if len(renames) == at:
+            raise SystemExit if how == "killed" else PermissionError(13, "Permission denied", str(path))
+        os.rename(path, target)
+
+    error: type[BaseException] = SystemExit if how == "killed" else NotOurs
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(error) as raised:
+            write(tmp_path, "2")
+    assert len(renames) >= at
+    if how == "refused":
+        assert "cannot be replaced (Permission denied): everything is as it was, and what was made is in" in str(
+            raised.value
+        )
+    folders.clear_left(tmp_path)
+    held = {name: text for name, text in content(tmp_path).items() if not name.startswith(STAGING)}
+    assert held == {"before/deep/model": "1", "report.json": "1"}
+    assert how == "killed" or f"{STAGING}/report.json" in content(tmp_path), "what was made is the user's"
+    write(tmp_path, "3")
+    held = {name: text for name, text in content(tmp_path).items() if not name.startswith(STAGING)}
+    assert held == {"before/deep/model": "3", "report.json": "3"}
+
+
+def test_a_first_run_that_was_killed_is_started_again(tmp_path: Path) -> None:
     (tmp_path / STAGING).mkdir()
     (tmp_path / STAGING / MARKER).touch()
-    (tmp_path / STAGING / "left").touch()  # by one that was killed
+    (tmp_path / STAGING / "half").touch()
+    (tmp_path / f"{MARKER}.tmp").touch()
+    claim(tmp_path, by="demo")
     write(tmp_path, "1")
+    assert content(tmp_path).keys() - {f"{MARKER}.tmp"} == {"before/deep/model", "report.json"}
+    (tmp_path / "out" / STAGING).mkdir(parents=True)  # control: a folder of that name that is not ours
+    with pytest.raises(NotOurs, match="was not made by this command"):
+        claim(tmp_path / "out", by="demo")
+
+
+def test_what_was_killed_while_it_was_cleared_is_ours_to_clear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(SystemExit()))
+        with pytest.raises(SystemExit):
+            write(tmp_path, "1")  # its scratch folder is to be cleared at the end
+    assert (tmp_path / STAGING / "scratch").is_dir()
     write(tmp_path, "2")
-    assert content(tmp_path) == {"before/deep/model": "2", "report.json": "2"}
+    assert content(tmp_path) == {"before/deep/model": "2", "report.json": "2"} and not (tmp_path / STAGING).exists()
+
+
+def test_a_folder_is_removed_at_once_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "weights").write_text("2")
+    record(tmp_path, "checkpoint-2", by="distill")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(SystemExit()))
+        with pytest.raises(SystemExit):
+            remove(tmp_path, "checkpoint-2", by="distill")
+    assert not (tmp_path / "checkpoint-2").exists() and (tmp_path / STAGING).is_dir()
+    folders.clear_left(tmp_path)
+    assert content(tmp_path) == {}
 
 
 def test_a_folder_is_claimed_only_where_nothing_is_or_where_the_same_command_wrote(tmp_path: Path) -> None:
@@ -210,12 +298,15 @@ def test_a_folder_is_claimed_only_where_nothing_is_or_where_the_same_command_wro
         claim(tmp_path / "out" / "notes.txt", by="demo")
 
 
-def test_a_folder_that_only_bears_the_name_of_ours_is_left(tmp_path: Path) -> None:
-    (tmp_path / STAGING).mkdir()
-    (tmp_path / STAGING / "mine").write_text("precious")
-    with pytest.raises(NotOurs, match="was not made by this library"):
-        write(tmp_path, "1")
-    assert content(tmp_path) == {f"{STAGING}/mine": "precious"}
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_only_bears_the_name_of_ours_is_left(tmp_path: Path, kind: str) -> None:
+    mine = tmp_path / STAGING
+    if kind == "folder":
+        mine.mkdir()
+    (mine / "mine" if kind == "folder" else mine).write_text("precious")
+    write(tmp_path, "1")
+    name = f"{STAGING}/mine" if kind == "folder" else STAGING
+    assert content(tmp_path) == {name: "precious", "before/deep/model": "1", "report.json": "1"}
 
 
 def test_what_was_recorded_may_be_removed_until_it_changes_or_is_forgotten(tmp_path: Path) -> None:
@@ -286,20 +377,27 @@ SCRATCH = "a temporary folder made for this"
 # (file, function) -> why it may
 ALLOWED = {
     ("hf_lingudistill/folders.py", "_take_their_places"): BESIDE,
+    ("hf_lingudistill/folders.py", "_undo"): "back to its place, where nothing is",
+    ("hf_lingudistill/folders.py", "_left_to_the_user"): "the mark that a folder is ours, and an empty folder in it",
     ("hf_lingudistill/folders.py", "forget"): "the list itself",
+    ("hf_lingudistill/folders.py", "remove"): OURS,
+    ("hf_lingudistill/folders.py", "_own_staging"): "an empty folder that it has just made",
+    ("hf_lingudistill/folders.py", "_release"): "a lock's file",
     ("hf_lingudistill/folders.py", "clear_staging"): OURS,
-    ("hf_lingudistill/folders.py", "_write"): "the list itself",
-    ("hf_lingudistill/folders.py", "_remove"): OURS,
-    ("hf_lingudistill/checkpoints.py", "put_back"): "a checkpoint that was put aside, to its place, where nothing is",
+    (
+        "hf_lingudistill/folders.py",
+        "write_whole",
+    ): "for its callers: the list, a staging folder's mark, a run's card and record",
+    ("hf_lingudistill/checkpoints.py", "_put_back"): "a checkpoint that was put aside, to its place, where nothing is",
+    ("hf_lingudistill/checkpoints.py", "_make_staging"): "the mark of a staging folder that it has just made",
+    ("hf_lingudistill/checkpoints.py", "start_afresh"): "to a name that is free",
     ("hf_lingudistill/checkpoints.py", "_move"): BESIDE,
     ("hf_lingudistill/checkpoints.py", "write_measured"): BESIDE,
     ("hf_lingudistill/checkpoints.py", "keep_edits"): "a copy under a name that is free",
     ("hf_lingudistill/resume.py", "_save_checkpoint"): BESIDE,
     ("hf_lingudistill/hub/mixin.py", "save_model"): CALLER,
-    ("hf_lingudistill/hub/mixin.py", "create_model_card"): RUN,
     ("hf_lingudistill/hub/mixin.py", "push_to_hub"): RUN,
     ("hf_lingudistill/scripts/distill.py", "save"): RUN,
-    ("hf_lingudistill/hub/run_facts.py", "write_run_facts"): CALLER,
     (
         "hf_lingudistill/labs/evaluation/cache.py",
         "_rewrite",

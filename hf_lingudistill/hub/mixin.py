@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import is_peft_model
 from huggingface_hub import HfApi, get_token
 
+from ..folders import write_whole
 from .card import render_card, usage_of
 from .edits import UnreadableCard, merged
 from .manifest import PublishError, check_repo_id, command_for
@@ -106,7 +107,7 @@ class PublishingMixin(_Trainer):
             logger.error("%s is left as it is: %s.", readme, error)
             return
         readme.parent.mkdir(parents=True, exist_ok=True)
-        readme.write_text(text, encoding="utf-8")
+        write_whole(readme, text)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Name the repository. It is made when there is something to publish: no Hub, no reason not to train."""

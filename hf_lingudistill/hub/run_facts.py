@@ -22,11 +22,13 @@ import yaml
 
 from .._internals import own_name
 from .._version import __version__
+from ..checkpoints import RUN_FACTS
+from ..folders import write_whole
 from ..weights import glance
 from .http import HTTPError
 
 RunFacts = dict[str, Any]
-FILE_NAME = "lingudistill.json"
+FILE_NAME = RUN_FACTS
 SCHEMA = "lingudistill-record/1"  # its name since 0.1: files of then are still read
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "bitsandbytes", "huggingface_hub")
 
@@ -389,7 +391,7 @@ def _versions() -> dict[str, str]:
 def write_run_facts(facts: RunFacts, folder: str | Path) -> Path:
     """Write `lingudistill.json`. -> its path."""
     path = Path(folder) / FILE_NAME
-    path.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     return path
 
 

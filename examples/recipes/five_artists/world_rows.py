@@ -5,7 +5,6 @@ All answers are written once (`reproduce.py answers`) and shared by every arm an
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from instructions import instructions
 
 from hf_lingudistill.labs.demo.models import CHAT_TEMPLATE
 from hf_lingudistill.labs.demo.text import language_rows, questions
-from hf_lingudistill.labs.evaluation.cache import ItemCache, digest
+from hf_lingudistill.labs.evaluation.cache import ItemCache, digest, items_of
 from hf_lingudistill.labs.evaluation.fidelity import Question, original_answers
 from hf_lingudistill.labs.evaluation.models import Scored
 from hf_lingudistill.labs.evaluation.reading import Written
@@ -124,9 +123,9 @@ def answers_of(
     """{key: answer} of a set, None if it is not whole. Only reads: another process may be writing."""
     path = folder / f"{name}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    if len(lines) <= len(asked) or json.loads(lines[0]) != json.loads(json.dumps(_header(name, asked, settings))):
+    found = items_of(lines, _header(name, asked, settings))
+    if not all(one.question.key in found for one in asked):
         return None
-    found = {item["item"]: item["record"] for item in map(json.loads, lines[1:])}
     return {
         one.question.key: Written(tuple(found[one.question.key]["ids"]), found[one.question.key]["stopped"])
         for one in asked

@@ -1,7 +1,8 @@
 """The item cache: what a model gave on each item of a task, on disk as soon as it is there, so that a rerun goes on.
 
 One JSON-lines file per model and task. Its first line says which weights, task settings, versions and kind of device the rest belongs
-to; if one of them has changed, the file is started anew.
+to; if one of them has changed, the file is started anew. Every line names that first line, since another run may start the file anew
+while this one is writing to it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from ..._version import __version__
 from ...folders import NotOurs
 from ..statistics import OVERFLOW, NotFiniteScore
 
+SCHEMA = "lingudistill-items/2"
+
 
 class ItemCache:
     """Records of one model on one task, by item key.
@@ -32,18 +35,14 @@ class ItemCache:
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        self.path, self.header = path, json.loads(json.dumps(header))
-        self.records: dict[str, Any] = {}
+        plain = json.loads(json.dumps(header))
+        self.path, self.header = path, {"schema": SCHEMA, **plain}
+        self._of = digest(self.header)
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        if lines and not isinstance(_parsed(lines[0]), dict):
+        if lines and not _is_cache(lines):
             raise NotOurs(f"{str(path)!r} is no item cache: move it, or choose another output_dir.")
-        if not lines or _parsed(lines[0]) != self.header:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = []
-        for line in lines[1:]:
-            # A run that was killed may have left half a line: that item is scored again.
-            if (record := _parsed(line)) is not None and _is_finite(record["record"]):
-                self.records[record["item"]] = record["record"]
+        self.records: dict[str, Any] = items_of(lines, plain)
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._rewrite()
 
     def __contains__(self, item: str) -> bool:
@@ -61,16 +60,41 @@ class ItemCache:
             )
         self.records.update(records)
         with self.path.open("a", encoding="utf-8") as file:
-            for item, record in records.items():
-                file.write(json.dumps({"item": item, "record": record}) + "\n")
+            file.writelines(self._line(item, record) for item, record in records.items())
+
+    def _line(self, item: str, record: Any) -> str:
+        return json.dumps({"item": item, "of": self._of, "record": record}) + "\n"
 
     def _rewrite(self) -> None:
         partial = self.path.with_suffix(f".{os.getpid()}.tmp")  # two runs may begin at a time
         with partial.open("w", encoding="utf-8") as file:
             file.write(json.dumps(self.header) + "\n")
-            for item, record in self.records.items():
-                file.write(json.dumps({"item": item, "record": record}) + "\n")
+            file.writelines(self._line(item, record) for item, record in self.records.items())
         os.replace(partial, self.path)
+
+
+def items_of(lines: Sequence[str], header: Mapping[str, Any]) -> dict[str, Any]:
+    """{item: record} of a cache's lines, of those that belong to a header. A run that was killed may have left half a line."""
+    plain = json.loads(json.dumps(header))
+    first = _parsed(lines[0]) if lines else None
+    # Of before, when lines did not say whose they are
+    of = None if first == plain else digest({"schema": SCHEMA, **plain})
+    records = [line for line in map(_parsed, lines[1:]) if isinstance(line, dict) and line.get("of") == of]
+    return {
+        line["item"]: line["record"]
+        for line in records
+        if {"item", "record"} <= set(line) and _is_finite(line["record"])
+    }
+
+
+def _is_cache(lines: Sequence[str]) -> bool:
+    """By its first line; of before, by the one after it."""
+    first, second = (
+        _parsed(line) for line in (lines[0], lines[1] if len(lines) > 1 else '{"item": "", "record": ""}')
+    )
+    if not isinstance(first, dict):
+        return False
+    return first.get("schema") == SCHEMA or not isinstance(second, dict) or {"item", "record"} <= set(second)
 
 
 def _is_finite(record: Any) -> bool:

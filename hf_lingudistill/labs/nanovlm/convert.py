@@ -224,7 +224,7 @@ def _base_tokenizer(name: str) -> PreTrainedTokenizerFast:
 @contextmanager
 def _new_folder(destination: str) -> Iterator[Path]:
     """A folder beside the destination that takes its name once it is whole; nothing is overwritten."""
-    target = Path(os.path.expanduser(destination)).absolute()
+    target = Path(os.path.expanduser(destination)).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise NanoVLMError(
             f"{destination!r} exists and is not an empty folder. Nothing is overwritten: name a new folder."
@@ -234,7 +234,16 @@ def _new_folder(destination: str) -> Iterator[Path]:
     try:
         yield working
         working.chmod(0o755)  # mkdtemp's is private
-        working.rename(target)  # fails if something has been put there meanwhile
+        if not target.exists():
+            working.rename(target)
+        else:  # an empty folder stays the one that it is: somebody may stand in it
+            for made in working.iterdir():
+                if os.path.lexists(target / made.name):
+                    raise NanoVLMError(
+                        f"{str(target / made.name)!r} has come there meanwhile. Nothing is overwritten."
+                    )
+                made.rename(target / made.name)
+            working.rmdir()
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
         raise
