@@ -118,7 +118,19 @@ def _aligned(written: list[int], seen: list[int]) -> list[int | None]:
         elif (ahead := _resumed(written, seen, here, there)) is not None:
             here, there = ahead
         else:
-            break
+            return _from_the_end(written, seen, found, here, there)
+    return found
+
+
+def _from_the_end(
+    written: list[int], seen: list[int], found: list[int | None], here: int, there: int
+) -> list[int | None]:
+    """What stands behind the last image, where images stand too near to one another to go on between them: from the last token on, back to
+    where the two differ, at most to what is found already."""
+    back = 1
+    while len(written) - back >= here and len(seen) - back >= there and written[-back] == seen[-back]:
+        found[-back] = len(seen) - back
+        back += 1
     return found
 
 

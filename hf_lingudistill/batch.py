@@ -134,7 +134,9 @@ class DistillCollator:
     def _collate(self, rows: list[Row], names: list[str]) -> dict[str, Any]:
         try:
             return (
-                self._rendered(rows) if self._of_texts is not None else dict(self.inner([dict(row) for row in rows]))
+                self._rendered(rows, names)
+                if self._of_texts is not None
+                else dict(self.inner([dict(row) for row in rows]))
             )
         except BadRow:
             raise
@@ -155,23 +157,25 @@ class DistillCollator:
         row = {("text" if key == field else key): value for key, value in row.items()}
         return {**_decoded(self.conversations.read(row, name), name), _AS_TEXT: mixed}
 
-    def _rendered(self, rows: list[Row]) -> dict[str, Any]:
+    def _rendered(self, rows: list[Row], names: list[str]) -> dict[str, Any]:
         """Collate rows whose conversations are rendered here: TRL's collator gets texts, of whatever kind each row was.
 
         A batch of prompts and completions is TRL's case; where rows of a mixture have `messages` as well, each is one text.
         """
         assert self.conversations is not None and self._of_texts is not None
         as_text = any(row[_AS_TEXT] or "prompt" not in row for row in rows)
-        rendered = [self.conversations.render(row, as_text=as_text) for row in rows]
+        rendered = [
+            self.conversations.render(row, name, as_text=as_text) for row, name in zip(rows, names, strict=True)
+        ]
         texts = [dict(one.row) for one in rendered]  # the collator edits rows in place
         if not as_text:
             return dict(self.inner(texts))
         batch = dict(self._of_texts(texts))
-        for one, ids, labels, attended in zip(
-            rendered, batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True
+        for one, name, ids, labels, attended in zip(
+            rendered, names, batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True
         ):
             kept = labels[attended]
-            self.conversations.mask(kept, ids[attended], one)
+            self.conversations.mask(kept, ids[attended], one, name)
             labels[attended] = kept
         return batch
 

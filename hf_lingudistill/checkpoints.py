@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -97,6 +98,9 @@ def flaw(checkpoint: str | os.PathLike[str]) -> str | None:
             return f"it lacks {missing[0]}"
     if not any(next(folder.glob(f"**/{pattern}"), None) for pattern in _WEIGHTS):
         return "it holds no weights"
+    for file in (folder / name for name in ("optimizer.pt", "scheduler.pt") if (folder / name).is_file()):
+        if not zipfile.is_zipfile(file):  # whose end says what is in it
+            return f"its {file.name} is cut off"
     if not any((folder / name).exists() for name in _OPTIMIZERS):
         return "it holds no optimizer state (save_only_model?)"
     return None
@@ -132,11 +136,11 @@ def to_resume(wanted: str | bool, run: str | os.PathLike[str]) -> str:
     Raises:
         ValueError: if there is none, or the named one is incomplete.
     """
-    last = newest(run)
+    last = newest(run, own=True) or newest(run)  # of an earlier run, where this one has none
     if last is None:  # a run that was killed while it replaced its only one
         with suppress(OSError):
-            put_back(run)
-        last = newest(run)
+            put_back(run, wait=True)  # every process of a run does
+        last = newest(run, own=True) or newest(run)
     if isinstance(wanted, bool) or wanted.lower() == "true":
         if last is None:
             half = get_last_checkpoint(run) if Path(run).is_dir() else None
@@ -229,15 +233,15 @@ def rotate(run: str | os.PathLike[str], limit: int | None, best: str | None) -> 
         return
     found = map(Path, sort_checkpoints(str(run), use_mtime=True))
     own = [path for path in found if is_ours(run, path.name, by=BY)]
-    protected = {*own[-1:], *([Path(best)] if best else [])}
+    protected = {path.resolve() for path in (*own[-1:], *([Path(best)] if best else []))}
     excess = len(own) - max(limit, len(protected))
-    for path in [path for path in own if path not in protected][: max(excess, 0)]:
+    for path in [path for path in own if path.resolve() not in protected][: max(excess, 0)]:
         remove(run, path.name, by=BY)
 
 
 def keep_best(run: str | os.PathLike[str], best: str | None) -> None:
     """At the end of a run that keeps one checkpoint, its best: remove the run's own others."""
-    if best is None:
+    if best is None or not Path(best).is_dir():  # the run's folder has been moved
         return
     for path in map(Path, sort_checkpoints(str(run))):
         if not path.samefile(best) and is_ours(run, path.name, by=BY):
@@ -262,15 +266,15 @@ def keep_edits(run: str | os.PathLike[str], checkpoint: str | os.PathLike[str]) 
     return sorted(kept)
 
 
-def put_back(run: str | os.PathLike[str]) -> None:
+def put_back(run: str | os.PathLike[str], *, wait: bool = False) -> None:
     """Remove what a killed run left half-written, and put back a checkpoint that was about to be replaced.
 
     Raises:
-        NotOurs: if the run that writes there is not killed.
+        NotOurs: if the run that writes there is not killed, and this one does not `wait` for it.
     """
     staging = Path(run) / STAGING
     try:
-        held = lock(staging, None, wait=False)
+        held = lock(staging, _lock_of(staging), wait=wait)
     except BlockingIOError:
         raise NotOurs(
             f"Another process is writing a checkpoint to {str(run)!r}: wait for it to end, or choose another output_dir."
@@ -309,6 +313,9 @@ def staged(run: str, name: str, accelerator: Accelerator) -> Iterator[str]:
         accelerator.wait_for_everyone()
         if accelerator.is_local_main_process:
             _move(staging, name)
+        accelerator.wait_for_everyone()
+        if not (Path(run) / name).is_dir():
+            raise FileNotFoundError(f"{str(staging)!r} was removed while it was written to")
     except (
         OSError,
         RuntimeError,
@@ -331,6 +338,10 @@ def staged(run: str, name: str, accelerator: Accelerator) -> Iterator[str]:
     accelerator.wait_for_everyone()
 
 
+def _lock_of(staging: Path) -> Path:
+    return staging.with_name(f"{STAGING}.lock")
+
+
 def _make_staging(run: str, staging: Path, accelerator: Accelerator, *, token: str) -> Lock | None:
     """On every disk, by one process: machines may share one. -> a lock on it, of the process that has made it, where it can be had.
 
@@ -343,7 +354,7 @@ def _make_staging(run: str, staging: Path, accelerator: Accelerator, *, token: s
                 put_back(run)
                 make_staging(staging)
                 (staging / MARKER).write_text(token, encoding="utf-8")
-                held = lock(staging, None, wait=False)
+                held = lock(staging, _lock_of(staging), wait=False)
         accelerator.wait_for_everyone()
     return held
 

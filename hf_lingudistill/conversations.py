@@ -16,7 +16,7 @@ from trl import apply_chat_template, prepare_multimodal_messages
 
 from .answers import Span, answer_spans, trained_tokens
 from .bad_rows import BadRow, Row
-from .formats import CONVERSATION_COLUMNS, as_trl_row, check_answer
+from .formats import BESIDE_TEXT, CONVERSATION_COLUMNS, as_trl_row, check_answer, says_nothing_else
 from .turns import in_parts_alike
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,10 @@ NO_ANSWERS = (
     "its longer form begins): `messages` are trained on whole, the user's turns among them. Give a template with "
     "{% generation %} marks (chat_template_path), or rows of `prompt` and `completion`."
 )
+
+
+# Of a chat template's arguments, those that say what is rendered
+_OURS = ("add_generation_prompt", "continue_final_message", "tokenize", "chat_template", "return_dict")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,11 @@ class Conversations:
         """
         # The check comes before as well: a row without any turn has no answer, rather than another shape
         check_answer(row, name)
+        if taken := next((key for key in _OURS if key in (row.get("chat_template_kwargs") or {})), None):
+            raise BadRow(
+                "not a conversation",
+                f"{name}: its chat_template_kwargs set {taken!r}, which training sets itself. Leave it out.",
+            )
         new = self._as_trl_row(row, name)
         check_answer(new, name)
         return new
@@ -82,23 +91,34 @@ class Conversations:
             chat=bool(self.chat_template or getattr(self.processor, "chat_template", None)),
         )
 
-    def render(self, row: Row, *, as_text: bool) -> Rendered:
+    def render(self, row: Row, name: str = "A row", *, as_text: bool) -> Rendered:
         """The texts of a row that is in TRL's shape, its images decoded.
 
         as_text: a prompt and its completion become one text as well, trained on after the prompt.
+
+        Raises:
+            BadRow: if a turn says something that the chat template does not write.
         """
         more = {"images": row["images"]} if "images" in row else {}
         images = more.get("images")
         if "messages" in row:
             turns, options = self._for_template(row["messages"], images), self._options(row)
+            self._check_written(turns, options, name)
             text = self.processor.apply_chat_template(
                 turns, tokenize=False, chat_template=self.chat_template, **options
             )
             return Rendered({**more, "text": text}, self._spans(turns, options))
+        # A text beside pictures ends as it does among texts alone
+        ended = str if images else self._ended
         if "prompt" not in row:
-            return Rendered({**more, "text": row["text"]})
+            return Rendered({**more, "text": ended(row["text"])})
         prompt, completion = row["prompt"], row["completion"]
-        if not isinstance(prompt, str):
+        if isinstance(prompt, str):
+            completion = ended(completion)
+        else:
+            self._check_written(
+                [*self._for_template(prompt, images), *self._for_template(completion)], self._options(row), name
+            )
             texts = apply_chat_template(
                 {"prompt": self._for_template(prompt, images), "completion": self._for_template(completion)},
                 self.processor,
@@ -128,16 +148,30 @@ class Conversations:
             else turn
             for turn in turns
         ]
-        if self._spans(self._for_template(texts), self._options(row)) is not None:
+        try:
+            spans = self._spans(self._for_template(texts), self._options(row))
+        except Exception:  # the template's; the row is named when its turn comes
+            return
+        if spans is not None:
             logger.warning(
                 "Of `messages`, the assistant's turns alone are trained on (answers_only=False: all turns)."
             )
 
-    def mask(self, labels: torch.Tensor, ids: torch.Tensor, rendered: Rendered) -> None:
-        """Set the labels (L,) of all tokens outside of the row's spans to -100, in place. ids: (L,), without padding."""
+    def mask(self, labels: torch.Tensor, ids: torch.Tensor, rendered: Rendered, name: str) -> None:
+        """Set the labels (L,) of all tokens outside of the row's spans to -100, in place. ids: (L,), without padding.
+
+        Raises:
+            BadRow: if a fast tokenizer's answers cannot be found among the row's tokens.
+        """
         if rendered.spans is None:
             return
         trained = trained_tokens(ids.tolist(), rendered.row["text"], rendered.spans, self.tokenizer, self.image_ids)
+        if trained is None and getattr(self.tokenizer, "is_fast", False):
+            raise BadRow(
+                "no label",
+                f"{name}: its answers cannot be found among its tokens, which the processor has changed beyond what stands around an image. Give "
+                "it as prompt and completion, or pass --skip_bad_rows.",
+            )
         if trained is None:
             self._warn()
         else:
@@ -157,10 +191,10 @@ class Conversations:
                 options = self._options(row)
                 ids = self._ids(row["messages"], **options)
                 labels = torch.tensor(ids)
-                rendered = self.render(row, as_text=True)
+                rendered = self.render(row, name, as_text=True)
                 if rendered.spans == []:
                     raise BadRow("no label", f"{name} has no assistant's turn to train on.")
-                self.mask(labels, labels.clone(), rendered)
+                self.mask(labels, labels.clone(), rendered, name)
                 return {"input_ids": ids, "labels": labels.tolist()}
             if "prompt" not in row:
                 ids = self._ids(self._ended(row["text"]))
@@ -209,6 +243,33 @@ class Conversations:
         tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
         # `or None`: some templates write an empty list of tools out
         return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
+
+    def _check_written(self, turns: list[Row], options: Row, name: str) -> None:
+        """Raise BadRow where a turn calls a tool or thinks, and says nothing else, and the template writes nothing of it: a student would
+        learn to say nothing there."""
+        silent = [index for index, turn in enumerate(turns) if says_nothing_else(turn)]
+        if not silent:
+            return
+
+        def rendered(turns: list[Row]) -> str:
+            return str(
+                self.processor.apply_chat_template(turns, tokenize=False, chat_template=self.chat_template, **options)
+            )
+
+        whole = rendered(turns)
+        for index in silent:
+            turn = {key: value for key, value in turns[index].items() if key not in BESIDE_TEXT}
+            empty: Any = [] if isinstance(turns[index].get("content"), list) else ""
+            try:
+                without = rendered([*turns[:index], {**turn, "content": empty}, *turns[index + 1 :]])
+            except Exception:  # which a template may not take
+                continue
+            if without == whole:
+                raise BadRow(
+                    "empty answer",
+                    f"{name}: of its turn {index} (counted from 0), which has {' and '.join(key for key in BESIDE_TEXT if turns[index].get(key))} "
+                    "and no text, the chat template writes nothing. Pass a template that does (--chat_template_path), or leave the row out.",
+                )
 
     def _spans(self, turns: list[Row], options: Row) -> list[Span] | None:
         if not self.answers_only:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, List, Value
@@ -129,9 +130,16 @@ class DataMixin(_Trainer):
             args.answers_only or args.assistant_only_loss,
             completion_only=args.completion_only_loss is not False,
         )
-        given = dataset
-        if formatting_func is None and _is_ours(dataset, args.dataset_text_field):
-            dataset = _tokenised(dataset, conversations, dataset_name, args)
+        given, left_out = dataset, 0
+        cuts = (
+            packing and args.packing_strategy == "bfd" and args.max_length is not None
+        )  # the others split what is too long
+        if formatting_func is None and _is_ours(dataset, args.dataset_text_field, any_prompt=cuts):
+            dataset, dropped = _tokenised(dataset, conversations, dataset_name, args)
+            self._count(dropped, dataset_name)
+            left_out = sum(dropped.values())
+            if cuts:
+                dataset = self._with_labels_within(dataset, args, dataset_name)
         elif formatting_func is None and self._reads_rows and not args.skip_bad_rows:  # else they are gone
             dataset = _answered(dataset, dataset_name, args)
         # A stream has no length by which dropped rows could be missed: it is cut here
@@ -155,9 +163,41 @@ class DataMixin(_Trainer):
             ) from error
         if cut_here:
             return _within(prepared, args, self.skipped_rows if args.skip_bad_rows else None, dataset_name)
-        if isinstance(prepared, Dataset) and not packing and (lost := len(given) - len(prepared)) > 0:
+        lost = 0 if packing or not isinstance(prepared, Dataset) else len(given) - left_out - len(prepared)
+        if lost > 0:
             self._say_what_was_cut(given, lost, conversations, args, dataset_name)
         return prepared
+
+    def _count(self, dropped: Mapping[str, int], dataset_name: str) -> None:
+        """Rows that were left out of a set while it was prepared, by reason."""
+        if not dropped:
+            return
+        if dataset_name != "train":
+            said_if_dropped(None, dropped)
+            return
+        for reason, count in dropped.items():
+            self.skipped_rows = {**self.skipped_rows, reason: self.skipped_rows.get(reason, 0) + count}
+
+    def _with_labels_within(self, dataset: AnyDataset, args: Any, dataset_name: str) -> AnyDataset:
+        """Packing cuts each row behind `max_length`: one that has no label before that is refused, or left out and counted."""
+        limit = args.max_length
+        if isinstance(dataset, IterableDataset):
+            skipped = self.skipped_rows if args.skip_bad_rows else None
+            return _within(dataset, args, skipped, dataset_name, kept=slice(limit))
+        firsts = [_first_label(labels) for labels in dataset["labels"]]
+        lost = [number for number, first in enumerate(firsts) if first is not None and first >= limit]
+        if lost and not args.skip_bad_rows:
+            first = cast(int, firsts[lost[0]])
+            raise no_label_within(_name(lost[0], dataset_name, dataset[lost[0]]), first, first + 1, limit)
+        if not lost:
+            return dataset
+        self._count({"no label": len(lost)}, dataset_name)
+        if len(lost) == len(dataset):
+            raise ValueError(
+                f"No row is left to train on: no answer token lies within max_length={limit}. Raise max_length."
+            )
+        gone = set(lost)
+        return dataset.select([number for number in range(len(dataset)) if number not in gone])
 
     def _say_what_was_cut(
         self, dataset: Dataset, lost: int, conversations: Conversations, args: Any, dataset_name: str
@@ -165,10 +205,7 @@ class DataMixin(_Trainer):
         """TRL drops rows whose prompt alone fills `max_length`, without a word. Raises for the first of them, or counts them where bad rows
         are skipped. dataset: as it was before."""
         if args.skip_bad_rows:
-            if dataset_name == "train":
-                self.skipped_rows = {**self.skipped_rows, "no label": self.skipped_rows.get("no label", 0) + lost}
-            else:
-                said_if_dropped(dataset, {"no label": lost})
+            self._count({"no label": lost}, dataset_name)
             return
         limit = args.max_length
         for number, row in enumerate(dataset):
@@ -224,6 +261,7 @@ class DataMixin(_Trainer):
         super()._reject_skip_prepare_without_labels(datasets, inner)
 
 
+_BAD = "__bad_row"  # why a row is left out; gone before training
 _MADE_BY_TRL = ("labels", "assistant_masks", "completion_mask", "attention_mask", "seq_lengths", "position_ids")
 
 
@@ -245,11 +283,14 @@ def _first_label(labels: list[int]) -> int | None:
     return next((place for place, label in enumerate(labels) if label != -100), None)
 
 
-def _within(dataset: IterableDataset, args: Any, skipped: Any, name: str) -> IterableDataset:
-    """A stream of tokens and labels, cut to `max_length` as TRL cuts; a row without a label there is refused, or left out and counted in
-    skipped."""
+def _within(
+    dataset: IterableDataset, args: Any, skipped: Any, name: str, kept: slice | None = None
+) -> IterableDataset:
+    """A stream of tokens and labels, cut to `max_length` as TRL cuts (`kept`: as packing does); a row without a label there is refused, or
+    left out and counted in skipped."""
     limit = args.max_length
-    kept = slice(-limit, None) if args.truncation_mode == "keep_end" else slice(limit)
+    if kept is None:
+        kept = slice(-limit, None) if args.truncation_mode == "keep_end" else slice(limit)
 
     def usable(row: Row, index: int) -> bool:
         if _first_label(row["labels"][kept]) is not None:
@@ -312,12 +353,24 @@ def _answered(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
     return dataset.map(checked, with_indices=True, features=dataset.features)
 
 
-def _tokenised(dataset: AnyDataset, conversations: Conversations, name: str, args: Any) -> AnyDataset:
+def _tokenised(
+    dataset: AnyDataset, conversations: Conversations, name: str, args: Any
+) -> tuple[AnyDataset, Mapping[str, int]]:
+    """Tokens and labels of every row. -> (dataset, number of rows that were left out by reason); a stream's are not known yet, and it raises
+    for a bad row."""
+    leaves_out = args.skip_bad_rows and isinstance(dataset, Dataset)
+
     def tokens(row: Row, index: int) -> Row:
         row = {("text" if key == args.dataset_text_field else key): value for key, value in row.items()}
         known_as = _name(index, name, row)
-        flag_of(row, args.distill_column, known_as)
-        return conversations.tokens(row, known_as)
+        try:
+            flag_of(row, args.distill_column, known_as)
+            found = conversations.tokens(row, known_as)
+        except BadRow as error:
+            if not leaves_out:
+                raise
+            return {"input_ids": [], "labels": [], _BAD: error.reason}
+        return {**found, _BAD: ""} if leaves_out else found
 
     state = PartialState()
     if state.is_main_process and name == "train":
@@ -329,11 +382,21 @@ def _tokenised(dataset: AnyDataset, conversations: Conversations, name: str, arg
         else {}
     )
     with state.main_process_first():
-        return dataset.map(tokens, with_indices=True, **options)
+        dataset = dataset.map(tokens, with_indices=True, **options)
+        if not leaves_out:
+            return dataset, {}
+        reasons = dataset[_BAD]
+        good = [number for number, reason in enumerate(reasons) if not reason]
+        dropped = Counter(reason for reason in reasons if reason)
+        if not good:
+            raise ValueError(f"No usable row is left of {len(reasons)}: {dict(dropped)}. Repair the dataset.")
+        dataset = dataset.remove_columns(_BAD)
+        return (dataset.select(good) if dropped else dataset), dropped
 
 
-def _is_ours(dataset: AnyDataset, text_column: str) -> bool:
-    """Whether rows are conversations, or prompts and completions of mixed types or beside running text: all else, TRL tokenises alone."""
+def _is_ours(dataset: AnyDataset, text_column: str, *, any_prompt: bool = False) -> bool:
+    """Whether rows are conversations, or prompts and completions of mixed types or beside running text (`any_prompt`: of any): all else, TRL
+    tokenises alone."""
     columns = columns_of(dataset)
     if "input_ids" in columns:
         return False
@@ -341,7 +404,7 @@ def _is_ours(dataset: AnyDataset, text_column: str) -> bool:
         return True
     if not {"prompt", "completion"} <= set(columns):
         return False
-    if text_column in columns:
+    if text_column in columns or any_prompt:
         return True
     kinds = {_kind((dataset.features or {}).get(column)) for column in ("prompt", "completion")}
     return len(kinds) > 1 or None in kinds

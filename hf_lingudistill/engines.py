@@ -254,3 +254,12 @@ def vision_on(image: Mapping[str, Any], student: PreTrainedModel) -> Iterator[No
         yield
     finally:
         hook.remove()
+
+
+def forget_evaluation(trainer: Any) -> None:
+    """An evaluation before training, on several processes, leaves the model marked as prepared, so that `accelerate` does not wrap it for
+    training: each process would apply its own gradient alone. Undo the mark, where nothing is wrapped yet."""
+    model, accelerator = trainer.model, trainer.accelerator
+    if accelerator.num_processes > 1 and sharding_of(accelerator) is None and trainer.model_wrapped is model:
+        model._is_accelerate_prepared = False
+        accelerator._models.clear()

@@ -27,8 +27,7 @@ from .locks import Lock, lock
 MARKER = ".lingudistill-files.json"
 STAGING = ".lingudistill-being-written"
 LOCK = ".lingudistill.lock"  # where folders cannot be locked
-_REPLACED = "replaced"  # in a staging folder: what lay in the places that new files are taking
-_LISTED = f"{MARKER}.tmp"
+_REPLACED = ".lingudistill-replaced"  # in a staging folder: what lay in the places that new files are taking
 
 Stamp = list[object]  # [by, size in bytes, time of the last change in nanoseconds]
 Listing = dict[
@@ -131,11 +130,11 @@ def _take_their_places(root: Path, staging: Path, names: tuple[str, ...], by: st
         path.relative_to(staging).as_posix(): [_stamp(path, by)] for name in made for path in _files(staging / name)
     }
     kept = {path: stamps for path, stamps in listing.items() if path.split("/")[0] not in names}
-    # While the files are moved, either of two may lie in a place: a run that is killed here leaves nothing that is not known
-    _write(root, {path: listing.get(path, []) + new.get(path, []) for path in {*listing, *new}})
-    (staging / _REPLACED).mkdir()
-    write_whole(staging / MARKER, json.dumps({"names": names, "made": made}))
     try:
+        # While the files are moved, either of two may lie in a place: a run that is killed here leaves nothing that is not known
+        _write(root, {path: listing.get(path, []) + new.get(path, []) for path in {*listing, *new}})
+        (staging / _REPLACED).mkdir()
+        write_whole(staging / MARKER, json.dumps({"names": names, "made": made}))
         for name in names:
             if os.path.lexists(root / name):
                 (root / name).rename(staging / _REPLACED / name)
@@ -143,13 +142,13 @@ def _take_their_places(root: Path, staging: Path, names: tuple[str, ...], by: st
             (staging / name).rename(root / name)
     except OSError as error:
         _undo(root, staging)
-        _write(root, listing)
         raise NotOurs(
-            f"{error.filename or str(root)!r} cannot be replaced ({error.strerror or error}): everything is as it was, and what was made is in "
+            f"{error.filename or str(root)!r} cannot be written ({error.strerror or error}): everything is as it was, and what was made is in "
             f"{str(_left_to_the_user(staging))!r}."
         ) from None
-    _write(root, {**kept, **new})
-    write_whole(staging / MARKER, "")  # done: what was replaced may go
+    with suppress(OSError):  # a disk that is full now: the list holds both
+        write_whole(staging / MARKER, "")  # done: what was replaced may go
+        _write(root, {**kept, **new})
 
 
 def _undo(root: Path, staging: Path) -> None:
@@ -256,7 +255,8 @@ def _own_staging(root: Path) -> Iterator[Path]:
     try:
         yield staging
     finally:
-        _release(held, staging)
+        with _alone(root):  # or the next one takes a lock's file that is about to go
+            _release(held, staging)
 
 
 @contextmanager
@@ -316,7 +316,7 @@ def _is_trace(path: Path) -> bool:
     """Whether it is something that this library leaves beside what a command makes."""
     if path.name.startswith(STAGING):
         return path.suffix == ".lock" or _is_staging(path)
-    return path.name in (MARKER, _LISTED, LOCK)
+    return path.name in (MARKER, LOCK) or (path.name.startswith(f"{MARKER}.") and path.suffix == ".tmp")
 
 
 def _stranger(root: Path, name: str, by: str) -> Path | None:
@@ -342,9 +342,14 @@ def _write(root: Path, listing: Listing) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that it is there whole or as it was, whatever ends the process or fills the disk."""
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    place = path.resolve()  # a link stays one
+    partial = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, place)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _files(path: Path) -> list[Path]:

@@ -248,19 +248,35 @@ def _not_text(name: str, column: str, value: Any) -> BadRow:
     )
 
 
+BESIDE_TEXT = (
+    "tool_calls",
+    "reasoning_content",
+    "thinking",
+)  # what an assistant's turn may hold in a field of its own
 _NOT_TRAINED = ("weight", "train", "loss")  # of OpenAI's format and of other trainers'
 
 
 def _says_nothing(turn: Row) -> bool:
     """Whether an assistant's turn holds no text, image, call or thought. Without any content it is refused elsewhere."""
     content = turn.get("content")
-    if content is None or any(turn.get(key) for key in ("tool_calls", "reasoning_content", "thinking")):
+    if content is None or any(turn.get(key) for key in BESIDE_TEXT):
         return False
+    return not _has_content(turn)
+
+
+def says_nothing_else(turn: Row) -> bool:
+    """Whether an assistant's turn is a call or a thought alone."""
+    return turn.get("role") == "assistant" and any(turn.get(key) for key in BESIDE_TEXT) and not _has_content(turn)
+
+
+def _has_content(turn: Row) -> bool:
+    """Whether a turn holds a text or an image."""
+    content = turn.get("content")
     if isinstance(content, list) and any(
         isinstance(part, dict) and "image" in str(part.get("type")) for part in content
     ):
-        return False
-    return not (_text_of([turn]) or "").strip()
+        return True
+    return bool((_text_of([turn]) or "").strip())
 
 
 def _text_of(value: Any) -> str | None:
@@ -330,6 +346,8 @@ def _placed(
         mark = any(PLACEHOLDER in text for turn in turns for text in texts_of(turn))
         turns = [_split_turn(turn) for turn in turns] if mark else _before_first_question(turns, images, name)
         places = [part for turn in turns for part in parts_of(turn) if part["type"] == "image"]
+    if not places and not images and any(turn["role"] == "user" and _names_a_lost_image(turn) for turn in turns):
+        raise _differ(name, 1, images)
     own = [_plain_paths(part["image"]) for part in places if "image" in part]
     if own and len(own) == len(places) and images:  # the cookbooks' rows name each image twice
         if not _same_images(own, images):
@@ -359,6 +377,16 @@ def _placed(
     return turns, images
 
 
+def _names_a_lost_image(turn: Row) -> bool:
+    """Whether a text begins or ends with LLaVA's word on a line of its own: a place, where no image is left, and not talk of a word."""
+    return any(
+        text.strip() == PLACEHOLDER
+        or text.lstrip().startswith(f"{PLACEHOLDER}\n")
+        or text.rstrip().endswith(f"\n{PLACEHOLDER}")
+        for text in texts_of(turn)
+    )
+
+
 def _differ(name: str, places: int, images: list[Any] | None) -> BadRow:
     return BadRow(
         "images and placeholders differ",
@@ -371,7 +399,9 @@ def _before_first_question(turns: list[Row], images: list[Any], name: str) -> li
     """Where no place is named, TRL shows the images before the first question."""
     for index, turn in enumerate(turns):
         if turn["role"] == "user":
-            parts = parts_of(turn) or [{"type": "text", "text": turn["content"]}]
+            parts = (
+                parts_of(turn) if isinstance(turn["content"], list) else [{"type": "text", "text": turn["content"]}]
+            )
             shown_first = [*({"type": "image"} for _ in images), *parts]
             return [*turns[:index], {**turn, "content": shown_first}, *turns[index + 1 :]]
     raise _differ(name, 0, images)
@@ -382,7 +412,7 @@ def _split_turn(turn: Row) -> Row:
     if not any(PLACEHOLDER in text for text in texts_of(turn)):
         return turn
     parts: list[Row] = []
-    for part in parts_of(turn) or [{"type": "text", "text": turn["content"]}]:
+    for part in parts_of(turn) if isinstance(turn["content"], list) else [{"type": "text", "text": turn["content"]}]:
         pieces = part["text"].split(PLACEHOLDER)
         for number, piece in enumerate(pieces):
             if number:

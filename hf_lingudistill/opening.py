@@ -254,6 +254,8 @@ def as_dataset(
         try:
             known_as = f"Row {number}" if name == "train_dataset" else f"Row {number} of {name}"
             shaped = shape({**row, "text": row[field]} if own_text else row, known_as)
+            if any(image is None for image in shaped.get("images") or []):
+                raise BadRow("image missing", f"{known_as}: an image is missing (null).")
             rows.append({**shaped, field: row[field]} if own_text else shaped)
         except BadRow as error:
             if not args.skip_bad_rows:
@@ -268,7 +270,11 @@ def as_dataset(
     rows = [{**absent, **row} for row in rows]
     try:
         return Dataset.from_list(rows, on_mixed_types="use_json")
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+    except OSError as error:
+        raise ValueError(
+            f"{name} is a list of rows with an image that cannot be held in a dataset ({error}): give it in RGB."
+        ) from error
+    except (pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError) as error:
         why = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{name} is a list of rows that differ in their types ({why}): give each column one type."

@@ -30,6 +30,7 @@ from .checkpoints import (
     wanted_checkpoint,
     write_measured,
 )
+from .engines import forget_evaluation
 from .finite import StepPolicy
 from .first_batch import FirstBatch
 from .hub.run_facts import read_run_facts
@@ -105,6 +106,7 @@ class ResumingMixin(_Trainer):
                 "Settings in %s have been changed since they were saved, and are saved anew: %s", out, ", ".join(kept)
             )
         self._resumed_from = None if checkpoint is None else Path(checkpoint)
+        forget_evaluation(self)
         try:
             return super().train(checkpoint, *args, **kwargs)
         except NothingLeft:

@@ -97,6 +97,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "worker processes": {"dataloader_num_workers": 2},
     "stream": {"stream": True},
     "evaluation": EVALUATED,
+    "evaluated first": EVALUATED,
     "loaded teacher": {"teacher": True},
     "replicated teacher": {"teacher": True, "teacher_sharding": "replicate"},
     "sharded untied teacher": {"tied": False, "teacher": True, "kv_sharing": "none"},
@@ -139,7 +140,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "wrong normalisation": {"wrong": True},
 }
 # They ask the whole student on every process before training
-REPLICATED = {"cached"}
+REPLICATED = {"cached", "evaluated first"}
 # Which answers are sampled hangs on the process, and with it what is trained
 UNEVEN: dict[str, dict[str, Any]] = {"uneven answers": ON_POLICY}
 # Each ends its launch, and is not among those that are compared
@@ -206,7 +207,7 @@ def make_trainer(folder: Path, name: str, *, accumulation: int, processes: int) 
         lm = str(path)
     if on_policy:
         dataset = dataset.remove_columns("completion")
-    evaluated: Any = dataset.select(range(GLOBAL_BATCH)) if "evaluation" in name else None
+    evaluated: Any = dataset.select(range(GLOBAL_BATCH)) if "evaluat" in name else None
     if name == "streamed evaluation":
         evaluated = evaluated.to_iterable_dataset()
     student = tiny.make_vlm(strange or 0, tie_word_embeddings=tied)
@@ -249,6 +250,8 @@ def run(folder: Path, name: str, *, accumulation: int = 1, processes: int = 1) -
         trainer = make_trainer(folder, name, accumulation=accumulation, processes=processes)
         trainer.train(resume_from_checkpoint=True)
     else:
+        if name == "evaluated first":
+            trainer.evaluate()
         trainer.train()
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return {

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from huggingface_hub.repocard_data import model_index_to_eval_results
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scripts import script
@@ -349,6 +349,27 @@ def test_a_dataset_is_named_where_the_items_are_known_to_be_its(
     """The name of a task is its user's: data of one's own called `wikitext` is not Salesforce's."""
     report = {**REPORT, "tasks": [{**REPORT["tasks"][0], "name": name, "data": data}]}
     assert [entry.dataset_type for entry in eval_results(tasks_of(report))] == [expected]
+
+
+def test_two_tasks_on_the_same_data_stay_two_in_the_metadata() -> None:
+    """The Hub takes entries of one dataset, configuration and split for one, and would put both scores under the first title."""
+    task = REPORT["tasks"][0]
+    data = {"id": "org/drawings", "name": "drawings", "split": "test"}
+    tasks = [
+        {**task, "name": f"vision/{name}", "title": title, "data": {**data, **more}}
+        for name, title, more in (
+            ("seen", "Artists that were trained on", {}),
+            ("unseen", "Artists that were not", {}),
+            ("art", "Art", {"config": "Art"}),
+            ("biology", "Biology", {"config": "Biology"}),
+            ("validation", "Validation", {"split": "validation"}),
+        )
+    ]
+    found = eval_results(tasks_of({**REPORT, "tasks": tasks}))
+    assert len({entry.unique_identifier for entry in found}) == len(found) == 5
+    index = eval_results_to_model_index("m", found)[0]["results"]
+    assert [one["dataset"]["name"] for one in index] == [task["title"] for task in tasks]
+    assert found[2].dataset_config == "art" and found[4].dataset_split == "validation"
 
 
 def test_eval_results_are_of_whole_registered_benchmarks_alone() -> None:

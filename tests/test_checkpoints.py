@@ -33,6 +33,7 @@ from hf_lingudistill.checkpoints import (
     CheckpointError,
     check_output_dir,
     flaw,
+    keep_best,
     newest,
     put_back,
     read_measured,
@@ -685,7 +686,7 @@ def test_flaws_of_weights_and_their_index(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-2"
     folder.mkdir()
     (folder / STATE).write_text("{}")
-    (folder / "optimizer.pt").touch()
+    torch.save({"state": torch.zeros(100)}, folder / "optimizer.pt")
     assert flaw(folder) == "it holds no weights"
     for index in ('{"weight_map": {"a": "mod', "[]", "{}"):
         (folder / "model.safetensors.index.json").write_text(index)
@@ -695,6 +696,10 @@ def test_flaws_of_weights_and_their_index(tmp_path: Path) -> None:
         (folder / name).mkdir()
         assert flaw(folder) is None
         (folder / name).rmdir()
+    (folder / "global_step2").mkdir()
+    whole = (folder / "optimizer.pt").read_bytes()
+    (folder / "optimizer.pt").write_bytes(whole[: len(whole) // 2])
+    assert flaw(folder) == "its optimizer.pt is cut off"
 
 
 def test_the_record_of_an_earlier_run_does_not_stand_for_a_new_one(tmp_path: Path) -> None:
@@ -704,3 +709,35 @@ def test_the_record_of_an_earlier_run_does_not_stand_for_a_new_one(tmp_path: Pat
     assert not (tmp_path / "lingudistill.json").exists()
     kept = {path.name: json.loads(path.read_text())["steps"] for path in tmp_path.glob("earlier-*")}
     assert kept == {"earlier-lingudistill.json": 1, "earlier-lingudistill.json-2": 2}
+
+
+def test_the_best_checkpoint_stays_however_its_path_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for step in (1, 2, 3):
+        Path(f"out/checkpoint-{step}").mkdir(parents=True)
+        record("out", f"checkpoint-{step}", by=BY)
+    rotate(tmp_path / "out", 2, "out/checkpoint-1")
+    assert sorted(path.name for path in Path("out").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+    keep_best("out", "moved/checkpoint-1")  # which is there no more
+    assert len(list(Path("out").glob("checkpoint-*"))) == 2
+    keep_best("out", str(tmp_path / "out" / "checkpoint-1"))
+    assert [path.name for path in Path("out").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_checkpoint_whose_folder_is_removed_while_it_is_written_is_no_success(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="was removed while it was written to"):
+        with staged(str(tmp_path), "checkpoint-2", Accelerator(cpu=True)) as folder:
+            shutil.rmtree(folder)
+
+
+def test_true_means_the_newest_checkpoint_of_the_run_itself(run_folder: Path, tmp_path: Path) -> None:
+    """Under `--overwrite_output_dir` an earlier run's may have more steps."""
+    run = tmp_path / "run"
+    shutil.copytree(run_folder, run)
+    (run / "checkpoint-4").rename(run / "checkpoint-100")
+    start_afresh(run)
+    assert to_resume(True, run) == str(run / "checkpoint-100")  # control: it has none of its own
+    record(run, "checkpoint-2", by=BY)
+    assert to_resume(True, run) == str(run / "checkpoint-2")

@@ -303,9 +303,31 @@ def test_a_public_task_without_the_hub_says_so(lm: Scored, tmp_path: Path) -> No
 
 
 def test_a_metric_that_is_no_number_per_item_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^lm-eval's metrics \['bleu'\] are not numbers per item, which intervals"):
-        language._metric([{"metrics": ["bleu"], "bleu": ("a", "b")}])
-    assert language._metric([{"metrics": ["f1", "acc"], "f1": 0.5, "acc": 1}]) == "f1"
+    with pytest.raises(ValueError, match=r"^lm-eval's metrics \['bleu'\] are not means of numbers per item, which"):
+        language._metric([{"metrics": ["bleu"], "bleu": ("a", "b")}], {})
+    assert language._metric([{"metrics": ["f1", "acc"], "f1": 0.5, "acc": 1}], {}) == "f1"
+
+
+def test_a_metric_that_is_no_mean_over_items_is_not_reported_as_one() -> None:
+    """LAMBADA's `perplexity` is a log-likelihood per item, of which the more is the better."""
+    sample = {"metrics": ["perplexity", "acc"], "perplexity": -3.1, "acc": 1.0}
+    ways = [{"metric": "perplexity", "aggregation": "perplexity"}, {"metric": "acc", "aggregation": "mean"}]
+    assert language._metric([sample], {"metric_list": ways}) == language._metric([sample], {}) == "acc"
+    with pytest.raises(ValueError, match="are not means"):
+        language._metric([{**sample, "metrics": ["perplexity"]}], {"metric_list": ways[:1]})
+    # Control: another that is no mean, by its aggregation alone
+    assert (
+        language._metric(
+            [sample],
+            {
+                "metric_list": [
+                    {"metric": "acc", "aggregation": "median"},
+                    {"metric": "perplexity", "aggregation": "mean"},
+                ]
+            },
+        )
+        == "perplexity"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def test_what_is_replaced_is_there_until_the_new_is(
             write(tmp_path, "2")
     assert len(renames) >= at
     if how == "refused":
-        assert "cannot be replaced (Permission denied): everything is as it was, and what was made is in" in str(
+        assert "cannot be written (Permission denied): everything is as it was, and what was made is in" in str(
             raised.value
         )
     folders.clear_left(tmp_path)
@@ -245,14 +245,66 @@ def test_what_is_replaced_is_there_until_the_new_is(
     assert held == {"before/deep/model": "3", "report.json": "3"}
 
 
+def test_a_full_disk_leaves_everything_as_it_was_and_what_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "1")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "write_whole", full)
+        with pytest.raises(
+            NotOurs, match="No space left on device.: everything is as it was, and what was made is in"
+        ):
+            write(tmp_path, "2")
+    assert content(tmp_path)["report.json"] == "1" and content(tmp_path)[f"{STAGING}/report.json"] == "2"
+    write(tmp_path, "3")
+    assert content(tmp_path)["report.json"] == "3" and content(tmp_path)[f"{STAGING}/report.json"] == "2"
+
+
+def test_a_run_killed_before_its_list_is_written_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever that is, the next runs write on."""
+    plain = folders.write_whole
+    for at in range(1, 6):
+        out, calls = tmp_path / str(at), []
+        write(out, "1")
+
+        def killed(path: Path, text: str, at: int = at, calls: list[Path] = calls) -> None:
+            calls.append(path)
+            if len(calls) == at:
+                raise SystemExit
+            plain(path, text)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(folders, "write_whole", killed)
+            try:
+                write(out, "2")
+            except SystemExit:
+                assert len(calls) == at
+        for text in ("3", "4"):
+            write(out, text)
+            assert content(out) == {"before/deep/model": text, "report.json": text}
+    assert len(calls) < at, "the last was not killed"
+
+
+def test_a_link_stays_one_when_a_file_is_written_whole(tmp_path: Path) -> None:
+    (tmp_path / "card.md").write_text("old")
+    (tmp_path / "README.md").symlink_to(tmp_path / "card.md")
+    folders.write_whole(tmp_path / "README.md", "new")
+    assert (tmp_path / "README.md").is_symlink() and (tmp_path / "card.md").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "card.md"]
+
+
 def test_a_first_run_that_was_killed_is_started_again(tmp_path: Path) -> None:
     (tmp_path / STAGING).mkdir()
     (tmp_path / STAGING / MARKER).touch()
     (tmp_path / STAGING / "half").touch()
-    (tmp_path / f"{MARKER}.tmp").touch()
+    (tmp_path / f"{MARKER}.123.tmp").touch()
     claim(tmp_path, by="demo")
     write(tmp_path, "1")
-    assert content(tmp_path).keys() - {f"{MARKER}.tmp"} == {"before/deep/model", "report.json"}
+    assert content(tmp_path).keys() - {f"{MARKER}.123.tmp"} == {"before/deep/model", "report.json"}
     (tmp_path / "out" / STAGING).mkdir(parents=True)  # control: a folder of that name that is not ours
     with pytest.raises(NotOurs, match="was not made by this command"):
         claim(tmp_path / "out", by="demo")

@@ -329,7 +329,7 @@ def test_what_is_trained_on_is_what_nanovlm_trains_on(tiling, nanovlm_checkpoint
             "input_ids"
         ][0]
         labels = ids.clone()
-        conversations.mask(labels, ids, rendered)
+        conversations.mask(labels, ids, rendered, "Row 0")
         assert (ids == image).sum() in (16, 16 * 4, 16 * 3), "the control: there are image tokens to leave out"
         # nanoVLM: each answer, its end, and the line break after it
         assert processor.tokenizer.decode(ids[labels != -100]) == "the sea<|im_end|>\nno<|im_end|>\n"

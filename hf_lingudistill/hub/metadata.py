@@ -99,12 +99,19 @@ def _languages(found: Any) -> list[str] | None:
 
 def eval_results(tasks: Sequence[Task]) -> list[EvalResult]:
     """This model's scores for the card's `model-index`, one per task."""
+    places = {id(task): _place(task) for task in tasks}
+    shared = {place for place in places.values() if list(places.values()).count(place) > 1}
     return [
         EvalResult(
             task_type="image-text-to-text" if task.group in ("vision", "grounded") else "text-generation",
             dataset_type=dataset_of(task),
             dataset_name=plain(task.title, 120),
-            dataset_config=_form(task),  # tells entries on the same data apart
+            # The Hub takes entries of one place for one: two tasks on the same data are told apart
+            dataset_config=" ".join(
+                filter(None, (places[id(task)][1], _slug(task) if places[id(task)] in shared else None))
+            )
+            or None,
+            dataset_split=places[id(task)][2],
             metric_type=identifier(task.metric),
             metric_name=plain(task.unit or task.metric, 60),
             metric_value=task.scores["after"].value,
@@ -112,6 +119,13 @@ def eval_results(tasks: Sequence[Task]) -> list[EvalResult]:
         )
         for task in tasks
     ]
+
+
+def _place(task: Task) -> tuple[str, str | None, str | None]:
+    """(dataset, configuration, split) of a task's data."""
+    config, split = (task.data.get(key) for key in ("config", "split"))
+    named = " ".join(filter(None, (identifier(config) if isinstance(config, str) else None, _form(task))))
+    return dataset_of(task), named or None, identifier(split) if isinstance(split, str) else None
 
 
 def eval_result_file(tasks: Sequence[Task], *, date: str | None = None) -> str | None:

@@ -8,6 +8,7 @@ model     = "before" | "after" | "original"
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ def _worse_end_holds(clause: Clause, tasks: Sequence[Mapping[str, Any]], model: 
     if len(named) > 1:
         return None
     interval = named[0]["scores"][model] if clause.model is None else difference(named[0], model, clause.model)
-    return None if interval is None else clause.holds(interval["low" if clause.at_least else "high"], None)
+    end = None if interval is None else interval["low" if clause.at_least else "high"]
+    return None if end is None or not math.isfinite(end) else clause.holds(end, None)
 
 
 def parse_condition(text: str) -> Condition:

@@ -125,7 +125,11 @@ def _perplexity(items: Mapping[str, Items], bootstrap: Bootstrap) -> dict[str, A
     found: dict[str, Any] = {"tokens": int(sum(weight for _, weight in items["student"].values()))}
     for reader in (*READERS, *TWICE.values()):
         score = bootstrap.score(items[reader])
-        found[reader] = {key: math.exp(score[key]) for key in ("value", "low", "high")} | {"n": score["n"]}
+        ends = {key: score[key] for key in ("value", "low", "high")}
+        # Of few prompts there is no interval, whose ends are infinite: e to the lower one would be a number
+        found[reader] = {key: math.exp(end) if math.isfinite(end) else end for key, end in ends.items()} | {
+            "n": score["n"]
+        }
     return found
 
 

@@ -124,7 +124,7 @@ def harness_scores(
         ) from error
     found: dict[str, dict[str, Any]] = {}
     for task, samples in results["samples"].items():
-        metric = _metric(samples)
+        metric = _metric(samples, results.get("configs", {}).get(task, {}))
         better = results["higher_is_better"].get(task, {}).get(metric)
         found[task] = {
             # a document may come once per filter: the first is the task's own
@@ -136,11 +136,23 @@ def harness_scores(
     return found
 
 
-def _metric(samples: Sequence[Mapping[str, Any]]) -> str:
-    metrics = [name for name in samples[0]["metrics"] if isinstance(samples[0].get(name), int | float)]
+def _metric(samples: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str:
+    """The metric whose mean over items is the task's score. Others are something else per item: `perplexity` a log-likelihood, of which
+    lm-eval makes a perplexity at the end."""
+    ways = {
+        one["metric"]: one.get("aggregation") for one in config.get("metric_list") or [] if isinstance(one, Mapping)
+    }
+
+    def is_mean(name: str) -> bool:
+        way = ways.get(name)
+        return way in ("mean", "nanmean") if isinstance(way, str) else "perplexity" not in name
+
+    metrics = [
+        name for name in samples[0]["metrics"] if isinstance(samples[0].get(name), int | float) and is_mean(name)
+    ]
     if not metrics:
         raise ValueError(
-            f"lm-eval's metrics {samples[0]['metrics']} are not numbers per item, which intervals and paired differences need; "
+            f"lm-eval's metrics {samples[0]['metrics']} are not means of numbers per item, which intervals and paired differences need; "
             "leave this task out."
         )
     return "acc_norm" if "acc_norm" in metrics else str(metrics[0])

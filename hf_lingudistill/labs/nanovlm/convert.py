@@ -229,21 +229,23 @@ def _new_folder(destination: str) -> Iterator[Path]:
         raise NanoVLMError(
             f"{destination!r} exists and is not an empty folder. Nothing is overwritten: name a new folder."
         )
+    there = target.exists()  # an empty folder stays the one that it is: somebody may stand in it, or have mounted it
     target.parent.mkdir(parents=True, exist_ok=True)
-    working = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    working = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target if there else target.parent))
     try:
         yield working
-        working.chmod(0o755)  # mkdtemp's is private
-        if not target.exists():
-            working.rename(target)
-        else:  # an empty folder stays the one that it is: somebody may stand in it
-            for made in working.iterdir():
-                if os.path.lexists(target / made.name):
-                    raise NanoVLMError(
-                        f"{str(target / made.name)!r} has come there meanwhile. Nothing is overwritten."
-                    )
-                made.rename(target / made.name)
+        if there:
+            made = sorted(working.iterdir())
+            if meanwhile := [file.name for file in made if os.path.lexists(target / file.name)]:
+                raise NanoVLMError(
+                    f"{meanwhile[0]!r} has come into {destination!r} meanwhile. Nothing is overwritten: name a new folder."
+                )
+            for file in made:
+                file.rename(target / file.name)
             working.rmdir()
+        else:
+            working.chmod(0o755)  # mkdtemp's is private
+            working.rename(target)  # fails if something has been put there meanwhile
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
         raise

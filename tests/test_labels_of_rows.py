@@ -1,0 +1,208 @@
+"""Which tokens of a row are trained on, read back from the labels, where rows are of unusual kinds; and what says so where it cannot be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import tiny_families
+from datasets import Dataset
+from PIL import Image
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from hf_lingudistill.bad_rows import BadRow
+from hf_lingudistill.batch import DistillCollator
+from hf_lingudistill.conversations import Conversations
+
+MakeTrainer = Callable[..., Any]
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
+
+
+def picture(shade: int = 0) -> Image.Image:
+    return Image.new("RGB", (32, 32), (shade, 90, 200))
+
+
+def trained(batch: Any, tokenizer: Any, row: int = 0) -> str:
+    labels = batch["labels"][row]
+    return str(tokenizer.decode(labels[labels != -100]))
+
+
+def near(count: int, between: str) -> list[dict[str, Any]]:
+    """A question whose images stand near to one another."""
+    parts = [[{"type": "image"}, {"type": "text", "text": between.format(n)}] for n in range(count)]
+    return [*(part for pair in parts for part in pair), {"type": "text", "text": "which one is red?"}]
+
+
+@pytest.mark.parametrize("family", ["idefics3", "gemma3", "internvl", "llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("between", [", ", " and ", "{}", "\n"])
+def test_of_many_images_that_stand_close_together_the_answer_alone_is_trained_on(family: str, between: str) -> None:
+    processor = tiny_families.make_processor(family)
+    collator = DistillCollator(
+        DataCollatorForVisionLanguageModeling(processor, completion_only_loss=False),
+        image_token_ids=(processor.tokenizer.convert_tokens_to_ids(processor.image_token),),
+    )
+    for count in (2, 4, 7, 12):
+        turns = [user(near(count, between)), assistant("the second"), user("why?"), assistant("it is red")]
+        images = [picture(shade) for shade in range(count)]
+        for asked, said in ((turns[:2], ["the second"]), (turns, ["the second", "it is red"])):
+            found = trained(collator([{"messages": asked, "images": images}]), processor.tokenizer)
+            assert [part.strip() for part in found.split("<|im_end|>") if part.strip()] == said
+
+
+def test_a_row_whose_answer_is_not_found_among_its_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    conversations = Conversations(tiny.make_tokenizer(extra=True), tiny.make_tokenizer(extra=True).chat_template)
+    row = {"messages": [user("why?"), assistant("it is red")]}
+    assert -100 in conversations.tokens(row, "Row 3")["labels"]  # control
+    monkeypatch.setattr("hf_lingudistill.conversations.trained_tokens", lambda *_: None)
+    with pytest.raises(BadRow, match="Row 3: its answers cannot be found among its tokens"):
+        conversations.tokens(row, "Row 3")
+
+
+LONG = "the cat sat on it " * 40
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [user(LONG), assistant("the sea")]},
+        {"prompt": LONG, "completion": "the sea"},
+        {"prompt": [user(LONG)], "completion": [assistant("the sea")]},
+    ],
+    ids=["messages", "texts", "turns"],
+)
+def test_packing_says_which_rows_have_no_label_within_their_length(
+    make_trainer: MakeTrainer, row: dict[str, Any]
+) -> None:
+    short = {
+        name: [user("why?"), assistant("red")] if name == "messages" else ("why?" if name == "prompt" else "red")
+        for name in row
+    }
+    if isinstance(row.get("prompt"), list):
+        short = {"prompt": [user("why?")], "completion": [assistant("red")]}
+    rows = Dataset.from_list([short, row, row, short])
+    settings: dict[str, Any] = {"packing": True, "max_length": 64, "anchor": "none", "kv_source": "student"}
+    with pytest.raises(BadRow, match=r"Row 1 has no token to train on within max_length=64"):
+        make_trainer(train_dataset=rows, **settings)
+    trainer = make_trainer(train_dataset=rows, skip_bad_rows=True, **settings)
+    assert dict(trainer.skipped_rows) == {"no label": 2}
+    labels = [label for one in trainer.train_dataset for label in one["labels"] if label != -100]
+    assert labels and tiny.make_tokenizer(extra=True).decode(labels).count("red") == 2
+    with pytest.raises(ValueError, match="no answer token lies within max_length=64"):
+        make_trainer(train_dataset=rows.select([1, 2]), skip_bad_rows=True, **settings)
+    # Control: a strategy that splits rows loses none
+    split = make_trainer(train_dataset=rows, **{**settings, "packing_strategy": "bfd_split"})
+    assert not split.skipped_rows
+
+
+@pytest.mark.parametrize("kind", ["prompt and completion", "text"])
+def test_a_text_ends_beside_pictures_as_it_does_alone(make_trainer: MakeTrainer, kind: str) -> None:
+    text = {"prompt": "tell me", "completion": " the sea"} if kind != "text" else {"text": "tell me the sea"}
+    seen = {"prompt": "what is it?", "completion": "a cat"} if kind != "text" else {"text": "<image> a cat"}
+    alone = make_trainer(train_dataset=Dataset.from_list([text] * 4))
+    beside = make_trainer(
+        train_dataset=[
+            {**text, "images": []},
+            {**seen, "images": [picture()]},
+            {**text, "images": []},
+            {**text, "images": []},
+        ]
+    )
+    tokenizer = alone.processing_class.tokenizer
+    expected = trained(next(iter(alone.get_train_dataloader())), tokenizer)
+    batch = beside.data_collator([beside.train_dataset[0], beside.train_dataset[2]])
+    assert expected.endswith(tokenizer.eos_token) and trained(batch, tokenizer) == expected
+
+
+SILENT = {
+    "a call": {"tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"at": "sea"}}}]},
+    "a thought": {"reasoning_content": "it is warm"},
+}
+
+
+@pytest.mark.parametrize("silent", SILENT)
+def test_a_turn_of_which_the_template_writes_nothing_is_refused(silent: str) -> None:
+    turns = [user("how warm?"), assistant("", **SILENT[silent]), user("and now?"), assistant("12 degrees")]
+    tokenizer = tiny.make_tokenizer(extra=True)
+    key = next(iter(SILENT[silent]))
+    with pytest.raises(
+        BadRow, match=rf"Row 0: of its turn 1 .*, which has {key} and no text, the chat template writes nothing"
+    ):
+        Conversations(tokenizer, tokenizer.chat_template).tokens({"messages": turns}, "Row 0")
+    # Control: a template that writes it
+    writes = tokenizer.chat_template.replace("{{ m['content'] }}", f"{{{{ m['content'] ~ (m.get('{key}') or '') }}}}")
+    assert writes != tokenizer.chat_template
+    assert Conversations(tokenizer, writes).tokens({"messages": turns}, "Row 0")["labels"]
+
+
+@pytest.mark.parametrize("content", [[], [{"type": "text", "text": ""}]], ids=["none", "an empty text"])
+def test_a_question_of_empty_parts_is_a_picture_alone(make_trainer: MakeTrainer, content: Any) -> None:
+    rows = [{"messages": [user(content), assistant("a cat")], "images": [picture()]}] * 4
+    trainer = make_trainer(train_dataset=rows)
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    assert "[]" not in trainer.processing_class.tokenizer.decode(batch["input_ids"][0])
+
+
+@pytest.mark.parametrize("text", ["<image>\nWhat is it?", "What is it?\n<image>", "<image>"])
+def test_a_place_without_its_image_is_refused_whatever_the_processor_calls_one(text: str) -> None:
+    from hf_lingudistill.formats import as_trl_row
+
+    row = {"messages": [user(text), assistant("a cat")], "images": []}
+    with pytest.raises(BadRow, match="has 1 places for images"):
+        as_trl_row(row, "Row 0", "<|image_pad|>")
+    talk = {"messages": [user("What does <image> mean in HTML?"), assistant("nothing")], "images": []}
+    assert as_trl_row(talk, "Row 0", "<|image_pad|>")  # control
+
+
+def test_a_template_that_refuses_the_first_row_names_it(make_trainer: MakeTrainer) -> None:
+    refuses = "{{ raise_exception('roles must alternate') }}" + tiny.make_tokenizer(extra=True).chat_template
+    processor = tiny.make_processor()
+    processor.chat_template = processor.tokenizer.chat_template = refuses
+    rows = [{"messages": [user("why?"), assistant("red")]}] * 4
+    with pytest.raises(BadRow, match="Row 0 cannot be processed .*roles must alternate"):
+        make_trainer(train_dataset=Dataset.from_list(rows), processing_class=processor)
+
+
+def test_a_missing_image_in_a_list_of_rows_is_named(make_trainer: MakeTrainer) -> None:
+    row = {"messages": [user("which?"), assistant("a cat")], "images": [picture()]}
+    bad = {**row, "images": [picture(), None]}
+    with pytest.raises(BadRow, match="Row 1: an image is missing"):
+        make_trainer(train_dataset=[row, bad, row])
+    assert dict(make_trainer(train_dataset=[row, bad, row], skip_bad_rows=True).skipped_rows) == {"image missing": 1}
+
+
+def test_bad_texts_are_skipped_as_bad_pictures_are(make_trainer: MakeTrainer, caplog: Any) -> None:
+    processor = tiny.make_processor()
+    template = (
+        "{% if 'bad' in (messages[0]['content'] | string) %}{{ raise_exception('no') }}{% endif %}"
+        + processor.chat_template
+    )
+    processor.chat_template = processor.tokenizer.chat_template = template
+    rows = Dataset.from_list(
+        [{"messages": [user(said), assistant("red")]} for said in ("why?", "bad", "how?", "bad", "x")]
+    )
+    with pytest.raises(BadRow, match="Row 1 cannot be processed"):
+        make_trainer(train_dataset=rows, processing_class=processor)
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(train_dataset=rows, eval_dataset=rows, processing_class=processor, skip_bad_rows=True)
+    assert dict(trainer.skipped_rows) == {"processor failed": 2} and len(trainer.train_dataset) == 3
+    assert "Skipped 2 rows of an evaluation set: {'processor failed': 2}" in caplog.text
+    with pytest.raises(ValueError, match="No usable row is left of 2"):
+        make_trainer(train_dataset=rows.select([1, 3]), processing_class=processor, skip_bad_rows=True)
+
+
+@pytest.mark.parametrize("taken", ["add_generation_prompt", "continue_final_message", "tokenize"])
+def test_a_row_does_not_say_what_is_rendered(taken: str) -> None:
+    row = {"messages": [user("why?"), assistant("red")], "chat_template_kwargs": {taken: True}}
+    tokenizer = tiny.make_tokenizer(extra=True)
+    with pytest.raises(BadRow, match=f"Row 0: its chat_template_kwargs set '{taken}', which training sets itself"):
+        Conversations(tokenizer, tokenizer.chat_template).tokens(row, "Row 0")
