@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,46 +41,13 @@ _FLAG_ALONE = tuple(
 )
 
 
-class Borrowed:
-    """The student's weights that nothing trains, which its copy reads too."""
-
-    def __init__(self, weights: list[nn.Parameter]) -> None:
-        self.weights = weights
-        self._touched = self._count()
-        self._marks = self._measure()
-
-    def check(self) -> None:
-        """Raise RuntimeError if one has been written to and is another now; a checkpoint that is loaded writes what was there."""
-        if (touched := self._count()) == self._touched:
-            return
-        if not torch.equal(self._measure(), self._marks):
-            raise RuntimeError(
-                "Weights of the student that nothing trains have been changed since the trainer was made, and the VLM before reads the same "
-                "ones: change them before, and make the trainer anew, or set their requires_grad to True, so that it keeps its own."
-            )
-        self._touched = touched
-
-    def _count(self) -> int:
-        return sum(p._version for p in self.weights)
-
-    @torch.no_grad()
-    def _measure(self) -> torch.Tensor:
-        """(weights,): the sum of each one's bits, taken for integers: the same on every device."""
-        kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        sums = [
-            p.detach().contiguous().view(kinds[p.element_size()]).sum(dtype=torch.int64).cpu() for p in self.weights
-        ]
-        return torch.stack(sums) if sums else torch.empty(0, dtype=torch.int64)
-
-
 @dataclass
 class Before:
     """The VLM before.
 
     model: a plain VLM, the student itself or a frozen copy. as_before: a context in which it answers as before. footprint: bytes
     of weights that this process holds of it beside the student's. sharded: it lies in pieces on all processes, so that every one runs
-    it in every step; same_modules: its vision tower too (see `engines.py`). borrowed: the student's own weights that a copy reads, since
-    nothing trains them.
+    it in every step; same_modules: its vision tower too (see `engines.py`).
     """
 
     model: PreTrainedModel
@@ -88,25 +55,6 @@ class Before:
     footprint: int
     sharded: bool = False
     same_modules: SameModules | None = None
-    borrowed: Borrowed = field(default_factory=lambda: Borrowed([]))
-
-    def keep_apart(self) -> None:
-        """Call it before each backward pass: weights that were frozen when the copy was made, and are trained now, get a copy of their
-        own while they are still what they were.
-
-        Raises:
-            RuntimeError: if one of them is another already.
-        """
-        self.borrowed.check()
-        if not any(p.requires_grad for p in self.borrowed.weights):
-            return
-        own = {id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in self.borrowed.weights}
-        for module in self.model.modules():
-            for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
-                if id(p) in own:
-                    setattr(module, name, own[id(p)])
-        self.footprint += _bytes(own.values())
-        self.borrowed = Borrowed([])
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # modes and adapters are switched around it
     @torch.no_grad()
@@ -200,7 +148,7 @@ def make_before(
     speaks: bool = True,
 ) -> Before:
     """The VLM before: for a student with an adapter the same weights with the adapter off, else a frozen copy in memory, which lies in
-    pieces on all processes where the engine keeps the student so. Of a student that is whole, weights that nothing trains are not copied.
+    pieces on all processes where the engine keeps the student so.
 
     Call it before anything is trained or loaded from a checkpoint.
 
@@ -226,7 +174,7 @@ def make_before(
         )
     if model is not student:
         _check_adapter(model, student, asked_by, without)
-        return Before(student, lambda: _adapter_off(model), 0, sharded)
+        return Before(student, lambda: adapter_off(model), 0, sharded)
     if not kept:
         return Before(student, nullcontext, 0)
     if getattr(student, "hf_quantizer", None) is not None:
@@ -235,12 +183,9 @@ def make_before(
             f"base is the VLM before, or set {without}."
         )
     # Each parameter is cast on its way, so that there is never a second copy in the student's dtype; tied ones stay tied
-    borrowed = [] if sharded else [p for p in student.parameters() if p.dtype == dtype and not p.requires_grad]
-    memo: dict[int, Any] = {id(p): p for p in borrowed}
+    memo: dict[int, Any] = {}
     unread = set() if speaks or sharded else _head_alone(student)
     for p in student.parameters():
-        if id(p) in memo:
-            continue
         with gathered(p):
             # Pieces are cut on the CPU: the whole may not fit a device
             device = "meta" if id(p) in unread else "cpu" if sharded else p.device
@@ -251,13 +196,8 @@ def make_before(
     if accelerator is not None and sharded:
         frozen, footprint = shard_model(frozen, accelerator, root=frozen.base_model)
         return Before(frozen, nullcontext, footprint, sharded)
-    lent = set(map(id, borrowed))
-    own = [p for p in frozen.parameters() if id(p) not in lent and not p.is_meta]
-    return Before(frozen, nullcontext, _bytes(own), borrowed=Borrowed(borrowed))
-
-
-def _bytes(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
+    own = (p for p in frozen.parameters() if not p.is_meta)
+    return Before(frozen, nullcontext, sum(p.numel() * p.element_size() for p in own))
 
 
 def _head_alone(model: PreTrainedModel) -> set[int]:
@@ -287,7 +227,7 @@ def _check_adapter(model: Any, student: nn.Module, asked_by: str, without: str) 
 
 
 @contextmanager
-def _adapter_off(model: Any) -> Iterator[None]:
+def adapter_off(model: Any) -> Iterator[None]:
     """The base model's answers: of every layer of PEFT's, the flag that its forward reads, and nothing else. PEFT's own way walks over all
     layers several times, freezes the adapter, and thaws all of it; it is taken where a layer does more to be switched off."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]

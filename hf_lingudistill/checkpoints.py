@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -34,9 +35,13 @@ from .folders import (
     obstacle,
     record,
     remove,
+    was_ours,
 )
 from .locks import Lock, lock
 
+logger = logging.getLogger(__name__)
+
+_SAID: set[str] = set()  # checkpoints that were found changed, each once
 BY = "distill"  # whose files they are, in the folder's list
 STAGING = ".checkpoint-being-written"
 STATE = "trainer_state.json"
@@ -231,8 +236,16 @@ def rotate(run: str | os.PathLike[str], limit: int | None, best: str | None) -> 
     this run did not write, or that has been changed since."""
     if not limit or limit < 0:
         return
-    found = map(Path, sort_checkpoints(str(run), use_mtime=True))
+    found = [*map(Path, sort_checkpoints(str(run), use_mtime=True))]
     own = [path for path in found if is_ours(run, path.name, by=BY)]
+    changed = [path for path in found if path not in own and was_ours(run, path.name, by=BY)]
+    for path in changed:
+        if str(path) not in _SAID:
+            _SAID.add(str(path))
+            logger.warning(
+                "%s holds files that the run did not write, or that have changed since: save_total_limit leaves such checkpoints. Remove them "
+                "yourself.", path,
+            )  # fmt: skip
     protected = {path.resolve() for path in (*own[-1:], *([Path(best)] if best else []))}
     excess = len(own) - max(limit, len(protected))
     for path in [path for path in own if path.resolve() not in protected][: max(excess, 0)]:

@@ -313,6 +313,9 @@ class LinguDistillConfig(DistillChecks, DistillOptions, LocalSFTConfig):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             # The loss moves with what the teacher lets through; cross-entropy does not
             self.metric_for_best_model, self.greater_is_better = "ce_loss", False
+        metric = self.metric_for_best_model
+        if self.greater_is_better is None and isinstance(metric, str) and metric.endswith(("_ce", "_kl", "entropy")):
+            self.greater_is_better = False  # transformers knows losses alone by their names
         super().__post_init__()
 
     def _check(self) -> None:

@@ -8,6 +8,7 @@
 | 3 | not published. After a training: the model is saved, and the sentence names the command that goes on |
 | 4 | stopped at a loss, gradient or teacher that is not finite (`on_nan`) |
 | 130 | interrupted (Ctrl-C). A training says at which step, and which checkpoint to go on from |
+| 141 | whoever read the output had enough, as `head` does |
 
 `LINGUDISTILL_DEBUG=1` shows the traceback behind a sentence.
 """
@@ -18,6 +19,7 @@ BAD_INPUT = 2
 NOT_PUBLISHED = 3
 NOT_FINITE = 4
 INTERRUPTED = 130  # what a shell reports of a program that SIGINT ended
+BROKEN_PIPE = 141  # and SIGPIPE
 
 SUMMARY = (
     "Exit codes: 0 done, or it fits; 1 it does not fit (check, plan, blend); 2 bad input, said in one sentence (LINGUDISTILL_DEBUG=1 "

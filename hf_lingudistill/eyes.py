@@ -119,7 +119,6 @@ class Eyes:
             return None
         touched = sum(weight._version for weight in self._parameters)
         if touched != self._touched:
-            self._theirs = _vision_tensors(self.before.model)  # which may have copies of its own by now
             self._touched, self.alike = touched, None if self._may_be_alike() else False
         return None if self.alike is False else Seen()
 

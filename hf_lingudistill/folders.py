@@ -92,6 +92,14 @@ def is_ours(folder: str | os.PathLike[str], name: str, *, by: str) -> bool:
     return (path.is_symlink() or path.exists()) and _stranger(Path(folder), name, by) is None
 
 
+def was_ours(folder: str | os.PathLike[str], name: str, *, by: str) -> bool:
+    """Whether something of what bears this name there was written by `by`, whatever became of it."""
+    return any(
+        path.split("/")[0] == name and any(stamp[0] == by for stamp in stamps)
+        for path, stamps in _listing(Path(folder)).items()
+    )
+
+
 @contextmanager
 def replacing(folder: str | os.PathLike[str], *names: str, by: str) -> Iterator[Path]:
     """An empty folder to make `names` in (all, or some); on leaving, they take their places in `folder` by renames. All else that

@@ -16,7 +16,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cache
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
 from trl import ModelConfig, ScriptArguments
 
@@ -299,6 +299,8 @@ class DistillScriptArguments(ScriptArguments):
     image_folder: str | None = _option(
         None, "Where relative paths of images in --dataset_name begin. Left out: at the file that names them."
     )
+    # Not a field, which would be an option: those that stand on the command line or in the recipe, whatever their values are
+    written: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         """A recipe in YAML may hold anything; argparse checks the command line alone."""

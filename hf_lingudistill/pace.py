@@ -44,7 +44,7 @@ class Pace(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A stream, whose length only reading tells; before anything is saved. A resumed run may skip a whole pass on its way
-        if state.global_step == self._first_step and control.should_training_stop:
+        if state.global_step == self._first_step and control.should_training_stop and not self.started:
             raise ValueError("Not one step was trained: the training set gave no batch. Nothing was saved.")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -85,7 +85,9 @@ class ResumingMixin(_Trainer):
                 f"those that are to be trained,{' set freeze_vision=False,' if of_vision else ''} or pass a peft_config."
             )
         out = str(self.args.output_dir)
-        wanted = wanted_checkpoint(resume_from_checkpoint or self.args.resume_from_checkpoint)
+        wanted = wanted_checkpoint(
+            self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        )
         named = getattr(getattr(student, "config", None), "_name_or_path", None)
         check_apart(out, student=named, teacher=self.teacher_name_or_path)
         own = continues(wanted, out)

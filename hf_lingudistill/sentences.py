@@ -35,6 +35,26 @@ def _message(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def how_to_see_more(error: BaseException) -> str:
+    """What an error message ends with where a library failed; what this package says itself has no more behind it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if (
+        trace is None
+        or str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] == __package__.partition(".")[0]
+    ):
+        return ""
+    return " (LINGUDISTILL_DEBUG=1 shows the traceback)"
+
+
+def count(number: int, one: str, several: str | None = None) -> str:
+    """`1 note`, `2 notes`."""
+    return f"{number} {one if number == 1 else several or one + 's'}"
+
+
 def no_access(error: BaseException, name: str) -> str | None:
     """What keeps a repository of the Hub from being read, and what to do; None for any other error."""
     from huggingface_hub import constants, get_token
@@ -68,9 +88,28 @@ def at_home(value: Any) -> Any:
     return f"{option}{equals}{os.path.expanduser(rest)}" if rest.startswith("~/") else value
 
 
+# What other trainers call it
+_KNOWN_AS = {
+    "dataset": "dataset_name",
+    "data": "dataset_name",
+    "batch_size": "per_device_train_batch_size",
+    "per_device_batch_size": "per_device_train_batch_size",
+    "torch_dtype": "dtype",
+    "model": "student",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "output": "output_dir",
+    "lora_rank": "lora_r",
+}
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`, did you mean 'x'?`, or nothing where nothing is near."""
-    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.7)
+    known, dashes = set(known), "--" if name.startswith("--") else ""
+    other = dashes + _KNOWN_AS.get(name.removeprefix("--"), "")
+    near = [other] if other in known else difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.7)
     return f", did you mean {near[0]!r}?" if near else ""
 
 

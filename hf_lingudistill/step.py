@@ -123,8 +123,6 @@ class DistillStep:
         of it before training, or None.
         """
         training, device = self.student.training, inputs["input_ids"].device
-        if (before := self.judge or self.source) is not None:
-            before.keep_apart()
         plan: QueryPlan = (inputs.get("queries") or self.planner(inputs)).to(device)
         plan.check(inputs["labels"], inputs["distill"])
         cached: CachedAnswers = (inputs.get("cached") or CachedAnswers()).to(device)

@@ -15,6 +15,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrain
 
 from ._internals import keep_image_dtype
 from .adapter import with_targets
+from .anchor import adapter_off
 from .compatibility import CompatibilityReport, check_compatibility, guess_teacher
 from .engines import is_teacher_sharded, shard_teacher, sharding_of
 from .first_batch import FirstBatch
@@ -198,7 +199,9 @@ class TeacherMixin(_Trainer):
             return
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         ids = text_ids(tokenizer, self.teacher.vocabulary).to(student.device)
-        plain = self.model.disable_adapter() if is_peft_model(self.model) else nullcontext()
+        plain = (
+            adapter_off(self.model) if is_peft_model(self.model) else nullcontext()
+        )  # PEFT's own thaws it afterwards
         with on_device(self.teacher, ids.device, offload=self.step.offload), plain, self.accelerator.autocast():
             if not mode.sees:
                 self_check(student, self.teacher.model, ids)
@@ -267,5 +270,12 @@ def _share_weights(teacher: Any, student: Any) -> bool:
     """Whether a teacher is the student or holds some of its parameters: a teacher is frozen, and they would be with it."""
     if isinstance(student, str):
         return False
-    own = set(map(id, student.parameters()))
-    return any(id(weight) in own for weight in teacher.parameters())
+    own = {place for weight in student.parameters() if (place := _place(weight)) is not None}
+    return any(_place(weight) in own for weight in teacher.parameters())
+
+
+def _place(weight: torch.Tensor) -> int | None:
+    """Where a weight's numbers lie in memory; None where there are none yet."""
+    if weight.is_meta or weight.numel() == 0:
+        return None
+    return int(weight.untyped_storage().data_ptr()) or None

@@ -741,3 +741,24 @@ def test_true_means_the_newest_checkpoint_of_the_run_itself(run_folder: Path, tm
     assert to_resume(True, run) == str(run / "checkpoint-100")  # control: it has none of its own
     record(run, "checkpoint-2", by=BY)
     assert to_resume(True, run) == str(run / "checkpoint-2")
+
+
+def test_a_checkpoint_that_a_callback_added_to_stays_and_that_is_said(tmp_path: Path, caplog: Any) -> None:
+    for step in (1, 2, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").touch()
+        record(tmp_path, f"checkpoint-{step}", by=BY)
+    (tmp_path / "checkpoint-1" / "ema").touch()
+    (tmp_path / "checkpoint-0").mkdir()
+    (tmp_path / "checkpoint-0" / "mine").touch()  # control: somebody else's
+    for _ in range(2):
+        rotate(tmp_path, 1, None)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-0",
+        "checkpoint-1",
+        "checkpoint-3",
+    ]
+    assert (
+        caplog.text.count("checkpoint-1 holds files that the run did not write") == 1
+        and "checkpoint-0" not in caplog.text
+    )

@@ -134,7 +134,9 @@ def test_bad_input_exits_with_2_and_one_sentence(
 def test_a_repository_out_of_reach_exits_with_2(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "nobody/nothing", str(models / "lm")]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("lingudistill: The config of the student 'nobody/nothing' cannot be read: ")
+    assert err.startswith(
+        "lingudistill: There is no folder 'nobody/nothing' here, and as a repository it cannot be read. The config of the student 'nobody/nothing' cannot be read: "
+    )
     assert err.count("\n") == 1
 
 
@@ -163,7 +165,7 @@ def test_the_pair_is_named_by_flags_as_well(models: Path, capsys: pytest.Capture
     assert "No student: pass --student VLM" in capsys.readouterr().err
     for twice in (["a", "b", "c"], ["a", "--student", "b"], ["a", "b", "--teacher", "c"]):
         assert main(["check", *twice]) == 2
-        assert "Expected one VLM and one LM" in capsys.readouterr().err
+        assert "Name the pair as `check VLM LM`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

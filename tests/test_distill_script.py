@@ -386,7 +386,7 @@ EARLY: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "nothing to resume": (
         ("--output_dir", "EMPTY", "--resume_from_checkpoint", "true"),
-        "empty': train without --resume_from_checkpoint. (",
+        "empty': train without --resume_from_checkpoint.",
     ),
     "something else to resume": (
         ("--output_dir", "USED", "--resume_from_checkpoint", "true"),
@@ -531,8 +531,25 @@ def test_an_option_of_a_mixture_beside_one_dataset_is_refused(tmp_path: Path, li
 
 
 def test_a_default_that_is_spelt_out_is_no_option_that_nobody_reads() -> None:
-    defaults = ("--lora_r", "16", "--merge_adapter", "false", "--distill_margin", "0", "--anchor_weight", "0.5")
+    defaults = ("--merge_adapter", "false", "--distill_margin", "0", "--anchor_weight", "0.5")
     check_unread(*parse([*ONE, *defaults, "--dataset_test_split", "test", "--use_bnb_nested_quant", "false"]))
+    with pytest.raises(ValueError, match="^lora_r=16 has no effect without use_peft"):  # it trained the whole model
+        check_unread(*parse([*ONE, "--lora_r", "16"]))
+    check_unread(*parse([*ONE, "--lora_r", "16", "--use_peft"]))
+
+
+def test_a_run_says_where_it_is_saved_before_it_begins(
+    saved_pair: tuple[Path, Path],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pair = ("--student", str(saved_pair[0]), "--teacher", str(saved_pair[1]), "--dataset_name", str(data))
+    assert main(pair) == 2
+    assert capsys.readouterr().err == "error: No output folder: pass --output_dir OUT, a new or an empty folder.\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

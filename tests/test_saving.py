@@ -194,7 +194,7 @@ def test_flags_train_save_and_say_what_ran_and_what_came_out(
         "kv_sharing=vision",
         "0.25 x CE",
         "Rows     8; marked for distillation: 50%",
-        "Device   cpu, 1 process(es), fp32",
+        "Device   cpu, 1 process, fp32",
         "Done: 2 steps",
         f"Saved to {tmp_path / 'out'}",
         "AutoModelForImageTextToText.from_pretrained",

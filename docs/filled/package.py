@@ -178,8 +178,8 @@ def families_known() -> str:
     release = ".".join(_families()["transformers"].split(".")[:2])
     types = sum(map(len, fate.values()))
     return (
-        f"{len(fate['lm'])} of transformers {release}'s {types} VLM types fit their LM and {len(fate['itself'])} more the text half of the VLM before, "
-        f"as [tiny random models](docs/families.md): {names(fits)}, ... Refused: "
+        f"Of the {types} VLM types in transformers {release}, {len(fate['lm'])} work with the LM they were built from, and {len(fate['itself'])} more with the "
+        f"text half of the VLM before ([tiny random models](docs/families.md)): {names(fits)}, ... Refused: "
         f"{names(refused)}, ..."
     )
 

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 from .._quiet import hush_libraries
 from .._version import __version__
-from ..exit_codes import INTERRUPTED, SUMMARY
+from ..exit_codes import BROKEN_PIPE, INTERRUPTED, SUMMARY
 from ..progress import calm_other_bars
 from ..sentences import at_home
 from . import blend, check, convert_nanovlm, diagnose, distill, evaluate, plan, publish, score_mix
@@ -50,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         code: int = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except KeyboardInterrupt:
         print(
             "lingudistill: interrupted; the same command begins again, or goes on where it keeps what it has.",

@@ -32,7 +32,7 @@ def run(args: Namespace) -> int:
     named = [*args.pair, None, None]
     if len(args.pair) > 2 or (args.student and args.pair) or (args.teacher and args.pair[1:]):
         return bad_input(
-            f"Expected one VLM and one LM; {' '.join(args.pair)!r} comes beside --student or --teacher, or is too much."
+            f"Name the pair as `check VLM LM`, or with --student and --teacher: {' '.join(args.pair)!r} is more than that."
         )
     student, teacher = args.student or named[0], args.teacher or named[1]
     if student is None:

@@ -6,7 +6,7 @@ import os
 import sys
 
 from ..exit_codes import BAD_INPUT, NOT_PUBLISHED
-from ..sentences import one_sentence
+from ..sentences import how_to_see_more, one_sentence
 
 
 def bad_input(message: str) -> int:
@@ -19,7 +19,7 @@ def failed(error: Exception) -> int:
     """One sentence for whatever was raised, or its traceback. Call it where the exception is handled."""
     if os.environ.get("LINGUDISTILL_DEBUG") == "1":
         raise error
-    return bad_input(one_sentence(error) + " (LINGUDISTILL_DEBUG=1 shows the traceback)")
+    return bad_input(one_sentence(error) + how_to_see_more(error))
 
 
 def not_published(error: Exception) -> int:

@@ -147,7 +147,7 @@ def load_config(role: str, source: Any, trust_remote_code: bool, revision: str |
         if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
             if os.path.isfile(os.path.join(path, "adapter_config.json")):
                 raise UnreadableModelError(
-                    f"The {role} folder {str(source)!r} holds an adapter, not a model. Merge it into its base first."
+                    f"The {role} folder {str(source)!r} holds an adapter, not a model. Merge it into its base first (docs/lora.md shows how)."
                 )
             raise UnreadableModelError(
                 f"The {role} folder {str(source)!r} holds no config.json. Pass the folder that save_pretrained wrote."
@@ -166,8 +166,13 @@ def load_config(role: str, source: Any, trust_remote_code: bool, revision: str |
             ) from error
         if (why := no_access(error, str(source))) is not None:
             raise UnreadableModelError(f"The {role} {str(source)!r} cannot be read: {why}") from error
+        there = (
+            ""
+            if os.path.exists(path)
+            else f"There is no folder {str(source)!r} here, and as a repository it cannot be read. "
+        )
         raise UnreadableModelError(
-            f"The config of the {role} {str(source)!r} cannot be read: {_first_sentence(error)}. Pass a folder that "
+            f"{there}The config of the {role} {str(source)!r} cannot be read: {_first_sentence(error)}. Pass a folder that "
             "holds a config.json of a model that transformers knows, or the id of a repository that you can reach."
         ) from error
     if not isinstance(config.name_or_path, str) or not config.name_or_path:

@@ -19,7 +19,7 @@ def check_vocabulary(s: Side, t: Side) -> tuple[list[Check], int]:
             reason = (
                 f"Vocabularies cannot be compared for lack of the {side.role}'s tokenizer: {side.tokenizer_error}."
             )
-            fix = f"Pass a folder or Hub id that has one, or {side.role}_tokenizer."
+            fix = f"Save it beside the model (save_pretrained), or pass a folder or Hub id that has one (in Python, {side.role}_tokenizer)."
             checks.append(Check("vocabulary", "misfit", read[0], read[1], reason, fix))
     if checks:
         return checks, 0

@@ -183,7 +183,15 @@ def parse(argv: Sequence[str]) -> Parsed:
 
     # Its config is read where the options become an object: before `check_run`
     check_packages(argparse.Namespace(deepspeed=asked.deepspeed))
-    return parser.parse_args_into_dataclasses(args=rest, look_for_args_file=False)  # type: ignore[return-value]
+    parsed: Parsed = parser.parse_args_into_dataclasses(args=rest, look_for_args_file=False)  # type: ignore[assignment]
+    vars(parsed[0])["written"] = frozenset(set(recipe) | _written(parser, rest))
+    return parsed
+
+
+def _written(parser: argparse.ArgumentParser, words: Sequence[str]) -> set[str]:
+    """The fields whose options stand among the words of a command line."""
+    options = {name: action.dest for action in parser._actions for name in action.option_strings}
+    return {options[name] for word in words if (name := word.partition("=")[0]) in options}
 
 
 def with_on_and_off(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from .._quiet import hush_libraries
 from ..exit_codes import BAD_INPUT, DONE, INTERRUPTED, NOT_FINITE, NOT_PUBLISHED
 from ..progress import calm_other_bars, watched
-from ..sentences import one_sentence, typed
+from ..sentences import count, how_to_see_more, one_sentence, typed
 from .arguments import parse
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def startup_summary(trainer: Trainer, model_name: str) -> str:
         "fits"
         if not trainer.compatibility.notes
         else f"fits; `{typed('check', '--student', model_name, '--teacher', trainer.teacher_name_or_path)}` shows "
-        f"{len(trainer.compatibility.notes)} note(s)"
+        f"{count(len(trainer.compatibility.notes), 'note')}"
     )
     loss, share = _loss_and_share(trainer)
     lines = {
@@ -128,7 +128,7 @@ def startup_summary(trainer: Trainer, model_name: str) -> str:
         + f"distill_tokens={args.distill_tokens}",
         "Loss": loss,
         "Rows": f"{rows}; marked for distillation: {marked}; {share}",
-        "Device": f"{trainer.accelerator.device}, {trainer.accelerator.num_processes} process(es), "
+        "Device": f"{trainer.accelerator.device}, {count(trainer.accelerator.num_processes, 'process', 'processes')}, "
         f"{'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'}",
     }
     return "\n".join(f"  {name:<8} {text}" for name, text in lines.items())
@@ -191,6 +191,9 @@ def distill(
         trainer = prepare(script_args, config, model_args, mixture)
         say = trainer.accelerator.print
         say("LinguDistill\n" + startup_summary(trainer, str(model_args.model_name_or_path)))
+        for note in trainer.compatibility.notes:
+            if note.name != "vocabulary":  # which nearly every pair has: a VLM has tokens of its own
+                say(f"  Note     {note.name}: {note.reason}")
         started = time.perf_counter()
         with _interruptible(trainer):
             trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
@@ -302,12 +305,13 @@ def end_summary(trainer: Trainer, seconds: float) -> str:
     from ..hub.run_facts import is_local
 
     logged = [entry for entry in trainer.state.log_history if "ce_loss" in entry]
-    lines = [f"Done: {trainer.state.global_step} steps in {seconds:.0f} s."]
+    lines = [f"Done: {count(trainer.state.global_step, 'step')} in {seconds:.0f} s."]
     if logged:
         first, last = logged[0], logged[-1]
         for name in ("ce_loss", "kd_loss", "teacher_ce", "student_ce", "teacher_agreement", "confident_share"):
             if name in first and name in last:
-                lines.append(f"  {name:<18} {first[name]:.3f} -> {last[name]:.3f}")
+                course = f"{first[name]:.3f} -> " if len(logged) > 1 else ""
+                lines.append(f"  {name:<18} {course}{last[name]:.3f}")
     if trainer.skipped_steps:
         lines.append(f"  skipped steps      {trainer.skipped_steps} (not finite; the log names the rows)")
     if trainer.skipped_rows:
@@ -400,7 +404,7 @@ def _reported(error: Exception) -> int:
     if not isinstance(error, ValueError | OSError | ImportError) or os.environ.get("LINGUDISTILL_DEBUG") == "1":
         raise error
     where = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
-    print(f"error: {one_sentence(error)}{where} (LINGUDISTILL_DEBUG=1 shows the traceback)", file=sys.stderr)
+    print(f"error: {one_sentence(error)}{where}{how_to_see_more(error)}", file=sys.stderr)
     return BAD_INPUT
 
 

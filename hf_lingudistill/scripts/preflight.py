@@ -103,6 +103,8 @@ def check_run(
             "No data: pass --dataset_name (a file, a folder or a Hub id), or list sources under `datasets:` in a recipe."
         )
     check_unread(script_args, config, student, mixture)
+    if script_args.written and "output_dir" not in script_args.written:
+        raise ValueError("No output folder: pass --output_dir OUT, a new or an empty folder.")
     packed = [option for option in ("load_in_4bit", "load_in_8bit") if getattr(student, option, False)]
     if script_args.merge_adapter and packed:
         raise ValueError(

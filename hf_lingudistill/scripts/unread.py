@@ -32,12 +32,17 @@ _OF_A_MIXTURE = {"streaming": "pass --dataset_streaming true", "test_split_size"
 def check_unread(
     script_args: DistillScriptArguments, config: Config, student: StudentArguments, mixture: DistillMixtureConfig
 ) -> None:
-    """Check that every option that was given is read. One that has its default value counts as not given.
+    """Check that every option that was given is read. One that has its default value counts as not given, but for an adapter's: whoever writes
+    `--lora_r 16` wants one.
 
     Raises:
         ValueError: naming the option, what keeps it from being read, and what to do.
     """
     given = _given(script_args, config, student, mixture)
+    for name in script_args.written & {*_ADAPTER}:
+        value = getattr(student, name, None)
+        if value not in (None, False):
+            given[name] = value
     for name, why, instead in _unread(script_args, config, student, mixture):
         if name in given:
             raise ValueError(f"{name}={shown(given[name])} has no effect {why}: {instead}, or leave {name} out.")
@@ -63,7 +68,7 @@ def _given(*groups: Any) -> dict[str, Any]:
         option.name: value
         for group in groups
         for option in dataclasses.fields(group)
-        if (value := getattr(group, option.name)) != _default(option)
+        if option.init and (value := getattr(group, option.name)) != _default(option)
     }
 
 

@@ -121,8 +121,8 @@ FAULTS = (
     Fault(
         "long-texts-vanish",
         "data_mixin.py",
-        "(lost := len(given) - len(prepared)) > 0",
-        "(lost := len(given) - len(prepared)) > len(given)",
+        "        if lost > 0:\n",
+        "        if lost > len(given):\n",
         "rows of text whose prompt fills max_length vanish without a word",
         ("tests/test_formats.py::test_a_text_row_whose_prompt_fills_max_length_is_named_or_counted",),
     ),

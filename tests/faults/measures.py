@@ -163,7 +163,7 @@ FAULTS = (
     Fault(
         "stream-ended",
         "pace.py",
-        "if state.global_step == self._first_step and control.should_training_stop:",
+        "if state.global_step == self._first_step and control.should_training_stop and not self.started:",
         "if state.global_step == self._first_step:",
         "a stream that has gone round cannot be resumed",
         ("tests/test_checkpoints.py::test_a_stream_that_has_gone_round_is_resumed",),

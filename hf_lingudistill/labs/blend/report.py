@@ -70,7 +70,7 @@ def _verdict(front: Report) -> str:
     if front["chosen"] is None:
         return f"Nothing was saved: {front['reason']}."
     return (
-        f"Saved: {front['chosen']}, with the {direction} {front['most']} of those with {front['keep']}. "
+        f"Saved in model/: {front['chosen']}, with the {direction} {front['most']} of those with {front['keep']}. "
         + _SURE[next(point["keeps_surely"] for point in front["points"] if point["name"] == front["chosen"])]
     )
 

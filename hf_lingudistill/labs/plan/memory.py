@@ -69,16 +69,14 @@ def teacher_bytes(teacher: ModelFacts, quantization: str, dtype_bytes: int, voca
 
 def before_bytes(student: ModelFacts, setup: Setup) -> int:
     """The frozen copy of the student that judges unmarked rows or is read; an adapter's base is there already. Whole, it goes without
-    a tower of its own where that is frozen and in the same dtype, and without a head where it does not judge. In pieces where the
-    student is; the head is gathered for the loss, where it judges."""
+    a head where it does not judge. In pieces where the student is; the head is gathered for the loss, where it judges."""
     if not setup.asks_before or setup.lora_rank:
         return 0
     judges = setup.on_policy or (setup.anchor == "before" and not setup.anchor_cache)
     head = student.vocab * student.text.hidden
     if not setup.splits:
-        borrowed = student.beside if setup.freeze_vision and setup.loaded_bytes == setup.compute_bytes else 0
         unread = 0 if judges or student.tied else head
-        return (student.parameters - borrowed - unread) * setup.compute_bytes
+        return (student.parameters - unread) * setup.compute_bytes
     head = head if judges else 0
     return (student.parameters // setup.gpus + head) * setup.compute_bytes
 

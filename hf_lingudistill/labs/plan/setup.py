@@ -215,11 +215,6 @@ class Setup:
             return 2  # DeepSpeed keeps half precision and an fp32 copy for the optimizer
         if self.engine == "fsdp2" and self.mixed_precision != "no" and self.lora_rank == 0:
             return 4  # accelerate upcasts what is trained
-        return self.loaded_bytes
-
-    @property
-    def loaded_bytes(self) -> int:
-        """Of a weight of the student as it is loaded."""
         return 4 if self.dtype == "float32" else 2
 
     @property
