@@ -104,7 +104,9 @@ def flaw(checkpoint: str | os.PathLike[str]) -> str | None:
     if not any(next(folder.glob(f"**/{pattern}"), None) for pattern in _WEIGHTS):
         return "it holds no weights"
     for file in (folder / name for name in ("optimizer.pt", "scheduler.pt") if (folder / name).is_file()):
-        if not zipfile.is_zipfile(file):  # whose end says what is in it
+        with file.open("rb") as opened:
+            is_of_torch = opened.read(2) == b"PK"
+        if is_of_torch and not zipfile.is_zipfile(file):  # whose end says what is in it
             return f"its {file.name} is cut off"
     if not any((folder / name).exists() for name in _OPTIMIZERS):
         return "it holds no optimizer state (save_only_model?)"

@@ -17,7 +17,7 @@ from trl import apply_chat_template, prepare_multimodal_messages
 from .answers import Span, answer_spans, trained_tokens
 from .bad_rows import BadRow, Row
 from .formats import BESIDE_TEXT, CONVERSATION_COLUMNS, as_trl_row, check_answer, says_nothing_else
-from .turns import in_parts_alike
+from .turns import in_parts_alike, without_nulls
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Conversations:
         """
         # The check comes before as well: a row without any turn has no answer, rather than another shape
         check_answer(row, name)
-        if taken := next((key for key in _OURS if key in (row.get("chat_template_kwargs") or {})), None):
+        if taken := next((key for key in _OURS if key in (row.get("chat_template_kwargs") or ())), None):
             raise BadRow(
                 "not a conversation",
                 f"{name}: its chat_template_kwargs set {taken!r}, which training sets itself. Leave it out.",
@@ -204,6 +204,7 @@ class Conversations:
             if isinstance(prompt, str):
                 asked, ids = self._ids(prompt), self._ids(prompt + self._ended(completion))
             else:
+                self._check_written([*self._for_template(prompt), *self._for_template(completion)], options, name)
                 asked = self._ids(prompt, add_generation_prompt=True, **options)
                 ids = self._ids(prompt + completion, **options)
         except BadRow:
@@ -241,8 +242,10 @@ class Conversations:
     def _options(self, row: Row) -> Row:
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
-        # `or None`: some templates write an empty list of tools out
-        return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
+        given = row.get("chat_template_kwargs")
+        given = json.loads(given) if isinstance(given, str) and given.strip() else given
+        # Arrow gives each row the fields of all others, as nulls. `or None`: some templates write an empty list of tools out
+        return {"tools": without_nulls(tools) or None, **without_nulls(given or {})}
 
     def _check_written(self, turns: list[Row], options: Row, name: str) -> None:
         """Raise BadRow where a turn calls a tool or thinks, and says nothing else, and the template writes nothing of it: a student would
@@ -259,7 +262,7 @@ class Conversations:
         whole = rendered(turns)
         for index in silent:
             turn = {key: value for key, value in turns[index].items() if key not in BESIDE_TEXT}
-            empty: Any = [] if isinstance(turns[index].get("content"), list) else ""
+            empty: Any = turns[index].get("content", "")
             try:
                 without = rendered([*turns[:index], {**turn, "content": empty}, *turns[index + 1 :]])
             except Exception:  # which a template may not take

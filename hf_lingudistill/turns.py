@@ -77,7 +77,7 @@ def _turn(turn: Any, where: str) -> Row:
         )
     role = ROLES[role.lower()]
     if calls := turn.get("tool_calls"):
-        turn["tool_calls"] = _without_nulls(calls)
+        turn["tool_calls"] = without_nulls(calls)
     if content is None:
         if role != "assistant" or not turn.get("tool_calls"):
             raise BadRow("not a conversation", f"{where}: the content of the {role}'s turn is missing (null).")
@@ -85,11 +85,11 @@ def _turn(turn: Any, where: str) -> Row:
     return {"role": role, "content": _content(content, where), **turn}
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """A value without the null fields that a common schema of all rows adds to it."""
     if isinstance(value, Mapping):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _content(content: Any, where: str) -> Any:

@@ -206,3 +206,38 @@ def test_a_row_does_not_say_what_is_rendered(taken: str) -> None:
     tokenizer = tiny.make_tokenizer(extra=True)
     with pytest.raises(BadRow, match=f"Row 0: its chat_template_kwargs set '{taken}', which training sets itself"):
         Conversations(tokenizer, tokenizer.chat_template).tokens(row, "Row 0")
+
+
+def test_a_silent_turn_is_refused_by_templates_that_read_parts(make_trainer: MakeTrainer) -> None:
+    """SmolVLM's own reads the first part of each turn, and cannot render one without."""
+    reads_parts = (
+        "{% for m in messages %}{{ m['role'] }}:{% if m['content'][0]['type'] == 'image' %}{% endif %}"
+        "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    processor = tiny.make_processor()
+    processor.chat_template = processor.tokenizer.chat_template = reads_parts
+    conversations = Conversations(processor, reads_parts)
+    turns = [user("how warm?"), assistant("", **SILENT["a call"]), user("and now?"), assistant("12 degrees")]
+    for row in ({"messages": turns}, {"prompt": turns[:3], "completion": turns[3:]}):
+        with pytest.raises(BadRow, match="which has tool_calls and no text, the chat template writes nothing"):
+            conversations.tokens(row, "Row 0")
+    assert conversations.tokens({"messages": [user("how warm?"), assistant("12 degrees")]}, "Row 0")  # control
+
+
+def test_fields_that_other_rows_have_are_not_rendered() -> None:
+    """Arrow gives each row the fields of all, as nulls: another row's parameters, and `enable_thinking: null`."""
+    template = "{{ tools | tojson }}{% if enable_thinking is defined %}thinks{% endif %}" + str(
+        tiny.make_tokenizer(extra=True).chat_template
+    )
+    conversations = Conversations(tiny.make_tokenizer(extra=True), template)
+    row: dict[str, Any] = {"messages": [user("why?"), assistant("red")]}
+    tools = [{"name": "weather", "parameters": {"city": "text"}}]
+    plain = conversations.tokens({**row, "tools": tools}, "Row 0")
+    nulls = [{"name": "weather", "parameters": {"city": "text", "a": None}}]
+    assert (
+        conversations.tokens({**row, "tools": nulls, "chat_template_kwargs": {"enable_thinking": None}}, "Row 0")
+        == plain
+    )
+    told = conversations.tokens({**row, "tools": tools, "chat_template_kwargs": '{"enable_thinking": true}'}, "Row 0")
+    assert told != plain  # control; and a text of JSON is read

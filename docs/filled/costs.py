@@ -82,7 +82,7 @@ def _frozen() -> str:
         read(STEP_COST.with_name(name))["arms"]["one_look"]["ratio"] - 1
         for name in ("one_look.json", "one_look_gpu.json")
     )
-    return f"At 256M, tower frozen as by default, on top of SFT that scores answers alone: {on_a_cpu:.0%} on a CPU, {on_a_gpu:.0%} on the H200, which waits for launches"
+    return f"At 256M with the tower frozen, the default: {on_a_cpu:.0%} on a CPU, {on_a_gpu:.0%} on the H200, where so small a model waits for launches"
 
 
 def _step_cost(result: dict[str, Any]) -> str:
@@ -144,7 +144,7 @@ def gpu_claim() -> str:
         return f"{case['arms'][arm]['ratio_trl'] - 1:.0%}"
 
     return (
-        f"A step takes {more('vision_before')} longer than TRL's own (`full`: {more('full')}) on an {gpu} at {case['shape']}, batch {case['batch']} (small tower, trained). "
+        f"A step takes {more('vision_before')} longer than TRL's own (`full`: {more('full')}) on an {gpu} ({case['shape']}, batch {case['batch']}, small tower trained). "
         f"{_frozen()} ([every mode](docs/cost.md))."
     )
 

@@ -50,8 +50,8 @@ def test_a_folder_without_tokenizer_is_a_misfit(folders: tuple[str, str], tmp_pa
     bare = save(tmp_path / "bare", llama(), None)
     report = check_compatibility(folders[0], bare)
     assert messages(report, "vocabulary") == [
-        f"Vocabularies cannot be compared for lack of the teacher's tokenizer: {bare} holds none. Pass a folder or "
-        "Hub id that has one, or teacher_tokenizer."
+        f"Vocabularies cannot be compared for lack of the teacher's tokenizer: {bare} holds none. Save it beside the model "
+        "(save_pretrained), or pass a folder or Hub id that has one (in Python, teacher_tokenizer)."
     ]
 
 
@@ -68,7 +68,7 @@ def test_a_vlm_template_of_an_older_processor_is_read(folders: tuple[str, str]) 
         ({}, "The teacher folder '{}' holds no config.json. Pass the folder that save_pretrained wrote."),
         (
             {"adapter_config.json": "{}"},
-            "The teacher folder '{}' holds an adapter, not a model. Merge it into its base first.",
+            "The teacher folder '{}' holds an adapter, not a model. Merge it into its base first (docs/lora.md shows how).",
         ),
         ({"config.json": "{"}, "The config of the teacher '{}' cannot be read: It looks like the config file at"),
         ({"config.json": "{}"}, "The config of the teacher '{}' cannot be read: Unrecognized model in"),
@@ -120,7 +120,10 @@ def test_code_of_a_repository_runs_only_when_trusted(folders: tuple[str, str], t
 
 
 def test_a_repository_that_is_not_there_is_bad_input(folders: tuple[str, str]) -> None:
-    with pytest.raises(UnreadableModelError, match="^The config of the student 'nobody/nothing' cannot be read: "):
+    with pytest.raises(
+        UnreadableModelError,
+        match="^There is no folder 'nobody/nothing' here, and as a repository it cannot be read. The config of the student 'nobody/nothing' cannot be read: ",
+    ):
         check_compatibility("nobody/nothing", folders[1])
 
 

@@ -115,7 +115,7 @@ def test_a_missing_tokenizer_is_a_misfit_and_shares_nothing() -> None:
     report = check_compatibility(vlm(), llama(), student_tokenizer=word_tokenizer(VOCAB))
     assert messages(report, "vocabulary") == [
         "Vocabularies cannot be compared for lack of the teacher's tokenizer: none was given, and the config does not "
-        "say where it came from. Pass a folder or Hub id that has one, or teacher_tokenizer."
+        "say where it came from. Save it beside the model (save_pretrained), or pass a folder or Hub id that has one (in Python, teacher_tokenizer)."
     ]
     assert report.shared_vocab_size == 0
 

@@ -174,15 +174,23 @@ class Measures:
         }
 
 
-def _ifeval(scored: Scored, settings: Mapping[str, int]) -> dict[str, Any]:
-    """Strict, loose, stopped and length, on prompts drawn once for all models."""
-    from hf_lingudistill.labs.evaluation.ifeval import checkable, ifeval_scores, read_prompts
+def ifeval_prompts(settings: Mapping[str, int]) -> tuple[Any, list[Any]]:
+    """The task, and its prompts. Raises ModuleNotFoundError where a package of theirs is missing."""
+    from hf_lingudistill.labs.evaluation.ifeval import checkable, read_prompts
     from hf_lingudistill.labs.evaluation.suite import IfevalTask
 
     task = IfevalTask(limit=settings["prompts"], max_new_tokens=settings["max_new_tokens"])
     prompts = checkable(read_prompts(task))
     if settings["prompts"] < len(prompts):
         prompts = random.Random(0).sample(prompts, settings["prompts"])
+    return task, prompts
+
+
+def _ifeval(scored: Scored, settings: Mapping[str, int]) -> dict[str, Any]:
+    """Strict, loose, stopped and length, on prompts drawn once for all models."""
+    from hf_lingudistill.labs.evaluation.ifeval import ifeval_scores
+
+    task, prompts = ifeval_prompts(settings)
     with tempfile.TemporaryDirectory() as scratch:
         cache = ItemCache(Path(scratch) / "ifeval.jsonl", {"model": scored.fingerprint})
         return ifeval_scores(scored, task, prompts, cache, batch_size=250 if machine().accelerated else 20)

@@ -111,6 +111,10 @@ def arms(place: Place, run: Run) -> None:
     source = kept.source(place, run)
     sets, measures = ask(place.world(), place.settings["answers"]), references(place)
     of_run = {name: place.settings[name] for name in ("ifeval", "lengths") if follows(place.settings[name], run)}
+    if "ifeval" in of_run:
+        from measure import ifeval_prompts
+
+        ifeval_prompts(of_run["ifeval"])  # a package that is missing is named now, and not behind an hour of training
     for index, name in enumerate(todo):
         started = time.time()
         path, record = trained(place, run, name, sets)
