@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -240,6 +241,12 @@ def _with_columns(
             if not skip_bad_rows:
                 raise
             new[distill_column] = None
-        return new
+        if not isinstance(part, Dataset):  # a stream keeps what it is given
+            return new
+        # A text that reads as JSON would be taken for it: the answer "2" for a number
+        return {
+            column: json.dumps(value) if isinstance(value, str) and isinstance(features[column], Json) else value
+            for column, value in new.items()
+        }
 
     return part.map(completed, with_indices=True, remove_columns=part.column_names, features=features)

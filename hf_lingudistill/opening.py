@@ -6,6 +6,7 @@ turns of a conversation. What is found is written into the columns that TRL goes
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from PIL import Image as PILImage
 
 from .bad_rows import SOURCE_COLUMN, AnyDataset, BadRow, Row, check_rows, flag_of, row_name, without_bad_rows
 from .columns import (
@@ -30,6 +32,7 @@ from .columns import (
 from .config import LinguDistillConfig
 from .flags import capital, check_distill_column, check_evaluation_flags, check_joining, packs, refuse_flag
 from .formats import CONVERSATION_COLUMNS, as_trl_row, check_answer, check_text
+from .images import decode_image
 from .options import DistillOptions
 
 logger = logging.getLogger(__name__)
@@ -256,6 +259,8 @@ def as_dataset(
             shaped = shape({**row, "text": row[field]} if own_text else row, known_as)
             if any(image is None for image in shaped.get("images") or []):
                 raise BadRow("image missing", f"{known_as}: an image is missing (null).")
+            if images := shaped.get("images"):
+                shaped = {**shaped, "images": [_as_seen(image, known_as) for image in images]}
             rows.append({**shaped, field: row[field]} if own_text else shaped)
         except BadRow as error:
             if not args.skip_bad_rows:
@@ -267,7 +272,7 @@ def as_dataset(
     absent: Row = {
         column: [] if column == "images" else None for column in dict.fromkeys(key for row in rows for key in row)
     }
-    rows = [{**absent, **row} for row in rows]
+    rows = _with_texts_kept([{**absent, **row} for row in rows])
     try:
         return Dataset.from_list(rows, on_mixed_types="use_json")
     except OSError as error:
@@ -279,6 +284,36 @@ def as_dataset(
         raise ValueError(
             f"{name} is a list of rows that differ in their types ({why}): give each column one type."
         ) from error
+
+
+def _as_seen(image: Any, name: str) -> Any:
+    """A picture in memory as its pixels: Arrow would write it anew, without its rotation, and a JPEG with new losses."""
+    if not isinstance(image, PILImage.Image):
+        return image
+    try:
+        return decode_image(image)
+    except BadRow as error:
+        raise BadRow(error.reason, f"{name}: {error}") from error
+
+
+def _with_texts_kept(rows: list[Row]) -> list[Row]:
+    """Rows whose turns are texts in some and lists of parts in others, with their conversations as JSON text: Arrow would keep such contents as
+    JSON of their own, and read an answer that looks like it (`42`, `["cat"]`) as what it looks like."""
+    kinds = {
+        type(turn.get("content"))
+        for row in rows
+        for turn in (row["messages"] if isinstance(row.get("messages"), list) else ())
+        if isinstance(turn, dict) and turn.get("content") is not None
+    }
+    if len(kinds) < 2:
+        return rows
+    try:
+        return [
+            {**row, "messages": json.dumps(row["messages"], ensure_ascii=False)} if row.get("messages") else row
+            for row in rows
+        ]
+    except (TypeError, ValueError):  # something else than texts in a turn
+        return rows
 
 
 def _check_first_rows(dataset: AnyDataset, where: str, args: LinguDistillConfig) -> None:

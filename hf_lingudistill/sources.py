@@ -15,6 +15,7 @@ from typing import Any
 from datasets import (
     Dataset,
     DatasetDict,
+    Features,
     Image,
     IterableDataset,
     Json,
@@ -129,9 +130,35 @@ def _loaded(source: DatasetConfig, path: Path, streaming: bool) -> AnyDataset:
         more = {"sep": "\t"} if ".tsv" in map(str.lower, path.suffixes) else {}
     elif path.is_dir() and files is None and data_dir is None:
         files = _tables(path)
-    return load_dataset(
-        name, name=source.name, data_dir=data_dir, data_files=files, split=source.split, streaming=streaming, **more
-    )
+
+    def loaded(**how: Any) -> AnyDataset:
+        return load_dataset(
+            name,
+            name=source.name,
+            data_dir=data_dir,
+            data_files=files,
+            split=source.split,
+            streaming=streaming,
+            **how,
+            **more,
+        )
+
+    found = loaded()
+    features = getattr(found, "features", None)
+    if name != "json" or features is None:
+        return found
+    # Contents that are texts here and parts there are JSON each, and an answer that looks like it (`42`) would be read as it: whole, they are not
+    whole = {
+        column: Json() if not isinstance(feature, Json) and _holds_json(feature) else feature
+        for column, feature in features.items()
+    }
+    return found if whole == dict(features) else loaded(features=Features(whole))
+
+
+def _holds_json(feature: Any) -> bool:
+    if isinstance(feature, List | LargeList):
+        return _holds_json(feature.feature)
+    return any(map(_holds_json, feature.values())) if isinstance(feature, dict) else isinstance(feature, Json)
 
 
 def _loader(path: Path) -> str:

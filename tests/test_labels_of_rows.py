@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import tiny_families
+import torch
 from datasets import Dataset
 from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -16,6 +20,8 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from hf_lingudistill.bad_rows import BadRow
 from hf_lingudistill.batch import DistillCollator
 from hf_lingudistill.conversations import Conversations
+from hf_lingudistill.mixtures import DistillMixtureConfig, DistillSource, load_mixture
+from hf_lingudistill.sources import load_source
 
 MakeTrainer = Callable[..., Any]
 
@@ -241,3 +247,70 @@ def test_fields_that_other_rows_have_are_not_rendered() -> None:
     )
     told = conversations.tokens({**row, "tools": tools, "chat_template_kwargs": '{"enable_thinking": true}'}, "Row 0")
     assert told != plain  # control; and a text of JSON is read
+
+
+LIKE_JSON = ['["cat", "dog"]', '"dog"', "42", "true", '{"a": 1}']
+
+
+@pytest.mark.parametrize("given", ["a list", "a file", "a stream of a file"])
+def test_an_answer_that_looks_like_json_stays_a_text(make_trainer: MakeTrainer, tmp_path: Path, given: str) -> None:
+    """Beside a row whose contents are lists of parts, which makes Arrow keep contents as JSON."""
+    parts = {"messages": [user([{"type": "text", "text": "hi"}]), assistant([{"type": "text", "text": "hello"}])]}
+    rows: Any = [parts, *({"messages": [user(f"say {said}"), assistant(said)]} for said in LIKE_JSON)]
+    if given != "a list":
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = load_source(DistillSource(path=str(file)), streaming=given != "a file")
+    trainer = make_trainer(train_dataset=rows)
+    tokenizer = trainer.processing_class.tokenizer
+    labels = [torch.tensor(row["labels"]) for row in trainer.train_dataset]
+    assert [trained({"labels": [one]}, tokenizer) for one in labels] == [
+        f"{said}<|im_end|>\n" for said in ("hello", *LIKE_JSON)
+    ]
+    questions = [tokenizer.decode(row["input_ids"]) for row in trainer.train_dataset]
+    assert all(f"say {said}<|im_end|>" in asked for said, asked in zip(LIKE_JSON, questions[1:], strict=True))
+
+
+def test_in_a_mixture_of_turns_and_texts_too(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    sources = []
+    for name, rows in {
+        "turns": [{"prompt": [user("hi")], "completion": [assistant("hello")]}],
+        "texts": [{"prompt": "say", "completion": said} for said in LIKE_JSON],
+    }.items():
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources.append({"path": str(file)})
+    mixture = load_mixture(DistillMixtureConfig(datasets=sources))["train"]
+    trainer = make_trainer(train_dataset=mixture)
+    tokenizer = trainer.processing_class.tokenizer
+    labels = [trained({"labels": [torch.tensor(row["labels"])]}, tokenizer) for row in trainer.train_dataset]
+    assert sorted(label.removesuffix("\n").removesuffix("<|im_end|>") for label in labels) == sorted(
+        ["hello", *LIKE_JSON]
+    )
+
+
+def test_a_picture_in_memory_is_seen_as_its_file_is(make_trainer: MakeTrainer) -> None:
+    """A photograph that lies on its side, a palette with transparency, and a JPEG, which Arrow would compress again."""
+    upright = Image.new("RGB", (32, 32), "white")
+    upright.paste((200, 0, 0), (0, 0, 32, 16))
+    noise = Image.effect_noise((32, 32), 90).convert("RGB")
+    palette = Image.new("P", (32, 32), 0)
+    palette.putpalette([200, 0, 0, 0, 0, 0])
+    palette.paste(1, (8, 8, 24, 24))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+
+    def file(image: Image.Image, kind: str, **more: Any) -> bytes:
+        written = io.BytesIO()
+        image.save(written, kind, **more)
+        return written.getvalue()
+
+    files = [file(upright, "JPEG", exif=turned), file(palette, "PNG", transparency=0), file(noise, "JPEG", quality=60)]
+    turns = {"messages": [user("what?"), assistant("a cat")]}
+    rows = [{**turns, "images": [Image.open(io.BytesIO(one))]} for one in files]
+    trainer = make_trainer(train_dataset=rows)
+    seen = trainer.data_collator(list(trainer.train_dataset))["pixel_values"]
+    from hf_lingudistill.images import decode_image
+
+    expected = trainer.data_collator([{**turns, "images": [decode_image(one)]} for one in files])["pixel_values"]
+    assert torch.equal(seen, expected) and not torch.equal(seen[0], seen[1])
