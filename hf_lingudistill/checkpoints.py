@@ -329,7 +329,8 @@ def staged(run: str, name: str, accelerator: Accelerator) -> Iterator[str]:
         if accelerator.is_local_main_process:
             _move(staging, name)
         accelerator.wait_for_everyone()
-        if not (Path(run) / name).is_dir():
+        # By the first process: to others a network disk may show it late
+        if accelerator.is_main_process and not (Path(run) / name).is_dir():
             raise FileNotFoundError(f"{str(staging)!r} was removed while it was written to")
     except (
         OSError,

@@ -74,7 +74,7 @@ class Conversations:
         """
         # The check comes before as well: a row without any turn has no answer, rather than another shape
         check_answer(row, name)
-        if taken := next((key for key in _OURS if key in (row.get("chat_template_kwargs") or ())), None):
+        if taken := next((key for key in _OURS if key in _of_template(row)), None):
             raise BadRow(
                 "not a conversation",
                 f"{name}: its chat_template_kwargs set {taken!r}, which training sets itself. Leave it out.",
@@ -242,10 +242,8 @@ class Conversations:
     def _options(self, row: Row) -> Row:
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
-        given = row.get("chat_template_kwargs")
-        given = json.loads(given) if isinstance(given, str) and given.strip() else given
         # Arrow gives each row the fields of all others, as nulls. `or None`: some templates write an empty list of tools out
-        return {"tools": without_nulls(tools) or None, **without_nulls(given or {})}
+        return {"tools": without_nulls(tools) or None, **_of_template(row)}
 
     def _check_written(self, turns: list[Row], options: Row, name: str) -> None:
         """Raise BadRow where a turn calls a tool or thinks, and says nothing else, and the template writes nothing of it: a student would
@@ -286,6 +284,14 @@ class Conversations:
         if not self._warned:
             logger.warning(NO_ANSWERS)
         self._warned = True
+
+
+def _of_template(row: Row) -> Row:
+    """What a row gives its chat template beside turns and tools; a mapping, or JSON text of one."""
+    given = row.get("chat_template_kwargs")
+    given = json.loads(given) if isinstance(given, str) and given.strip() else given
+    found: Row = without_nulls(given or {})
+    return found
 
 
 def no_label_within(name: str, first_label: int, needed: int, limit: int) -> BadRow:

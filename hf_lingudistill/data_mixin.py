@@ -131,9 +131,8 @@ class DataMixin(_Trainer):
             completion_only=args.completion_only_loss is not False,
         )
         given, left_out = dataset, 0
-        cuts = (
-            packing and args.packing_strategy == "bfd" and args.max_length is not None
-        )  # the others split what is too long
+        # The other strategies split what is too long
+        cuts = packing and args.packing_strategy == "bfd" and args.max_length is not None
         if formatting_func is None and _is_ours(dataset, args.dataset_text_field, any_prompt=cuts):
             dataset, dropped = _tokenised(dataset, conversations, dataset_name, args)
             self._count(dropped, dataset_name)
@@ -184,20 +183,26 @@ class DataMixin(_Trainer):
         if isinstance(dataset, IterableDataset):
             skipped = self.skipped_rows if args.skip_bad_rows else None
             return _within(dataset, args, skipped, dataset_name, kept=slice(limit))
-        firsts = [_first_label(labels) for labels in dataset["labels"]]
-        lost = [number for number, first in enumerate(firsts) if first is not None and first >= limit]
-        if lost and not args.skip_bad_rows:
-            first = cast(int, firsts[lost[0]])
-            raise no_label_within(_name(lost[0], dataset_name, dataset[lost[0]]), first, first + 1, limit)
+
+        def has_label(labels: list[int]) -> bool:
+            first = _first_label(labels)
+            return first is None or first < limit
+
+        kept = dataset.filter(has_label, input_columns=["labels"], num_proc=args.dataset_num_proc)
+        lost = len(dataset) - len(kept)
         if not lost:
             return dataset
-        self._count({"no label": len(lost)}, dataset_name)
-        if len(lost) == len(dataset):
+        if not args.skip_bad_rows:
+            each_row = enumerate(dataset.select_columns(["labels"]))
+            number, labels = next((n, row["labels"]) for n, row in each_row if not has_label(row["labels"]))
+            first = cast(int, _first_label(labels))
+            raise no_label_within(_name(number, dataset_name, dataset[number]), first, first + 1, limit)
+        if not len(kept):
             raise ValueError(
-                f"No row is left to train on: no answer token lies within max_length={limit}. Raise max_length."
+                f"No row of the {dataset_name} dataset is left: no answer token lies within max_length={limit}. Raise max_length."
             )
-        gone = set(lost)
-        return dataset.select([number for number in range(len(dataset)) if number not in gone])
+        self._count({"no label": lost}, dataset_name)
+        return kept
 
     def _say_what_was_cut(
         self, dataset: Dataset, lost: int, conversations: Conversations, args: Any, dataset_name: str

@@ -108,7 +108,7 @@ class Eyes:
     def __init__(self, student: PreTrainedModel, before: Before) -> None:
         self.student, self.before = student, before
         self.alike: bool | None = None  # None: not tried
-        self._ours, self._theirs = _vision_tensors(student), _vision_tensors(before.model)
+        self._ours, self._theirs = (_vision_tensors(model) for model in (student, before.model))
         self._parameters = list(vision_parameters(student).values())
         self._touched = -1
 

@@ -212,12 +212,15 @@ def remove(folder: str | os.PathLike[str], name: str, *, by: str) -> None:
     """
     root = Path(folder)
     check(root, name, by=by)
-    with _own_staging(root) as staging:
-        with _alone(root):
-            with suppress(FileNotFoundError):
-                (root / name).rename(staging / name)  # first: a folder that is half removed looks like a whole one
-        record(root, name, by=by)
-        clear_staging(staging)
+    try:
+        with _own_staging(root) as staging:
+            (root / name).rename(staging / name)  # first: a folder that is half removed looks like a whole one
+            clear_staging(staging)
+    except FileNotFoundError:  # another process was first
+        pass
+    except OSError:  # a disk so full that no folder can be made: it is room that is wanted
+        shutil.rmtree(root / name, ignore_errors=True)
+    record(root, name, by=by)
 
 
 def clear_left(folder: str | os.PathLike[str]) -> None:

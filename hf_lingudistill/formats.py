@@ -248,11 +248,8 @@ def _not_text(name: str, column: str, value: Any) -> BadRow:
     )
 
 
-BESIDE_TEXT = (
-    "tool_calls",
-    "reasoning_content",
-    "thinking",
-)  # what an assistant's turn may hold in a field of its own
+# What an assistant's turn may hold in a field of its own
+BESIDE_TEXT = ("tool_calls", "reasoning_content", "thinking")
 _NOT_TRAINED = ("weight", "train", "loss")  # of OpenAI's format and of other trainers'
 
 
@@ -399,12 +396,14 @@ def _before_first_question(turns: list[Row], images: list[Any], name: str) -> li
     """Where no place is named, TRL shows the images before the first question."""
     for index, turn in enumerate(turns):
         if turn["role"] == "user":
-            parts = (
-                parts_of(turn) if isinstance(turn["content"], list) else [{"type": "text", "text": turn["content"]}]
-            )
-            shown_first = [*({"type": "image"} for _ in images), *parts]
+            shown_first = [*({"type": "image"} for _ in images), *_as_parts(turn)]
             return [*turns[:index], {**turn, "content": shown_first}, *turns[index + 1 :]]
     raise _differ(name, 0, images)
+
+
+def _as_parts(turn: Row) -> list[Row]:
+    """The parts of a turn, or its text as one."""
+    return parts_of(turn) if isinstance(turn["content"], list) else [{"type": "text", "text": turn["content"]}]
 
 
 def _split_turn(turn: Row) -> Row:
@@ -412,7 +411,7 @@ def _split_turn(turn: Row) -> Row:
     if not any(PLACEHOLDER in text for text in texts_of(turn)):
         return turn
     parts: list[Row] = []
-    for part in parts_of(turn) if isinstance(turn["content"], list) else [{"type": "text", "text": turn["content"]}]:
+    for part in _as_parts(turn):
         pieces = part["text"].split(PLACEHOLDER)
         for number, piece in enumerate(pieces):
             if number:

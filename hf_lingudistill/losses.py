@@ -317,17 +317,13 @@ class _Score(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        head: Head,
-        labels: torch.Tensor,
-        teacher_hidden: torch.Tensor,
-        teacher_head: Head,
-        weights: Weights,
-        marked: torch.Tensor,
-        anchor: Anchor | KeptAnchor | None,
+        *given: Any,
     ) -> tuple[torch.Tensor, ...]:
+        """given: what `_Pass` takes behind the hidden states."""
         gradients = _Gradients(ctx.needs_input_grad[:3], hidden, weight, bias)
-        asked = _Pass(hidden, head, labels, teacher_hidden, teacher_head, weights, marked, anchor, gradients)
-        before_head = anchor.head if isinstance(anchor, Anchor) else Head(None)
+        asked = _Pass(gradients, hidden, *given)
+        teacher_head = asked.teacher_head
+        before_head = asked.anchor.head if isinstance(asked.anchor, Anchor) else Head(None)
         with (
             gathered(weight, bias),
             gathered(teacher_head.weight, teacher_head.bias),
@@ -353,6 +349,7 @@ class _Pass:
 
     def __init__(
         self,
+        gradients: _Gradients,
         hidden: torch.Tensor,
         head: Head,
         labels: torch.Tensor,
@@ -361,7 +358,6 @@ class _Pass:
         weights: Weights,
         marked: torch.Tensor,
         anchor: Anchor | KeptAnchor | None,
-        gradients: _Gradients,
     ) -> None:
         self.hidden, self.head, self.labels = hidden, head, labels
         self.teacher_hidden, self.teacher_head, self.marked = teacher_hidden, teacher_head, marked

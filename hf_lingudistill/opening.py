@@ -257,8 +257,6 @@ def as_dataset(
         try:
             known_as = f"Row {number}" if name == "train_dataset" else f"Row {number} of {name}"
             shaped = shape({**row, "text": row[field]} if own_text else row, known_as)
-            if any(image is None for image in shaped.get("images") or []):
-                raise BadRow("image missing", f"{known_as}: an image is missing (null).")
             if images := shaped.get("images"):
                 shaped = {**shaped, "images": [_as_seen(image, known_as) for image in images]}
             rows.append({**shaped, field: row[field]} if own_text else shaped)
@@ -287,8 +285,9 @@ def as_dataset(
 
 
 def _as_seen(image: Any, name: str) -> Any:
-    """A picture in memory as its pixels: Arrow would write it anew, without its rotation, and a JPEG with new losses."""
-    if not isinstance(image, PILImage.Image):
+    """A picture in memory as its pixels: Arrow would write it anew, without its rotation, and a JPEG with new losses. Raises BadRow for
+    one that is missing."""
+    if image is not None and not isinstance(image, PILImage.Image):
         return image
     try:
         return decode_image(image)

@@ -199,9 +199,8 @@ class TeacherMixin(_Trainer):
             return
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         ids = text_ids(tokenizer, self.teacher.vocabulary).to(student.device)
-        plain = (
-            adapter_off(self.model) if is_peft_model(self.model) else nullcontext()
-        )  # PEFT's own thaws it afterwards
+        # Not by PEFT's own `disable_adapter`, which thaws all of it afterwards
+        plain = adapter_off(self.model) if is_peft_model(self.model) else nullcontext()
         with on_device(self.teacher, ids.device, offload=self.step.offload), plain, self.accelerator.autocast():
             if not mode.sees:
                 self_check(student, self.teacher.model, ids)

@@ -322,6 +322,24 @@ def test_what_was_killed_while_it_was_cleared_is_ours_to_clear(
     assert content(tmp_path) == {"before/deep/model": "2", "report.json": "2"} and not (tmp_path / STAGING).exists()
 
 
+def test_a_folder_is_removed_where_the_disk_is_too_full_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "weights").write_text("2")
+    record(tmp_path, "checkpoint-2", by="distill")
+    plain = Path.mkdir
+
+    def full(path: Path, *args: object, **kwargs: object) -> None:
+        if path.name.startswith(STAGING):
+            raise OSError(28, "No space left on device")
+        plain(path, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    remove(tmp_path, "checkpoint-2", by="distill")
+    assert content(tmp_path) == {} and not is_ours(tmp_path, "checkpoint-2", by="distill")
+
+
 def test_a_folder_is_removed_at_once_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / "weights").write_text("2")

@@ -41,10 +41,10 @@ def five_artists_claim() -> str:
             "|---|---|---|---|---|",
             *rows,
             "",
-            f"- Names of drawings: {100 * names['mean']:+.0f} ± {100 * names['half']:.0f} points. {_ifeval_claim()}",
+            f"- Names of drawings: {100 * names['mean']:+.0f} ± {100 * names['half']:.0f} points against before. {_ifeval_claim()}",
             f"- Cheaper cures (one seed, CPU). Cross-entropy at half the learning rate: the default is still {_than_half('text_kl')} closer on text and "
-            f"{_than_half('image_kl')} about pictures. 70% of the original's weights mixed in, without training: {near['interpolate_03']['recovered_text_kl']['mean']:.0%} of the "
-            f"language back, and {near['interpolate_03']['naming_seen']['mean']:.0%} of names right; the default has {near[default]['recovered_text_kl']['mean']:.0%} and "
+            f"{_than_half('image_kl')} about pictures. 70% of the original mixed in, untrained: {near['interpolate_03']['recovered_text_kl']['mean']:.0%} "
+            f"back, and {near['interpolate_03']['naming_seen']['mean']:.0%} of names right; the default has {near[default]['recovered_text_kl']['mean']:.0%} and "
             f"{near[default]['naming_seen']['mean']:.0%}, the VLM before {near['before']['naming_seen']['mean']:.0%} of names.",
             f"- {what_sight_does()}",
         )

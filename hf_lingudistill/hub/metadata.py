@@ -107,10 +107,7 @@ def eval_results(tasks: Sequence[Task]) -> list[EvalResult]:
             dataset_type=dataset_of(task),
             dataset_name=plain(task.title, 120),
             # The Hub takes entries of one place for one: two tasks on the same data are told apart
-            dataset_config=" ".join(
-                filter(None, (places[id(task)][1], _slug(task) if places[id(task)] in shared else None))
-            )
-            or None,
+            dataset_config=_joined(places[id(task)][1], _slug(task) if places[id(task)] in shared else None),
             dataset_split=places[id(task)][2],
             metric_type=identifier(task.metric),
             metric_name=plain(task.unit or task.metric, 60),
@@ -124,8 +121,12 @@ def eval_results(tasks: Sequence[Task]) -> list[EvalResult]:
 def _place(task: Task) -> tuple[str, str | None, str | None]:
     """(dataset, configuration, split) of a task's data."""
     config, split = (task.data.get(key) for key in ("config", "split"))
-    named = " ".join(filter(None, (identifier(config) if isinstance(config, str) else None, _form(task))))
-    return dataset_of(task), named or None, identifier(split) if isinstance(split, str) else None
+    named = _joined(identifier(config) if isinstance(config, str) else None, _form(task))
+    return dataset_of(task), named, identifier(split) if isinstance(split, str) else None
+
+
+def _joined(*words: str | None) -> str | None:
+    return " ".join(filter(None, words)) or None
 
 
 def eval_result_file(tasks: Sequence[Task], *, date: str | None = None) -> str | None:
