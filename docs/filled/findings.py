@@ -61,8 +61,7 @@ def _ifeval_claim() -> str:
     if not seeds:
         return "IFEval did not come back."
     got = statistics.fmean(found[seed, arms[1]]["ifeval_strict"] for seed in seeds)
-    before = statistics.fmean(found[seed, "before"]["ifeval_strict"] for seed in seeds)
-    return f"IFEval comes back only where rows ask for it: {got:.3f} of the original's {original:.3f}, before {before:.3f} (160 steps, 30% mixed in; {_count(len(seeds))}, CPU)."
+    return f"IFEval comes back only where rows ask for it: {got:.3f} of the original's {original:.3f} (160 steps, 30% mixed in; {_count(len(seeds))}, CPU)."
 
 
 def _claimed(after: str, device: str, arm: str, other: str = "ce", **where: Any) -> str:
@@ -557,7 +556,9 @@ def _instructions_longer(original: dict[str, Any]) -> list[str]:
         )
         if before is not None:
             line += f" (before {before['naming_seen']:.2f})"
-        lines.append(f"{line}. Instruction following comes back where rows ask for it, and with enough steps.")
+        lines.append(
+            f"{line}. In this seed instruction following comes back where rows ask for it, with enough steps."
+        )
     return lines
 
 
