@@ -60,6 +60,7 @@ class CacheMixin(_Trainer):
     teacher_part: str | None
     teacher_arithmetic: str | None
     has_distill_column: bool | None
+    decided: dict[str, Any]
     _teacher_ref: Any
     _compute_dtype: torch.dtype
     _plain_student: Callable[[], Any]
@@ -106,7 +107,7 @@ class CacheMixin(_Trainer):
             reading = reading_digest(self.data_collator, self.processing_class)
             live = [self._fill(name, dataset, before, reading) for name, dataset in sets.items()]
         self.data_collator.answers = LookUp(
-            self.anchor_cached, self.teacher_cached, args.kv_source == "before", self.step.planner
+            self.anchor_cached, self.teacher_cached, self.decided["kv_source"] == "before", self.step.planner
         )
         self._say()
         if args.teacher_cache and not any(live):
@@ -146,7 +147,7 @@ class CacheMixin(_Trainer):
         student, asked_by = self._plain_student(), "anchor" if args.anchor_cache else "kv_source"
         if student.device != self.accelerator.device and (args.anchor_cache or mode.reads_student):
             student.to(self.accelerator.device)  # DeepSpeed places it when it wraps it
-        if not (args.anchor_cache or (args.teacher_cache and args.kv_source == "before")):
+        if not (args.anchor_cache or (args.teacher_cache and self.decided["kv_source"] == "before")):
             return None
         return make_before(
             self.model, student, self._compute_dtype, accelerator=self.accelerator, asked_by=asked_by, kept=False
@@ -179,11 +180,11 @@ class CacheMixin(_Trainer):
             "quantization": args.teacher_quantization,
             "computed in": f"{self.teacher_arithmetic}, {self._compute_dtype}",
             "kv_sharing": mode.name,
-            "kv_source": args.kv_source,
+            "kv_source": self.decided["kv_source"],
             **({"reads twice": True} if args.blind_weight else {}),
             "vocabulary": digest(vars(vocabulary)),
         }
-        if args.kv_source == "before":
+        if self.decided["kv_source"] == "before":
             facts |= self._student_facts()
         elif mode.sees:
             facts |= processor_facts(self.processing_class)
@@ -240,7 +241,7 @@ class CacheMixin(_Trainer):
             batch.pop(ROW_COLUMN, None)
             marked = batch["distill"]
             distilled = torch.zeros_like(marked).index_fill(0, plan.loss_rows, True)
-            still = still_rows(plan.sharing, plan, stands_still=args.kv_source == "before")
+            still = still_rows(plan.sharing, plan, stands_still=self.decided["kv_source"] == "before")
             anchored = ~marked & torch.zeros_like(marked).index_fill(0, plan.other_rows, True)
             wants = (
                 _missing(self.anchor_cached, keys, anchored),
@@ -271,7 +272,7 @@ class CacheMixin(_Trainer):
         asked = for_anchor[plan.other_rows]
         rows, positions = plan.other_rows[asked], plan.other_positions[asked]
         queries = self.step.planner({**inputs, "distill": for_teacher.to(device)}).to(device)
-        reads_before = self.args.kv_source == "before" and bool(for_teacher.any())
+        reads_before = self.decided["kv_source"] == "before" and bool(for_teacher.any())
         shared = None
         with self.accelerator.autocast():
             if before is not None and (rows.numel() or reads_before):

@@ -3,7 +3,6 @@ fields are in `options`."""
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -11,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -109,15 +108,6 @@ class DistillChecks(_Config):
     kv_source_left_out = False
     blind_weight_left_out = False
     _chosen: Mapping[str, Any] = MappingProxyType({})  # what was left out, as it was chosen
-    kv_source_gave_way = False  # in the trainer that these options are of: it could not have the VLM before
-
-    def as_asked(self) -> Self:
-        """These options as they were before `kv_source` gave way in a trainer: a copy, where it did."""
-        if not self.kv_source_gave_way:
-            return self
-        asked = copy.copy(self)
-        asked.kv_source, asked.kv_source_gave_way = "before", False
-        return asked
 
     def __post_init__(self) -> None:
         self._check_types()

@@ -17,7 +17,7 @@ from trl import apply_chat_template, prepare_multimodal_messages
 from .answers import Span, answer_spans, trained_tokens
 from .bad_rows import BadRow, Row
 from .formats import BESIDE_TEXT, CONVERSATION_COLUMNS, as_trl_row, check_answer, says_nothing_else
-from .turns import in_parts_alike, without_nulls
+from .turns import in_parts_alike, text_alone, without_nulls
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class Conversations:
     image_ids: Collection[int] = ()
     completion_only: bool = True
     _warned: bool = field(default=False, init=False, repr=False)
+    _takes: str | None = field(default=None, init=False, repr=False)
 
     @property
     def tokenizer(self) -> Any:
@@ -101,6 +102,12 @@ class Conversations:
         """
         more = {"images": row["images"]} if "images" in row else {}
         images = more.get("images")
+        if images and self.contents == "texts" and not isinstance(row.get("prompt", row.get("text")), str):
+            raise BadRow(
+                "processor failed",
+                f"{name} has an image, and the chat template reads texts alone: it has no place for one. Pass a template that writes a turn's "
+                "parts (chat_template_path), or leave it out for the student's own.",
+            )
         if "messages" in row:
             turns, options = self._for_template(row["messages"], images), self._options(row)
             self._check_written(turns, options, name)
@@ -234,10 +241,37 @@ class Conversations:
         return text if text.endswith(end) else text + end
 
     def _for_template(self, turns: list[Row], images: list[Any] | None = None) -> list[Row]:
-        if not isinstance(self.processor, ProcessorMixin):
-            return turns
-        turns = in_parts_alike(turns)
-        return prepare_multimodal_messages(turns, images=images)
+        if self.contents == "texts":
+            return [{**turn, "content": text_alone(turn)} if "content" in turn else turn for turn in turns]
+        return prepare_multimodal_messages(in_parts_alike(turns), images=images)
+
+    @property
+    def contents(self) -> str:
+        """What the chat template reads of a turn: `texts`, or `parts`; where it reads both, what TRL gives it: a processor's has parts. Of one
+        that does not take a turn on trial, the same."""
+        if self._takes is None:
+            usual, other = self._usual, "texts" if self._usual == "parts" else "parts"
+            self._takes = usual if self._writes(usual) or not self._writes(other) else other
+        return self._takes
+
+    @property
+    def _usual(self) -> str:
+        return "parts" if isinstance(self.processor, ProcessorMixin) else "texts"
+
+    @property
+    def reads_as_trl(self) -> bool:
+        """Whether the chat template reads what TRL gives it."""
+        return self.contents == self._usual
+
+    def _writes(self, contents: str) -> bool:
+        """Whether the chat template writes what a turn of texts or of parts says, and no more of it than the text."""
+        said = "trial"
+        turn = {"role": "user", "content": said if contents == "texts" else [{"type": "text", "text": said}]}
+        try:
+            written = self.processor.apply_chat_template([turn], tokenize=False, chat_template=self.chat_template)
+        except Exception:  # templates raise what they like
+            return False
+        return said in written and not re.search("['\"]type['\"]", written)
 
     def _options(self, row: Row) -> Row:
         tools = row.get("tools")

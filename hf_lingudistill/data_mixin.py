@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, List, Value
@@ -15,11 +15,11 @@ from trl import SFTTrainer
 
 from .bad_rows import ROW_COLUMN, SOURCE_COLUMN, AnyDataset, BadRow, Row, SharedCounts, flag_of, row_name
 from .batch import DistillCollator
-from .columns import columns_of, first_row, names_an_image, undecoded_rows
-from .config import LinguDistillConfig
+from .columns import columns_of, first_row, has_images, names_an_image, undecoded_rows
+from .config import LinguDistillConfig, shown
 from .conversations import Conversations, no_label_within
 from .flags import packs
-from .formats import CONVERSATION_COLUMNS, check_answer, check_columns, check_text, may_be_media
+from .formats import CONVERSATION_COLUMNS, check_answer, check_columns, check_not_json_turns, check_text, may_be_media
 from .opening import (
     check_evaluation_rows,
     drop_bad_rows,
@@ -69,6 +69,11 @@ class DataMixin(_Trainer):
         own_reader = kwargs.get("formatting_func") is not None or kwargs.get("data_collator") is not None
         self._reads_rows = not own_reader
         opened = open_datasets(train, evaluation, args, checked=not own_reader)
+        if kwargs.get("formatting_func") is not None and has_images(columns_of(opened.train)):
+            raise ValueError(
+                "formatting_func is not called for rows with images, which TRL reads as they are: apply it to the dataset beforehand, or leave it "
+                "out."
+            )
         self.has_distill_column, self.distill_share = opened.has_distill_column, opened.distill_share
         self.skipped_rows = opened.skipped_rows
         return opened.train, opened.evaluation
@@ -130,15 +135,22 @@ class DataMixin(_Trainer):
             args.answers_only or args.assistant_only_loss,
             completion_only=args.completion_only_loss is not False,
         )
+        if formatting_func is not None and "input_ids" not in columns_of(dataset):
+            dataset, formatting_func = _formatted(dataset, formatting_func, dataset_name, args), None
         given, left_out = dataset, 0
         # The other strategies split what is too long
         cuts = packing and args.packing_strategy == "bfd" and args.max_length is not None
-        if formatting_func is None and _is_ours(dataset, args.dataset_text_field, any_prompt=cuts):
-            dataset, dropped = _tokenised(dataset, conversations, dataset_name, args)
+        ours = cuts or not conversations.reads_as_trl
+        if formatting_func is None and _is_ours(dataset, args.dataset_text_field, any_prompt=ours):
+            dataset, dropped = _tokenised(
+                dataset, conversations, dataset_name, args, self._skipped_of(dataset_name, args)
+            )
             self._count(dropped, dataset_name)
             left_out = sum(dropped.values())
             if cuts:
-                dataset = self._with_labels_within(dataset, args, dataset_name)
+                dataset = self._with_labels(dataset, args, dataset_name, args.max_length)
+        elif "input_ids" in columns_of(dataset):
+            dataset = given = self._with_labels(dataset, args, dataset_name, None)
         elif formatting_func is None and self._reads_rows and not args.skip_bad_rows:  # else they are gone
             dataset = _answered(dataset, dataset_name, args)
         # A stream has no length by which dropped rows could be missed: it is cut here
@@ -146,6 +158,11 @@ class DataMixin(_Trainer):
         how = copy(args) if cut_here else args
         if cut_here:
             how.max_length = None
+        only_completions = self.completion_only_loss
+        if args.completion_only_loss is None and "completion_mask" in columns_of(dataset):
+            self.completion_only_loss = (
+                True  # tokens that came with that mask: TRL looks for a prompt, and else passes it over
+            )
         try:
             prepared = super()._prepare_dataset(dataset, processing_class, how, packing, formatting_func, dataset_name)
         except BadRow:
@@ -160,8 +177,10 @@ class DataMixin(_Trainer):
             raise ValueError(
                 f"The {dataset_name} dataset cannot be tokenised ({type(error).__name__}: {why})."
             ) from error
+        finally:
+            self.completion_only_loss = only_completions
         if cut_here:
-            return _within(prepared, args, self.skipped_rows if args.skip_bad_rows else None, dataset_name)
+            return _within(prepared, args, self._skipped_of(dataset_name, args), dataset_name)
         lost = 0 if packing or not isinstance(prepared, Dataset) else len(given) - left_out - len(prepared)
         if lost > 0:
             self._say_what_was_cut(given, lost, conversations, args, dataset_name)
@@ -177,32 +196,41 @@ class DataMixin(_Trainer):
         for reason, count in dropped.items():
             self.skipped_rows = {**self.skipped_rows, reason: self.skipped_rows.get(reason, 0) + count}
 
-    def _with_labels_within(self, dataset: AnyDataset, args: Any, dataset_name: str) -> AnyDataset:
-        """Packing cuts each row behind `max_length`: one that has no label before that is refused, or left out and counted."""
-        limit = args.max_length
+    def _skipped_of(self, dataset_name: str, args: Any) -> Any:
+        """Where a stream's bad rows are counted as it is read; None where they are refused."""
+        if not args.skip_bad_rows:
+            return None
+        return self.skipped_rows if dataset_name == "train" else SharedCounts()
+
+    def _with_labels(self, dataset: AnyDataset, args: Any, dataset_name: str, limit: int | None) -> AnyDataset:
+        """Rows of tokens; one that has no label before `limit` (where packing cuts it; None: anywhere) is refused, or left out and counted."""
+        columns = _label_columns(columns_of(dataset))
+        if not columns:
+            return dataset
         if isinstance(dataset, IterableDataset):
-            skipped = self.skipped_rows if args.skip_bad_rows else None
-            return _within(dataset, args, skipped, dataset_name, kept=slice(limit))
+            return _within(dataset, args, self._skipped_of(dataset_name, args), dataset_name, kept=slice(limit))
 
-        def has_label(labels: list[int]) -> bool:
-            first = _first_label(labels)
-            return first is None or first < limit
+        def has_label(row: Row) -> bool:
+            first = _first_label(_labels_of(row))
+            return first is not None and (limit is None or first < limit)
 
-        kept = dataset.filter(has_label, input_columns=["labels"], num_proc=args.dataset_num_proc)
-        lost = len(dataset) - len(kept)
+        of_labels = dataset.select_columns(columns)
+        usable = of_labels.map(
+            lambda row: {"usable": has_label(row)}, remove_columns=columns, num_proc=args.dataset_num_proc
+        )["usable"]
+        good = [number for number, is_good in enumerate(usable) if is_good]
+        lost = len(dataset) - len(good)
         if not lost:
             return dataset
         if not args.skip_bad_rows:
-            each_row = enumerate(dataset.select_columns(["labels"]))
-            number, labels = next((n, row["labels"]) for n, row in each_row if not has_label(row["labels"]))
-            first = cast(int, _first_label(labels))
-            raise no_label_within(_name(number, dataset_name, dataset[number]), first, first + 1, limit)
-        if not len(kept):
-            raise ValueError(
-                f"No row of the {dataset_name} dataset is left: no answer token lies within max_length={limit}. Raise max_length."
-            )
+            number = next(number for number, is_good in enumerate(usable) if not is_good)
+            name = _name(number, dataset_name, dataset[number])
+            raise _no_label(name, _first_label(_labels_of(of_labels[number])), limit)
+        if not good:
+            within = "is labelled" if limit is None else f"lies within max_length={limit}. Raise max_length"
+            raise ValueError(f"No row of the {dataset_name} dataset is left: no answer token {within}.")
         self._count({"no label": lost}, dataset_name)
-        return kept
+        return dataset.select(good)
 
     def _say_what_was_cut(
         self, dataset: Dataset, lost: int, conversations: Conversations, args: Any, dataset_name: str
@@ -298,23 +326,58 @@ def _within(
         kept = slice(-limit, None) if args.truncation_mode == "keep_end" else slice(limit)
 
     def usable(row: Row, index: int) -> bool:
-        if _first_label(row["labels"][kept]) is not None:
+        labels = _labels_of(row)
+        if _first_label(labels[kept]) is not None:
             return True
-        first = _first_label(row["labels"])
         if isinstance(skipped, SharedCounts):
             skipped.add("no label")
         elif skipped is None:
-            if first is None:
-                raise BadRow(
-                    "no label", f"{_name(index, name, row)} has no token to train on: all of its labels are masked."
-                )
-            raise no_label_within(_name(index, name, row), first, first + 1, limit)
+            raise _no_label(_name(index, name, row), _first_label(labels), limit)
         return False
 
     def cut(row: Row) -> Row:
-        return {column: row[column][kept] for column in ("input_ids", "labels")}
+        return {column: row[column][kept] for column in ("input_ids", *_label_columns(row))}
 
     return dataset.filter(usable, with_indices=True).map(cut)
+
+
+def _label_columns(columns: Iterable[str]) -> list[str]:
+    """The columns that say which tokens of a row are trained on; none where all are."""
+    names = set(columns)
+    return (
+        ["labels"] if "labels" in names else [mask for mask in ("completion_mask", "assistant_masks") if mask in names]
+    )
+
+
+def _labels_of(row: Row) -> list[int]:
+    """A row's labels; of masks, 0 for what is trained on."""
+    columns = _label_columns(row)
+    if columns == ["labels"]:
+        return list(row["labels"])
+    return [0 if all(bits) else -100 for bits in zip(*(row[column] for column in columns), strict=False)]
+
+
+def _no_label(name: str, first: int | None, limit: int | None) -> BadRow:
+    if first is None or limit is None:
+        return BadRow("no label", f"{name} has no token to train on: all of its labels are masked.")
+    return no_label_within(name, first, first + 1, limit)
+
+
+def _formatted(dataset: AnyDataset, formatting_func: Any, name: str, args: Any) -> AnyDataset:
+    """What `formatting_func` makes of each row, alone: TRL would read the conversation that it was made of in its stead."""
+
+    def text(row: Row, index: int) -> Row:
+        made = formatting_func(row)
+        if not isinstance(made, str):
+            raise ValueError(
+                f"formatting_func gave {type(made).__name__} {shown(made)} for {_name(index, name, row)}: expected a text."
+            )
+        return {args.dataset_text_field: made}
+
+    read = {*CONVERSATION_COLUMNS, "prompt", "completion", args.dataset_text_field, "tools", "chat_template_kwargs"}
+    gone = [column for column in columns_of(dataset) if column in read]
+    options: Row = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+    return dataset.map(text, with_indices=True, remove_columns=gone, **options)
 
 
 def _answered(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
@@ -335,12 +398,14 @@ def _answered(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
         check_columns(row, known_as)
         if column == "completion":
             check_answer(row, known_as)
+            check_not_json_turns(row, known_as)
         else:
             check_text(row, known_as, column)
 
     if isinstance(dataset, Dataset):
         looked_at = [
             column,
+            *(["prompt"] if column == "completion" and "prompt" in columns else []),
             *(
                 other
                 for other in columns
@@ -359,11 +424,11 @@ def _answered(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
 
 
 def _tokenised(
-    dataset: AnyDataset, conversations: Conversations, name: str, args: Any
+    dataset: AnyDataset, conversations: Conversations, name: str, args: Any, skipped: Any
 ) -> tuple[AnyDataset, Mapping[str, int]]:
-    """Tokens and labels of every row. -> (dataset, number of rows that were left out by reason); a stream's are not known yet, and it raises
-    for a bad row."""
-    leaves_out = args.skip_bad_rows and isinstance(dataset, Dataset)
+    """Tokens and labels of every row. -> (dataset, number of rows that were left out by reason); those of a stream are counted in `skipped`
+    as it is read."""
+    leaves_out = args.skip_bad_rows
 
     def tokens(row: Row, index: int) -> Row:
         row = {("text" if key == args.dataset_text_field else key): value for key, value in row.items()}
@@ -390,6 +455,14 @@ def _tokenised(
         dataset = dataset.map(tokens, with_indices=True, **options)
         if not leaves_out:
             return dataset, {}
+        if isinstance(dataset, IterableDataset):
+
+            def usable(reason: str) -> bool:
+                if reason:
+                    skipped.add(reason)
+                return not reason
+
+            return dataset.filter(usable, input_columns=[_BAD]).remove_columns(_BAD), {}
         reasons = dataset[_BAD]
         good = [number for number, reason in enumerate(reasons) if not reason]
         dropped = Counter(reason for reason in reasons if reason)

@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 from .bad_rows import ROW_COLUMN, SOURCE_COLUMN, BadRow, Row
 from .config import shown
 from .images import IMAGE_COLUMNS, decode_image
-from .turns import in_parts_alike, parts_of, read_turns, texts_of
+from .turns import ROLES, in_parts_alike, parts_of, read_turns, texts_of
 
 PLACEHOLDER = "<image>"
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
@@ -209,6 +209,14 @@ def check_answer(row: Row, name: str) -> None:
                 "not a conversation",
                 f"{name}: answer {number} in its {kind} is {shown(content)}, expected a text or a list of parts. Convert it to text.",
             )
+    roles = [ROLES.get(str(turn.get("role", turn.get("from"))).lower()) for turn in said]
+    asking = next((role for role in ("user", "system") if role in roles), None)
+    if kind == "completion" and asking:
+        raise BadRow(
+            "not a conversation",
+            f"{name} has a turn of the {asking} in its completion, which is trained on whole. Put all turns but the answer into the prompt, or "
+            "give the row as 'messages'.",
+        )
     calls = any(turn.get("tool_calls") for turn in said)  # an assistant that calls a tool says nothing
     if not calls and not (_text_of(answer) or "").strip():
         what = "completion" if kind == "completion" else "answer in its messages"
@@ -220,7 +228,7 @@ def check_answer(row: Row, name: str) -> None:
                 f"{name}: answer {number} in its {kind} is empty (they are counted from 0). Give it a text, leave the turn out, or pass "
                 "--skip_bad_rows.",
             )
-        if mark := next((f"{key}: {turn[key]}" for key in _NOT_TRAINED if turn.get(key) in (0, False, "0")), None):
+        if mark := next((f"{key}: {turn[key]}" for key in _NOT_TRAINED if _is_off(turn.get(key))), None):
             raise BadRow(
                 "not a conversation",
                 f"{name}: answer {number} in its {kind} is marked as not to be trained on ({mark}), and all answers of a row are. Split the "
@@ -239,6 +247,24 @@ def check_text(row: Row, name: str, column: str = "text") -> None:
         raise _not_text(name, column, row[column])
 
 
+def check_not_json_turns(row: Row, name: str) -> None:
+    """Raise BadRow where a prompt or a completion is the JSON text of turns, which would be trained on as it is written."""
+    for column in ("prompt", "completion"):
+        value = row.get(column)
+        if not isinstance(value, str) or not re.match(r'\s*\[\s*\{\s*"(role|from|content|value)"\s*:', value):
+            continue
+        try:
+            turns = read_turns(value, "")
+        except BadRow:
+            continue
+        if turns:
+            raise BadRow(
+                "not a conversation",
+                f"{name}: column {column!r} holds the JSON text of turns, which would be trained on as it is written. Read it (json.loads), or "
+                "give all turns as 'messages', where JSON text is read.",
+            )
+
+
 def _not_text(name: str, column: str, value: Any) -> BadRow:
     expected = "a text" if column not in ("prompt", "completion") else "a text or turns"
     kind = "the number " if isinstance(value, int | float) and not isinstance(value, bool) else ""
@@ -251,6 +277,14 @@ def _not_text(name: str, column: str, value: Any) -> BadRow:
 # What an assistant's turn may hold in a field of its own
 BESIDE_TEXT = ("tool_calls", "reasoning_content", "thinking")
 _NOT_TRAINED = ("weight", "train", "loss")  # of OpenAI's format and of other trainers'
+
+
+def _is_off(mark: Any) -> bool:
+    """Whether a mark says no: false or zero, maybe as a text."""
+    if isinstance(mark, str):
+        mark = mark.strip().lower()
+        return mark in ("false", "no", "off") or bool(re.fullmatch(r"0+(\.0*)?", mark))
+    return isinstance(mark, bool | int | float) and not mark
 
 
 def _says_nothing(turn: Row) -> bool:
@@ -340,8 +374,7 @@ def _placed(
     """Turns whose images are places only, and the images in the order of their places."""
     places = [part for turn in turns for part in parts_of(turn) if part["type"] == "image"]
     if not places and images:
-        mark = any(PLACEHOLDER in text for turn in turns for text in texts_of(turn))
-        turns = [_split_turn(turn) for turn in turns] if mark else _before_first_question(turns, images, name)
+        turns = _marked(turns, images) or _before_first_question(turns, images, name)
         places = [part for turn in turns for part in parts_of(turn) if part["type"] == "image"]
     if not places and not images and any(turn["role"] == "user" and _names_a_lost_image(turn) for turn in turns):
         raise _differ(name, 1, images)
@@ -353,6 +386,7 @@ def _placed(
                 f"{name} has {len(own)} images in its turns and others in its image column ({len(images)}): keep one of the two.",
             )
         images = []
+    images = _in_named_order(places, images)
     if len(places) - len(own) != len(images or []):
         raise _differ(name, len(places) - len(own), images)
     if typed := sum(text.count(image_token) for turn in turns for text in texts_of(turn)) if image_token else 0:
@@ -365,6 +399,7 @@ def _placed(
     if own:
         rest = iter(images or [])
         images = [_plain_paths(part["image"]) if "image" in part else next(rest) for part in places]
+    if any(len(part) > 1 for part in places):
         turns = [
             {**turn, "content": [{"type": "image"} if part["type"] == "image" else part for part in parts]}
             if (parts := parts_of(turn))
@@ -372,6 +407,24 @@ def _placed(
             for turn in turns
         ]
     return turns, images
+
+
+def _marked(turns: list[Row], images: list[Any]) -> list[Row] | None:
+    """Turns with a place for each `<image>` in their texts; None where no question has one. An assistant that speaks of the word shows nothing,
+    unless there are images for its words as well."""
+    asked = sum(text.count(PLACEHOLDER) for turn in turns for text in texts_of(turn) if turn["role"] != "assistant")
+    if not asked:
+        return None
+    return [turn if turn["role"] == "assistant" and asked == len(images) else _split_turn(turn) for turn in turns]
+
+
+def _in_named_order(places: list[Row], images: list[Any] | None) -> list[Any] | None:
+    """The images as their places number them (`index`): in another order, or one of them in several places. As they are where not every
+    place has a number, or the numbers leave an image out: then they count something else, such as the images of each turn."""
+    numbers = [part.get("index") for part in places if "image" not in part]
+    if not images or set(numbers) != set(range(len(images))):
+        return images
+    return [images[number] for number in numbers if number is not None]
 
 
 def _names_a_lost_image(turn: Row) -> bool:
@@ -437,6 +490,7 @@ def _prompt_completion(
     row: Row, images: list[Any] | None, name: str, image_token: str | None, chat: bool, system: str | None = None
 ) -> tuple[Row, list[Any] | None]:
     prompt, completion = row["prompt"], row["completion"]
+    check_not_json_turns(row, name)
     for column in ("prompt", "completion"):
         if isinstance(row[column], int | float):
             raise _not_text(name, column, row[column])

@@ -44,8 +44,10 @@ def decode_image(value: Any) -> PILImage.Image:
     try:
         if isinstance(value, str):
             value = _opened_text(value)
-        if isinstance(value, bytes | bytearray):
-            image: Any = PILImage.open(io.BytesIO(value))
+        if isinstance(value, bytes | bytearray) and (path := _as_path(value)):
+            image: Any = PILImage.open(path)
+        elif isinstance(value, bytes | bytearray):
+            image = PILImage.open(io.BytesIO(value))
         elif isinstance(value, Path):
             image = PILImage.open(value)
         elif isinstance(value, PILImage.Image):
@@ -64,6 +66,15 @@ def decode_image(value: Any) -> PILImage.Image:
     except Exception as error:  # PIL raises a dozen types for a dozen formats, a URL those of its network library
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise BadRow("image unreadable", f"an image cannot be read ({why})") from error
+
+
+def _as_path(value: bytes | bytearray) -> str | None:
+    """The file that bytes name: Arrow makes bytes of all paths of a column in which one row has bytes. None where they are an image."""
+    try:
+        text = bytes(value[:4096]).decode()
+    except UnicodeDecodeError:
+        return None
+    return text if "\0" not in text and len(value) <= 4096 and os.path.isfile(text) else None
 
 
 def _opened_text(text: str) -> Any:

@@ -110,7 +110,6 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
                 "use_vllm=True needs the package vllm, which is not installed (or not in a release that TRL takes): `pip install "
                 "trl[vllm]`, or leave use_vllm out to sample with transformers."
             )
-        args = args.as_asked()
         args.check()
         self.choose_teacher(model, teacher_model, teacher_tokenizer, args, kwargs)
         opened, vision = open_prompts(train_dataset, eval_dataset, args)

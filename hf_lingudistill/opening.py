@@ -31,7 +31,7 @@ from .columns import (
 )
 from .config import LinguDistillConfig
 from .flags import capital, check_distill_column, check_evaluation_flags, check_joining, packs, refuse_flag
-from .formats import CONVERSATION_COLUMNS, as_trl_row, check_answer, check_text
+from .formats import CONVERSATION_COLUMNS, as_trl_row, check_answer, check_not_json_turns, check_text
 from .images import decode_image
 from .options import DistillOptions
 
@@ -193,7 +193,7 @@ def _with_checked_flags(
 
 def by_name(evaluation: Any) -> dict[str, Any]:
     """Evaluation sets by their names; the name of the only one is empty."""
-    return dict(evaluation) if isinstance(evaluation, dict) else {"": evaluation}
+    return {str(name): part for name, part in evaluation.items()} if isinstance(evaluation, dict) else {"": evaluation}
 
 
 def eval_name(name: str) -> str:
@@ -378,7 +378,9 @@ def drop_bad_texts(
         ValueError: if no row of a map-style dataset is left.
     """
     known = (*CONVERSATION_COLUMNS, "completion", distill_column, text_column)
-    if not any(column in known for column in columns or dataset.column_names or []):
+    # A stream's tokens are looked at later, and counted with these
+    looked_for = (*known, "input_ids") if isinstance(dataset, IterableDataset) else known
+    if not any(column in looked_for for column in columns or dataset.column_names or []):
         return dataset, {}
 
     def check(row: Row) -> None:
@@ -389,6 +391,7 @@ def drop_bad_texts(
             check_text(row, "The row", text_column)
             return
         check_answer(row, "The row")
+        check_not_json_turns(row, "The row")
         if "completion" not in row or "prompt" in row:
             check_answer(as_trl_row(row, "The row", chat=False), "The row")
 

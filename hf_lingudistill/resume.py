@@ -60,6 +60,7 @@ class ResumingMixin(_Trainer):
     step: DistillStep
     first_batch: FirstBatch
     teacher_name_or_path: str
+    decided: dict[str, Any]
     _staging: str | None = None
     _resumed_from: Path | None = None
 
@@ -78,7 +79,7 @@ class ResumingMixin(_Trainer):
         """
         student: Any = self.model
         if not any(parameter.requires_grad for parameter in student.parameters()):
-            of_vision = self.args.freeze_vision
+            of_vision = self.decided["freeze_vision"]
             raise ValueError(
                 "Nothing can be trained: all parameters of the student are frozen (requires_grad=False)"
                 f"{' but for those of the vision part, which freeze_vision leaves as they are' if of_vision else ''}. Set it to True for "

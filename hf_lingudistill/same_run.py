@@ -41,7 +41,11 @@ def check_same(trainer: Any, checkpoint: Path, facts: Mapping[str, Any]) -> None
     Raises:
         ValueError: naming what differs.
     """
-    if differ := [*_options(trainer.args, facts), *_models(trainer, facts), *_adapter(trainer.model, checkpoint)]:
+    if differ := [
+        *_options({**vars(trainer.args), **trainer.decided}, facts),
+        *_models(trainer, facts),
+        *_adapter(trainer.model, checkpoint),
+    ]:
         was, found = (", ".join(f"{name}={shown(pair[side])}" for name, *pair in differ) for side in (0, 1))
         raise ValueError(
             f"The checkpoint {str(checkpoint)!r} was trained with {was}; found {found}. Resume it with the options it had, or begin a new "
@@ -49,8 +53,8 @@ def check_same(trainer: Any, checkpoint: Path, facts: Mapping[str, Any]) -> None
         )
 
 
-def _options(args: Any, facts: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    kept, now = facts.get("settings") or {}, vars(args)
+def _options(now: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    kept = facts.get("settings") or {}
     for name in KEPT:
         if name in kept and name in now and kept[name] != (value := plain(now[name])):
             yield name, kept[name], value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import logging
 from collections.abc import Callable, Mapping
@@ -46,6 +45,7 @@ class StepMixin(TeacherMixin):
 
     Attributes:
         step: the step. teacher, before: its frozen models. meter, policy, first_batch: those who look on.
+        decided: `freeze_vision` and `kv_source` as they are in this run, whose options may leave them to the pair.
         has_distill_column, distill_share: what is known of the rows' marks.
     """
 
@@ -54,6 +54,7 @@ class StepMixin(TeacherMixin):
     teacher_arithmetic: str | None
     has_distill_column: bool | None
     distill_share: float | None
+    decided: dict[str, Any]
     _made_of: dict[str, Any]
     _is_opened = False  # what `evaluate` is given: transformers evaluates several sets by calling it for each
     _evaluated = "eval"  # the evaluation set at work, as transformers names it: `eval`, or `eval_NAME`
@@ -73,10 +74,11 @@ class StepMixin(TeacherMixin):
                 "on_nan='skip' cannot be held under DeepSpeed, whose backward pass ends with the step: use on_nan='stop'."
             )
         student = self._plain_student()
+        # Kept here and not in `args`, which may be another trainer's as well
+        self.decided = {"freeze_vision": args.freeze_vision, "kv_source": args.kv_source}
         if args.freeze_vision is None:
-            self.args = args = copy.copy(args)  # the options may be another trainer's as well
-            args.freeze_vision = adapted(student) is None
-        if args.freeze_vision:
+            self.decided["freeze_vision"] = adapted(student) is None
+        if self.decided["freeze_vision"]:
             freeze_vision(student)
             logger.info("Vision tower and projector stay as they are (freeze_vision)")
         elif adapted(student) is None and not is_peft_model(self.model) and not thaw_vision(student):
@@ -111,14 +113,13 @@ class StepMixin(TeacherMixin):
         mode.check(student, self.teacher.model)
         offload = offload and not is_sharded  # a sharded teacher's pieces come to the device by themselves
         self.before = self._make_before(student, sampled=sampled)
-        args = self.args
         packed = bool(getattr(args, "packing", False) or getattr(args, "padding_free", False))
         measured, quantised = args.measure_teacher_quantization, is_quantised(self.teacher.model)
         self.meter = Meter(
             accelerator,
             distill_tokens=None if sampled else args.distill_tokens,
             # Of samples, the teacher's loss says as much about the student as about the teacher
-            follows_student=mode.reads_student and args.kv_source == "student" and not sampled,
+            follows_student=mode.reads_student and self.decided["kv_source"] == "student" and not sampled,
             joins_rows=packed,
             remedies=_remedies(args),
         )
@@ -144,7 +145,7 @@ class StepMixin(TeacherMixin):
             offload=offload,
             sharded=is_sharded,
             judge=self.before if judged else None,
-            source=self.before if args.kv_source == "before" and not args.teacher_cache else None,
+            source=self.before if self.decided["kv_source"] == "before" and not args.teacher_cache else None,
             compiled=bool(args.torch_compile),
             sampled=sampled,
             watchers=[self.meter, watch, self.first_batch],
@@ -186,8 +187,7 @@ class StepMixin(TeacherMixin):
             if asking != ["kv_source"] or not args.kv_source_left_out:
                 raise
             logger.warning("The teacher reads the student's own keys and values, which training moves: %s", error)
-            self.args = copy.copy(args)  # the options may be another trainer's as well
-            self.args.kv_source, self.args.kv_source_gave_way = "student", True
+            self.decided["kv_source"] = "student"
             return None
         logger.info("The VLM before (%s): %.1f MiB beside the student", " and ".join(asking), before.footprint / 2**20)
         return before

@@ -83,7 +83,6 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
             raise ValueError(
                 "compute_loss_func cannot be combined with distillation: the trainer computes its own loss."
             )
-        args = args.as_asked()
         args.check()
         self.choose_teacher(model, teacher_model, teacher_tokenizer, args, kwargs)
         train_dataset, eval_dataset = self.open_data(train_dataset, eval_dataset, args, kwargs)

@@ -32,7 +32,7 @@ PAYLOADS = ("image", "image_url", "url", "path", "base64", "data", "bytes", "ima
 
 def read_turns(value: Any, where: str) -> list[Row]:
     """A conversation as a list of {"role", "content", ...} without empty fields; an image's place is {"type": "image"}, with the image
-    in it under "image" if the part held one."""
+    in it under "image" if the part held one, or "index", the number of its image, where the part says it."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -42,6 +42,9 @@ def read_turns(value: Any, where: str) -> list[Row]:
             ) from None
     if isinstance(value, Mapping) and value and all(isinstance(v, list | tuple | np.ndarray) for v in value.values()):
         # how datasets hands out a sequence of structs
+        if len({len(column) for column in value.values()}) > 1:
+            lengths = ", ".join(f"{name!r} {len(column)}" for name, column in value.items())
+            raise BadRow("not a conversation", f"{where}: its lists of fields differ in length ({lengths}).")
         value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     if not isinstance(value, list | tuple):
         raise BadRow(
@@ -52,9 +55,10 @@ def read_turns(value: Any, where: str) -> list[Row]:
 
 
 def _both(turn: Any) -> list[Any]:
-    """A turn; two where it holds a question and its answer under `user` and `assistant`."""
+    """A turn; two where it holds a question and its answer under `user` and `assistant`, three with what the `system` says."""
     if isinstance(turn, Mapping) and {"user", "assistant"} <= turn.keys() and not {"role", "from"} & turn.keys():
-        return [{"role": role, "content": turn[role]} for role in ("user", "assistant")]
+        said = {"system": turn.get("system") or None, "user": turn["user"], "assistant": turn["assistant"]}
+        return [{"role": role, "content": text} for role, text in said.items() if role != "system" or text is not None]
     return [turn]
 
 
@@ -122,8 +126,9 @@ def _part(part: Any, where: str) -> list[Row]:
     image = next((part[key] for key in payloads if key in part), None)
     shows = image is not None or kind not in _TEXT_PARTS
     rest = {key: value for key, value in part.items() if key not in payloads}
+    number = {"index": part["index"]} if isinstance(part.get("index"), int) else {}
     return [
-        *([{"type": "image"} if image is None else {"type": "image", "image": image}] if shows else []),
+        *([{"type": "image", **number} if image is None else {"type": "image", "image": image}] if shows else []),
         *([{**rest, "type": "text", "text": text}] if text else []),
     ]
 
@@ -160,3 +165,9 @@ def embeds_images(value: Any) -> bool:
     except BadRow:
         return False
     return any("image" in part for turn in turns for part in parts_of(turn))
+
+
+def text_alone(turn: Row) -> Any:
+    """What a turn says, for a chat template that reads texts; as it is where it shows an image, which such a template cannot place."""
+    parts = parts_of(turn)
+    return "".join(texts_of(turn)) if parts and all(part.get("type") == "text" for part in parts) else turn["content"]

@@ -110,7 +110,7 @@ def make_trainer(tmp_path: Path, _cheap_collections: None) -> Callable[..., Any]
 
     of_trainer = ("model", "processing_class", "train_dataset", "eval_dataset", "callbacks", "data_collator")
     of_trainer += ("peft_config", "quantization_config", "compute_loss_func", "compute_metrics")
-    of_trainer += ("teacher_model", "teacher_tokenizer")
+    of_trainer += ("teacher_model", "teacher_tokenizer", "formatting_func")
 
     def make(trainer_class: type[SFTTrainer] = LinguDistillTrainer, **arguments: Any) -> SFTTrainer:
         ours = issubclass(trainer_class, StepMixin)

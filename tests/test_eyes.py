@@ -316,7 +316,7 @@ def test_left_out_the_tower_stays_as_it_is_unless_an_adapter_reaches_it(
             args=config,
             peft_config=adapter,
         )
-        assert trainer.args.freeze_vision is frozen and trains_vision(trainer.step.student) is not frozen
+        assert trainer.decided["freeze_vision"] is frozen and trains_vision(trainer.step.student) is not frozen
         assert config.freeze_vision is None  # another trainer's as well
         assert any(weight.requires_grad for weight in decoder_of(trainer.step.student).parameters())
 

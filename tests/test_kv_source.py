@@ -380,7 +380,7 @@ def test_what_cannot_be_is_refused_by_its_own_name() -> None:
 )
 def test_left_out_it_is_what_was_measured_to_be_better(make_trainer: MakeTrainer, mode: str, source: str) -> None:
     trainer = make_trainer(kv_sharing=mode, kv_source=None)
-    assert trainer.args.kv_source == source
+    assert trainer.decided["kv_source"] == source
     assert (trainer.before is not None) == (source == "before") == (trainer.step.source is not None)
 
 
@@ -389,7 +389,7 @@ def test_left_out_it_gives_way_to_an_adapter_that_changes_the_weights_under_it(
 ) -> None:
     pissa = lora(init_lora_weights="pissa")
     trainer = make_trainer(kv_sharing="vision", kv_source=None, peft_config=pissa)
-    assert trainer.args.kv_source == "student" and trainer.step.source is None and trainer.meter.follows_student
+    assert trainer.decided["kv_source"] == "student" and trainer.step.source is None and trainer.meter.follows_student
     assert "The teacher reads the student's own keys and values, which training moves" in caplog.text
     with pytest.raises(ValueError, match="changes the weights under the adapter"):  # control: where it was asked for
         make_trainer(kv_sharing="vision", kv_source="before", peft_config=pissa)
@@ -398,7 +398,7 @@ def test_left_out_it_gives_way_to_an_adapter_that_changes_the_weights_under_it(
     again = LinguDistillTrainer(
         tiny.make_vlm(0), trainer.args, teacher_model=tiny.make_lm(1), train_dataset=tiny.make_dataset(4), **models
     )
-    assert again.args.kv_source == "before" and again.step.source is not None
+    assert again.decided["kv_source"] == "before" and again.step.source is not None
 
 
 def test_a_teacher_that_is_led_astray_is_noticed(caplog: pytest.LogCaptureFixture) -> None:

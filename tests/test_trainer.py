@@ -35,7 +35,7 @@ from trl import SFTConfig, SFTTrainer
 
 import hf_lingudistill.step as step_module
 import hf_lingudistill.step_mixin as step_mixin
-from hf_lingudistill import LinguDistillTrainer
+from hf_lingudistill import LinguDistillConfig, LinguDistillTrainer
 from hf_lingudistill._internals import checkpoint_activations
 from hf_lingudistill.sharing.base import Sharing
 from hf_lingudistill.student_kv import SharedKV, recording
@@ -876,6 +876,33 @@ def test_an_option_of_the_step_that_is_changed_too_late_is_refused(make_trainer:
         step(trainer, batch)
 
 
+@pytest.mark.parametrize("left", [{}, {"freeze_vision": None}, {"kv_sharing": "vision", "kv_source": None}])
+def test_what_is_left_to_the_pair_leaves_the_options_the_callers(
+    make_trainer: MakeTrainer, left: dict[str, Any]
+) -> None:
+    """What is set on them afterwards is the trainer's as well, as in transformers, or refused."""
+    options: LinguDistillConfig = make_trainer(**left).args
+    pissa = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    models = {"processing_class": tiny.make_processor(), "teacher_tokenizer": tiny.make_tokenizer(extra=False)}
+    trainer = LinguDistillTrainer(
+        tiny.make_vlm(0),
+        options,
+        teacher_model=tiny.make_lm(1),
+        train_dataset=tiny.make_dataset(8),
+        peft_config=pissa,
+        **models,
+    )
+    assert trainer.args is options
+    asked = {name: getattr(options, name) for name in left}
+    assert set(asked.values()) <= {None, "vision", "before"} and None not in trainer.decided.values()
+    options.max_steps = 1
+    trainer.train()
+    assert trainer.state.global_step == 1
+    options.ce_weight += 0.25
+    with pytest.raises(ValueError, match=r"args.ce_weight was .* when the trainer was made"):
+        step(trainer, mixed_batch(trainer))
+
+
 def test_what_a_callback_logs_takes_none_of_the_trainers_sums(make_trainer: MakeTrainer) -> None:
     """And asks no other process: one that logs on the first alone, as plain trainers may, would wait for ever."""
     trainer = make_trainer(max_steps=2, logging_steps=2)
@@ -896,8 +923,6 @@ def test_what_a_callback_logs_takes_none_of_the_trainers_sums(make_trainer: Make
 
 
 def test_options_of_two_trainers_give_way_in_one_of_them_alone(make_trainer: MakeTrainer) -> None:
-    from hf_lingudistill import LinguDistillConfig
-
     made = make_trainer(kv_sharing="vision", kv_source=None)
     args: LinguDistillConfig = made.args
     models = {"processing_class": tiny.make_processor(), "teacher_tokenizer": tiny.make_tokenizer(extra=False)}
@@ -910,7 +935,7 @@ def test_options_of_two_trainers_give_way_in_one_of_them_alone(make_trainer: Mak
 
     first = trainer(peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
     second = trainer()
-    assert (first.args.kv_source, second.args.kv_source, args.kv_source) == ("student", "before", "before")
+    assert (first.decided["kv_source"], second.decided["kv_source"], args.kv_source) == ("student", "before", "before")
     for one in (second, first, second):
         step(one, mixed_batch(one))  # neither is told that its options were changed
 

@@ -241,7 +241,7 @@ def gather_run_facts(
     from accelerate.utils import is_peft_model
 
     args, state = trainer.args, trainer.state
-    chosen = vars(args)  # other trainers' arguments have fewer
+    chosen = {**vars(args), **getattr(trainer, "decided", {})}  # other trainers' arguments have fewer
     student = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
     name = str(getattr(student.config, "_name_or_path", "") or "")
     return {

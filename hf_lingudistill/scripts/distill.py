@@ -120,10 +120,10 @@ def startup_summary(trainer: Trainer, model_name: str) -> str:
     loss, share = _loss_and_share(trainer)
     lines = {
         "Student": f"{model_name} ({size / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained"
-        + ("; the vision tower stays as it is)" if args.freeze_vision else ")"),
+        + ("; the vision tower stays as it is)" if trainer.decided["freeze_vision"] else ")"),
         "Teacher": f"{trainer.teacher_title} ({args.teacher_quantization}, "
         f"computed in {trainer.teacher_arithmetic}, {trainer.teacher.footprint / 2**20:.1f} MiB, {fit})",
-        "Sharing": f"kv_sharing={args.kv_sharing}, kv_source={args.kv_source}, "
+        "Sharing": f"kv_sharing={args.kv_sharing}, kv_source={trainer.decided['kv_source']}, "
         + (f"blind_weight={args.blind_weight:g}, " if args.blind_weight else "")
         + f"distill_tokens={args.distill_tokens}",
         "Loss": loss,

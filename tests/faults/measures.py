@@ -203,8 +203,8 @@ FAULTS = (
     Fault(
         "options-shared",
         "step_mixin.py",
-        "self.args = copy.copy(args)",
-        "self.args = args",
+        'self.decided["kv_source"] = "student"',
+        'args.kv_source = self.decided["kv_source"] = "student"',
         "what gave way in one trainer holds for another of the same options",
         (f"{TRAINER}::test_options_of_two_trainers_give_way_in_one_of_them_alone",),
     ),
