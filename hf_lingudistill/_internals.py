@@ -1,4 +1,4 @@
-"""Every use of a TRL or transformers internal, in one place, so that an upgrade touches one file.
+"""Every import of a TRL or transformers internal, and what is relied on beside it, so that an upgrade begins at one file.
 
 Tested with the oldest and the newest releases that `pyproject.toml` allows (`make test-oldest`, `make test-newest`). What is used, and what it must do:
 
@@ -10,7 +10,7 @@ Tested with the oldest and the newest releases that `pyproject.toml` allows (`ma
   `router_logits` where they are called with `output_router_logits=True`, and list it in `_can_record_outputs` (used in `router.py`).
 - `Trainer._get_grad_norm` runs once between backward pass and optimizer step; `_save_checkpoint` writes under `_get_output_dir`;
   `_tr_loss`, `_globalstep_last_logged` and `_total_loss_scalar` are its sums between logs, `_metrics` and `_total_train_tokens` those of
-  `SFTTrainer` (used in `trainer.py`, which overrides and restores them).
+  `SFTTrainer` (overridden and restored in `resume.py`, `step_mixin.py` and `finite.py`).
 - `trl.trainer.utils._ChunkedLogProbFunction`, the kernel of that head: TRL 1.15 has it for Triton alone, see `_LogProbs`.
 - `DistillationTrainer.compute_loss` redirects the wrapped student's forward to `_compute_loss(student, inputs, num_items)`, which returns
   loss, summed entropy and number of tokens; `inputs` are those of `_generate_and_score_completions`, cut into batches by rows;
@@ -162,7 +162,7 @@ class _LogProbs:
             top1 = (log_p.argmax(-1) == wanted).float()
             return log_p.gather(-1, wanted[:, None])[:, 0], entropy, top1
 
-        # At least one tile, be it empty: the result hangs on the model
+        # At least one tile, even if empty, so that the result depends on the model's parameters
         tiles = zip(hidden.split(256), labels.split(256), strict=True)
         parts = [checkpoint(score, *part, use_reentrant=False) for part in tiles]
         log_probs, entropy, top1 = (torch.cat(part) for part in zip(*parts, strict=True))

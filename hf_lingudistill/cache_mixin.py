@@ -202,7 +202,7 @@ class CacheMixin(_Trainer):
         title = None if reading is None else f"{dataset._fingerprint}, {reading}"
         dataset = self._remove_unused_columns(dataset, description=name)
         wanted = _asked_rows(dataset, args)
-        known = [title and cache.complete(title) for cache in self._caches]
+        known = [title and cache.counts_of(title) for cache in self._caches]
         if all(known):
             spread = wanted[:: max(1, len(wanted) // LOOKED_AT)]
             if self._go_through(dataset.select(spread), before, desc=None)[1] == 0:
@@ -214,7 +214,7 @@ class CacheMixin(_Trainer):
         live = sum(gather_object([live]))
         if accelerator.is_main_process and title is not None:
             for cache in self._caches:
-                cache.is_complete(title, {"rows": len(wanted), "live": live if cache is self.teacher_cached else 0})
+                cache.mark_complete(title, {"rows": len(wanted), "live": live if cache is self.teacher_cached else 0})
         accelerator.wait_for_everyone()
         for cache in self._caches:
             cache.read()
@@ -225,8 +225,8 @@ class CacheMixin(_Trainer):
         return live
 
     def _go_through(self, dataset: Dataset, before: Before | None, *, desc: str | None) -> tuple[int, int]:
-        """Go through rows, and ask about those that are not in where `desc` names the work; about one batch at least where it shall
-        be measured what quantisation costs the teacher. -> (number of rows that need the live teacher, of rows that were not in)."""
+        """Go through rows, and ask about those that are not in where `desc` names the work; at least one batch is asked about where the
+        cost of quantisation is to be measured. -> (number of rows that need the live teacher, of rows that were not in)."""
         args, live, missing = self.args, 0, 0
         loader: Any = DataLoader(
             dataset,

@@ -153,6 +153,8 @@ class Eyes:
             given = seen if seen.kept else own
             with giving(self.before.model, given):
                 found = self.before.last_keys(inputs)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # whatever a family's forward raises that reads more of its tower than it is given
             logger.info("The VLM before runs its own vision tower: %s", error)
             self.alike = False

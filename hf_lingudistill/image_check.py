@@ -41,6 +41,8 @@ def image_check(ours: Any, theirs: Any, teacher: PreTrainedModel, device: torch.
     batch = dict(DataCollatorForVisionLanguageModeling(ours)(copy.deepcopy(rows)))
     try:
         found = _difference(batch, dict(DataCollatorForVisionLanguageModeling(theirs)(rows)))
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a processor without images raises
         found = f"the teacher's processor ({type(theirs).__name__}) does not take them: {' '.join(str(error).split())[:200]}"
     if found:
@@ -51,6 +53,8 @@ def image_check(ours: Any, theirs: Any, teacher: PreTrainedModel, device: torch.
     try:
         with inference(teacher):
             hidden = teacher.base_model(**inputs, use_cache=False)[0]
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # each family has its own way to say that tokens and features do not match
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(

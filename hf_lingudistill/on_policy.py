@@ -204,7 +204,7 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
     # Sampling
     # ----------------------------------------------------------------------------------------------------------------
     def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
-        """TRL's sampler, with an order that hangs on the epoch alone: a resumed run may begin in a later one."""
+        """TRL's sampler, with an order that depends on seed and epoch alone: a resumed run may begin in a later one."""
         return _EpochOrder.of(super()._get_train_sampler(dataset))
 
     def open_later(self, dataset: Any) -> Any:

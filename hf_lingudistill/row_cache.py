@@ -82,8 +82,10 @@ class RowCache:
         self.check()
 
     def check(self) -> None:
-        """Raises:
-        StaleCache: if the answers there are those of another model, or of other settings.
+        """Compare what the cache was made with.
+
+        Raises:
+            StaleCache: if the answers there are those of another model, or of other settings.
         """
         found = self._read(HEADER)
         for name in dict.fromkeys([*self.settings, *found]):
@@ -162,14 +164,14 @@ class RowCache:
         self._written.update(keys)
         self._new, self._size, self._measured = {}, 0, {}
 
-    def complete(self, dataset: str) -> dict[str, int] | None:
+    def counts_of(self, dataset: str) -> dict[str, int] | None:
         """What was counted when all rows of the dataset of this fingerprint had been gone through; None if they have not."""
         if not (self.folder / COMPLETE).exists():
             return None
         counts: dict[str, int] | None = self._read(COMPLETE).get(dataset)
         return counts
 
-    def is_complete(self, dataset: str, counts: Mapping[str, int]) -> None:
+    def mark_complete(self, dataset: str, counts: Mapping[str, int]) -> None:
         """All rows of the dataset are in. By one process."""
         known = self._read(COMPLETE) if (self.folder / COMPLETE).exists() else {}
         self._write(COMPLETE, {**known, dataset: dict(counts)})

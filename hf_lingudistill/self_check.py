@@ -71,6 +71,8 @@ def self_check(student: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Te
     try:
         with torch.no_grad(), _undisturbed(student), recording(student) as theirs:
             student_logits = _text_forward(student, ids)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as failure:  # whatever a family raises that wants an image in every row
         why = f"{type(failure).__name__}: {failure}"
         logger.warning("Self-check left out: the student does not run on text alone (%s)", why)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -277,15 +277,16 @@ def _folders(source: DatasetConfig, path: Path) -> list[Path]:
     if path.is_dir():
         return [path, *sorted({p.parent for p in path.rglob("*") if p.suffix.lower() in LOADERS} - {path})]
     base = Path(source.data_dir) if source.data_dir else Path()
-    files = [base / name for name in _flat(source.data_files) if "://" not in name]
+    files = [base / name for name in flat_files(source.data_files) if "://" not in name]
     return list(dict.fromkeys(file.parent for file in files if file.parent.is_dir()))
 
 
-def _flat(files: Any) -> Iterable[str]:
+def flat_files(files: Any) -> list[str]:
+    """The names in `data_files`: a text, a list, or lists by split."""
     if isinstance(files, Mapping):
         files = list(files.values())
     if isinstance(files, list | tuple):
-        return [name for part in files for name in _flat(part)]
+        return [name for part in files for name in flat_files(part)]
     return [] if files is None else [str(files)]
 
 

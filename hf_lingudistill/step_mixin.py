@@ -55,6 +55,9 @@ class StepMixin(TeacherMixin):
     has_distill_column: bool | None
     distill_share: float | None
     decided: dict[str, Any]
+    open_later: Callable[
+        [Any], Any
+    ]  # an evaluation set that is given when the trainer is made already, as the trainer class takes it
     _made_of: dict[str, Any]
     _is_opened = False  # what `evaluate` is given: transformers evaluates several sets by calling it for each
     _evaluated = "eval"  # the evaluation set at work, as transformers names it: `eval`, or `eval_NAME`
@@ -260,10 +263,6 @@ class StepMixin(TeacherMixin):
         for name, value in metrics.items():
             self._metrics["train" if training else "eval"][of + name] = [value]
         super().log(logs, start_time)
-
-    def open_later(self, dataset: Any) -> Any:
-        """Evaluation sets that are given when the trainer is made already, as the trainer class takes them."""
-        raise NotImplementedError
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.evaluate`, for evaluation sets of every accepted format."""

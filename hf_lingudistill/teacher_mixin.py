@@ -77,7 +77,7 @@ class TeacherMixin(_Trainer):
             model, teacher_model, teacher_tokenizer, args, kwargs: the trainer's arguments.
 
         Raises:
-            ValueError: if no teacher is named, or student and teacher do not fit, or the adapter is none that it can follow.
+            ValueError: if no teacher is named, or student and teacher do not fit, or the adapter's type is not supported.
         """
         for role, what in (("model", model), ("teacher_model", teacher_model)):
             if not isinstance(what, str | torch.nn.Module) and (role, what) != ("teacher_model", None):

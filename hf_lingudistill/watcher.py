@@ -13,7 +13,7 @@ from .student_kv import SharedKV
 
 
 class Watcher:
-    """Told about each batch, in this order. What it does not want to know it leaves out."""
+    """Told about each batch, in this order. Override only the hooks you need."""
 
     def answered(self, shared: SharedKV, plan: QueryPlan, teacher_hidden: torch.Tensor) -> None:
         """The teacher has run; the student's keys and values are about to be dropped. teacher_hidden: (N, H_t), or (N,

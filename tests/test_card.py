@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -475,17 +476,15 @@ def test_nobodys_text_gets_into_the_metadata_or_out_of_its_cell(text: str) -> No
     check_hostile(text)
 
 
-def test_unescaped_text_would_be_caught() -> None:
+def test_unescaped_text_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control of the two tests above."""
     assert markdown("<b>|`x`") == "&lt;b&gt;\\|\\`x\\`"
-    spoiled = render().replace("News (XSum)", "News | XSum <script>")
-    with pytest.raises(AssertionError):
-        widths = {
-            len(re.findall(r"(?<!\\)\|", line))
-            for line in spoiled.splitlines()
-            if "bits/byte" in line or "recovered |" in line
-        }
-        assert len(widths) == 1
+    for module in {module for name, module in sys.modules.items() if name.startswith("hf_lingudistill.hub")}:
+        if hasattr(module, "markdown"):
+            monkeypatch.setattr(module, "markdown", lambda text, **_: str(text))
+    for text in ("a|b", "<script>", "![x](https://evil.example)"):
+        with pytest.raises(AssertionError):
+            check_hostile(text)
 
 
 def test_invisible_characters_are_taken_out() -> None:

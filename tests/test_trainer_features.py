@@ -400,16 +400,6 @@ def test_a_value_that_no_evaluation_gives_cannot_choose_the_best_checkpoint(make
     assert given <= set(EVALUATED), given - set(EVALUATED)
 
 
-def test_prediction_leaves_no_trace_in_the_next_evaluation(make_trainer: MakeTrainer) -> None:
-    """`predict` logs nothing, so that its sums would still be there."""
-    trainer = make_trainer(eval_dataset=tiny.make_dataset(4, seed=1))
-    expected = trainer.evaluate()
-    trainer.predict(tiny.make_dataset(8))
-    again = trainer.evaluate()
-    for name in (*TEACHER_METRICS, "distilled_tokens"):
-        assert again[f"eval_{name}"] == expected[f"eval_{name}"], name
-
-
 @pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")  # what TRL says about logits
 def test_evaluation_without_training_takes_streams_new_sets_and_compute_metrics(make_trainer: MakeTrainer) -> None:
     shapes: list[tuple[int, ...]] = []

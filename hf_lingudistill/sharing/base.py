@@ -34,12 +34,13 @@ class Sharing:
     # What the student's forward leaves: keys and values of every layer, and the embeddings that its decoder reads
     records_kv: ClassVar[bool] = True
     records_inputs: ClassVar[bool] = False
-    # Whether the teacher's pass depends on the student at all, and whether documents packed into one row stay apart
+    # Whether the teacher's pass depends on the student at all
     reads_student: ClassVar[bool] = True
     # Whether it does on a row without an image
     text_reads_student: ClassVar[bool] = True
     # Whose it reads where `kv_source` is left out, as measured: with `vision` alone the VLM before is the better one (docs/parents.md)
     source: ClassVar[str] = "student"
+    # Whether documents packed into one row stay apart
     keeps_documents_apart: ClassVar[bool] = True
     # The weight of what the teacher says without the image, where `blind_weight` is left out
     blind: ClassVar[float] = 0.0

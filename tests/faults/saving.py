@@ -74,7 +74,7 @@ FAULTS = (
     Fault(
         "another-teacher-resumed",
         "same_run.py",
-        "*_models(trainer, facts), ",
+        "        *_models(trainer, facts),\n",
         "",
         "a run is resumed with another teacher or another VLM before, and its record knows the new one alone",
         ("tests/test_same_run.py::test_a_run_is_resumed_with_the_models_it_had",),
@@ -82,7 +82,7 @@ FAULTS = (
     Fault(
         "another-adapter-resumed",
         "same_run.py",
-        ", *_adapter(trainer.model, checkpoint)",
+        "        *_adapter(trainer.model, checkpoint),\n",
         "",
         "an adapter's rank or scale changes in the middle of a run",
         ("tests/test_same_run.py::test_a_run_is_resumed_with_the_adapter_it_had",),

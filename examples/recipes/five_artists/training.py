@@ -158,7 +158,8 @@ def train(
         AutoProcessor.from_pretrained(start).save_pretrained(out)
     kept = ("ce_loss", "kd_loss", "teacher_ce", "distilled_share")
     # As they were resolved: what an arm leaves out is the library's default of the day
-    options = {name: getattr(trainer.args, name) for name in OPTIONS if hasattr(trainer.args, name)}
+    resolved = {**vars(trainer.args), **getattr(trainer, "decided", {})}
+    options = {name: resolved[name] for name in OPTIONS if name in resolved}
     return {
         **({"options": options} if options else {}),
         "train_loss": result.training_loss,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
+from ...identity import digest
 from ...weights import check_finite, load_whole
-from ..evaluation.cache import digest
 
 SHARES = ("uniform", "drift")
 _LAYER = re.compile(r"layers\.(\d+)\.")

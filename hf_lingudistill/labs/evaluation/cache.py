@@ -20,6 +20,7 @@ from PIL import Image as PILImage
 
 from ..._version import __version__
 from ...folders import NotOurs
+from ...identity import digest
 from ..statistics import OVERFLOW, NotFiniteScore
 
 SCHEMA = "lingudistill-items/2"
@@ -125,11 +126,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def digest(value: Any) -> str:
-    """A short hash of JSON values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def of_images(images: Sequence[PILImage.Image]) -> list[str]:

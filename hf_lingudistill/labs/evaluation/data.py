@@ -24,7 +24,7 @@ from ...bad_rows import BadRow
 from ...images import decode_image
 from ...mixtures import DistillSource
 from ...rgb import to_rgb
-from ...sources import load_saved, load_source
+from ...sources import flat_files, load_saved, load_source
 from .drawings import drawings
 from .fidelity import Question
 from .shapes import ShapeError, accepted_answers, choices_of, found, right_choices, text_of
@@ -261,17 +261,9 @@ def _load(task: Data) -> Any:
         ) from error
 
 
-def _flat(files: Any) -> list[str]:
-    if isinstance(files, Mapping):
-        files = list(files.values())
-    if isinstance(files, list | tuple):
-        return [name for part in files for name in _flat(part)]
-    return [] if files is None else [str(files)]
-
-
 def _with_whole_paths(images: Iterable[Any], task: Data) -> list[Any]:
     """Images of a row, relative paths among them made whole: they begin at the file that names them, as in training."""
-    files = _flat(task.data_files) or [str(task.path)]
+    files = flat_files(task.data_files) or [str(task.path)]
     folders = [path.parent if path.is_file() else path for path in map(Path, files)]
 
     def whole(image: Any) -> Any:

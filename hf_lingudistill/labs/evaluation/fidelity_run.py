@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from .cache import ItemCache, digest, made_with, of_images
+from ...identity import digest
+from .cache import ItemCache, made_with, of_images
 from .data import ImageItem
 from .fidelity import Question, Record, Reference, dependence, fidelity, original_answers
 from .models import Scored, chat_template_of

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ...identity import digest
 from ...progress import progress_bar
 from ...sentences import install
 from ..statistics import Items
-from .cache import ItemCache, digest, made_with
+from .cache import ItemCache, made_with
 from .models import Scored, user_turn
 from .reading import FiniteLogits, check_logits, plain_generation, text_types
 from .suite import HarnessTasks, TextTask

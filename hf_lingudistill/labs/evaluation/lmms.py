@@ -24,10 +24,11 @@ from typing import Any
 
 from PIL import Image as PILImage
 
+from ...identity import digest
 from ...progress import progress_bar
 from ...rgb import to_rgb
 from ..statistics import Items
-from .cache import ItemCache, digest, made_with
+from .cache import ItemCache, made_with
 from .grounded import answer_scores
 from .models import Scored, chat_template_of, user_turn
 from .reading import Images

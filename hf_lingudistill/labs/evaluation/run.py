@@ -18,11 +18,11 @@ from transformers import set_seed
 
 from ..._version import __version__
 from ...folders import check
+from ...identity import digest
 from ...machine import device_of, machine
 from ...sentences import install
 from ...weights import fingerprint
 from ..statistics import Bootstrap
-from .cache import digest
 from .checks import check_roles, check_templates
 from .fidelity_run import ORIGINAL, FidelityRun
 from .join import DEPENDS, join

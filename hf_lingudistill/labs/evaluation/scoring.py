@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .cache import ItemCache, digest, made_with, of_images
+from ...identity import digest
+from .cache import ItemCache, made_with, of_images
 from .data import fidelity_questions, image_items, text_items
 from .fidelity_run import FidelityRun
 from .grounded import token_scores

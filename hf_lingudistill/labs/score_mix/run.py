@@ -14,12 +14,13 @@ import yaml
 from ...columns import prepare_dataset
 from ...compatibility import UnreadableModelError
 from ...folders import check
+from ...identity import digest
 from ...mixtures import DistillMixtureConfig, DistillSource
 from ...sentences import at_home
 from ...sources import load_source
 from ...yaml_text import read_yaml
 from ..diagnose.prompts import Prompt, prompt_of
-from ..evaluation.cache import ItemCache, digest, made_with, of_images
+from ..evaluation.cache import ItemCache, made_with, of_images
 from ..evaluation.models import (
     Scored,
     chat_template_of,
