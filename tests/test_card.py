@@ -481,7 +481,7 @@ def test_unescaped_text_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None
     assert markdown("<b>|`x`") == "&lt;b&gt;\\|\\`x\\`"
     for module in {module for name, module in sys.modules.items() if name.startswith("hf_lingudistill.hub")}:
         if hasattr(module, "markdown"):
-            monkeypatch.setattr(module, "markdown", lambda text, **_: str(text))
+            monkeypatch.setattr(module, "markdown", lambda text, *_, **__: str(text))
     for text in ("a|b", "<script>", "![x](https://evil.example)"):
         with pytest.raises(AssertionError):
             check_hostile(text)
