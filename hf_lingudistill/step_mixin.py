@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -251,17 +252,20 @@ class StepMixin(TeacherMixin):
 
         To the trainer's own logs, that is, which every process makes: what a callback logs, maybe on one process, is logged as it is.
         """
-        training = self.model.training
-        its_own = "loss" in logs or any(name.endswith("_runtime") for name in logs)
-        metrics = self.meter.read(training=training) if its_own else {}
+        # The model does not tell: it is still in evaluation mode where an evaluation ended with the last step before this log
+        of_training = "loss" in logs or "total_flos" in logs
+        of_evaluation = not of_training and any(name.endswith("_runtime") for name in logs)
+        mode = "train" if of_training else "eval"
+        metrics: dict[str, Any] = self.meter.read(training=of_training) if of_training or of_evaluation else {}
         if metrics and self.skipped_steps:
             metrics["skipped_steps"] = self.skipped_steps
         if metrics and self.teacher_quantization_kl is not None:
             metrics["teacher_quantization_kl"] = self.teacher_quantization_kl
-        # TRL says `eval_` itself; of several evaluation sets, each value names its own
-        of = "" if training else f"{self._evaluated}_".removeprefix("eval_")
-        for name, value in metrics.items():
-            self._metrics["train" if training else "eval"][of + name] = [value]
+        if of_training or of_evaluation:
+            # What TRL would add, under the name of the evaluation set that it is of
+            metrics = {**{name: _mean(of) for name, of in self._metrics[mode].items()}, **metrics}
+            self._metrics[mode].clear()
+            logs.update(metrics if of_training else {f"{self._evaluated}_{name}": of for name, of in metrics.items()})
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -293,6 +297,12 @@ class StepMixin(TeacherMixin):
 
     def _plain_student(self) -> PreTrainedModel:
         return self.model.get_base_model() if is_peft_model(self.model) else self.model  # type: ignore[no-any-return]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """The mean of what is a number, as TRL's on-policy trainer logs it; None where nothing is."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else None
 
 
 def _remedies(args: Any) -> list[str]:
@@ -362,7 +372,8 @@ def check_best_metric(args: Any, evaluation: Any, *, computed: bool) -> None:
                 f"metric_for_best_model={metric!r} is none of the values that an evaluation gives: {meant}"
             )
         return
-    if not any(metric.removeprefix("eval_").startswith(f"{name}_") for name in evaluation):
+    named = [metric.removeprefix("eval_").removeprefix(f"{name}_") for name in evaluation]
+    if not any(of != metric.removeprefix("eval_") and (computed or of in EVALUATED) for of in named):
         raise ValueError(
             f"metric_for_best_model={metric!r}{' (the default)' if metric == 'ce_loss' else ''} names none of the evaluation sets {', '.join(map(repr, evaluation))}, each of which has a "
             f"value of its own: set it to {next(iter(evaluation)) + '_ce_loss'!r}, say."

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import pickle
+import re
 import sqlite3
 import weakref
 from collections.abc import Callable, Iterator
@@ -26,7 +27,8 @@ from transformers import TrainerCallback, TrainerControl
 from trl import SFTTrainer
 
 import hf_lingudistill.teacher_mixin as teacher_module
-from hf_lingudistill import LinguDistillTrainer, check_compatibility, losses
+from hf_lingudistill import LinguDistillTrainer, OnPolicyLinguDistillTrainer, check_compatibility, losses
+from hf_lingudistill.hub.run_facts import gather_run_facts
 from hf_lingudistill.step_mixin import EVALUATED
 
 MakeTrainer = Callable[..., Any]
@@ -359,6 +361,67 @@ def test_several_evaluation_sets_are_measured_each_for_itself(make_trainer: Make
     assert values["first"] != values["second"]
 
 
+def without_times(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if not re.search("runtime|per_second|flos|step_time", name)}
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize(
+    "when",
+    [
+        {
+            "logging_strategy": "epoch",
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+        },  # the epoch ends behind an evaluation
+        {
+            "logging_steps": 3,
+            "eval_strategy": "steps",
+            "eval_steps": 5,
+        },  # so does the training, with steps that are not logged yet
+    ],
+)
+def test_an_evaluation_takes_nothing_of_the_trainings_log(
+    make_trainer: MakeTrainer, when: dict[str, Any], on_policy: bool
+) -> None:
+    """It leaves the model in evaluation mode, and the log that follows is the training's nevertheless."""
+    more: dict[str, Any] = {"per_device_train_batch_size": 4, "max_steps": 5, "seed": 3}
+    if on_policy:
+        more |= {
+            "trainer_class": OnPolicyLinguDistillTrainer,
+            "temperature": 1e-4,
+        }  # greedy: samples are the same with and without
+    evaluated = make_trainer(train_dataset=tiny.make_dataset(8), eval_dataset=tiny.make_dataset(4), **more, **when)
+    evaluated.train()
+    alone = make_trainer(
+        train_dataset=tiny.make_dataset(8), **more, **{k: v for k, v in when.items() if not k.startswith("eval")}
+    )
+    alone.train()
+    ours, theirs = (
+        [without_times(entry) for entry in one.state.log_history if not any(k.startswith("eval_") for k in entry)]
+        for one in (evaluated, alone)
+    )
+    assert len(ours) == len(theirs) and "train_loss" in ours[-1]
+    assert any("num_tokens" in one and "kd_loss" in one for one in ours[-2:])
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(other, rel=1e-5, nan_ok=True)
+    facts = [gather_run_facts(one)["training"] for one in (evaluated, alone)]
+    assert facts[0]["tokens"] == facts[1]["tokens"] and facts[0]["answer_tokens"] == facts[1]["answer_tokens"]
+
+
+def test_all_values_of_an_evaluation_bear_its_name(make_trainer: MakeTrainer) -> None:
+    sets = {"first": tiny.make_dataset(4, seed=1), "second": tiny.make_dataset(6, seed=2)}
+    trainer = make_trainer(eval_dataset=sets)
+    both = trainer.evaluate()
+    assert all(name == "epoch" or name.startswith(("eval_first_", "eval_second_")) for name in both), list(both)
+    other = trainer.evaluate(sets["second"], metric_key_prefix="test")
+    assert all(name == "epoch" or name.startswith("test_") for name in other), list(other)
+    alone = make_trainer(eval_dataset=sets["second"]).evaluate()
+    for name in (*TEACHER_METRICS, "entropy", "mean_token_accuracy", "num_tokens", "ce_loss", "loss"):
+        assert both[f"eval_second_{name}"] == other[f"test_{name}"] == alone[f"eval_{name}"], name
+    assert both["eval_first_entropy"] != both["eval_second_entropy"]
+
+
 def test_of_several_evaluation_sets_one_is_named_to_choose_the_best_checkpoint(make_trainer: MakeTrainer) -> None:
     sets = {"first": tiny.make_dataset(4, seed=1), "second": tiny.make_dataset(4, seed=2)}
     best = {
@@ -368,7 +431,7 @@ def test_of_several_evaluation_sets_one_is_named_to_choose_the_best_checkpoint(m
         "save_steps": 1,
         "load_best_model_at_end": True,
     }
-    for metric in (None, "ce_loss", "eval_loss", "third_ce_loss"):
+    for metric in (None, "ce_loss", "eval_loss", "third_ce_loss", "first_accuracy", "eval_second_"):
         with pytest.raises(
             ValueError, match="names none of the evaluation sets 'first', 'second', .* set it to 'first_ce_loss'"
         ):

@@ -112,7 +112,7 @@ def read(student: PreTrainedModel, teacher: Teacher, inputs: dict[str, Any], lab
 
 def _inputs(student: Scored, prompt: Prompt, max_answer_tokens: int) -> tuple[dict[str, Any], torch.Tensor]:
     """Model inputs of prompt and answer, one row; labels (1, T), -100 before the answer."""
-    answer = student.ids(prompt.answer)[:max_answer_tokens]
+    answer = student.answer_ids(prompt.answer)[:max_answer_tokens]
     inputs, labels = answer_inputs(student, [student.render(list(prompt.messages))], [prompt.images], [answer])
     start = inputs["input_ids"].size(1) - labels.size(1)
     return inputs, torch.cat([torch.full_like(inputs["input_ids"][:, :start], -100), labels], dim=1)

@@ -16,8 +16,9 @@ hidden states. N tokens, H hidden size, V vocabulary entries; logits exist for `
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +34,12 @@ from .reading import Written, answer_states, answering_head, end_of_turn, logits
 
 CHUNK_ELEMENTS = 2**24  # logits held per model: 64 MiB in fp32
 TOLD = "Here is what a picture shows: {caption}\n\n{instruction}"
+FIRST_WORD = 8  # tokens of it at most
 LEFT_OUT = 0.01  # of the original's probability, on tokens that the model does not have
 
-Record = dict[str, list[Any]]  # of one answer: {"kl": [nats], "top1": [0 or 1]}, a value per token
+Record = dict[
+    str, list[Any]
+]  # of one answer: {"kl": [nats], "top1": [0 or 1]}, a value per token; None where it was not compared
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def original_answers(
 @dataclass(frozen=True)
 class Reference:
     """What the original says of its own answers, on the CPU. states: (n, H) by key. head: (V, H). tokens: its vocabulary, by id.
-    end: its end-of-turn id."""
+    end: its end-of-turn id. lead: what its template writes before an answer, see `Scored.answer_lead`."""
 
     questions: tuple[Question, ...]
     answers: Mapping[str, Written]
@@ -110,6 +114,7 @@ class Reference:
     head: Head
     tokens: tuple[str | None, ...]
     end: int | None
+    lead: str = ""
 
     def head_on(self, device: torch.device) -> Head:
         """The original's head, copied to a device."""
@@ -147,6 +152,7 @@ class Reference:
             ),
             _tokens(original, head.matrix.size(0)),
             end_of_turn(original),
+            original.answer_lead,
         )
 
 
@@ -168,7 +174,8 @@ def fidelity(
         cache: what is there is not measured again.
 
     The two need the same tokens under the same ids. A model may have more, whose probability is counted against it. The two
-    models' ends of turn are one event, whatever their ids.
+    models' ends of turn are one event, whatever their ids. Where one's chat template writes a space before an answer and the other's does not, an
+    answer's first tokens are different ones: there both values are None.
 
     Raises:
         ValueError: if more than 1 % of the original's probability lies on tokens that the model does not have.
@@ -178,10 +185,13 @@ def fidelity(
     if todo:
         shown = [question.images if images is None else images[question.key] for question in todo]
         ids = [reference.answers[question.key].ids for question in todo]
-        asked = [_Asked(q.instruction, tuple(i), a) for q, i, a in zip(todo, shown, ids, strict=True)]
+        asked = [
+            _Asked(q.instruction, tuple(i), *_as_written(model, reference.lead, a))
+            for q, i, a in zip(todo, shown, ids, strict=True)
+        ]
         pair = _Pair(reference, model)
         for batch in _read(model, asked, batch_size, progress):
-            new = {todo[i].key: pair.compare(reference.states[todo[i].key], states) for i, states in batch.items()}
+            new = {todo[i].key: pair.record(reference.states[todo[i].key], states) for i, states in batch.items()}
             found |= new
             if cache is not None:
                 cache.add(new)
@@ -221,21 +231,23 @@ def dependence(
 
 def text_measures(found: Mapping[str, Record]) -> dict[str, Items]:
     """{"kl": nats, "top1": share}, each {key: (sum over the answer's tokens, number of tokens)}."""
-    return {
-        measure: {key: (float(sum(record[measure])), float(len(record[measure]))) for key, record in found.items()}
-        for measure in ("kl", "top1")
-    }
+    return {measure: {key: _sum(record[measure]) for key, record in found.items()} for measure in ("kl", "top1")}
+
+
+def _sum(values: Iterable[float | None]) -> tuple[float, float]:
+    """-> (sum, number) of the values that are there."""
+    there = [value for value in values if value is not None]
+    return float(sum(there)), float(len(there))
 
 
 def image_measures(found: Mapping[str, Record], depends: Mapping[str, Sequence[bool]]) -> dict[str, Items]:
     """`text_measures`, and "kl_dependent" and "kl_rest": the KL on the tokens that depend on the picture, and on the others."""
 
     def part(wanted: bool) -> Items:
-        kept = {
-            key: [kl for kl, flag in zip(record["kl"], depends[key], strict=True) if flag == wanted]
+        return {
+            key: _sum(kl for kl, flag in zip(record["kl"], depends[key], strict=True) if flag == wanted)
             for key, record in found.items()
         }
-        return {key: (float(sum(values)), float(len(values))) for key, values in kept.items()}
 
     return {**text_measures(found), "kl_dependent": part(True), "kl_rest": part(False)}
 
@@ -245,9 +257,25 @@ def image_measures(found: Mapping[str, Record], depends: Mapping[str, Sequence[b
 # --------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Asked:
+    """ids: the answer's. unlike: how many of the first are not the original's tokens, and give no states."""
+
     instruction: str
     images: tuple[PILImage.Image, ...]
     ids: tuple[int, ...]
+    unlike: int = 0
+
+
+def _as_written(model: Scored, lead: str, ids: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """The original's answer as the model's template writes it. lead: of the original's. -> (ids, how many of the first are other tokens)"""
+    if model.answer_lead == lead:
+        return ids, 0
+    written = model.answer_ids(model.tokenizer.decode(ids).removeprefix(lead))
+    alike = len(os.path.commonprefix([written[::-1], list(ids)[::-1]]))
+    if (
+        len(ids) - alike > FIRST_WORD
+    ):  # a sample, which nobody would write in these tokens: what is before it is all that changes
+        written, alike = [*model.ids(model.answer_lead), *ids], len(ids) - 1
+    return tuple(written), len(written) - alike
 
 
 def _read(
@@ -260,7 +288,7 @@ def _read(
         batch = order[start : start + batch_size]
         prompts = [scored.render(user_turn(asked[i].instruction, len(asked[i].images))) for i in batch]
         found = answer_states(scored, prompts, [asked[i].images for i in batch], [asked[i].ids for i in batch])
-        yield dict(zip(batch, found, strict=True))
+        yield {i: states[asked[i].unlike :] for i, states in zip(batch, found, strict=True)}
         bar.update(len(batch))
     bar.close()
 
@@ -316,6 +344,12 @@ class _Pair:
             [a == b is not None for a, b in zip(reference.tokens[:size], names[:size], strict=True)], device=device
         )
         self.ends = (reference.end, end_of_turn(model))
+
+    def record(self, reference: torch.Tensor, states: torch.Tensor) -> Record:
+        """`compare` for (n, H_o) states of the original, and those of the model at the last of these tokens: None at the first, where it read others."""
+        missing = len(reference) - len(states)
+        found = self.compare(reference[missing:], states) if len(states) else {"kl": [], "top1": []}
+        return {name: [*[None] * missing, *values] for name, values in found.items()}
 
     def compare(self, reference: torch.Tensor, states: torch.Tensor) -> Record:
         """(n, H_o) states of the original and (n, H_m) of the model -> a record, to six digits."""

@@ -52,7 +52,7 @@ def token_scores(
     for start in range(0, len(todo), batch_size):
         batch = todo[start : start + batch_size]
         questions = [items[i].question for i in batch]
-        ids = [scored.ids(items[i].answers[0])[: task.max_answer_tokens] for i in batch]
+        ids = [scored.answer_ids(items[i].answers[0])[: task.max_answer_tokens] for i in batch]
 
         def under(images: Sequence[Images], questions: Any = questions, ids: Any = ids) -> list[Tokens]:
             # Rendered each time: an item's own images and those of another one may differ in number

@@ -208,7 +208,7 @@ def _tokenised(scored: Scored, task: TextTask, form: str, text: str) -> tuple[li
     words = text.split(" ")
     head, body = " ".join(words[: task.head_words]), " ".join(words[task.head_words :])
     prompt = scored.ids(scored.render(user_turn(f"Continue this text: {head}")))
-    return [*prompt, *scored.ids(body)], len(prompt), len(body.encode())
+    return [*prompt, *scored.answer_ids(body)], len(prompt), len(body.encode())
 
 
 @torch.inference_mode()

@@ -90,8 +90,8 @@ class ImagePath(lmms):  # type: ignore[misc]
         """
 
         def score(batch: Sequence[Any], prompts: Sequence[str], images: Sequence[Images]) -> list[tuple[float, bool]]:
-            # A space between prompt and continuation is for the chat template to write.
-            ids = [self.scored.ids(self._continuation(request).lstrip()) for request in batch]
+            # A space between prompt and continuation is for the chat template to write
+            ids = [self.scored.answer_ids(self._continuation(request).lstrip()) for request in batch]
             rows = answer_scores(self.scored, prompts, images, ids)
             return [(-sum(p for p, _ in row) / len(row), all(hit for _, hit in row)) for row in rows]
 

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,23 @@ class Scored:
             turns = [turn | {"content": _parts(turn["content"])} for turn in turns]
         text = self.processing.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer, **kwargs)
         return str(text)
+
+    @cached_property
+    def answer_lead(self) -> str:
+        """The blanks that the chat template writes before what the assistant says, behind where `render` ends: SmolVLM's prompt ends in
+        `Assistant:` and its answers begin with a space. Most write none."""
+        marker, turns = "lighthouse", user_turn("What is it?")
+        asked = self.render(turns)
+        try:
+            whole = self.render([*turns, {"role": "assistant", "content": marker}], answer=False)
+        except Exception:  # a template that takes no answers
+            return ""
+        lead, said, _ = whole.removeprefix(asked).partition(marker)
+        return lead if whole.startswith(asked) and said and not lead.strip() else ""
+
+    def answer_ids(self, text: str) -> list[int]:
+        """Token ids of an answer, as they stand behind a rendered prompt."""
+        return self.ids(self.answer_lead + text)
 
     def ids(self, text: str) -> list[int]:
         """Token ids without special tokens added."""

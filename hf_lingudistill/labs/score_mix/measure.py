@@ -27,7 +27,7 @@ def student_reader(student: Scored, max_answer_tokens: int) -> Read:
     images of the same sizes, so that a student that does not see has the same nats; rows without an image have none."""
 
     def read(batch: Sequence[Prompt]) -> list[Record]:
-        whole = [student.ids(prompt.answer) for prompt in batch]
+        whole = [student.answer_ids(prompt.answer) for prompt in batch]
         ids = [row[:max_answer_tokens] for row in whole]
         asked = [student.render(list(prompt.messages)) for prompt in batch]
         own = _nats(student, asked, [prompt.images for prompt in batch], ids)
@@ -46,7 +46,7 @@ def teacher_reader(teacher: Scored, max_answer_tokens: int) -> Read:
 
     @torch.inference_mode()
     def read(batch: Sequence[Prompt]) -> list[Record]:
-        ids = [teacher.ids(prompt.answer)[:max_answer_tokens] for prompt in batch]
+        ids = [teacher.answer_ids(prompt.answer)[:max_answer_tokens] for prompt in batch]
         asked = [teacher.render(as_texts(prompt.messages)) for prompt in batch]
         found: list[Record] = []
         for states, row in zip(answer_states(teacher, asked, [()] * len(batch), ids), ids, strict=True):
