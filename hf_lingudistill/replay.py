@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ._internals import attention_switched, decoder_of, register_attention
+from .documents import decoder_keeps_apart
 from .mixers import mixers_of, mixers_replayed
 from .queries import QueryPlan
 from .rotary import order_of, reordered
@@ -362,13 +363,13 @@ def plain_pass(teacher: PreTrainedModel, plan: QueryPlan) -> torch.Tensor:
         return _no_hidden(teacher, plan)
     decoder = decoder_of(teacher)
     (rows, width), queries = plan.slots.shape, plan.num_queries
-    # The decoders of some VLMs (Qwen2-VL, Qwen2.5-VL) do not look for documents in such positions: they get padded rows
-    packs = teacher.config.get_text_config() is teacher.config
     with inference(teacher):
-        # Nor does a state end where positions start anew
-        packs = packs and not mixers_of(decoder)
-        if packs and queries < 0.8 * rows * width and queries**2 <= 4 * rows * width**2:
-            # One packed row, whose documents transformers tells apart by positions that start anew: no padding
+        if (
+            queries < 0.8 * rows * width
+            and queries**2 <= 4 * rows * width**2
+            and packs_rows(teacher, plan.flat.device)
+        ):
+            # One packed row, whose documents are told apart by positions that start anew: no padding
             begins = plan.slots[:, :1].flatten()
             slots = torch.arange(queries, device=begins.device)
             slots -= begins[torch.div(plan.flat, width, rounding_mode="floor")]
@@ -380,6 +381,17 @@ def plain_pass(teacher: PreTrainedModel, plan: QueryPlan) -> torch.Tensor:
             real = real.index_fill_(0, plan.flat, 1).view(rows, width)
         hidden = decoder(input_ids=plan.token_ids[plan.slots], attention_mask=real, use_cache=False)[0]
         return hidden.flatten(0, 1).index_select(0, plan.flat[plan.loss])  # type: ignore[no-any-return]
+
+
+def packs_rows(teacher: PreTrainedModel, device: torch.device) -> bool:
+    """Whether `plain_pass` may join rows. Tried at the first call, by all processes at once where an engine shards the teacher."""
+    decoder = decoder_of(teacher)
+    # A state does not end where positions start anew, and the decoders of VLMs take such positions for other things
+    if teacher.config.get_text_config() is not teacher.config or mixers_of(decoder):
+        return False
+    embeddings: Any = teacher.get_input_embeddings()
+    with inference(teacher):
+        return decoder_keeps_apart(decoder, embeddings.num_embeddings, device)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -23,6 +23,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ._internals import decoder_of, head_of, own_name
+from .bad_rows import Row
+from .documents import keeps_documents_apart
 from .losses import head_error
 from .queries import QueryPlan, Vocabulary, plan_queries
 from .replay import replayed_pass
@@ -126,6 +128,40 @@ def head_check(role: str, model: PreTrainedModel, ids: torch.Tensor) -> None:
     finally:
         hook.remove()
     _check_head(role, model, seen, logits)
+
+
+def document_check(student: PreTrainedModel, collate: Callable[[list[Row]], dict[str, Any]]) -> None:
+    """Refuse to join rows for a student that reads them as one.
+
+    collate: of the training; nothing is checked where it does not join rows.
+
+    Raises:
+        ValueError: if a document changes what is made of the one behind it.
+    """
+
+    def read(documents: list[torch.Tensor]) -> torch.Tensor:
+        inputs = joined(documents)
+        hidden: torch.Tensor = student.base_model(**inputs, use_cache=False)[0]
+        return hidden[0]
+
+    def joined(documents: list[torch.Tensor]) -> dict[str, Any]:
+        rows = [{"input_ids": one.tolist(), "labels": one.tolist(), "seq_lengths": [len(one)]} for one in documents]
+        batch = {name: value for name, value in collate(rows).items() if name != "labels"}
+        return {
+            name: value.to(student.device) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+
+    embeddings: Any = student.get_input_embeddings()
+    if joined([torch.arange(3), torch.arange(4)])["input_ids"].shape[0] != 1:
+        return
+    with torch.no_grad(), _undisturbed(student):
+        if keeps_documents_apart(read, embeddings.num_embeddings, student.device):
+            return
+    raise ValueError(
+        f"{type(student).__name__} reads packed documents as one with attn_implementation={student.config._attn_implementation!r}: what stands "
+        f"before a document would change it. Set packing=False and padding_free=False, or try 'flash_attention_2'. {SWITCH}"
+    )
 
 
 def _plan(ids: torch.Tensor) -> QueryPlan:

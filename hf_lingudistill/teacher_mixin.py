@@ -17,12 +17,14 @@ from ._internals import keep_image_dtype
 from .adapter import with_targets
 from .anchor import adapter_off
 from .compatibility import CompatibilityReport, check_compatibility, guess_teacher
+from .config import JOINING
 from .engines import is_teacher_sharded, shard_teacher, sharding_of
 from .first_batch import FirstBatch
 from .image_check import image_check
 from .options import shown
 from .quantization import choose_kernels
-from .self_check import head_check, self_check, text_ids
+from .replay import packs_rows
+from .self_check import document_check, head_check, self_check, text_ids
 from .sharing import sharing
 from .step import DistillStep
 from .teacher import Teacher, load_teacher_model, on_device, prepare_teacher, vocabulary_of
@@ -59,6 +61,7 @@ class TeacherMixin(_Trainer):
     teacher: Teacher
     first_batch: FirstBatch
     step: DistillStep
+    data_collator: Any
     _teacher_ref: str | PreTrainedModel
     _teacher_processing: Any
     _compute_dtype: torch.dtype
@@ -192,7 +195,17 @@ class TeacherMixin(_Trainer):
         """Refuse a pair whose shared keys and values would mean something else to the teacher, or that would see different images:
         see `self_check.py`, `image_check.py`."""
         mode = self.step.sharing
-        if not (self.args.self_check and (mode.reads_student or mode.sees)):
+        if (
+            sharding_of(self.accelerator) is not None
+            and not mode.sees
+            and (not mode.reads_student or self.step.weights.blind)
+        ):
+            packs_rows(self.teacher.model, self.accelerator.device)  # tried by all processes at once
+        if not self.args.self_check:
+            return
+        if any(getattr(self.args, name, False) for name in JOINING) and sharding_of(self.accelerator) is None:
+            document_check(student, self.data_collator.inner)
+        if not (mode.reads_student or mode.sees):
             return
         if sharding_of(self.accelerator) is not None:
             logger.info("Self-check left out: student and teacher lie in pieces on all processes.")
