@@ -28,6 +28,7 @@ Tested with the oldest and the newest releases that `pyproject.toml` allows (`ma
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -79,6 +80,7 @@ __all__ = [
     "loaded_by_every_process",
     "register_attention",
     "render_jinja_template",
+    "drop_copied_forward",
     "use_new_names",
     "without_adapter",
 ]
@@ -118,15 +120,27 @@ def own_name(model: nn.Module, name: str) -> str | None:
     return ".".join(found)
 
 
+def drop_copied_forward(model: nn.Module) -> None:
+    """Take the forward off a deep copy of a model that TRL has trained: `add_fused_lm_head` leaves one on the model that calls the forward it
+    found there, and in a copy that is still the original's."""
+    forward = vars(model).get("forward")
+    closure = inspect.getclosurevars(forward.__func__).nonlocals if inspect.ismethod(forward) else {}
+    called = closure.get("original_forward")
+    if inspect.ismethod(called) and called.__self__ is not model:
+        del model.forward
+
+
 def use_new_names(config: Any) -> None:
     """Take what was given under a name that goes away, TRL's own default among it, over to the name that stays, and the other way
     round where the installed release reads the old name alone. Before the config checks itself, which warns of old names."""
+    known: dict[str, Any] = vars(config).setdefault("_checkpointing", {})  # as they were when this was last asked
     for new, old in CHECKPOINTING.items():
-        value = getattr(config, new)
-        if value is None:
-            setattr(config, new, getattr(config, old, None))
+        value, given = getattr(config, new), getattr(config, old, None)
+        if value is None or (hasattr(config, old) and new in known and value == known[new] != given):
+            setattr(config, new, given)  # the old name has been set, or set anew
         elif hasattr(config, old):
             setattr(config, old, value)
+        known[new] = getattr(config, new)
 
 
 class _LogProbs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -146,6 +147,7 @@ def make_before(
     asked_by: str = "anchor",
     kept: bool = True,
     speaks: bool = True,
+    adapted: bool = False,
 ) -> Before:
     """The VLM before: for a student with an adapter the same weights with the adapter off, else a frozen copy in memory, which lies in
     pieces on all processes where the engine keeps the student so.
@@ -160,6 +162,7 @@ def make_before(
         asked_by: the option that asks for it, for error messages.
         kept: whether it is asked during training; else it is the student itself, until that is trained.
         speaks: whether its logits are asked for; else the copy goes without an output head of its own.
+        adapted: whether the adapter came with the model, maybe trained, and was not made for this run.
 
     Raises:
         ValueError: if that cannot be the VLM before: a student without an adapter that is quantised, an adapter whose base weights
@@ -174,6 +177,11 @@ def make_before(
         )
     if model is not student:
         _check_adapter(model, student, asked_by, without)
+        if adapted and _says_something(model):
+            raise ValueError(
+                f"{asked_by}='before' takes the student with its adapter off for the VLM before, and this adapter is trained already, so that "
+                f"another model would be meant: merge it first (merge_and_unload) and train a new one, or set {without}."
+            )
         return Before(student, lambda: adapter_off(model), 0, sharded)
     if not kept:
         return Before(student, nullcontext, 0)
@@ -224,6 +232,34 @@ def _check_adapter(model: Any, student: nn.Module, asked_by: str, without: str) 
             f"{asked_by}='before' takes the student with its adapter off for the VLM before, and {len(under)} parameters under the adapter "
             f"are trained too ({under[0]}): train them through modules_to_save, or set {without}."
         )
+
+
+def _says_something(model: nn.Module) -> bool:
+    """Whether an adapter changes what the model says: one as it was made does not."""
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            pairs = _trained_beside(module)
+            if any(not a.equal(b.to(a)) for a, b in pairs):
+                return True
+        if isinstance(module, BaseTunerLayer):
+            for name, weight in module.named_parameters():
+                if re.search(r"lora(_embedding)?_B\b", name) and _any(weight):
+                    return True
+    return False
+
+
+def _any(weight: torch.Tensor) -> bool:
+    with gathered(weight):
+        return bool(weight.detach().any())
+
+
+def _trained_beside(module: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The weights of `modules_to_save`, each with the one that it stands in for."""
+    if not hasattr(module, "modules_to_save"):
+        return
+    own = dict(module.original_module.named_parameters())
+    for saved in module.modules_to_save.values():
+        yield from ((weight.detach(), own[name].detach()) for name, weight in saved.named_parameters() if name in own)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ row that cannot be trained on stops the run with its number and reason, or is sk
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,7 +77,11 @@ class DistillCollator:
 
     def __post_init__(self) -> None:
         self._image_ids = torch.tensor(self.image_token_ids, dtype=torch.long)
-        if self.vision and hasattr(self.inner, "max_length"):
+        if self.vision and hasattr(
+            self.inner, "max_length"
+        ):  # a row is cut here, in a copy: the collator may be the caller's own
+            self.max_length = min((n for n in (self.max_length, self.inner.max_length) if n is not None), default=None)
+            self.inner = copy(self.inner)
             self.inner.max_length = None
         if self.vision and isinstance(self.inner, DataCollatorForVisionLanguageModeling):
             self.conversations = Conversations(

@@ -61,6 +61,7 @@ class CacheMixin(_Trainer):
     teacher_arithmetic: str | None
     has_distill_column: bool | None
     decided: dict[str, Any]
+    came_adapted: bool
     _teacher_ref: Any
     _compute_dtype: torch.dtype
     _plain_student: Callable[[], Any]
@@ -150,7 +151,13 @@ class CacheMixin(_Trainer):
         if not (args.anchor_cache or (args.teacher_cache and self.decided["kv_source"] == "before")):
             return None
         return make_before(
-            self.model, student, self._compute_dtype, accelerator=self.accelerator, asked_by=asked_by, kept=False
+            self.model,
+            student,
+            self._compute_dtype,
+            accelerator=self.accelerator,
+            asked_by=asked_by,
+            kept=False,
+            adapted=self.came_adapted,
         )
 
     # ----------------------------------------------------------------------------------------------------------------

@@ -6,10 +6,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Real
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
@@ -91,6 +89,19 @@ else:
     _Config = object  # at run time a config of TRL's stands behind the mixin
 
 
+class ChosenText(str):
+    """The value of an option that was left out. It bears this on the value, so that a config that is copied, pickled or made of another one's
+    fields (`dataclasses.replace`) still knows."""
+
+
+class ChosenNumber(float):
+    """Likewise of a number."""
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, ChosenText) else float(value) if isinstance(value, ChosenNumber) else value
+
+
 # Options that make one row of several
 JOINING = ("packing", "eval_packing", "padding_free")
 
@@ -105,14 +116,33 @@ _CHECKED_HERE = {
 class DistillChecks(_Config):
     """What every distilling config checks. Mixed in first, before the options and a config of TRL's."""
 
-    kv_source_left_out = False
-    blind_weight_left_out = False
-    _chosen: Mapping[str, Any] = MappingProxyType({})  # what was left out, as it was chosen
+    @property
+    def kv_source_left_out(self) -> bool:
+        """Whether `kv_source` follows the mode."""
+        return self.kv_source is None or isinstance(self.kv_source, ChosenText)
+
+    @property
+    def blind_weight_left_out(self) -> bool:
+        """Whether `blind_weight` follows the mode."""
+        return self.blind_weight is None or isinstance(self.blind_weight, ChosenNumber)
 
     def __post_init__(self) -> None:
+        self._forget_chosen()
         self._check_types()
         super().__post_init__()
         self.check()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options in plain types, which every writer knows."""
+        found: dict[str, Any] = super().to_dict()
+        return {name: _plain(value) for name, value in found.items()}
+
+    def _forget_chosen(self) -> None:
+        """What was left out follows what is set now."""
+        if self.kv_source_left_out:
+            self.kv_source = None
+        if self.blind_weight_left_out:
+            self.blind_weight = None
 
     def check(self) -> None:
         """Choose what was left out, and check the rest. A trainer does it again: options may have been set since they were made.
@@ -120,21 +150,16 @@ class DistillChecks(_Config):
         Raises:
             ValueError: in one sentence that says what was expected, what was found, and what to do.
         """
+        use_new_names(self)
+        self._forget_chosen()
         self._check_types()
-        # What was left out follows what is set now
-        if self.kv_source_left_out and self.kv_source == self._chosen.get("kv_source"):
-            self.kv_source = None
-        if self.blind_weight_left_out and self.blind_weight == self._chosen.get("blind_weight"):
-            self.blind_weight = None
         self._check()
-        self._chosen = {"kv_source": self.kv_source, "blind_weight": self.blind_weight}
 
     def _check(self) -> None:
         if self.kv_source is None and isinstance(self.kv_sharing, str) and self.kv_sharing in MODES:
             # `anchor_cache` is there to hold no second model: then nothing else asks for one unsaid
             saves = self.anchor_cache and not self.teacher_cache
-            self.kv_source_left_out = True
-            self.kv_source = "student" if saves else MODES[self.kv_sharing].source
+            self.kv_source = ChosenText("student" if saves else MODES[self.kv_sharing].source)
         for name, choices in (
             ("teacher_quantization", QUANTIZATION_CHOICES),
             ("teacher_sharding", SHARDING_CHOICES),
@@ -200,8 +225,7 @@ class DistillChecks(_Config):
         mode = MODES[self.kv_sharing]
         joined = [name for name in JOINING if getattr(self, name, False)]
         if self.blind_weight is None:
-            self.blind_weight_left_out = True
-            self.blind_weight = 0.0 if joined else mode.blind
+            self.blind_weight = ChosenNumber(0.0 if joined else mode.blind)
         if not 0.0 <= self.blind_weight < 1.0:
             raise ValueError(
                 f"blind_weight must be at least 0 and below 1 (for 1, set kv_sharing='none'); got {self.blind_weight}."

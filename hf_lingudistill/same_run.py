@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from .hub.run_facts import LOSS_SETTINGS, ROW_SETTINGS, plain, public_name
 from .options import shown
 from .weights import glance
 
-# What a resumed run may not change. A learning rate would not even change: the checkpoint's schedule holds it
+# What a resumed run may not change. What is the optimizer's would not even change: the checkpoint holds it
 KEPT = (
     *LOSS_SETTINGS,
     *ROW_SETTINGS,
     *("freeze_vision", "teacher_quantization", "learning_rate", "lr_scheduler_type", "optim", "seed"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
 _ADAPTER = "adapter_config.json"
+_BATCH, _ACCUMULATED = "per_device_train_batch_size", "gradient_accumulation_steps"
 _OF_AN_ADAPTER = (
     "peft_type",
     "r",
@@ -43,6 +46,7 @@ def check_same(trainer: Any, checkpoint: Path, facts: Mapping[str, Any]) -> None
     """
     if differ := [
         *_options({**vars(trainer.args), **trainer.decided}, facts),
+        *_rows_per_step(trainer, facts),
         *_models(trainer, facts),
         *_adapter(trainer.model, checkpoint),
     ]:
@@ -58,6 +62,17 @@ def _options(now: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[tuple
     for name in KEPT:
         if name in kept and name in now and kept[name] != (value := plain(now[name])):
             yield name, kept[name], value
+
+
+def _rows_per_step(trainer: Any, facts: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Transformers goes on behind as many batches as there were steps: of other sizes, rows are left out or read twice."""
+    kept, args = facts.get("settings") or {}, trainer.args
+    was = (kept.get(_BATCH), kept.get(_ACCUMULATED), (facts.get("hardware") or {}).get("processes"))
+    now = (args.per_device_train_batch_size, args.gradient_accumulation_steps, trainer.accelerator.num_processes)
+    if None not in was and math.prod(map(int, was)) != math.prod(now):  # type: ignore[arg-type]
+        for name, *pair in zip((_BATCH, _ACCUMULATED, "number of processes"), was, now, strict=True):
+            if pair[0] != pair[1]:
+                yield name, *pair
 
 
 def _models(trainer: Any, facts: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -186,6 +186,7 @@ class StepMixin(TeacherMixin):
                 accelerator=self.accelerator,
                 asked_by=asking[0],
                 speaks="anchor" in asking,
+                adapted=self.came_adapted,
             )
         except ValueError as error:
             if asking != ["kv_source"] or not args.kv_source_left_out:

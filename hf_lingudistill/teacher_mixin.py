@@ -13,8 +13,8 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from ._internals import keep_image_dtype
-from .adapter import with_targets
+from ._internals import drop_copied_forward, keep_image_dtype
+from .adapter import check_adapter_name, with_targets
 from .anchor import adapter_off
 from .compatibility import CompatibilityReport, check_compatibility, guess_teacher
 from .config import JOINING
@@ -61,6 +61,7 @@ class TeacherMixin(_Trainer):
     teacher: Teacher
     first_batch: FirstBatch
     step: DistillStep
+    came_adapted: bool  # the student was given with an adapter
     data_collator: Any
     _teacher_ref: str | PreTrainedModel
     _teacher_processing: Any
@@ -106,7 +107,13 @@ class TeacherMixin(_Trainer):
             teacher_ref, "_orig_mod", teacher_ref
         )  # of torch.compile: the teacher's parts run, not its forward
         given: Any = model
-        plain = given.get_base_model() if not isinstance(model, str) and is_peft_model(model) else model
+        self.came_adapted = not isinstance(model, str) and is_peft_model(model)
+        plain = given.get_base_model() if self.came_adapted else model
+        for one in (plain, teacher_ref):
+            if isinstance(one, torch.nn.Module):
+                drop_copied_forward(one)
+        if self.came_adapted:
+            check_adapter_name(given, args)
         if not isinstance(teacher_ref, str) and _share_weights(teacher_ref, plain):
             raise ValueError(
                 "teacher_model is the student itself, or made of its weights, which training would change with it: pass the folder or Hub id "

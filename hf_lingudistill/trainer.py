@@ -29,6 +29,11 @@ from .weights import only_whole
 
 logger = logging.getLogger(__name__)
 
+_ANOTHER = (
+    "The student's forward is no longer this trainer's: another trainer was made with the same student since, or the trainer was given another "
+    "model, and the loss would be that one's. Make this trainer anew, or give each trainer a student of its own."
+)
+
 
 class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, ResumingMixin, SFTTrainer):  # type: ignore[override]  # what others set is measured here
     """Distil a VLM's original LM back into it.
@@ -156,13 +161,12 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
                 inputs["input_ids"].shape[0], dtype=torch.bool, device=inputs["input_ids"].device
             )
         rows = inputs.pop(ROW_COLUMN, None)
+        if self._plain_student() is not self.step.student:
+            raise ValueError(_ANOTHER)
         self.begin_batch(inputs["input_ids"], rows)
         calls = self.step.calls
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
         if self.step.calls == calls:
-            raise ValueError(
-                "The student's forward is no longer this trainer's: another trainer was made with the same student since, and the loss "
-                "would be that one's. Make this trainer anew, or give each trainer a student of its own."
-            )
+            raise ValueError(_ANOTHER)
         self.end_batch(model)
         return loss

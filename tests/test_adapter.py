@@ -87,3 +87,30 @@ def test_a_default_of_peft_stays() -> None:
     config = LoraConfig(r=2)
     assert lm.config.model_type == "llama" and with_targets(config, lm) is config
     assert {name.rpartition(".")[2] for name in adapted(get_peft_model(lm, config))} == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_is_not_merged_into_an_embedding_that_is_the_head(
+    tmp_path: Path, tied: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The head would be changed with it: the saved model would be another than the one that was trained."""
+    student, teacher = tiny.save_pair(tmp_path, tie_word_embeddings=tied)
+    tiny.make_dataset(4).save_to_disk(tmp_path / "data")
+    command = [
+        "distill",
+        "--student",
+        str(student),
+        "--teacher",
+        str(teacher),
+        "--dataset_name",
+        str(tmp_path / "data"),
+    ]
+    command += ["--output_dir", str(tmp_path / "out"), "--use_peft", "--merge_adapter", "true", "--report_to", "none"]
+    command += ["--bf16", "false", "--teacher_quantization", "none", "--max_steps", "1", "--save_strategy", "no"]
+    command += ["--kv_source", "student"]
+    targets = ["--lora_target_modules", "q_proj", "embed_tokens"]
+    assert main([*command, *targets]) == (2 if tied else 0)
+    if tied:
+        assert "merge_adapter=True cannot merge an adapter of the input embeddings here" in capsys.readouterr().err
+        assert not (tmp_path / "out" / "model.safetensors").exists()
+        assert main([*command, "--lora_target_modules", "q_proj"]) == 0  # control

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +13,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from hf_lingudistill import LinguDistillConfig
+from hf_lingudistill.sharing import MODES
 
 MakeTrainer = Callable[..., Any]
 
@@ -94,3 +102,171 @@ def test_false_does_not_resume_whatever_the_options_say(make_trainer: MakeTraine
     again = make_trainer(**settings, resume_from_checkpoint="true", overwrite_output_dir=True)
     again.train(resume_from_checkpoint=False)
     assert sum("ce_loss" in entry for entry in again.state.log_history) == 2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Adapters of the caller's own
+# --------------------------------------------------------------------------------------------------------------------
+def adapted(*, trained: bool, name: str = "default", **settings: Any) -> Any:
+    """A VLM with an adapter; trained: as another training has left it."""
+    model = get_peft_model(
+        tiny.make_vlm(0), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **settings), adapter_name=name
+    )
+    generator = torch.Generator().manual_seed(3)
+    for parameter_name, weight in model.named_parameters():
+        if trained and ("lora_B" in parameter_name or "modules_to_save" in parameter_name):
+            weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["connector"]}])
+def test_an_adapter_that_is_trained_already_is_of_the_vlm_before(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture, settings: dict[str, Any]
+) -> None:
+    """Switched off, it leaves another model than the one that was given."""
+    asked = {"kv_sharing": "vision", "freeze_vision": None}
+    for option in ({"kv_source": "before"}, {"anchor": "before", "kv_source": "student"}):
+        with pytest.raises(ValueError, match="this adapter is trained already.* merge it first"):
+            make_trainer(model=adapted(trained=True, **settings), **asked, **option)
+        make_trainer(model=adapted(trained=False, **settings), **asked, **option)  # control: as it was made
+    given_way = make_trainer(model=adapted(trained=True, **settings), **asked, kv_source=None)
+    assert given_way.decided["kv_source"] == "student" and "trained already" in caplog.text
+    # Of the run's own adapter, the VLM before is the VLM, also where it begins with noise
+    noise = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    assert make_trainer(peft_config=noise, **asked, kv_source="before").before is not None
+
+
+def test_merged_its_own_anchor_is_at_0(make_trainer: MakeTrainer) -> None:
+    """What the refusal above advises."""
+    merged = adapted(trained=True).merge_and_unload().requires_grad_(True)
+    trainer = make_trainer(model=merged, kv_sharing="vision", kv_source="before", anchor="before", anchor_weight=0.5)
+    trainer.train()
+    assert trainer.state.log_history[0]["anchor_kl"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_an_adapter_of_another_name_is_refused_where_checkpoints_would_not_find_it(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ValueError, match="The active adapter is called 'sight'.* Call it 'default'"):
+        make_trainer(model=adapted(trained=False, name="sight"), save_strategy="steps")
+    make_trainer(model=adapted(trained=False, name="sight")).train()  # nothing is saved on the way
+    make_trainer(model=adapted(trained=False), save_strategy="steps")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Models and options that were another trainer's
+# --------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("by", ["TRL", "us"])
+@pytest.mark.parametrize("kv_sharing", ["vision", "none"])
+def test_a_copy_of_a_model_that_was_trained_is_a_model_of_its_own(
+    make_trainer: MakeTrainer, by: str, kv_sharing: str
+) -> None:
+    more: dict[str, Any] = {
+        "trainer_class": SFTTrainer,
+        "train_dataset": tiny.make_dataset(4).remove_columns("distill"),
+    }
+    first = make_trainer(**(more if by == "TRL" else {}))
+    first.train()
+    copied = copy.deepcopy(first.model)
+    seen: list[torch.Tensor] = []
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        seen.append(torch.tensor(prediction.predictions).sum())
+        return {}
+
+    trainer = make_trainer(model=copied, kv_sharing=kv_sharing, compute_metrics=compute_metrics, max_steps=2)
+    rows = tiny.make_dataset(4)
+    trainer.evaluate(rows)
+    trainer.train()
+    trainer.evaluate(rows)
+    assert not torch.isclose(seen[0], seen[1])  # the copy's logits, which training has moved
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        moved, original = (model(input_ids=ids).logits for model in (trainer.model, first.model))
+        again = type(copied).forward(copied, input_ids=ids).logits
+    torch.testing.assert_close(moved, again)
+    assert not torch.allclose(moved, original)
+
+
+def test_a_trainer_that_is_given_another_model_says_so(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    trainer.model_init = lambda: tiny.make_vlm(1)
+    with pytest.raises(ValueError, match="or the trainer was given another model"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("mode", ["vision", "prompt", "full", "inputs", "none"])
+@pytest.mark.parametrize("how", ["replace", "deepcopy", "pickle", "fields"])
+def test_a_config_made_of_another_chooses_for_itself(tmp_path: Path, mode: str, how: str) -> None:
+    fresh = LinguDistillConfig(output_dir=str(tmp_path), kv_sharing=mode)
+    base = LinguDistillConfig(output_dir=str(tmp_path))
+    if how == "replace":
+        made = dataclasses.replace(base, kv_sharing=mode)
+    elif how == "fields":
+        given = {field.name: getattr(base, field.name) for field in dataclasses.fields(base) if field.init}
+        made = LinguDistillConfig(**{**given, "kv_sharing": mode})
+    else:
+        made = copy.deepcopy(base) if how == "deepcopy" else pickle.loads(pickle.dumps(base))
+        made.kv_sharing = mode
+        made.check()
+    assert (made.kv_source, made.blind_weight) == (fresh.kv_source, fresh.blind_weight)
+    # Control: what was asked for stays
+    other = "student" if MODES[mode].source == "before" else "before"
+    if mode != "none":
+        asked = LinguDistillConfig(output_dir=str(tmp_path), kv_source=other)
+        assert dataclasses.replace(asked, kv_sharing=mode).kv_source == other
+    json.dumps(made.to_dict())
+    assert yaml.safe_load(yaml.safe_dump({"kv_source": made.to_dict()["kv_source"], "blind_weight": made.to_dict()["blind_weight"]}))
+
+
+def test_both_names_of_checkpointing_are_heard_whenever_they_are_set(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        for value in (False, True):
+            config = LinguDistillConfig(output_dir=str(tmp_path), activation_checkpointing=not value)
+            setattr(config, name, value)
+            config.check()
+            assert config.gradient_checkpointing is config.activation_checkpointing is value, (name, value)
+
+
+@pytest.mark.parametrize("limits", [(None, 40), (45, 40), (40, 45), (40, None)])
+def test_a_collator_of_the_callers_own_keeps_its_length(make_trainer: MakeTrainer, limits: tuple[Any, Any]) -> None:
+    ours, theirs = limits
+    processor = tiny.make_processor()
+    collator = DataCollatorForVisionLanguageModeling(processor, max_length=theirs)
+    trainer = make_trainer(data_collator=collator, processing_class=processor, max_length=ours)
+    rows = [row for row in trainer.train_dataset if row["images"]]
+    assert trainer.data_collator(rows)["input_ids"].shape[1] <= 40 and collator.max_length == theirs
+    assert make_trainer(max_length=None).data_collator(rows)["input_ids"].shape[1] > 45  # control
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Going on
+# --------------------------------------------------------------------------------------------------------------------
+OPTIMIZERS: dict[str, Any] = {"weight_decay": 0.3, "adam_beta1": 0.5, "adam_beta2": 0.9, "adam_epsilon": 1e-3}
+ROWS: list[dict[str, Any]] = [
+    {"gradient_accumulation_steps": 2},
+    {"per_device_train_batch_size": 1},
+    {"per_device_train_batch_size": 4},
+]
+
+
+@pytest.mark.parametrize("changed", [*({name: value} for name, value in OPTIMIZERS.items()), *ROWS], ids=str)
+def test_a_run_goes_on_with_the_optimizer_and_the_rows_that_it_had(
+    make_trainer: MakeTrainer, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    common: dict[str, Any] = {
+        "per_device_train_batch_size": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 1,
+    }
+    out = {"output_dir": str(tmp_path / "run"), "optim": "adamw_torch"}
+    make_trainer(**common, **out).train()
+    (name,) = changed
+    with pytest.raises(ValueError, match=f"was trained with {name}=.*; found {name}="):
+        make_trainer(**{**common, **out, "max_steps": 2, **changed}).train(resume_from_checkpoint=True)
+    # Control: as many rows in a step, in other parts
+    same = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(**{**common, **out, **same, "max_steps": 2})
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2

@@ -182,6 +182,9 @@ def distill(
         BadInput: for whatever happens before the first step.
         Interrupted: by Ctrl-C, once the training has begun.
     """
+    from accelerate.utils import is_peft_model
+
+    from ..adapter import check_mergeable
     from ..checkpoints import CheckpointError
     from ..finite import NotFinite
     from ..hub.publish import Published
@@ -189,6 +192,8 @@ def distill(
     trainer = None
     try:
         trainer = prepare(script_args, config, model_args, mixture)
+        if script_args.merge_adapter and is_peft_model(trainer.model):
+            check_mergeable(trainer.model)
         say = trainer.accelerator.print
         say("LinguDistill\n" + startup_summary(trainer, str(model_args.model_name_or_path)))
         for note in trainer.compatibility.notes:
