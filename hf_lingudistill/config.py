@@ -134,7 +134,7 @@ class DistillChecks(_Config):
 
     def to_dict(self) -> dict[str, Any]:
         """The options in plain types, which every writer knows."""
-        found: dict[str, Any] = super().to_dict()
+        found: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
         return {name: _plain(value) for name, value in found.items()}
 
     def _forget_chosen(self) -> None:

@@ -231,6 +231,36 @@ def test_the_training_table_has_a_row_for_what_is_known() -> None:
             ), (part, name)
 
 
+def test_brackets_are_spoken_of_where_there_are_some() -> None:
+    few = json.loads(json.dumps(REPORT))
+    for task in few["tasks"]:
+        for score in task["scores"].values():
+            score["low"] = score["high"] = None
+        for share in task.get("recovered", {}).values():
+            share["low"] = share["high"] = None
+    assert "In brackets" in render() and "In brackets" not in render(report=few)
+
+
+@pytest.mark.parametrize("reference", ["before", "after", "another", None])
+def test_tokens_that_a_compared_model_chose_give_no_verdict(reference: str | None) -> None:
+    """Where it is sure, it is sure by chance as well: of two equal models it comes out ahead."""
+    report = json.loads(json.dumps(REPORT))
+    task = json.loads(json.dumps(report["tasks"][0]))
+    task |= {
+        "name": "grounded/g/image_nll",
+        "group": "grounded",
+        "title": "Pictures: image tokens",
+        "higher_is_better": False,
+    }
+    task["differences"] = [{"of": "after", "minus": "before", "value": 0.8, "low": 0.7, "high": 0.9}]
+    task["notes"] = {} if reference is None else {"reference": reference}
+    report["tasks"].append(task)
+    text = render(report=report)
+    biased = reference in ("before", "after")
+    assert ("Pictures: image tokens: a loss." in text) is not biased
+    assert ("Pictures: image tokens: no verdict" in text) is biased
+
+
 def test_what_was_not_evaluated_is_named() -> None:
     assert "Not evaluated: long answers about an image." in render()
     assert "Not evaluated: language, vision, long answers about an image." in render(report={})

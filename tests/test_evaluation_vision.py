@@ -355,6 +355,10 @@ def test_texts_are_cut_and_short_ones_left_out(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": texts}).to_json(tmp_path / "texts.jsonl")
     found = text_items(TextTask(name="t", path="json", data_files=str(tmp_path / "texts.jsonl")), seed=0)
     assert {key: len(text.split()) for key, text in found.items()} == {"1": 30, "2": 120}
+    # A script without spaces has no words, and says so before a model is loaded
+    datasets.Dataset.from_dict({"text": ["\u6d77\u5f88\u6df1\u3002" * 70, "too short"]}).to_json(tmp_path / "zh.jsonl")
+    with pytest.raises(ValueError, match=r"Task 't': none of its 2 texts has 20 words, with a space between each"):
+        text_items(TextTask(name="t", path="json", data_files=str(tmp_path / "zh.jsonl")), seed=0)
     both = [str(tmp_path / "texts.jsonl")] * 2
     two = text_items(TextTask(name="t", path="json", data_files=both, max_words=20), seed=0)
     assert {key: len(text.split()) for key, text in two.items()} == {"1": 20, "2": 20, "4": 20, "5": 20}

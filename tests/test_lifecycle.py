@@ -214,7 +214,9 @@ def test_a_config_made_of_another_chooses_for_itself(tmp_path: Path, mode: str, 
         asked = LinguDistillConfig(output_dir=str(tmp_path), kv_source=other)
         assert dataclasses.replace(asked, kv_sharing=mode).kv_source == other
     json.dumps(made.to_dict())
-    assert yaml.safe_load(yaml.safe_dump({"kv_source": made.to_dict()["kv_source"], "blind_weight": made.to_dict()["blind_weight"]}))
+    assert yaml.safe_load(
+        yaml.safe_dump({"kv_source": made.to_dict()["kv_source"], "blind_weight": made.to_dict()["blind_weight"]})
+    )
 
 
 def test_both_names_of_checkpointing_are_heard_whenever_they_are_set(

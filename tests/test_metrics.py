@@ -168,6 +168,8 @@ def test_vqa_accuracy_leaves_each_of_ten_people_out(matches: int, expected: floa
         (".5", "5", 0),
         ("10:30", "10 30", 0),  # a time of day stays one
         ("t-shirt", "t shirt", 1),
+        *((silent, "A", 0) for silent in ("", "the")),  # of a letter that is an article
+        ("a.", "A", 1),
     ],
 )
 def test_vqa_accuracy_of_one_reference_is_exact_match_in_the_challenges_normal_form(
@@ -223,6 +225,37 @@ def test_a_choice_is_named_by_its_letter_or_its_text(answer: str, reference: str
         ("B, A rectangle has corners", 1),  # nor does an article
         ("Answer: B, A rectangle it is", 1),
         ("B. A and C have none", 0),  # two in a row, whatever is said of them
+        *(
+            (one, 1)
+            for one in (
+                "B\nIt has corners.",
+                "(B)\n\nBecause",
+                "It is B.",
+                "I think it's B",
+                "B, because it has corners",
+            )
+        ),
+        *(
+            (one, 1)
+            for one in (
+                "B - it has corners",
+                "The correct choice would be B.",
+                "A: The answer is B",
+                "The answer must be B.",
+            )
+        ),
+        *(
+            (one, 0)
+            for one in (
+                "It is not B.",
+                "Neither B nor C",
+                "I see B and C",
+                "It isn't B",
+                "I, for one, cannot tell",
+                "It is A.",
+            )
+        ),
+        ("Plan B12", 0),
     ],
 )
 def test_what_a_sentence_names(answer: str, expected: int) -> None:

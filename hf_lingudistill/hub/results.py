@@ -38,7 +38,7 @@ class Task:
     """One benchmark: scores by model, controls by name, what changed since `before`, what came back.
 
     recovered: share of the loss, or the reason why there is none. ce_recovered: the same of the run with cross-entropy alone, and
-    ce_change what this model has over it. metric: an id such as `accuracy`. data: where the items came from, as the report records it.
+    ce_change what this model has over it. chosen_by: a model of the comparison that chose the tokens, if one did. metric: an id such as `accuracy`. data: where the items came from, as the report records it.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Task:
     recovered: Score | str | None = None
     ce_recovered: Score | None = None
     ce_change: Score | None = None
+    chosen_by: str | None = None
 
 
 def number(value: float) -> str:
@@ -109,9 +110,11 @@ def _evaluated(entry: Facts, main: str) -> Task | None:
     shares = entry.get("recovered") or {}
     share = shares.get(main) or {}
     controls = {name: score for name, by in (entry.get("controls") or {}).items() if (score := score_of(by.get(main)))}
+    reference = (entry.get("notes") or {}).get("reference")
     return Task(
         name=str(entry.get("name", "")),
         group=str(entry.get("group", "language")),
+        chosen_by=reference if reference in ("before", main) else None,
         title=str(entry.get("title") or entry.get("name") or "untitled"),
         metric=str(entry.get("metric") or "score"),
         unit=str(entry.get("unit") or ""),

@@ -81,10 +81,13 @@ def _share(recovered: Score | str | None) -> str:
 def reading(report: Facts, tasks: Sequence[Task]) -> str:
     """How to read that table, and what follows from it."""
     intervals = report.get("intervals")
-    text = (
-        f"In brackets: {markdown(intervals) if intervals else '95 % bootstrap intervals over items'}. *Recovered*: the share of what the original language model had and "
-        "the VLM before had lost that came back"
-    )
+    language = [task for task in tasks if task.group == "language"]
+    shares = [share for task in language for share in (task.recovered, task.ce_recovered) if isinstance(share, Score)]
+    scores = [*shares, *(score for task in language for score in task.scores.values())]
+    if intervals is None and any(score.low is not None for score in scores):
+        intervals = "95 % bootstrap intervals over items"
+    text = f"In brackets: {markdown(intervals)}. " if intervals else ""
+    text += "*Recovered*: the share of what the original language model had and the VLM before had lost that came back"
     text += "; of a perplexity, of its logarithm." if any(t.unit == "perplexity" for t in tasks) else "."
     suite, config = report.get("suite") or {}, report.get("config") or {}
     if isinstance(suite, Mapping) and suite.get("name"):
@@ -152,7 +155,12 @@ def vision_reading(tasks: Sequence[Task]) -> str:
     sentences = []
     for task in rows:
         nothing = f"no difference that {task.n or 'these'} items can show"
-        if verdict := _verdict(task.change, task, "a gain", "a loss", nothing):
+        if task.chosen_by is not None:
+            sentences.append(
+                f"{markdown(task.title)}: no verdict, since the tokens were chosen where the {COLUMNS.get(task.chosen_by, 'this model')} is sure, which "
+                "favours it."
+            )
+        elif verdict := _verdict(task.change, task, "a gain", "a loss", nothing):
             sentences.append(f"{markdown(task.title)}: {verdict}.")
         elif task.change is not None:
             sentences.append(

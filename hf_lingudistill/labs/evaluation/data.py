@@ -7,6 +7,7 @@ pubmedqa and contracts.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import re
@@ -29,6 +30,8 @@ from .drawings import drawings
 from .fidelity import Question
 from .shapes import ShapeError, accepted_answers, choices_of, found, right_choices, text_of
 from .suite import Data, FidelityTask, GroundedTask, TextTask, VisionTask
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -74,6 +77,17 @@ def text_items(task: TextTask, seed: int) -> dict[str, str]:
             )
         words[index] = text.split(" ")
     long_enough = [index for index, row in words.items() if len(row) >= task.head_words + 8]
+    wanted = task.head_words + 8
+    if not long_enough:
+        raise ValueError(
+            f"Task {task.name!r}: none of its {len(words)} texts has {wanted} words, with a space between each and the next, of which the first "
+            f"{task.head_words} are the request in chat form. Name another column, give longer texts, or lower `head_words`; texts in a script "
+            "without spaces are not read."
+        )
+    if len(long_enough) < len(words):
+        logger.warning(
+            "Task %r: %d of %d texts have fewer than %d words and are left out", task.name, len(words) - len(long_enough), len(words), wanted
+        )  # fmt: skip
     return {str(index): " ".join(words[index][: task.max_words]) for index in _draw(task, long_enough, seed)}
 
 

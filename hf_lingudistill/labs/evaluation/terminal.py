@@ -66,6 +66,11 @@ def verdict(report: Report) -> list[str]:
         changes = [d for t in report["tasks"] if t["group"] == "vision" for d in [difference(t, model, "before")] if d]
         if changes:
             lines.append(f"{model}, vision against before: {_changed(changes)}.")
+    chosen = {str(task.get("notes", {}).get("reference")) for task in report["tasks"] if task["group"] == "grounded"}
+    for model in sorted(chosen & set(report["models"])):
+        lines.append(
+            f"Grounded tasks: the tokens were chosen where {model} is sure, which favours it. Use a VLM that is not compared as --reference."
+        )
     return lines
 
 

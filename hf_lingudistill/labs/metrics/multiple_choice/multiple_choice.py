@@ -46,10 +46,16 @@ def lettered(choices: list[str]) -> bool:
 
 def _by_letter(answer: str, letters: str) -> str | None:
     """The letter by which an answer names a choice, as a capital, or None."""
-    says = r"(?i:(?:answer|option|choice)(?:\s+is)?\s*:?\s*(?:(?:option|choice)\s+)?)"
+    says = (
+        r"(?i:(?:answer|option|choice)(?:\s+(?:is|(?:would|will|should|must)\s+be))?\s*:?\s*(?:(?:option|choice)\s+)?)"
+    )
+    not_i = letters.replace("I", "") or letters  # "I, for one, ..."
     patterns = [
         rf"^\s*\(?([{letters}{letters.lower()}])\)?\s*[.:)]?\s*$",
+        rf"^\s*A:.*(?i:answer\s+is)\s*\(?([{letters}])\)?\s*[.)]?\s*$",  # of a question and its answer: "A: The answer is B"
         rf"^\s*\(?([{letters}])\)?[.:)]\s",
+        rf"^\s*\(?([{letters}])\)?[ \t]*\n",  # alone on its line
+        rf"^\s*\(?([{not_i}])\)?\s*(?:,|\s[-\u2013\u2014])\s",
         # In capitals: "the answer is a circle" names no letter. At an end or a stop, or no article, whatever follows
         rf"{says}\(?([{letters}])\)?(?=\s*(?:$|[.,:;)]))",
     ]
@@ -70,6 +76,18 @@ def _joins_letters(answer: str, letters: str) -> bool:
     )
 
 
+def _alone(answer: str, letters: str) -> str | None:
+    """The one letter that an answer names a choice by, and by nothing else: "It is B." An A or an I is a word elsewhere than at the end."""
+    if re.search(r"(?i)\b(?:not|neither|nor|never|no|or|except)\b|n['\u2019]t\b", answer) or _joins_letters(
+        answer, letters
+    ):
+        return None
+    found = re.findall(rf"(?<![\w'\u2019])([{letters}])(?![\w'\u2019])", answer)
+    last = re.search(rf"(?<![\w'\u2019])[{letters}](?=[.!)]*\s*$)", answer)
+    kept = {letter for letter in found if letter not in "AI"} | ({last.group()} if last else set())
+    return kept.pop() if len(kept) == 1 else None
+
+
 def named(answer: str, choices: list[str]) -> int | None:
     """The index of the one choice that an answer names, or None."""
     letters = LETTERS[: len(choices)]
@@ -85,6 +103,9 @@ def named(answer: str, choices: list[str]) -> int | None:
         # Taken out once found: who says "dark red" does not also say "red"
         rest, times = re.subn(rf"(?<!\w){re.escape(texts[index])}(?!\w)", "", rest) if texts[index] else (rest, 0)
         inside += [index] if times else []
+    if not inside and lettered(choices):
+        alone = _alone(bare, letters)
+        return None if alone is None else letters.index(alone)
     return inside[0] if len(inside) == 1 else None
 
 

@@ -10,7 +10,8 @@ _DESCRIPTION = """
 Ten people answered each question. An answer scores min(1, matches / 3), averaged over all ways to leave one person out
 (Antol et al., VQA: Visual Question Answering, ICCV 2015). With a single reference it is exact match. Answers are normalised as
 the challenge does: lower case, digits for number words, no articles, no punctuation except in numbers and times of day. Apostrophes
-are left out, where the challenge has a list of contractions ("dont" is "don't").
+are left out, where the challenge has a list of contractions ("dont" is "don't"). An answer that is an article alone stays, where the
+challenge makes it an empty one.
 """
 
 _INPUTS = """
@@ -34,8 +35,8 @@ def normalise(text: str) -> str:
         r"['\u2019]|\.(?!\d)|(?<=\d),(?=\d)", "", text
     )  # "U.S." is "us", "1,000" is "1000", "1.5" and ".5" stay
     text = re.sub(r"""[,;/\[\]"{}()=+\\_\-<>@`?!]""", " ", text)
-    words = (_NUMBERS.get(word, word) for word in text.split())
-    return " ".join(word for word in words if word not in _ARTICLES)
+    words = [_NUMBERS.get(word, word) for word in text.split()]
+    return " ".join([word for word in words if word not in _ARTICLES] or words)
 
 
 def score(answer: str, people: list[str]) -> float:
