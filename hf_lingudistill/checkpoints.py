@@ -45,6 +45,7 @@ _SAID: set[str] = set()  # checkpoints that were found changed, each once
 BY = "distill"  # whose files they are, in the folder's list
 STAGING = ".checkpoint-being-written"
 STATE = "trainer_state.json"
+JIT_NOTE = "checkpoint-is-incomplete.txt"
 RUN_FACTS = "lingudistill.json"
 _SETTINGS = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -386,7 +387,8 @@ def _move(staging: Path, name: str) -> None:
     if (
         place.exists()
     ):  # of this run, before it was resumed from an earlier one; or of anyone's, under overwrite_output_dir
-        own = is_ours(place.parent, name, by=BY)
+        # transformers' just-in-time checkpoint makes the folder beforehand, with a note in it
+        own = is_ours(place.parent, name, by=BY) or {one.name for one in place.iterdir()} == {JIT_NOTE}
         place.rename(staging / f"replaced-{name}" if own else _free(place.with_name(f"earlier-{name}")))
     whole.rename(place)
     with suppress(OSError):  # a disk that is full now: this checkpoint stays, and is not counted as the run's own

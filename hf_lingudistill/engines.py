@@ -263,3 +263,16 @@ def forget_evaluation(trainer: Any) -> None:
     if accelerator.num_processes > 1 and sharding_of(accelerator) is None and trainer.model_wrapped is model:
         model._is_accelerate_prepared = False
         accelerator._models.clear()
+
+
+def check_one_device(args: Any) -> None:
+    """Refuse a process that sees several GPUs: transformers would wrap the student into `nn.DataParallel`, which TRL does not support.
+
+    Raises:
+        ValueError: with what to type instead.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"This process sees {args.n_gpu} GPUs, and a process trains on one. For one: CUDA_VISIBLE_DEVICES=0 before the command. For all: accelerate "
+            f"launch --num_processes {args.n_gpu} -m hf_lingudistill distill ..., or the same with a script of your own (docs/engines.md)."
+        )

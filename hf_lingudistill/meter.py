@@ -191,10 +191,14 @@ class Meter(Watcher):
             best,
         )
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint between two logs keeps."""
+    def total(self) -> torch.Tensor:
+        """The training's sums as they are now, see `state`."""
+        return self._train.clone()
+
+    def state(self, total: torch.Tensor | None = None) -> dict[str, Any]:
+        """What a checkpoint between two logs keeps. total: the sums of an earlier moment, in place of those of now."""
         return {
-            "sums": self._train.tolist(),
+            "sums": (self._train if total is None else total).tolist(),
             "worse_teacher_warned": self.worse_teacher_warned,
             "astray_warned": self.astray_warned,
             "best_teacher_ce": self.best_teacher_ce,

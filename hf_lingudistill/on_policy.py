@@ -21,7 +21,7 @@ from trl import DistillationTrainer
 from ._internals import DataCollatorForVisionLanguageModeling, RepeatSampler, is_vllm_available
 from .bad_rows import ROW_COLUMN
 from .config import OnPolicyLinguDistillConfig
-from .engines import gathered_for_sampling, head_unsharded, sharding_of
+from .engines import check_one_device, gathered_for_sampling, head_unsharded, sharding_of
 from .hub.mixin import PublishingMixin
 from .losses import Weights
 from .opening import check_evaluation_rows
@@ -111,6 +111,7 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
                 "trl[vllm]`, or leave use_vllm out to sample with transformers."
             )
         args.check()
+        check_one_device(args)
         self.choose_teacher(model, teacher_model, teacher_tokenizer, args, kwargs)
         opened, vision = open_prompts(train_dataset, eval_dataset, args)
         self.has_distill_column, self.distill_share = opened.has_distill_column, opened.distill_share

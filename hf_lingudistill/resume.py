@@ -62,6 +62,8 @@ class ResumingMixin(_Trainer):
     teacher_name_or_path: str
     decided: dict[str, Any]
     _staging: str | None = None
+    _step_at_work: int | None = None  # the global step during which a batch was last trained on
+    _before_step: dict[str, Any] | None = None
     _resumed_from: Path | None = None
 
     def _resuming(self) -> None:
@@ -195,16 +197,34 @@ class ResumingMixin(_Trainer):
     def _measured(self) -> dict[str, Any]:
         """What this process has measured since the last log, and what it does only once: a checkpoint between two logs holds it,
         so that the run that resumes from it logs what the whole run would have."""
+        sums = self._sums()
+        if self._step_at_work == self.state.global_step and self._before_step is not None:
+            # Within a step (`enable_jit_checkpoint`), which the run that resumes takes anew
+            known = self._before_step["metrics"]
+            sums |= {**self._before_step, "metrics": {k: v[: known.get(k, 0)] for k, v in sums["metrics"].items()}}
         return {
-            "meter": self.meter.state(),
+            "meter": self.meter.state(sums.pop("meter")),
             "first_batch": self.first_batch.state(),
             "lends": self.step.lends,
             "skipped_steps": self.policy.skipped_steps,
-            "metrics": dict(self._metrics["train"]),
-            "tokens": self._total_train_tokens,
-            "loss": self._tr_loss.item(),
+            **sums,
+            "loss": sums["loss"].item(),
             "last_logged": self._globalstep_last_logged,
         }
+
+    def _sums(self) -> dict[str, Any]:
+        return {
+            "metrics": dict(self._metrics["train"]),
+            "tokens": self._total_train_tokens,
+            "loss": self._tr_loss.detach().clone(),
+            "meter": self.meter.total(),
+        }
+
+    def note_step(self) -> None:
+        """A step begins: what a checkpoint that is written within it will hold."""
+        sums = self._sums()
+        lengths = {name: len(values) for name, values in sums["metrics"].items()}
+        self._before_step = {**sums, "metrics": lengths}
 
     def _restore_measured(self) -> None:
         if self._resumed_from is None:
@@ -240,6 +260,9 @@ class _Restore(TrainerCallback):
         if hasattr(trainer, "_buffered_inputs"):  # on-policy: samples of a training that broke off are another model's
             trainer._step, trainer._buffered_inputs = 0, None
         trainer._restore_measured()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.note_step()
 
 
 def _saved_steps(out: str) -> int | None:

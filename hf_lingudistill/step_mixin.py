@@ -60,6 +60,7 @@ class StepMixin(TeacherMixin):
         [Any], Any
     ]  # an evaluation set that is given when the trainer is made already, as the trainer class takes it
     _made_of: dict[str, Any]
+    _step_at_work: int | None = None
     _is_opened = False  # what `evaluate` is given: transformers evaluates several sets by calling it for each
     _evaluated = "eval"  # the evaluation set at work, as transformers names it: `eval`, or `eval_NAME`
 
@@ -234,6 +235,7 @@ class StepMixin(TeacherMixin):
                 "set it before, and make the trainer anew."
             )
         if self.model.training:
+            self._step_at_work = self.state.global_step
             self.policy.begin(self, input_ids, rows)
 
     def end_batch(self, model: Any) -> None:

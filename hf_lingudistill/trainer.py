@@ -18,6 +18,7 @@ from .bad_rows import ROW_COLUMN
 from .cache_mixin import CacheMixin
 from .config import LinguDistillConfig
 from .data_mixin import DataMixin
+from .engines import check_one_device
 from .hub.mixin import PublishingMixin
 from .losses import Weights
 from .pace import Pace
@@ -89,6 +90,7 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
                 "compute_loss_func cannot be combined with distillation: the trainer computes its own loss."
             )
         args.check()
+        check_one_device(args)
         self.choose_teacher(model, teacher_model, teacher_tokenizer, args, kwargs)
         train_dataset, eval_dataset = self.open_data(train_dataset, eval_dataset, args, kwargs)
         own_values = kwargs.get("compute_metrics") is not None or type(self) is not LinguDistillTrainer

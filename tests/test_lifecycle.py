@@ -15,11 +15,13 @@ import tiny
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from hf_lingudistill import LinguDistillConfig
+from hf_lingudistill.cli import main
 from hf_lingudistill.sharing import MODES
 
 MakeTrainer = Callable[..., Any]
@@ -272,3 +274,51 @@ def test_a_run_goes_on_with_the_optimizer_and_the_rows_that_it_had(
     trainer = make_trainer(**{**common, **out, **same, "max_steps": 2})
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("when", ["on_step_begin", "on_pre_optimizer_step", "on_step_end"])
+def test_a_checkpoint_in_the_middle_of_a_step_counts_nothing_twice(
+    make_trainer: MakeTrainer, tmp_path: Path, when: str
+) -> None:
+    """`enable_jit_checkpoint`: a job that is told to end writes a checkpoint, be it between a loss and its update, and takes that step anew."""
+    common: dict[str, Any] = {
+        "max_steps": 4,
+        "logging_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 100,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+    }
+
+    class Told(TrainerCallback):
+        def told(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for callback in interrupted.callback_handler.callbacks:
+                if isinstance(callback, JITCheckpointCallback) and state.global_step == 2 and callback.jit_manager:
+                    callback.jit_manager.is_checkpoint_requested = True
+
+    setattr(Told, {"on_pre_optimizer_step": "on_substep_end"}.get(when, when), Told.told)
+    out = str(tmp_path / "run")
+    interrupted = make_trainer(output_dir=out, enable_jit_checkpoint=True, **common)
+    interrupted.callback_handler.callbacks.insert(0, Told())
+    interrupted.train()
+    (saved,) = Path(out).glob("*checkpoint-*")
+    assert saved.name == "checkpoint-2" and not (saved / "checkpoint-is-incomplete.txt").exists()
+    again = make_trainer(output_dir=out, **common)
+    again.train(resume_from_checkpoint=True)
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), **common)
+    whole.train()
+    ours, theirs = ([log for log in one.state.log_history if "loss" in log][-1] for one in (again, whole))
+    for name in ("loss", "ce_loss", "kd_loss", "entropy", "num_tokens", "answer_tokens", "distilled_tokens"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
+
+
+def test_one_process_on_several_gpus_says_what_to_type(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="sees 2 GPUs.* CUDA_VISIBLE_DEVICES=0 .*accelerate launch --num_processes 2"):
+        make_trainer()
+    student, teacher = tiny.save_pair(tmp_path)
+    command = ["distill", "--student", str(student), "--teacher", str(teacher), "--dataset_name", "nowhere"]
+    assert main([*command, "--output_dir", str(tmp_path / "out"), "--report_to", "none"]) == 2
+    assert "This process sees 2 GPUs" in capsys.readouterr().err

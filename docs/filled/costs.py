@@ -82,7 +82,7 @@ def _frozen() -> str:
         read(STEP_COST.with_name(name))["arms"]["one_look"]["ratio"] - 1
         for name in ("one_look.json", "one_look_gpu.json")
     )
-    return f"At 256M, tower frozen, over SFT on answers alone: {on_a_cpu:.0%} on a CPU, {on_a_gpu:.0%} on the H200, which waits for launches"
+    return f"At 256M with a frozen tower, over SFT that scores answers only: {on_a_cpu:.0%} on a CPU, {on_a_gpu:.0%} on the H200, where kernel launches dominate"
 
 
 def _step_cost(result: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ def demo_table() -> str:
     report = read(DEMO)
     firsts = [next(p for p in report["prompts"] if bool(p.get("image")) == seen) for seen in (False, True)]
     arms = ("original", "before", "after")
-    begun = [p | {arm: textwrap.shorten(p[arm], 80, placeholder=" ...") for arm in arms} for p in firsts]
+    begun = [p | {arm: textwrap.shorten(p[arm], 64, placeholder=" ...") for arm in arms} for p in firsts]
     return f"{table(report)}\n\n```\n{prompts_text(begun)}\n```"
 
 
@@ -178,8 +178,8 @@ def families_known() -> str:
     release = ".".join(_families()["transformers"].split(".")[:2])
     types = sum(map(len, fate.values()))
     return (
-        f"Of the {types} VLM types in transformers {release}, {len(fate['lm'])} work with the LM they were built from, and {len(fate['itself'])} more with the "
-        f"text half of the VLM before ([tiny random models](docs/families.md)): {names(fits)}, ... Refused: "
+        f"Of the {types} VLM types in transformers {release}, {len(fate['lm'])} can learn from an LM of their text half's class (where published; "
+        f"[tiny random models](docs/families.md)): {names(fits)}, ... Refused: "
         f"{names(refused)}, ..."
     )
 

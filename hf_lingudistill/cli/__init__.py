@@ -20,14 +20,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from .._quiet import hush_libraries
 from .._version import __version__
 from ..exit_codes import BROKEN_PIPE, INTERRUPTED, SUMMARY
 from ..progress import calm_other_bars
-from ..sentences import at_home
+from ..sentences import at_home, did_you_mean
 from . import blend, check, convert_nanovlm, diagnose, distill, evaluate, plan, publish, score_mix
 from .command import TrlCommand
 
@@ -63,8 +65,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that says which option may have been meant."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        known = {name for action in self._every_action() for name in action.option_strings}
+        super().error(message + (did_you_mean(found.group(1), known) if found else ""))
+
+    def _every_action(self) -> Iterator[argparse.Action]:
+        """Its own, and those of the command that was typed: what a command does not know, its parent names."""
+        for action in self._actions:
+            yield action
+            if isinstance(action, argparse._SubParsersAction):
+                yield from (
+                    one for name, parser in action.choices.items() if name in sys.argv for one in parser._actions
+                )
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lingudistill",
         description="Restore the language ability of a vision-language model from the LM that it was built from.",
         epilog=SUMMARY,

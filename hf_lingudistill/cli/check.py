@@ -14,7 +14,13 @@ from .errors import bad_input
 
 def add_arguments(parser: ArgumentParser) -> None:
     # Either way of naming them; `run` sees that each is named once
-    parser.add_argument("pair", metavar="VLM [LM]", nargs="*", default=[], help="the same, without their flags")
+    parser.add_argument(
+        "pair",
+        metavar="VLM [LM]",
+        nargs="*",
+        default=[],
+        help="student and teacher, in place of --student and --teacher",
+    )
     add_pair(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(

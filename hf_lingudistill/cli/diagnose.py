@@ -20,7 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     data.add_argument(
         "--dataset",
-        help="Hub id or folder; columns messages, prompt and completion, or text, and images if there are any",
+        help="file, folder or Hub id, in any format that `distill` takes (docs/data.md)",
     )
     parser.add_argument("--dataset_config", metavar="NAME", help="the configuration of --dataset, if it has several")
     parser.add_argument("--split", help="of --dataset; default: train")
@@ -29,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="images or folders to put before texts that have none, or: drawn",
+        help="images or folders to put before texts that have none; `drawn`: pictures drawn on the spot",
     )
     parser.add_argument("--max_rows", type=int, default=48, help="rows of --dataset or --texts to read; default: 48")
     parser.add_argument("--max_answer_tokens", type=int, default=128, help="of each answer; default: 128")

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     from trl import TrlParser
 
     from ..labs.plan import PlanError, Setup, make_plan, read_pair, smallest_plan
-    from ..scripts.arguments import negated, with_on_and_off
+    from ..scripts.arguments import OptionHelp, negated, with_on_and_off
 
     parser = TrlParser(
         (PlanArguments, Setup),  # type: ignore[arg-type]
@@ -38,6 +38,7 @@ def main(arguments: list[str]) -> int:
         "student and teacher alone; docs/scale.md says how good the figures are. "
         "Exit code: 0 it fits, 1 it does not fit, 2 bad input.",
         allow_abbrev=False,
+        formatter_class=OptionHelp,
     )
     try:
         args, setup, unknown = parser.parse_args_into_dataclasses(

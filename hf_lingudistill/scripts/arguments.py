@@ -36,7 +36,7 @@ class _Parser(TrlParser):
         raise ValueError(message)
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
+class OptionHelp(argparse.ArgumentDefaultsHelpFormatter):
     """One spelling for each option, and no `(default: None)`."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
@@ -60,11 +60,11 @@ def help_text() -> str:
         (),
         prog="lingudistill distill",
         usage=USAGE,
-        description="Distil a VLM's original language model back into it. Every option may stand in the YAML of --config; a flag wins "
+        description="Distil a VLM's original language model back into it. Every option can be set in the YAML of --config; a flag wins "
         "over a line there.",
         epilog="All options of TRL's SFTConfig (--on_policy: DistillationConfig), ModelConfig and ScriptArguments are taken too "
         f"(--max_steps, --use_peft, ...): --help_all lists them. {SUMMARY}",
-        formatter_class=_Help,
+        formatter_class=OptionHelp,
         add_help=False,
     )
     run = parser.add_argument_group("The run")

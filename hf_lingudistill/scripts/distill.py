@@ -322,14 +322,14 @@ def end_summary(trainer: Trainer, seconds: float) -> str:
     if trainer.skipped_rows:
         lines.append(f"  skipped rows       {dict(trainer.skipped_rows)}")
     out = trainer.args.output_dir
-    share = f"{command_for(str(out), trainer.args.hub_model_id or 'ORG/NAME')} --dry_run"
+    share, where = f"{command_for(str(out), trainer.args.hub_model_id or 'ORG/NAME')} --dry_run", ""
     is_adapter = (Path(str(out)) / "adapter_config.json").is_file()  # a merged one lies in a folder of its own
     if is_adapter and is_local(str(trainer._plain_student().config._name_or_path)):
-        share += " --before ORG/VLM, once the VLM under the adapter is on the Hub"
+        share, where = f"{share} --before ORG/VLM", ", once the VLM under the adapter is on the Hub as ORG/VLM"
     lines += [
         f"Saved to {out}. Next, without this library:",
         f"  AutoModelForImageTextToText.from_pretrained({str(out)!r}); AutoProcessor.from_pretrained({str(out)!r})",
-        f"To share it: {share}",
+        f"To share it{where}: {share}",
     ]
     return "\n".join(lines)
 

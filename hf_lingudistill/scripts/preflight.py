@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints import check_apart, check_output_dir, continues, to_resume, wanted_checkpoint
 from ..compatibility import check_compatibility, named_teacher
+from ..engines import check_one_device
 from .unread import check_unread
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def check_run(
         raise ValueError(
             "No data: pass --dataset_name (a file, a folder or a Hub id), or list sources under `datasets:` in a recipe."
         )
+    check_one_device(config)
     check_unread(script_args, config, student, mixture)
     if script_args.written and "output_dir" not in script_args.written:
         raise ValueError("No output folder: pass --output_dir OUT, a new or an empty folder.")

@@ -97,10 +97,10 @@ def _blind_weight(
 ) -> tuple[float, str | None]:
     """Whether the teacher should answer a second time without the image, and why."""
     if condition == "text" or mode not in TWICE:
-        return MODES[mode].blind, None
+        return 0.0, None
     twice = items[TWICE[mode]]
     gap = bootstrap.difference(twice, items[mode])
-    found = {"lower": 0.5, "higher": 0.0}.get(tell(gap), MODES[mode].blind)
+    found = 0.5 if tell(gap) == "lower" else 0.0
     losses = (
         f"{bootstrap.score(twice)['value']:.3f} against {bootstrap.score(items[mode])['value']:.3f} nats per token"
     )

@@ -64,9 +64,7 @@ class Setup:
         "Whose they are: the student's, or the VLM's before (a copy, or the adapter's base). Left out: as the trainer chooses.",
         *KV_SOURCES,
     )
-    blind_weight: float | None = _option(
-        None, "Above 0, the teacher reads rows with images twice. Left out: as the trainer chooses."
-    )
+    blind_weight: float | None = _option(None, "Above 0, the teacher reads rows with images twice. Left out: 0.")
     anchor: str = _option(
         "none", "Whether the VLM before judges the unmarked rows: a copy, or the adapter's base.", *ANCHORS
     )
