@@ -8,7 +8,7 @@
 | 3 | not published. After a training: the model is saved, and the sentence names the command that goes on |
 | 4 | stopped at a loss, gradient or teacher that is not finite (`on_nan`) |
 | 130 | interrupted (Ctrl-C). A training says at which step, and which checkpoint to go on from |
-| 141 | whoever read the output had enough, as `head` does |
+| 141 | the reader closed the pipe, as `head` does |
 
 `LINGUDISTILL_DEBUG=1` shows the traceback behind a sentence.
 """

@@ -102,6 +102,7 @@ _KNOWN_AS = {
     "steps": "max_steps",
     "output": "output_dir",
     "lora_rank": "lora_r",
+    "repo": "repo_id",
 }
 
 

@@ -326,3 +326,53 @@ def test_a_path_that_does_not_exist_is_told_before_anything_is_loaded(models: Pa
     code, modules = loaded_after("check", str(models / "nowhere"), str(models / "lm"))
     assert code == 2
     assert modules.isdisjoint({"torch", "transformers"})
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["evaluate", "--student", "VLM", "--teachr", "LM"],
+            "unrecognized arguments: --teachr, did you mean '--teacher'?",
+        ),
+        (["check", "--studnt=VLM"], "unrecognized arguments: --studnt, did you mean '--student'?"),
+        (["plan", "--studnt", "VLM"], "unrecognized arguments: --studnt, did you mean '--student'?"),
+        (["publish", "OUT", "--repo", "ORG/NAME"], "unrecognized arguments: --repo, did you mean '--repo_id'?"),
+        (["diagnose", "--student", "VLM", "--nothing-like-it"], "unrecognized arguments: --nothing-like-it\n"),
+    ],
+)
+def test_an_unknown_option_is_named_with_the_one_that_may_be_meant(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before what is missing: that is often the same option."""
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2 and expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ["--load_in_4bit", "true"],
+            "load_in_4bit=True packs the student's weights, which cannot be trained: add --use_peft",
+        ),
+        (["--dataset_streaming", "true"], "pass --max_steps N with --dataset_streaming"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_models_are_loaded(
+    saved_pair: tuple[Path, Path],
+    tmp_path: Path,
+    options: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def loaded(*_: Any, **__: Any) -> None:
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.from_pretrained", loaded)
+    student, teacher = map(str, saved_pair)
+    command = ["distill", "--student", student, "--teacher", teacher, "--dataset_name", "nowhere"]
+    assert main([*command, "--output_dir", str(tmp_path / "out"), "--report_to", "none", *options]) == 2
+    assert expected in capsys.readouterr().err

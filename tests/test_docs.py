@@ -95,7 +95,7 @@ def flags_of(*groups: type) -> set[str]:
 @cache
 def flags() -> dict[str, set[str]]:
     """{subcommand of lingudistill: its flags}"""
-    (commands,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (commands,) = (action for action in cli._parsers()[0]._actions if isinstance(action, argparse._SubParsersAction))
     found = {name: set(parser._option_string_actions) for name, parser in commands.choices.items()}
     training = (DistillScriptArguments, LinguDistillConfig, StudentArguments, DistillMixtureConfig)
     on_policy = (DistillScriptArguments, OnPolicyLinguDistillConfig, StudentArguments, DistillMixtureConfig)

@@ -698,11 +698,11 @@ def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--student", SMALL, "--gpu_memory", "24"]) == 0
     out = capsys.readouterr().out
     assert "Teacher: HuggingFaceTB/SmolLM2-135M-Instruct (nf4), kv_sharing=vision" in out
-    assert out.endswith("It fits.\n")
+    assert out.endswith("It fits in memory.\n")
     for line in ("weights", "optimizer states", "gradients", "activations", "teacher"):
         assert f"  {line} " in out
     assert main(["plan", "--student", SMALL, "--gpu_memory", "2"]) == 1
-    assert capsys.readouterr().out.endswith("It does not fit.\n")
+    assert capsys.readouterr().out.endswith("It does not fit in memory.\n")
 
 
 def test_the_command_prints_json(capsys: pytest.CaptureFixture[str], small: tuple[ModelFacts, ModelFacts]) -> None:

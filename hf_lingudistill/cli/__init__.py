@@ -20,18 +20,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from collections.abc import Sequence
 
 from .._quiet import hush_libraries
 from .._version import __version__
 from ..exit_codes import BROKEN_PIPE, INTERRUPTED, SUMMARY
 from ..progress import calm_other_bars
-from ..sentences import at_home, did_you_mean
+from ..sentences import at_home
 from . import blend, check, convert_nanovlm, diagnose, distill, evaluate, plan, publish, score_mix
 from .command import TrlCommand
+from .errors import check_options
 
 COMMANDS = tuple(
     module.COMMAND for module in (check, distill, evaluate, diagnose, score_mix, blend, plan, publish, convert_nanovlm)
@@ -49,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in COMMANDS:
         if isinstance(command, TrlCommand) and arguments[:1] == [command.name]:
             return command.main(arguments[1:])  # argparse must not take any of them for its own
-    args = _parser().parse_args(arguments)
+    parser, own = _parsers()
+    if arguments and arguments[0] in own:
+        check_options(own[arguments[0]], arguments[1:])
+    args = parser.parse_args(arguments)
     try:
         code: int = args.run(args)
         sys.stdout.flush()
@@ -65,26 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-class _Parser(argparse.ArgumentParser):
-    """One that says which option may have been meant."""
-
-    def error(self, message: str) -> NoReturn:
-        found = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        known = {name for action in self._every_action() for name in action.option_strings}
-        super().error(message + (did_you_mean(found.group(1), known) if found else ""))
-
-    def _every_action(self) -> Iterator[argparse.Action]:
-        """Its own, and those of the command that was typed: what a command does not know, its parent names."""
-        for action in self._actions:
-            yield action
-            if isinstance(action, argparse._SubParsersAction):
-                yield from (
-                    one for name, parser in action.choices.items() if name in sys.argv for one in parser._actions
-                )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """-> the parser, and those of the commands by name"""
+    parser = argparse.ArgumentParser(
         prog="lingudistill",
         description="Restore the language ability of a vision-language model from the LM that it was built from.",
         epilog=SUMMARY,
@@ -92,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hf_lingudistill {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    found: dict[str, argparse.ArgumentParser] = {}
     for command in COMMANDS:
         if isinstance(command, TrlCommand):
             commands.add_parser(command.name, help=command.help, add_help=False)  # for this help only
@@ -99,4 +85,5 @@ def _parser() -> argparse.ArgumentParser:
         own = commands.add_parser(command.name, help=command.help, description=command.description, allow_abbrev=False)
         command.add_arguments(own)
         own.set_defaults(run=command.run)
-    return parser
+        found[command.name] = own
+    return parser, found

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ..exit_codes import DOES_NOT_FIT, FITS
 from .arguments import LM, VLM
 from .command import TrlCommand
-from .errors import bad_input
+from .errors import bad_input, check_options
 
 
 @dataclass
@@ -40,6 +40,7 @@ def main(arguments: list[str]) -> int:
         allow_abbrev=False,
         formatter_class=OptionHelp,
     )
+    check_options(parser, arguments)
     try:
         args, setup, unknown = parser.parse_args_into_dataclasses(
             with_on_and_off(negated(parser), arguments), return_remaining_strings=True, look_for_args_file=False

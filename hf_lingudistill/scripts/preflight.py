@@ -113,6 +113,15 @@ def check_run(
             f"merge_adapter=True would round the adapter away, into the few bits that {packed[0]}=True leaves the student's weights: leave "
             "merge_adapter out, and merge into whole weights afterwards (docs/lora.md)."
         )
+    if packed and not student.use_peft:
+        raise ValueError(
+            f"{packed[0]}=True packs the student's weights, which cannot be trained: add --use_peft for an adapter, or leave {packed[0]} out."
+        )
+    streams = script_args.dataset_streaming or getattr(mixture, "streaming", False)
+    if streams and config.max_steps < 0:
+        raise ValueError(
+            "A stream has no length by which epochs could be counted: pass --max_steps N with --dataset_streaming."
+        )
     if config.max_steps < 0 and config.num_train_epochs <= 0:
         raise ValueError(
             f"num_train_epochs must be above 0 (or set max_steps); got {config.num_train_epochs:g}, which trains nothing."

@@ -115,6 +115,11 @@ def model_facts(config: PreTrainedConfig, name: str = "") -> ModelFacts:
         ) from error
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     decoder, text, vision = model.get_decoder(), config.get_text_config(), _vision_config(config)
+    if not hasattr(decoder, "layers"):
+        raise PlanError(
+            f"{name!r} has a decoder of a class that keys and values are not shared with ({type(decoder).__name__}): `lingudistill check` says which "
+            "models fit."
+        )
     return ModelFacts(
         name=name,
         parameters=sum(p.numel() for p in model.parameters()),

@@ -125,7 +125,7 @@ class Plan:
                 if setup.on_policy
                 else []
             ),
-            f"It {'fits' if self.fits else 'does not fit'}.",
+            f"It {'fits' if self.fits else 'does not fit'} in memory.",
         ]
         return "\n".join(text)
 
