@@ -786,3 +786,19 @@ def test_what_a_score_depends_on_is_in_its_cache(tmp_path: Path) -> None:
     assert all(_keys([other]) != _keys([item]) for other in changed)
     asked = Instructed("0", "Write.", ("no_comma",), ({},))
     assert _keys([asked]) != _keys([dataclasses.replace(asked, arguments=({"n": 2},))])
+
+
+@pytest.mark.parametrize(("layers", "said"), [(2, False), (3, True)])
+def test_an_original_that_the_vlm_was_not_built_from_is_noticed(
+    data: Path, tmp_path: Path, layers: int, said: bool
+) -> None:
+    student, _ = tiny.save_pair(tmp_path)
+    tiny.make_lm(1, layers=layers).save_pretrained(tmp_path / "lm")
+    tiny.make_tokenizer(extra=False).save_pretrained(tmp_path / "lm")
+    heard: list[str] = []
+    suite = Suite(
+        name="s", texts=(TextTask(name="sea", path=str(data / "texts.jsonl"), column="body", n=6, forms=("plain",)),)
+    )
+    models = {"original": str(tmp_path / "lm"), "before": str(student)}
+    evaluate_models(models, suite, tmp_path / "out", progress=False, say=heard.append)
+    assert any("the original has 3 layers, the VLM before 2" in line for line in heard) is said

@@ -112,6 +112,8 @@ def evaluate_models(
     configs = {name: read_config(name, path, trust_remote_code=trust_remote_code) for name, path in to_score.items()}
     sees = {name: takes_images(config) for name, config in configs.items()}
     check_roles(models, sees, suite)
+    if note := _another_original(configs):
+        say(note)
     sees |= dict.fromkeys(made, True)
     if suite.grounded:
         reference = _reference(reference, sees)
@@ -211,6 +213,25 @@ def evaluate_models(
     if not plotted:
         say(f"No plots: they need matplotlib; run {install('eval')}.")
     return report
+
+
+def _another_original(configs: Mapping[str, Any]) -> str | None:
+    """A word where the original cannot be the LM that the VLM was built from: its share of what came back would be of something else."""
+    if not {ORIGINAL, "before"} <= configs.keys():
+        return None
+    of = {name: configs[name].get_text_config() for name in (ORIGINAL, "before")}
+    for what, field in (
+        ("layers", "num_hidden_layers"),
+        ("dimensions of hidden states", "hidden_size"),
+        ("key/value heads", "num_key_value_heads"),
+    ):
+        ours, theirs = (getattr(of[name], field, None) for name in (ORIGINAL, "before"))
+        if None not in (ours, theirs) and ours != theirs:
+            return (
+                f"Note: the original has {ours} {what}, the VLM before {theirs}: it is not the language model that this VLM was built from, and what came "
+                "back is not of that one."
+            )
+    return None
 
 
 def _about_text(suite: Suite) -> bool:
