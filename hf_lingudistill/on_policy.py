@@ -21,7 +21,7 @@ from trl import DistillationTrainer
 from ._internals import DataCollatorForVisionLanguageModeling, RepeatSampler, is_vllm_available
 from .bad_rows import ROW_COLUMN
 from .config import OnPolicyLinguDistillConfig
-from .engines import check_one_device, gathered_for_sampling, head_unsharded, sharding_of
+from .engines import gathered_for_sampling, head_unsharded, sharding_of
 from .hub.mixin import PublishingMixin
 from .losses import Weights
 from .opening import check_evaluation_rows
@@ -110,9 +110,7 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
                 "use_vllm=True needs the package vllm, which is not installed (or not in a release that TRL takes): `pip install "
                 "trl[vllm]`, or leave use_vllm out to sample with transformers."
             )
-        args.check()
-        check_one_device(args)
-        self.choose_teacher(model, teacher_model, teacher_tokenizer, args, kwargs)
+        self.before_init(model, teacher_model, teacher_tokenizer, args, kwargs)
         opened, vision = open_prompts(train_dataset, eval_dataset, args)
         self.has_distill_column, self.distill_share = opened.has_distill_column, opened.distill_share
         check_best_metric(args, opened.evaluation, computed=True)  # TRL's values of samples are many
@@ -121,10 +119,6 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
                 f"anchor='none' leaves {1 - self.distill_share:.0%} of the rows without a judge, those that column "
                 f"{args.distill_column!r} marks false: leave anchor out, or mark every row true."
             )
-        if isinstance(model, str):
-            # The config owns the mapping; weights load from safetensors only
-            args.model_init_kwargs = {"use_safetensors": True, **as_dict(args.model_init_kwargs)}
-        kwargs["peft_config"] = self.adapter_of(model, args, kwargs.get("peft_config"))
         if (
             args.ddp_find_unused_parameters is None
         ):  # as TRL 1.16: a batch of texts leaves the vision tower without gradients

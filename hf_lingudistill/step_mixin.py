@@ -42,7 +42,7 @@ MADE_OF = (
 class StepMixin(TeacherMixin):
     """A trainer whose loss is a `DistillStep`. Mixed in before a trainer class of TRL's, on whose `_metrics` it relies.
 
-    `choose_teacher` goes before its `__init__`, `prepare_step` after it; `begin_batch` and `end_batch` around the loss.
+    `before_init` goes before its `__init__`, `prepare_step` after it; `begin_batch` and `end_batch` around the loss.
 
     Attributes:
         step: the step. teacher, before: its frozen models. meter, policy, first_batch: those who look on.

@@ -18,7 +18,7 @@ from .adapter import check_adapter_name, with_targets
 from .anchor import adapter_off
 from .compatibility import CompatibilityReport, check_compatibility, guess_teacher
 from .config import JOINING
-from .engines import is_teacher_sharded, shard_teacher, sharding_of
+from .engines import check_one_device, is_teacher_sharded, shard_teacher, sharding_of
 from .first_batch import FirstBatch
 from .image_check import image_check
 from .options import shown
@@ -50,7 +50,7 @@ def chat_template_at(path: str | None) -> str | None:
 class TeacherMixin(_Trainer):
     """The frozen LM of a trainer: chosen, loaded or taken as it is, quantised, sharded, offloaded, checked against the student.
 
-    Relies on the names below, which the trainer sets before it asks for the teacher. `choose_teacher` goes before its `__init__`.
+    Relies on the names below, which the trainer sets before it asks for the teacher. `before_init` goes before its `__init__`.
     """
 
     args: Any
@@ -66,6 +66,27 @@ class TeacherMixin(_Trainer):
     _teacher_ref: str | PreTrainedModel
     _teacher_processing: Any
     _compute_dtype: torch.dtype
+
+    def before_init(
+        self,
+        model: Any,
+        teacher_model: str | PreTrainedModel | None,
+        teacher_tokenizer: PreTrainedTokenizerBase | None,
+        args: Any,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """What goes before a trainer class's `__init__`, with its arguments: the options are checked, the teacher is chosen, weights come from
+        safetensors alone, and the adapter in kwargs names its layers.
+
+        Raises:
+            ValueError: see `DistillChecks.check`, `check_one_device`, `choose_teacher`.
+        """
+        args.check()
+        check_one_device(args)
+        self.choose_teacher(model, teacher_model, teacher_tokenizer, args, kwargs)
+        if isinstance(model, str):
+            args.model_init_kwargs = {"use_safetensors": True, **as_dict(args.model_init_kwargs)}
+        kwargs["peft_config"] = self.adapter_of(model, args, kwargs.get("peft_config"))
 
     def choose_teacher(
         self,
@@ -83,57 +104,33 @@ class TeacherMixin(_Trainer):
         Raises:
             ValueError: if no teacher is named, or student and teacher do not fit, or the adapter's type is not supported.
         """
-        for role, what in (("model", model), ("teacher_model", teacher_model)):
-            if not isinstance(what, str | torch.nn.Module) and (role, what) != ("teacher_model", None):
-                raise TypeError(f"{role} must be a model, or the text of a folder or Hub id; got {shown(what)}.")
-        adapter = kwargs.get("peft_config")
-        if not isinstance(model, str) and is_peft_model(model):
-            adapter = model.active_peft_config
-        if getattr(adapter, "is_prompt_learning", False):
-            raise ValueError(
-                f"{type(adapter).__name__} puts virtual tokens before the text, which the teacher cannot read: use LoRA "
-                "or full fine-tuning."
-            )
-        teacher_ref = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
-        if teacher_ref is None:
-            teacher_ref = guess_teacher(_reference(model))
-            if teacher_ref is None:
-                raise ValueError(
-                    "teacher_model_name_or_path is not set, and the student's config and card do not name its LM. Pass the LM "
-                    "that the VLM was built from or, where there was none, the VLM that it was tuned from."
-                )
-            logger.warning("Teacher guessed from the student's config or card: %s", teacher_ref)
-        teacher_ref = getattr(
-            teacher_ref, "_orig_mod", teacher_ref
-        )  # of torch.compile: the teacher's parts run, not its forward
-        given: Any = model
         self.came_adapted = not isinstance(model, str) and is_peft_model(model)
-        plain = given.get_base_model() if self.came_adapted else model
-        for one in (plain, teacher_ref):
-            if isinstance(one, torch.nn.Module):
-                drop_copied_forward(one)
+        given: Any = model
+        _check_kinds(
+            model, teacher_model, given.active_peft_config if self.came_adapted else kwargs.get("peft_config")
+        )
         if self.came_adapted:
             check_adapter_name(given, args)
-        if not isinstance(teacher_ref, str) and _share_weights(teacher_ref, plain):
+        teacher = _named_or_guessed(model, teacher_model, args)
+        plain = given.get_base_model() if self.came_adapted else model
+        for one in (plain, teacher):
+            if isinstance(one, torch.nn.Module):
+                drop_copied_forward(one)
+        if not isinstance(teacher, str) and _share_weights(teacher, plain):
             raise ValueError(
                 "teacher_model is the student itself, or made of its weights, which training would change with it: pass the folder or Hub id "
                 "that it was loaded from, or another copy."
             )
-        self._teacher_ref, self._teacher_processing = teacher_ref, teacher_tokenizer
-        self.teacher_name_or_path = teacher_ref if isinstance(teacher_ref, str) else _reference(teacher_ref)
-        processing_class = kwargs.get("processing_class")
-        template = getattr(args, "chat_template_path", None)
-        if (
-            template is not None
-            and not Path(template).is_file()
-            and isinstance(processing_class, ProcessorMixin | None)
-        ):
+        self._teacher_ref, self._teacher_processing = teacher, teacher_tokenizer
+        self.teacher_name_or_path = teacher if isinstance(teacher, str) else _reference(teacher)
+        processing_class, template = kwargs.get("processing_class"), getattr(args, "chat_template_path", None)
+        if template and not Path(template).is_file() and isinstance(processing_class, ProcessorMixin | None):
             raise ValueError(
                 f"chat_template_path must be a file .jinja, since the student's processor takes none from another model; got {shown(template)}."
             )
         self.compatibility = check_compatibility(
             model,
-            teacher_ref,
+            teacher,
             student_tokenizer=getattr(processing_class, "tokenizer", processing_class),
             teacher_tokenizer=teacher_tokenizer,
             trust_remote_code=args.trust_remote_code,
@@ -263,6 +260,32 @@ class TeacherMixin(_Trainer):
     def teacher_ce_unshared(self) -> float | None:
         """The teacher's cross-entropy in nats per token without sharing, on the first batch with text-only rows."""
         return self.first_batch.ce_unshared
+
+
+def _check_kinds(model: Any, teacher_model: Any, adapter: Any) -> None:
+    """Raise TypeError for what is no model, ValueError for an adapter that no teacher can follow."""
+    for role, what in (("model", model), ("teacher_model", teacher_model)):
+        if not isinstance(what, str | torch.nn.Module) and (role, what) != ("teacher_model", None):
+            raise TypeError(f"{role} must be a model, or the text of a folder or Hub id; got {shown(what)}.")
+    if getattr(adapter, "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(adapter).__name__} puts virtual tokens before the text, which the teacher cannot read: use LoRA "
+            "or full fine-tuning."
+        )
+
+
+def _named_or_guessed(model: Any, teacher_model: Any, args: Any) -> Any:
+    """The teacher as it was given, or the name that the student's config or card has of it."""
+    teacher = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+    if teacher is None:
+        teacher = guess_teacher(_reference(model))
+        if teacher is None:
+            raise ValueError(
+                "teacher_model_name_or_path is not set, and the student's config and card do not name its LM. Pass the LM "
+                "that the VLM was built from or, where there was none, the VLM that it was tuned from."
+            )
+        logger.warning("Teacher guessed from the student's config or card: %s", teacher)
+    return getattr(teacher, "_orig_mod", teacher)  # of torch.compile: the teacher's parts run, not its forward
 
 
 def as_dict(value: Any) -> dict[str, Any]:

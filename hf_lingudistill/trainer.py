@@ -18,14 +18,12 @@ from .bad_rows import ROW_COLUMN
 from .cache_mixin import CacheMixin
 from .config import LinguDistillConfig
 from .data_mixin import DataMixin
-from .engines import check_one_device
 from .hub.mixin import PublishingMixin
 from .losses import Weights
 from .pace import Pace
 from .resume import ResumingMixin
 from .router import prepare_router
 from .step_mixin import StepMixin, check_best_metric
-from .teacher_mixin import as_dict
 from .weights import only_whole
 
 logger = logging.getLogger(__name__)
@@ -89,16 +87,10 @@ class LinguDistillTrainer(DataMixin, StepMixin, CacheMixin, PublishingMixin, Res
             raise ValueError(
                 "compute_loss_func cannot be combined with distillation: the trainer computes its own loss."
             )
-        args.check()
-        check_one_device(args)
-        self.choose_teacher(model, teacher_model, teacher_tokenizer, args, kwargs)
+        self.before_init(model, teacher_model, teacher_tokenizer, args, kwargs)
         train_dataset, eval_dataset = self.open_data(train_dataset, eval_dataset, args, kwargs)
         own_values = kwargs.get("compute_metrics") is not None or type(self) is not LinguDistillTrainer
         check_best_metric(args, eval_dataset, computed=own_values)
-        if isinstance(model, str):
-            # SFTConfig owns the mapping; weights load from safetensors only
-            args.model_init_kwargs = {"use_safetensors": True, **as_dict(args.model_init_kwargs)}
-        kwargs["peft_config"] = self.adapter_of(model, args, kwargs.get("peft_config"))
         # Each process reads its own part of a stream, of the evaluation's too: rows that differ in length cannot be handed out
         loading: Any = args.accelerator_config
         if loading.dispatch_batches is None:

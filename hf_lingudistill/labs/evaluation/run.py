@@ -88,23 +88,10 @@ def evaluate_models(
     """
     suite = load_suite(suite) if isinstance(suite, str) else suite
     out = Path(output_dir)
-    check(out, *FILES, by="evaluate")
-    device_of(device)
-    if training_log is not None:
-        training_history(training_log)
-    if not models:
-        raise ValueError("No model to score: pass at least one, as {name: path}.")
     made = made or {}
-    if bad := [name for name in (*models, *made) if name == REFERENCE or not re.fullmatch(r"\w[\w.-]*", name)]:
-        raise ValueError(
-            f"A model cannot be named {bad[0]!r}: expected letters, digits, '.', '-' and '_', and not {REFERENCE!r}."
-        )
-    if unknown := [name for name in compare if name not in models]:
-        raise ValueError(f"To compare with {unknown[0]!r}, pass it as a model; there are {', '.join(models)}.")
-    if reference is not None and not suite.grounded:
-        raise ValueError(
-            f"--reference says which tokens depend on an image, and suite {suite.name!r} has no task `grounded`: leave it out."
-        )
+    _check_asked(
+        suite, models, made, out, reference=reference, compare=compare, device=device, training_log=training_log
+    )
     to_score = dict(models)
     if suite.grounded and reference is not None and reference not in models:
         to_score = {REFERENCE: reference, **to_score}  # an instrument with a folder of its own, and no column
@@ -117,13 +104,7 @@ def evaluate_models(
     sees |= dict.fromkeys(made, True)
     if suite.grounded:
         reference = _reference(reference, sees)
-    if not (any(sees[name] for name in (*models, *made)) or _about_text(suite)):
-        raise ValueError(f"Suite {suite.name!r} is about images only, which none of {', '.join(models)} takes.")
-    alone = suite.texts or suite.lm_eval.tasks or suite.ifeval is not None or suite.lmms_eval.tasks
-    if {*models, *made} == {ORIGINAL} and not alone:
-        raise ValueError(
-            "Only the original is given, and there is nothing to hold against it: pass --before, --after, or another model."
-        )
+    _check_something_to_measure(suite, [*models, *made], sees)
     if suite.lm_eval.tasks:
         require_harness()
     check_templates(to_score, sees, suite, trust_remote_code=trust_remote_code)
@@ -159,37 +140,20 @@ def evaluate_models(
             batch_size=batch_size,
             progress=progress,
         )
-    results: dict[str, Any] = {}
-    facts: dict[str, Any] = {}
-    seconds: dict[str, float] = {}
     names = [*models, *made]
-    for name in dict.fromkeys((*to_score, *made)):
-        started = time.perf_counter()
-        set_seed(suite.seed)
-        scored = load(name)
-        facts[name] = describe(scored)
-        say(f"{name}: {facts[name]['path']} ({facts[name]['parameters'] / 1e6:.0f}M parameters, {scored.kind})")
-        asked = suite
-        if name == REFERENCE:
-            asked = replace(
-                suite, texts=(), vision=(), fidelity=(), ifeval=None, lm_eval=HarnessTasks(), lmms_eval=HarnessTasks()
-            )
-        if fidelity is not None and name == ORIGINAL:
-            fidelity.ask(scored, {other: prints[other] for other in names if other != ORIGINAL})
-        results[name] = score(
-            scored,
-            asked,
-            items,
-            out / "items" / name,
-            fidelity=fidelity if name != REFERENCE else None,
-            swaps=name == reference,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        seconds[name] = round(time.perf_counter() - started, 1)
-        del scored
-        release_memory()
-
+    results, facts, seconds = _score_all(
+        list(dict.fromkeys((*to_score, *made))),
+        load,
+        suite,
+        items,
+        out / "items",
+        fidelity,
+        prints={name: prints[name] for name in names if name != ORIGINAL},
+        reference=reference,
+        batch_size=batch_size,
+        progress=progress,
+        say=say,
+    )
     if fidelity is not None:
         results[DEPENDS] = fidelity.depends
     tasks = join(suite, items, results, names, reference)
@@ -213,6 +177,95 @@ def evaluate_models(
     if not plotted:
         say(f"No plots: they need matplotlib; run {install('eval')}.")
     return report
+
+
+def _check_asked(
+    suite: Suite,
+    models: Mapping[str, str],
+    made: Mapping[str, Made],
+    out: Path,
+    *,
+    reference: str | None,
+    compare: Sequence[str],
+    device: str | None,
+    training_log: str | Path | None,
+) -> None:
+    """All that can be checked without reading a model's config."""
+    check(out, *FILES, by="evaluate")
+    device_of(device)
+    if training_log is not None:
+        training_history(training_log)
+    if not models:
+        raise ValueError("No model to score: pass at least one, as {name: path}.")
+    if bad := [name for name in (*models, *made) if name == REFERENCE or not re.fullmatch(r"\w[\w.-]*", name)]:
+        raise ValueError(
+            f"A model cannot be named {bad[0]!r}: expected letters, digits, '.', '-' and '_', and not {REFERENCE!r}."
+        )
+    if unknown := [name for name in compare if name not in models]:
+        raise ValueError(f"To compare with {unknown[0]!r}, pass it as a model; there are {', '.join(models)}.")
+    if reference is not None and not suite.grounded:
+        raise ValueError(
+            f"--reference says which tokens depend on an image, and suite {suite.name!r} has no task `grounded`: leave it out."
+        )
+
+
+def _check_something_to_measure(suite: Suite, names: Sequence[str], sees: Mapping[str, bool]) -> None:
+    """sees: whether each model takes images."""
+    if not (any(sees[name] for name in names) or _about_text(suite)):
+        raise ValueError(f"Suite {suite.name!r} is about images only, which none of {', '.join(names)} takes.")
+    alone = suite.texts or suite.lm_eval.tasks or suite.ifeval is not None or suite.lmms_eval.tasks
+    if set(names) == {ORIGINAL} and not alone:
+        raise ValueError(
+            "Only the original is given, and there is nothing to hold against it: pass --before, --after, or another model."
+        )
+
+
+def _score_all(
+    names: Sequence[str],
+    load: Callable[[str], Scored],
+    suite: Suite,
+    items: Any,
+    folder: Path,
+    fidelity: FidelityRun | None,
+    *,
+    prints: Mapping[str, str],
+    reference: str | None,
+    batch_size: int,
+    progress: bool,
+    say: Callable[[str], None],
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, float]]:
+    """One model after the other, so that one is in memory. prints: fingerprints of those that are held against the original. -> what was scored,
+    the facts of each model and its seconds, all by name."""
+    results: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    for name in names:
+        started = time.perf_counter()
+        set_seed(suite.seed)
+        scored = load(name)
+        facts[name] = describe(scored)
+        say(f"{name}: {facts[name]['path']} ({facts[name]['parameters'] / 1e6:.0f}M parameters, {scored.kind})")
+        asked = suite
+        if name == REFERENCE:
+            asked = replace(
+                suite, texts=(), vision=(), fidelity=(), ifeval=None, lm_eval=HarnessTasks(), lmms_eval=HarnessTasks()
+            )
+        if fidelity is not None and name == ORIGINAL:
+            fidelity.ask(scored, prints)
+        results[name] = score(
+            scored,
+            asked,
+            items,
+            folder / name,
+            fidelity=fidelity if name != REFERENCE else None,
+            swaps=name == reference,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        seconds[name] = round(time.perf_counter() - started, 1)
+        del scored
+        release_memory()
+    return results, facts, seconds
 
 
 def _another_original(configs: Mapping[str, Any]) -> str | None:
