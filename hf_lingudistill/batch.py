@@ -18,10 +18,11 @@ from .bad_rows import REASONS, ROW_COLUMN, SOURCE_COLUMN, AnyDataset, BadRow, Ro
 from .columns import has_images, prepare_dataset, undecoded
 from .conversations import Conversations, cannot_be_processed, no_label_within
 from .flags import check_distill_column
-from .formats import check_answer, column_images
 from .images import IMAGE_COLUMNS, decode_image
 from .opening import drop_bad_rows, drop_bad_texts
+from .places import column_images
 from .rgb import to_rgb
+from .row_checks import check_answer
 
 __all__ = [
     "IMAGE_COLUMNS",

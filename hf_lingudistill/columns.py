@@ -12,10 +12,10 @@ from datasets import Dataset, Features, Image, IterableDataset, LargeList, List,
 from datasets.table import InMemoryTable, concat_tables
 
 from .bad_rows import ROW_COLUMN, AnyDataset, Row
-from .formats import CONVERSATION_COLUMNS, pairs_column
+from .formats import pairs_column
 from .images import IMAGE_COLUMNS
 from .options import DistillOptions
-from .turns import PAYLOADS, embeds_images
+from .turns import CONVERSATION_COLUMNS, PAYLOADS, embeds_images
 
 LOOKED_AT = 64  # rows of a stream that does not tell its columns
 

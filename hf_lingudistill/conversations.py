@@ -16,8 +16,9 @@ from trl import apply_chat_template, prepare_multimodal_messages
 
 from .answers import Span, answer_spans, trained_tokens
 from .bad_rows import BadRow, Row
-from .formats import BESIDE_TEXT, CONVERSATION_COLUMNS, as_trl_row, check_answer, says_nothing_else
-from .turns import in_parts_alike, text_alone, without_nulls
+from .formats import as_trl_row
+from .row_checks import BESIDE_TEXT, check_answer, says_nothing_else
+from .turns import CONVERSATION_COLUMNS, in_parts_alike, text_alone, without_nulls
 
 logger = logging.getLogger(__name__)
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
-from datasets import Dataset, IterableDataset, List, Value
+from datasets import Dataset, IterableDataset
 from trl import SFTTrainer
 
-from .bad_rows import ROW_COLUMN, SOURCE_COLUMN, AnyDataset, BadRow, Row, SharedCounts, flag_of, row_name
+from .bad_rows import ROW_COLUMN, SOURCE_COLUMN, AnyDataset, BadRow, Row, SharedCounts
 from .batch import DistillCollator
-from .columns import columns_of, first_row, has_images, names_an_image, undecoded_rows
-from .config import LinguDistillConfig, shown
+from .columns import columns_of, first_row, has_images
+from .config import LinguDistillConfig
 from .conversations import Conversations, no_label_within
 from .flags import packs
-from .formats import CONVERSATION_COLUMNS, check_answer, check_columns, check_not_json_turns, check_text, may_be_media
 from .opening import (
     check_evaluation_rows,
     drop_bad_rows,
@@ -27,6 +24,18 @@ from .opening import (
     open_datasets,
     open_evaluation,
     said_if_dropped,
+)
+from .token_rows import (
+    answered,
+    first_label,
+    formatted,
+    is_ours,
+    label_columns,
+    labels_of,
+    no_label,
+    row_of,
+    tokenised,
+    within,
 )
 
 if TYPE_CHECKING:
@@ -136,13 +145,13 @@ class DataMixin(_Trainer):
             completion_only=args.completion_only_loss is not False,
         )
         if formatting_func is not None and "input_ids" not in columns_of(dataset):
-            dataset, formatting_func = _formatted(dataset, formatting_func, dataset_name, args), None
+            dataset, formatting_func = formatted(dataset, formatting_func, dataset_name, args), None
         given, left_out = dataset, 0
         # The other strategies split what is too long
         cuts = packing and args.packing_strategy == "bfd" and args.max_length is not None
         ours = cuts or not conversations.reads_as_trl
-        if formatting_func is None and _is_ours(dataset, args.dataset_text_field, any_prompt=ours):
-            dataset, dropped = _tokenised(
+        if formatting_func is None and is_ours(dataset, args.dataset_text_field, any_prompt=ours):
+            dataset, dropped = tokenised(
                 dataset, conversations, dataset_name, args, self._skipped_of(dataset_name, args)
             )
             self._count(dropped, dataset_name)
@@ -152,7 +161,7 @@ class DataMixin(_Trainer):
         elif "input_ids" in columns_of(dataset):
             dataset = given = self._with_labels(dataset, args, dataset_name, None)
         elif formatting_func is None and self._reads_rows and not args.skip_bad_rows:  # else they are gone
-            dataset = _answered(dataset, dataset_name, args)
+            dataset = answered(dataset, dataset_name, args)
         # A stream has no length by which dropped rows could be missed: it is cut here
         cut_here = isinstance(dataset, IterableDataset) and args.max_length is not None and not packing
         how = copy(args) if cut_here else args
@@ -172,7 +181,7 @@ class DataMixin(_Trainer):
                 raise
             if formatting_func is None and "input_ids" not in columns_of(dataset):
                 for number, row in enumerate(dataset):
-                    conversations.tokens(row, _name(number, dataset_name, row))  # raises for the row that is at fault
+                    conversations.tokens(row, row_of(number, dataset_name, row))  # raises for the row that is at fault
             why = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"The {dataset_name} dataset cannot be tokenised ({type(error).__name__}: {why})."
@@ -180,7 +189,7 @@ class DataMixin(_Trainer):
         finally:
             self.completion_only_loss = only_completions
         if cut_here:
-            return _within(prepared, args, self._skipped_of(dataset_name, args), dataset_name)
+            return within(prepared, args, self._skipped_of(dataset_name, args), dataset_name)
         lost = 0 if packing or not isinstance(prepared, Dataset) else len(given) - left_out - len(prepared)
         if lost > 0:
             self._say_what_was_cut(given, lost, conversations, args, dataset_name)
@@ -204,14 +213,14 @@ class DataMixin(_Trainer):
 
     def _with_labels(self, dataset: AnyDataset, args: Any, dataset_name: str, limit: int | None) -> AnyDataset:
         """Rows of tokens; one that has no label before `limit` (where packing cuts it; None: anywhere) is refused, or left out and counted."""
-        columns = _label_columns(columns_of(dataset))
+        columns = label_columns(columns_of(dataset))
         if not columns:
             return dataset
         if isinstance(dataset, IterableDataset):
-            return _within(dataset, args, self._skipped_of(dataset_name, args), dataset_name, kept=slice(limit))
+            return within(dataset, args, self._skipped_of(dataset_name, args), dataset_name, kept=slice(limit))
 
         def has_label(row: Row) -> bool:
-            first = _first_label(_labels_of(row))
+            first = first_label(labels_of(row))
             return first is not None and (limit is None or first < limit)
 
         of_labels = dataset.select_columns(columns)
@@ -224,11 +233,11 @@ class DataMixin(_Trainer):
             return dataset
         if not args.skip_bad_rows:
             number = next(number for number, is_good in enumerate(usable) if not is_good)
-            name = _name(number, dataset_name, dataset[number])
-            raise _no_label(name, _first_label(_labels_of(of_labels[number])), limit)
+            name = row_of(number, dataset_name, dataset[number])
+            raise no_label(name, first_label(labels_of(of_labels[number])), limit)
         if not good:
-            within = "is labelled" if limit is None else f"lies within max_length={limit}. Raise max_length"
-            raise ValueError(f"No row of the {dataset_name} dataset is left: no answer token {within}.")
+            where = "is labelled" if limit is None else f"lies within max_length={limit}. Raise max_length"
+            raise ValueError(f"No row of the {dataset_name} dataset is left: no answer token {where}.")
         self._count({"no label": lost}, dataset_name)
         return dataset.select(good)
 
@@ -245,9 +254,9 @@ class DataMixin(_Trainer):
             if "labels" not in row and "input_ids" in row:
                 break  # its labels come of masks, and which they are is TRL's to know
             labels = row["labels"] if "labels" in row else conversations.tokens(row, "")["labels"]
-            first = _first_label(labels)
+            first = first_label(labels)
             if first is not None and first >= limit:
-                raise no_label_within(_name(number, dataset_name, row), first, first + 1, limit)
+                raise no_label_within(row_of(number, dataset_name, row), first, first + 1, limit)
         raise BadRow(
             "no label",
             f"{lost} of the {len(dataset)} rows of the {dataset_name} dataset have no token to train on within max_length={limit}: all labels "
@@ -294,206 +303,9 @@ class DataMixin(_Trainer):
         super()._reject_skip_prepare_without_labels(datasets, inner)
 
 
-_BAD = "__bad_row"  # why a row is left out; gone before training
-_MADE_BY_TRL = ("labels", "assistant_masks", "completion_mask", "attention_mask", "seq_lengths", "position_ids")
-
-
 def _is_about_settings(error: Exception) -> bool:
     """Whether an error of the preparation comes from `SFTTrainer` itself, not from a row or a library below it."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and trace.tb_frame.f_globals.get("__name__") == SFTTrainer.__module__
-
-
-def _name(number: int, dataset_name: str, row: Row) -> str:
-    if row.get(SOURCE_COLUMN):
-        return row_name(row)
-    return f"Row {number}" if dataset_name == "train" else f"Row {number} of dataset {dataset_name!r}"
-
-
-def _first_label(labels: list[int]) -> int | None:
-    return next((place for place, label in enumerate(labels) if label != -100), None)
-
-
-def _within(
-    dataset: IterableDataset, args: Any, skipped: Any, name: str, kept: slice | None = None
-) -> IterableDataset:
-    """A stream of tokens and labels, cut to `max_length` as TRL cuts (`kept`: as packing does); a row without a label there is refused, or
-    left out and counted in skipped."""
-    limit = args.max_length
-    if kept is None:
-        kept = slice(-limit, None) if args.truncation_mode == "keep_end" else slice(limit)
-
-    def usable(row: Row, index: int) -> bool:
-        labels = _labels_of(row)
-        if _first_label(labels[kept]) is not None:
-            return True
-        if isinstance(skipped, SharedCounts):
-            skipped.add("no label")
-        elif skipped is None:
-            raise _no_label(_name(index, name, row), _first_label(labels), limit)
-        return False
-
-    def cut(row: Row) -> Row:
-        return {column: row[column][kept] for column in ("input_ids", *_label_columns(row))}
-
-    return dataset.filter(usable, with_indices=True).map(cut)
-
-
-def _label_columns(columns: Iterable[str]) -> list[str]:
-    """The columns that say which tokens of a row are trained on; none where all are."""
-    names = set(columns)
-    return (
-        ["labels"] if "labels" in names else [mask for mask in ("completion_mask", "assistant_masks") if mask in names]
-    )
-
-
-def _labels_of(row: Row) -> list[int]:
-    """A row's labels; of masks, 0 for what is trained on."""
-    columns = _label_columns(row)
-    if columns == ["labels"]:
-        return list(row["labels"])
-    return [0 if all(bits) else -100 for bits in zip(*(row[column] for column in columns), strict=False)]
-
-
-def _no_label(name: str, first: int | None, limit: int | None) -> BadRow:
-    if first is None or limit is None:
-        return BadRow("no label", f"{name} has no token to train on: all of its labels are masked.")
-    return no_label_within(name, first, first + 1, limit)
-
-
-def _formatted(dataset: AnyDataset, formatting_func: Any, name: str, args: Any) -> AnyDataset:
-    """What `formatting_func` makes of each row, alone: TRL would read the conversation that it was made of in its stead."""
-
-    def text(row: Row, index: int) -> Row:
-        made = formatting_func(row)
-        if not isinstance(made, str):
-            raise ValueError(
-                f"formatting_func gave {type(made).__name__} {shown(made)} for {_name(index, name, row)}: expected a text."
-            )
-        return {args.dataset_text_field: made}
-
-    read = {*CONVERSATION_COLUMNS, "prompt", "completion", args.dataset_text_field, "tools", "chat_template_kwargs"}
-    gone = [column for column in columns_of(dataset) if column in read]
-    options: Row = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
-    return dataset.map(text, with_indices=True, remove_columns=gone, **options)
-
-
-def _answered(dataset: AnyDataset, name: str, args: Any) -> AnyDataset:
-    """Prompts and completions, or running text, that TRL tokenises; an empty completion, what is no text, media that nobody reads, and a
-    flag that is not boolean are refused with the row's name."""
-    columns, text_column = columns_of(dataset), args.dataset_text_field
-    column = "completion" if "completion" in columns else text_column
-    if column not in columns or "input_ids" in columns:
-        return dataset
-    # TRL would take a column of such a name for what it makes itself
-    if taken := [name for name in _MADE_BY_TRL if name in columns]:
-        dataset = dataset.remove_columns(taken)
-        columns = [name for name in columns if name not in taken]
-
-    def check(row: Row, index: int) -> None:
-        known_as = _name(index, name, row)
-        flag_of(row, args.distill_column, known_as)
-        check_columns(row, known_as)
-        if column == "completion":
-            check_answer(row, known_as)
-            check_not_json_turns(row, known_as)
-        else:
-            check_text(row, known_as, column)
-
-    if isinstance(dataset, Dataset):
-        looked_at = [
-            column,
-            *(["prompt"] if column == "completion" and "prompt" in columns else []),
-            *(
-                other
-                for other in columns
-                if other == SOURCE_COLUMN or may_be_media(other) or names_an_image(dataset.features[other])
-            ),
-        ]
-        for number, row in enumerate(undecoded_rows(dataset.select_columns(looked_at))):
-            check(row, number)
-        return dataset
-
-    def checked(row: Row, index: int) -> Row:
-        check(row, index)
-        return row
-
-    return dataset.map(checked, with_indices=True, features=dataset.features)
-
-
-def _tokenised(
-    dataset: AnyDataset, conversations: Conversations, name: str, args: Any, skipped: Any
-) -> tuple[AnyDataset, Mapping[str, int]]:
-    """Tokens and labels of every row. -> (dataset, number of rows that were left out by reason); those of a stream are counted in `skipped`
-    as it is read."""
-    leaves_out = args.skip_bad_rows
-
-    def tokens(row: Row, index: int) -> Row:
-        row = {("text" if key == args.dataset_text_field else key): value for key, value in row.items()}
-        known_as = _name(index, name, row)
-        try:
-            flag_of(row, args.distill_column, known_as)
-            found = conversations.tokens(row, known_as)
-        except BadRow as error:
-            if not leaves_out:
-                raise
-            return {"input_ids": [], "labels": [], _BAD: error.reason}
-        return {**found, _BAD: ""} if leaves_out else found
-
-    state = PartialState()
-    if state.is_main_process and name == "train":
-        conversations.say_what_is_labelled(first_row(dataset))
-    # a stream knows neither option
-    options: Row = (
-        {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {name} dataset"}
-        if isinstance(dataset, Dataset)
-        else {}
-    )
-    with state.main_process_first():
-        dataset = dataset.map(tokens, with_indices=True, **options)
-        if not leaves_out:
-            return dataset, {}
-        if isinstance(dataset, IterableDataset):
-
-            def usable(reason: str) -> bool:
-                if reason:
-                    skipped.add(reason)
-                return not reason
-
-            return dataset.filter(usable, input_columns=[_BAD]).remove_columns(_BAD), {}
-        reasons = dataset[_BAD]
-        good = [number for number, reason in enumerate(reasons) if not reason]
-        dropped = Counter(reason for reason in reasons if reason)
-        if not good:
-            raise ValueError(f"No usable row is left of {len(reasons)}: {dict(dropped)}. Repair the dataset.")
-        dataset = dataset.remove_columns(_BAD)
-        return (dataset.select(good) if dropped else dataset), dropped
-
-
-def _is_ours(dataset: AnyDataset, text_column: str, *, any_prompt: bool = False) -> bool:
-    """Whether rows are conversations, or prompts and completions of mixed types or beside running text (`any_prompt`: of any): all else, TRL
-    tokenises alone."""
-    columns = columns_of(dataset)
-    if "input_ids" in columns:
-        return False
-    if any(column in columns for column in CONVERSATION_COLUMNS):
-        return True
-    if not {"prompt", "completion"} <= set(columns):
-        return False
-    if text_column in columns or any_prompt:
-        return True
-    kinds = {_kind((dataset.features or {}).get(column)) for column in ("prompt", "completion")}
-    return len(kinds) > 1 or None in kinds
-
-
-def _kind(feature: Any) -> str | None:
-    """`text` and `turns` as TRL takes them; None for what may be anything."""
-    if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
-        return "text"
-    if isinstance(feature, List) and isinstance(feature.feature, dict):
-        turn = feature.feature
-        if set(turn) == {"role", "content"} and all(_kind(value) == "text" for value in turn.values()):
-            return "turns"
-    return None

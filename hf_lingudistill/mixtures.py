@@ -24,10 +24,12 @@ from .columns import (
     with_messages,
 )
 from .config import shown
-from .formats import ACCEPTED, CONVERSATION_COLUMNS, PAIRS_COLUMN, as_trl_row, column_images
+from .formats import ACCEPTED, PAIRS_COLUMN, as_trl_row
 from .images import IMAGE_COLUMNS
 from .options import DistillOptions
+from .places import column_images
 from .sources import load_source
+from .turns import CONVERSATION_COLUMNS
 
 logger = logging.getLogger(__name__)
 

@@ -31,9 +31,11 @@ from .columns import (
 )
 from .config import LinguDistillConfig
 from .flags import capital, check_distill_column, check_evaluation_flags, check_joining, packs, refuse_flag
-from .formats import CONVERSATION_COLUMNS, as_trl_row, check_answer, check_not_json_turns, check_text
+from .formats import as_trl_row
 from .images import decode_image
 from .options import DistillOptions
+from .row_checks import check_answer, check_not_json_turns, check_text
+from .turns import CONVERSATION_COLUMNS
 
 logger = logging.getLogger(__name__)
 

@@ -32,9 +32,8 @@ from ._internals import DatasetConfig
 from .bad_rows import AnyDataset, Row
 from .columns import embeds_images_anywhere, undecoded
 from .config import shown
-from .formats import CONVERSATION_COLUMNS
 from .images import IMAGE_COLUMNS
-from .turns import PAYLOADS
+from .turns import CONVERSATION_COLUMNS, PAYLOADS
 
 logger = logging.getLogger(__name__)
 

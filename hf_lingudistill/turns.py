@@ -11,6 +11,7 @@ import numpy as np
 from .bad_rows import BadRow, Row
 from .config import shown
 
+CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 ROLES = {
     "system": "system",
     "developer": "system",

@@ -15,8 +15,9 @@ from test_labels_of_rows import assistant, picture, user
 
 from hf_lingudistill.bad_rows import BadRow
 from hf_lingudistill.conversations import Conversations
-from hf_lingudistill.formats import as_trl_row, check_answer
+from hf_lingudistill.formats import as_trl_row
 from hf_lingudistill.images import decode_image
+from hf_lingudistill.row_checks import check_answer
 
 MakeTrainer = Callable[..., Any]
 

@@ -80,7 +80,7 @@ FAULTS = (
     ),
     Fault(
         "images-out-of-order",
-        "formats.py",
+        "places.py",
         'images = [_plain_paths(part["image"]) if "image" in part else next(rest) for part in places]',
         "images = [*own, *rest]",
         "images of turns and of the column change places",
@@ -104,7 +104,7 @@ FAULTS = (
     ),
     Fault(
         "second-image-column-dropped",
-        "formats.py",
+        "places.py",
         'if "images" in row or ones:',
         'if "images" in row:\n        return []\n    if ones:',
         "an image in the column `image` is dropped where the row has a column `images` too",
@@ -128,7 +128,7 @@ FAULTS = (
     ),
     Fault(
         "empty-turn-among-others",
-        "formats.py",
+        "row_checks.py",
         "if _says_nothing(turn):",
         "if False:",
         "an empty answer among others is trained on",

@@ -121,7 +121,7 @@ FAULTS = (
     # ---- data
     Fault(
         "video-dropped",
-        "formats.py",
+        "row_checks.py",
         "if _MEDIA.fullmatch(key) and not isinstance(value, bool | int | float):",
         "if False:",
         "a row about a video is trained on as text",
@@ -129,7 +129,7 @@ FAULTS = (
     ),
     Fault(
         "picture-dropped",
-        "formats.py",
+        "row_checks.py",
         "if not shown_images and _is_picture(key, value):",
         "if False:",
         "a row about a picture in a column `img` is trained on as text",
