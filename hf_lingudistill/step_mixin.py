@@ -258,17 +258,19 @@ class StepMixin(TeacherMixin):
         # The model does not tell: it is still in evaluation mode where an evaluation ended with the last step before this log
         of_training = "loss" in logs or "total_flos" in logs
         of_evaluation = not of_training and any(name.endswith("_runtime") for name in logs)
+        if not (of_training or of_evaluation):
+            super().log(logs, start_time)
+            return
         mode = "train" if of_training else "eval"
-        metrics: dict[str, Any] = self.meter.read(training=of_training) if of_training or of_evaluation else {}
+        metrics: dict[str, Any] = self.meter.read(training=of_training)
         if metrics and self.skipped_steps:
             metrics["skipped_steps"] = self.skipped_steps
         if metrics and self.teacher_quantization_kl is not None:
             metrics["teacher_quantization_kl"] = self.teacher_quantization_kl
-        if of_training or of_evaluation:
-            # What TRL would add, under the name of the evaluation set that it is of
-            metrics = {**{name: _mean(of) for name, of in self._metrics[mode].items()}, **metrics}
-            self._metrics[mode].clear()
-            logs.update(metrics if of_training else {f"{self._evaluated}_{name}": of for name, of in metrics.items()})
+        # What TRL would add, under the name of the evaluation set that it is of
+        metrics = {**{name: _mean(of) for name, of in self._metrics[mode].items()}, **metrics}
+        self._metrics[mode].clear()
+        logs.update(metrics if of_training else {f"{self._evaluated}_{name}": of for name, of in metrics.items()})
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:

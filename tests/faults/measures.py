@@ -179,8 +179,8 @@ FAULTS = (
     Fault(
         "logs-wait",
         "step_mixin.py",
-        "metrics = self.meter.read(training=training) if its_own else {}",
-        "metrics = self.meter.read(training=training)",
+        "if not (of_training or of_evaluation):",
+        "if False:",
         "a log of the first process alone waits for the others for ever",
         (f"{TRAINER}::test_what_a_callback_logs_takes_none_of_the_trainers_sums",),
     ),

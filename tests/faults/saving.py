@@ -89,7 +89,7 @@ FAULTS = (
     ),
     Fault(
         "options-set-later",
-        "trainer.py",
+        "teacher_mixin.py",
         "        args.check()\n",
         "",
         "an option that is set on the config after it was made is trained with, whatever it is",
