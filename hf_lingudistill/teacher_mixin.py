@@ -104,7 +104,7 @@ class TeacherMixin(_Trainer):
         Raises:
             ValueError: if no teacher is named, or student and teacher do not fit, or the adapter's type is not supported.
         """
-        self.came_adapted = not isinstance(model, str) and is_peft_model(model)
+        self.came_adapted = isinstance(model, torch.nn.Module) and is_peft_model(model)
         given: Any = model
         _check_kinds(
             model, teacher_model, given.active_peft_config if self.came_adapted else kwargs.get("peft_config")
