@@ -209,7 +209,7 @@ class FakeInner:
     """Prompt and completion are one token a character, `<` is an image. Edits its rows in place, as TRL's does."""
 
     def __init__(self, completion_only: bool = True) -> None:
-        self.max_length: int | None = 3  # what the trainer would have set; the wrapper must take over
+        self.max_length: int | None = 1000  # what the trainer would have set; the wrapper must take over
         self.completion_only = completion_only
 
     def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:

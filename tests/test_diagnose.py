@@ -315,7 +315,7 @@ def test_an_answer_of_a_prefix_lm_is_read_one_token_after_the_other() -> None:
     def prompted(*_: Any) -> dict[str, torch.Tensor]:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
 
-    scored = SimpleNamespace(model=model, render=lambda _: "", with_images=prompted, ids=lambda _: answer)
+    scored = SimpleNamespace(model=model, render=lambda _: "", with_images=prompted, answer_ids=lambda _: answer)
     inputs, labels = _inputs(scored, SimpleNamespace(messages=[], images=[None], answer=""), 128)  # type: ignore[arg-type]
     assert labels.tolist() == [[-100] * 12 + answer]
     read = model(**inputs).logits[0, 11:-1]

@@ -222,7 +222,9 @@ def _plain(value: Any) -> Any:
         return {str(name): _plain(item) for name, item in value.items() if "token" not in str(name)}
     if isinstance(value, list | tuple | set):
         return [_plain(item) for item in value]
-    if isinstance(value, bool | int | float | None):
+    if isinstance(value, float):
+        return float(value)  # and no subclass, which YAML does not write
+    if isinstance(value, int | None):
         return value
     text = str(getattr(value, "value", value))  # an enumeration is written as its value
     return public_name(text) if text and (is_local(text) or "://" in text) else text
