@@ -187,7 +187,8 @@ class FidelityTask(Data):
             by more nats than that.
         controls: `grey` and/or `shuffled` images under the same answers.
         template: the chat template in which the original is asked, its `own`, or that of the VLM `before` (then a VLM with the
-            original's weights scores 0 even where the two templates differ, say by a system prompt).
+            original's weights scores 0 even where the two templates differ, say by a system prompt). Where one writes a space before an answer
+            and the other does not, as SmolVLM's and SmolLM2's, `own` leaves out the first tokens of each answer.
     """
 
     instruction: str | None = "instruction"
