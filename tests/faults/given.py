@@ -43,8 +43,8 @@ FAULTS = (
     Fault(
         "answer-without-its-lead",
         "labs/evaluation/models.py",
-        "return self.ids(self.answer_lead + text)",
-        "return self.ids(text)",
+        "whole = self.ids(asked + self.answer_lead + text)",
+        "whole = self.ids(asked + text)",
         "answers are scored without the space that SmolVLM's template writes",
         ("tests/test_answer_lead.py::test_each_measure_scores_the_row_that_training_has",),
     ),

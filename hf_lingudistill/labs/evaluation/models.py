@@ -71,18 +71,25 @@ class Scored:
     def answer_lead(self) -> str:
         """The blanks that the chat template writes before what the assistant says, behind where `render` ends: SmolVLM's prompt ends in
         `Assistant:` and its answers begin with a space. Most write none."""
-        marker, turns = "lighthouse", user_turn("What is it?")
-        asked = self.render(turns)
+        marker, (asked, _) = "lighthouse", self._trial
         try:
-            whole = self.render([*turns, {"role": "assistant", "content": marker}], answer=False)
+            whole = self.render([*_TRIAL, {"role": "assistant", "content": marker}], answer=False)
         except Exception:  # a template that takes no answers
             return ""
         lead, said, _ = whole.removeprefix(asked).partition(marker)
         return lead if whole.startswith(asked) and said and not lead.strip() else ""
 
     def answer_ids(self, text: str) -> list[int]:
-        """Token ids of an answer, as they stand behind a rendered prompt."""
-        return self.ids(self.answer_lead + text)
+        """Token ids of an answer, as they stand behind a rendered prompt: a tokenizer may put a space before a text of its own."""
+        asked, head = self._trial
+        whole = self.ids(asked + self.answer_lead + text)
+        return whole[len(head) :] if whole[: len(head)] == head else self.ids(self.answer_lead + text)
+
+    @cached_property
+    def _trial(self) -> tuple[str, list[int]]:
+        """A rendered prompt, and its token ids."""
+        asked = self.render(_TRIAL)
+        return asked, self.ids(asked)
 
     def ids(self, text: str) -> list[int]:
         """Token ids without special tokens added."""
@@ -125,6 +132,9 @@ def user_turn(text: str, images: int = 0) -> list[dict[str, Any]]:
             "content": [{"type": "image"}] * images + [{"type": "text", "text": text}] if images else text,
         }
     ]
+
+
+_TRIAL = user_turn("What is it?")
 
 
 def read_config(name: str, path: str, *, trust_remote_code: bool = False) -> Any:
