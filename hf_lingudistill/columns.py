@@ -144,13 +144,13 @@ def prepare_dataset(dataset: AnyDataset) -> AnyDataset:
     if ROW_COLUMN in columns:
         return dataset
     if isinstance(dataset, IterableDataset):
-        return dataset.map(lambda _row, index: {ROW_COLUMN: _number(index)}, with_indices=True)
+        return dataset.map(lambda _row, index: {ROW_COLUMN: row_number(index)}, with_indices=True)
     if dataset._indices is not None:  # numbering a shuffled view would copy every image; its rows are named by content
         return dataset
     return dataset.add_column(ROW_COLUMN, list(range(len(dataset))), feature=Value("int64"))
 
 
-def _number(index: int) -> int:
+def row_number(index: int) -> int:
     """A stream's row number; -1 where several dataloader workers each count their own part of it."""
     worker = torch.utils.data.get_worker_info()
     return index if worker is None or worker.num_workers == 1 else -1
@@ -165,8 +165,8 @@ def undecoded_rows(dataset: AnyDataset) -> Iterator[Row]:
 def undecoded(dataset: AnyDataset) -> AnyDataset:
     """The same dataset with its images left as `{"bytes", "path"}`, those in the turns of a conversation too."""
     features = {name: _undecoded_feature(feature) for name, feature in (dataset.features or {}).items()}
-    if features == (dataset.features or {}):
-        return dataset
+    if features == (dataset.features or {}) or (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
+        return dataset  # a transform of the caller's own is made for decoded images
     if isinstance(dataset, IterableDataset):
         for column, feature in features.items():
             if feature != dataset.features[column]:

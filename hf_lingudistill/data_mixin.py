@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset, IterableDataset
 from trl import SFTTrainer
 
-from .bad_rows import ROW_COLUMN, SOURCE_COLUMN, AnyDataset, BadRow, Row, SharedCounts
+from .bad_rows import ROW_COLUMN, SOURCE_COLUMN, AnyDataset, BadRow, Row, SharedCounts, together
 from .batch import DistillCollator
 from .columns import columns_of, first_row, has_images
 from .config import LinguDistillConfig
@@ -109,7 +109,7 @@ class DataMixin(_Trainer):
         if args.skip_bad_rows and self._is_vision_dataset:
             drop = partial(drop_bad_rows, collator=self.data_collator, num_proc=args.dataset_num_proc)
             self.train_dataset, dropped = drop(self.train_dataset)
-            self.skipped_rows = {**self.skipped_rows, **dropped} if self.skipped_rows else dropped
+            self.skipped_rows = together(self.skipped_rows, dropped) if self.skipped_rows else dropped
             if self.eval_dataset is not None:
                 self.eval_dataset = each(lambda part: said_if_dropped(*drop(part)), self.eval_dataset)
         elif self._is_vision_dataset and self._reads_rows and self.eval_dataset and args.eval_strategy != "no":

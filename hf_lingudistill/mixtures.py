@@ -9,17 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Image, Json, List, Value, concatenate_datasets
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    Json,
+    List,
+    Value,
+    concatenate_datasets,
+    interleave_datasets,
+)
 from trl import DatasetMixtureConfig
 
 from ._internals import DatasetConfig
-from .bad_rows import SOURCE_COLUMN, AnyDataset, BadRow, Row, flag_of
+from .bad_rows import SOURCE_COLUMN, AnyDataset, BadRow, Row, flag_of, row_name
 from .columns import (
     check_named_column,
     columns_of,
     embeds_images_anywhere,
     has_images,
     resolved,
+    row_number,
     undecoded,
     with_messages,
 )
@@ -138,7 +149,12 @@ def load_mixture(
         )
     ]
     flagged = [part for part in flagged if not isinstance(part, Dataset) or len(part)] or flagged[:1]
-    combined = concatenate_datasets(flagged)
+    # A stream is read once, from its start: its sources in turns, since the last of them would come too late or never
+    combined = (
+        interleave_datasets(flagged, stopping_strategy="all_exhausted_without_replacement")
+        if mixture.streaming and len(flagged) > 1
+        else concatenate_datasets(flagged)
+    )
     if mixture.test_split_size is not None:
         _check_test_split(mixture)
         return combined.train_test_split(test_size=mixture.test_split_size, seed=seed)
@@ -178,7 +194,13 @@ def _take_fractions(parts: list[AnyDataset], fractions: list[float | None], stre
         raise ValueError(f"`fraction` must be a positive number for every source or for none; found {fractions}.")
     weights = [share / sum(shares) for share in shares]
     total = min(len(part) / weight for part, weight in zip(parts, weights, strict=True) if weight)
-    return [part.select(range(round(weight * total))) for part, weight in zip(parts, weights, strict=True)]
+    counts = [round(weight * total) for weight in weights]
+    for index, count in enumerate(counts):
+        if not count:
+            logger.warning(
+                "datasets[%d]: its fraction of %.0f rows in all rounds to no row, and it is left out.", index, total
+            )
+    return [part.select(range(count)) for part, count in zip(parts, counts, strict=True)]
 
 
 def _with_common_features(parts: list[AnyDataset], distill_column: str) -> list[tuple[AnyDataset, Features]]:
@@ -199,6 +221,7 @@ def _with_common_features(parts: list[AnyDataset], distill_column: str) -> list[
         own = column in _ROWS and any(
             e for e, part in zip(embedding, parts, strict=True) if column in part.column_names
         )
+        found = _alike(found)
         if all(feature == found[0] for feature in found) and not own:
             common[column] = found[0]
         elif column in (*_ROWS, "tools", "chat_template_kwargs"):
@@ -210,6 +233,12 @@ def _with_common_features(parts: list[AnyDataset], distill_column: str) -> list[
     common[distill_column] = Value("bool")
     common[SOURCE_COLUMN] = Value("string")
     return [(part, Features(common)) for part in parts]
+
+
+def _alike(features: list[Any]) -> list[Any]:
+    """The types of a column in each source, those of a text as one: a CSV's is another than a JSON's, and a column of nulls is of any type."""
+    known = [feature for feature in features if feature != Value("null")] or features
+    return [Value("string") if feature == Value("large_string") else feature for feature in known]
 
 
 def _with_columns(
@@ -225,7 +254,10 @@ def _with_columns(
 
     def completed(row: Row, index: int) -> Row:
         new = {column: row.get(column) for column in features}
-        new[SOURCE_COLUMN] = where = f"{name}, row {index}"
+        number = row_number(index)
+        new[SOURCE_COLUMN] = where = (
+            f"{name}, {f'row {number}' if number >= 0 else row_name(row).replace('The', 'the', 1)}"
+        )
         if "images" in features:
             try:
                 taken = as_trl_row(row, where, chat=False) if embeds else row
@@ -234,9 +266,12 @@ def _with_columns(
                 new.update({column: taken.get(column) for column in _ROWS if column in features})
             except BadRow as error:
                 # Turns cannot be stored apart from their images; of two columns that differ, one would be lost
-                if embeds or error.reason != "images not a list":
+                if embeds and skip_bad_rows:  # without turns it is left out where rows are counted
+                    new.update({column: None for column in _ROWS if column in features}, images=[])
+                elif embeds or error.reason != "images not a list":
                     raise
-                new["images"] = [row["images"]]
+                else:
+                    new["images"] = [row["images"]]
         try:
             new[distill_column] = flag_of(row, distill_column, where) if own_flag else flag is not False
         except BadRow:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from PIL import Image as PILImage
 
-from .bad_rows import SOURCE_COLUMN, AnyDataset, BadRow, Row, check_rows, flag_of, row_name, without_bad_rows
+from .bad_rows import SOURCE_COLUMN, AnyDataset, BadRow, Row, check_rows, flag_of, row_name, together, without_bad_rows
 from .columns import (
     as_python,
     check_named_column,
@@ -77,7 +77,7 @@ def open_datasets(train: Any, evaluation: Any, args: LinguDistillConfig, *, chec
     skipped: dict[str, int] = {}
     train = as_dataset(train, "train_dataset", args, skipped, raw=not checked)
     parts = {
-        name: as_dataset(part, eval_name(name), args, {}, raw=not checked)
+        name: _evaluation_dataset(part, name, args, checked)
         for name, part in by_name(evaluation).items()
         if part is not None
     }
@@ -102,7 +102,7 @@ def open_datasets(train: Any, evaluation: Any, args: LinguDistillConfig, *, chec
     text_column = args.dataset_text_field if checked else None
     if args.skip_bad_rows and not vision:
         train, dropped = drop_bad_texts(train, args.distill_column, columns_of(train), text_column)
-        opened.skipped_rows = dropped if not skipped else {**dropped, **skipped}
+        opened.skipped_rows = dropped if not skipped else together(dropped, skipped)
         parts = {
             name: said_if_dropped(*drop_bad_texts(part, args.distill_column, columns_of(part), text_column))
             for name, part in parts.items()
@@ -133,10 +133,7 @@ def open_evaluation(
         ValueError: for another type, a flag that is not boolean, options that do not go together, or images where the training set has
             none.
     """
-    parts = {
-        name: as_dataset(part, eval_name(name), args, {}, raw=not checked)
-        for name, part in by_name(evaluation).items()
-    }
+    parts = {name: _evaluation_dataset(part, name, args, checked) for name, part in by_name(evaluation).items()}
     parts = _with_checked_flags(parts, args, has_distill_column)
     opened, text_column = {}, args.dataset_text_field if checked else None
     for name, part in parts.items():
@@ -208,6 +205,11 @@ def eval_name(name: str) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 def _plain_row(row: Row, name: str) -> Row:
     return row if "input_ids" in row else as_trl_row(row, name, chat=False)
+
+
+def _evaluation_dataset(part: Any, name: str, args: DistillOptions, checked: bool) -> AnyDataset:
+    skipped: dict[str, int] = {}
+    return said_if_dropped(as_dataset(part, eval_name(name), args, skipped, raw=not checked), skipped)
 
 
 _FORMS = {*CONVERSATION_COLUMNS, "prompt", "completion", "text", "input_ids"}

@@ -5,6 +5,8 @@ Paths of images are relative to the file that names them (or to `image_folder`),
 
 from __future__ import annotations
 
+import glob
+import json
 import logging
 import os
 import re
@@ -29,9 +31,10 @@ from datasets import (
 )
 
 from ._internals import DatasetConfig
-from .bad_rows import AnyDataset, Row
+from .bad_rows import AnyDataset, BadRow, Row
 from .columns import embeds_images_anywhere, undecoded
 from .config import shown
+from .formats import PAIRS_COLUMN, SYSTEM_COLUMNS
 from .images import IMAGE_COLUMNS
 from .turns import CONVERSATION_COLUMNS, PAYLOADS
 
@@ -58,7 +61,11 @@ _SPLITS = {
         "validation": "validation|valid|val|dev",
     }.items()
 }
+# Of a CSV: pandas would make numbers of answers, and no answer of one that says `None`, as the rows around them are
+_CSV_TEXTS = ("prompt", "completion", "text", PAIRS_COLUMN, *CONVERSATION_COLUMNS, *SYSTEM_COLUMNS, *IMAGE_COLUMNS)
+_BESIDE_TABLES = ("README.md", "LICENSE", ".gitattributes")
 _NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_LOOKED_IN = 32  # folders in which every image is looked for, where there are so many
 _LONGEST_PATH = 1024  # a longer text is an image itself, in base64
 
 
@@ -101,9 +108,9 @@ def load_source(
             dataset = dataset._resolve_features()  # the first rows are read: what is wrong with the file shows now
     except Exception as error:
         raise ValueError(f"{source.path}: {_why(error, source)}") from error
-    folders = [Path(image_folder)] if image_folder else []
+    folders = [[Path(image_folder)]] if image_folder else []
     if path.is_file() and source.data_dir:
-        folders.append(Path(source.data_dir))
+        folders.append([Path(source.data_dir)])
     return _with_whole_paths(dataset, [*folders, *_folders(source, path)])
 
 
@@ -122,13 +129,22 @@ def load_saved(folder: str | Path) -> Dataset | DatasetDict:
 def _loaded(source: DatasetConfig, path: Path, streaming: bool) -> AnyDataset:
     name, data_dir = str(source.path), source.data_dir
     files: Any = source.data_files
-    more = {}
+    more: dict[str, Any] = {}
     if path.is_file():
-        files, data_dir = str(path), None
+        files, data_dir = glob.escape(str(path)), None
         name = _loader(path)
         more = {"sep": "\t"} if ".tsv" in map(str.lower, path.suffixes) else {}
     elif path.is_dir() and files is None and data_dir is None:
         files = _tables(path)
+        if files and glob.escape(str(path)) != str(path):  # datasets would take the folder's name for a pattern
+            name = _loader(path / next(iter(files.values()))[0])
+            files = {
+                split: [glob.escape(str(path.absolute() / one)) for one in names] for split, names in files.items()
+            }
+        elif files:
+            files = {split: [glob.escape(one) for one in names] for split, names in files.items()}
+    if name == "csv" or (files and path.is_dir() and _kind(Path(next(iter(flat_files(files))))) == "csv"):
+        more |= {"converters": dict.fromkeys(_CSV_TEXTS, str), "keep_default_na": False, "na_values": [""]}
 
     def loaded(**how: Any) -> AnyDataset:
         return load_dataset(
@@ -168,9 +184,9 @@ def _loader(path: Path) -> str:
 
 
 def _tables(folder: Path) -> dict[str, list[str]] | None:
-    """Table files by split where images lie beside them; None where datasets itself finds what is meant.
+    """Table files by split where other files lie beside them; None where datasets itself finds what is meant.
 
-    datasets goes by what is most frequent in a folder: it would take the images for the rows, and leave out tables of a rarer kind.
+    datasets goes by what is most frequent in a folder: it would take images, texts or PDFs for the rows, and leave out tables of a rarer kind.
 
     Raises:
         ValueError: for tables of several kinds.
@@ -179,7 +195,7 @@ def _tables(folder: Path) -> dict[str, list[str]] | None:
     tables = [path for path in files if _kind(path) not in (None, "text")]
     on_top = [path for path in tables if path.parent == folder]
     kinds = {kind: path.relative_to(folder) for path in reversed(tables) if (kind := _kind(path))}
-    has_images = any(path.suffix.lower() in _IMAGES for path in files)
+    others = any(_kind(path) in (None, "text") and path.name not in _BESIDE_TABLES for path in files)
     if _says_its_files(folder) or any(path.stem == "metadata" for path in on_top or tables):
         return None
     if len(kinds) > 1:
@@ -188,7 +204,7 @@ def _tables(folder: Path) -> dict[str, list[str]] | None:
             "name the file, or move the others out of the folder"
         )
     tables = on_top or tables
-    if not tables or not has_images:
+    if not tables or not (others or glob.escape(str(folder)) != str(folder)):
         return None
     found: dict[str, list[str]] = {}
     for path in tables:
@@ -269,15 +285,22 @@ def _why(error: BaseException, source: DatasetConfig) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 # Paths of images
 # --------------------------------------------------------------------------------------------------------------------
-def _folders(source: DatasetConfig, path: Path) -> list[Path]:
+Folders = list[
+    list[Path]
+]  # where an image is looked for: in the folders of the first group, then of the next; of one group any may be meant
+
+
+def _folders(source: DatasetConfig, path: Path) -> Folders:
     """The folders of the local files of a source."""
     if path.is_file():
-        return [path.parent]
+        return [[path.parent]]
     if path.is_dir():
-        return [path, *sorted({p.parent for p in path.rglob("*") if p.suffix.lower() in LOADERS} - {path})]
+        holds = {p.parent for p in path.rglob("*") if _kind(p) is not None and _may_hold_rows(p, path)}
+        below = sorted(holds - {path})
+        return [[path], below] if path in holds else [below, [path]]
     base = Path(source.data_dir) if source.data_dir else Path()
     files = [base / name for name in flat_files(source.data_files) if "://" not in name]
-    return list(dict.fromkeys(file.parent for file in files if file.parent.is_dir()))
+    return [list(dict.fromkeys(file.parent for file in files if file.parent.is_dir()))]
 
 
 def flat_files(files: Any) -> list[str]:
@@ -289,16 +312,16 @@ def flat_files(files: Any) -> list[str]:
     return [] if files is None else [str(files)]
 
 
-def _with_whole_paths(dataset: AnyDataset, folders: list[Path]) -> AnyDataset:
+def _with_whole_paths(dataset: AnyDataset, folders: Folders) -> AnyDataset:
     features = dict(dataset.features or {})
     columns = [name for name in IMAGE_COLUMNS if name in features and _holds_text(features[name])]
     turns = [name for name in (*CONVERSATION_COLUMNS, "prompt") if name in features]
     columns += [name for name in turns if embeds_images_anywhere(dataset, [name])]
-    if not folders or not columns:
+    if not any(folders) or not columns:
         return dataset
 
     def whole(row: Row) -> Row:
-        return {name: _whole(row[name], folders, of_image=name in IMAGE_COLUMNS) for name in columns}
+        return {name: _whole_turns(row[name], folders, of_image=name in IMAGE_COLUMNS) for name in columns}
 
     dataset = undecoded(dataset)
     options: dict[str, Any] = {"desc": "Paths of images"} if isinstance(dataset, Dataset) else {}
@@ -315,7 +338,18 @@ def _holds_text(feature: Any) -> bool:
     return isinstance(feature, Value) and "string" in feature.dtype and not isinstance(feature, Image)
 
 
-def _whole(value: Any, folders: list[Path], *, of_image: bool) -> Any:
+def _whole_turns(value: Any, folders: Folders, *, of_image: bool) -> Any:
+    """`_whole` of a column; turns that are JSON text stay so."""
+    if of_image or not isinstance(value, str) or not value.lstrip().startswith("["):
+        return _whole(value, folders, of_image=of_image)
+    try:
+        turns = json.loads(value)
+    except ValueError:  # said when the row's turn comes
+        return value
+    return json.dumps(_whole(turns, folders, of_image=False), ensure_ascii=False)
+
+
+def _whole(value: Any, folders: Folders, *, of_image: bool) -> Any:
     """A value with the relative paths of images in it made whole. of_image: whether a text in it is an image."""
     if isinstance(value, list):
         return [_whole(v, folders, of_image=of_image) for v in value]
@@ -331,12 +365,21 @@ def _whole(value: Any, folders: list[Path], *, of_image: bool) -> Any:
     return _whole_path(value, folders) if of_image and isinstance(value, str) else value
 
 
-def _whole_path(text: str, folders: list[Path]) -> str:
+def _whole_path(text: str, folders: Folders) -> str:
     if len(text) > _LONGEST_PATH or "://" in text or text.startswith(("data:", "[")) or os.path.isabs(text):
         return text
-    for folder in folders:
-        if os.path.isfile(folder / text):  # not Path's, which fails on a text that is longer than a file's name may be
-            return str((folder / text).absolute())
+    for group in folders:
+        # os.path's, since Path's fails on a text that is longer than a file's name may be
+        there = [folder for folder in group[:_LOOKED_IN] if os.path.isfile(folder / text)]
+        there = there or [folder for folder in group[_LOOKED_IN:] if os.path.isfile(folder / text)][:1]
+        if len({os.path.realpath(folder / text) for folder in there}) > 1:
+            raise BadRow(
+                "image unreadable",
+                f"{text!r} lies in {str(there[0])!r} and in {str(there[1])!r}, and which one a row means depends on the file that names it. Give "
+                "each of the files as a source of its own (`datasets:` of a recipe), or name the folder (--image_folder).",
+            )
+        if there:
+            return str((there[0] / text).absolute())
     if os.path.isfile(text) or not Path(text).suffix:
         return text
-    return str((folders[0] / text).absolute())  # where it was looked for, for the message
+    return str((next(filter(None, folders))[0] / text).absolute())  # where it was looked for, for the message

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset, List, Value
 
 from .bad_rows import SOURCE_COLUMN, AnyDataset, BadRow, Row, SharedCounts, flag_of, row_name
-from .columns import columns_of, first_row, names_an_image, undecoded_rows
+from .columns import columns_of, first_row, names_an_image, row_number, undecoded_rows
 from .config import shown
 from .conversations import Conversations, no_label_within
 from .row_checks import check_answer, check_columns, check_not_json_turns, check_text, may_be_media
@@ -21,9 +21,9 @@ _MADE_BY_TRL = ("labels", "assistant_masks", "completion_mask", "attention_mask"
 
 
 def row_of(number: int, dataset_name: str, row: Row) -> str:
-    if row.get(SOURCE_COLUMN):
-        return row_name(row)
-    return f"Row {number}" if dataset_name == "train" else f"Row {number} of dataset {dataset_name!r}"
+    number = row_number(number)
+    named = row_name(row) if row.get(SOURCE_COLUMN) or number < 0 else f"Row {number}"
+    return named if dataset_name == "train" or row.get(SOURCE_COLUMN) else f"{named} of dataset {dataset_name!r}"
 
 
 def first_label(labels: list[int]) -> int | None:
