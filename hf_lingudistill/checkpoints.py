@@ -397,6 +397,22 @@ def _move(staging: Path, name: str) -> None:
     clear_staging(staging)
 
 
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_WHOLE = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+
+
+def set_aside_other_kind(folder: str | Path, *, adapter: bool) -> None:
+    """Rename, to `earlier-NAME`, what an earlier run has left there of the other kind: transformers would load whole weights with the adapter that
+    lies beside them. adapter: what has been saved now."""
+    for pattern in _WHOLE if adapter else _ADAPTER:
+        for path in Path(folder).glob(pattern):
+            place = _free(path.with_name(f"earlier-{path.name}"))
+            path.rename(place)
+            logger.warning(
+                "%s is of an earlier run, and would be loaded with this model: it is called %s now.", path, place.name
+            )
+
+
 def _free(path: Path) -> Path:
     """The path, or one with a number behind it that nothing bears."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))

@@ -491,6 +491,25 @@ def test_an_evaluation_is_read_with_intervals_changes_and_controls(tmp_path: Pat
     assert _Balance(table).open == []
 
 
+@pytest.mark.parametrize("first", ["after", "mine"])
+def test_the_scores_shown_are_of_the_model_that_is_shown(tmp_path: Path, first: str) -> None:
+    """Where the report is about another one that is called `after`, too."""
+    raw = evaluation()
+    raw["main"] = "mine"
+    for task in raw["tasks"]:
+        theirs = {"value": 9.0, "low": 8.9, "high": 9.1}
+        both = {"after": theirs, "mine": task["scores"]["after"]}
+        others = {name: score for name, score in task["scores"].items() if name != "after"}
+        task["scores"] = {**others, **dict(sorted(both.items(), reverse=first == "mine"))}
+        changes = [{**change, "of": "mine"} for change in task.get("differences", []) if change.get("of") == "after"]
+        task["differences"] = [{"of": "after", "minus": "before", **theirs}, *changes]
+    raw["models"] = {**raw["models"], "mine": {}}
+    shown, alone = read(tmp_path, raw), read(tmp_path, evaluation())
+    assert shown is not None and alone is not None
+    for ours, theirs in zip(shown.tasks, alone.tasks, strict=True):
+        assert ours.scores["after"] == theirs.scores["after"] and ours.change == theirs.change
+
+
 def test_the_demo_report_is_read_as_well(tmp_path: Path) -> None:
     found = read(tmp_path, demo())
     assert found is not None and found.plane is not None

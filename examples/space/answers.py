@@ -50,7 +50,10 @@ def encode(checkpoint: Checkpoint, question: str, image: Image.Image | None, max
         content = [{"type": "image", "image": image}, *content]
     if not checkpoint.sees:
         content = question  # the templates of language models want a string
-    if checkpoint.processing.chat_template is None:
+    if checkpoint.processing.chat_template is None and image is not None and checkpoint.sees:
+        text = checkpoint.processing.image_token + question
+        inputs = checkpoint.processing(text=text, images=image, return_tensors="pt")
+    elif checkpoint.processing.chat_template is None:
         inputs = checkpoint.tokenizer(question, return_tensors="pt")
     else:
         inputs = checkpoint.processing.apply_chat_template(

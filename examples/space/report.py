@@ -116,7 +116,9 @@ def _knows_shapes(titles: Iterable[str]) -> bool:
 # `lingudistill evaluate`
 # --------------------------------------------------------------------------------------------------------------------
 def _from_evaluation(raw: Mapping[str, Any], prompts: list[tuple[Path | None, str]]) -> Report:
-    raw = _with_after(raw, str(raw.get("main") or "after"))
+    main = str(raw.get("main") or "after")
+    if main != "after":
+        raw = _renamed(_renamed(raw, "after", "after (another)"), main, "after")
     entries = [task for task in _list(raw.get("tasks")) if isinstance(task, dict)]
     tasks = [task for task in map(_task, entries) if task.scores]
     named = list(_dict(raw.get("models"))) or list(dict.fromkeys(name for task in tasks for name in task.scores))
@@ -127,13 +129,13 @@ def _from_evaluation(raw: Mapping[str, Any], prompts: list[tuple[Path | None, st
     return Report(models, tasks, _plane_of_tasks(entries, models), _texts(facts), prompts, shapes)
 
 
-def _with_after(raw: Any, main: str) -> Any:
-    """The report with the model that is shown here called "after", whatever its arm was called."""
+def _renamed(raw: Any, arm: str, name: str) -> Any:
+    """The report with an arm under another name: the one that is shown here is called "after", whatever it was."""
     if isinstance(raw, dict):
-        return {"after" if key == main else key: _with_after(value, main) for key, value in raw.items()}
+        return {name if key == arm else key: _renamed(value, arm, name) for key, value in raw.items()}
     if isinstance(raw, list):
-        return [_with_after(value, main) for value in raw]
-    return "after" if raw == main else raw
+        return [_renamed(value, arm, name) for value in raw]
+    return name if raw == arm else raw
 
 
 def _task(raw: Mapping[str, Any]) -> Task:

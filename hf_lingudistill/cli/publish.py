@@ -83,6 +83,8 @@ def run(args: Namespace) -> int:
         for manifest in manifests:
             done = publish(manifest)
             print(f"{done.url}: {len(done.sent)} of {len(manifest.items)} files sent, {done.tag or done.commit[:8]}")
+            if done.removed:
+                print(f"  removed there, of the weights before: {', '.join(done.removed)}")
             if done.kept:
                 print(f"  kept as edited on the Hub, in README.md: {', '.join(done.kept)}")
     except PublishError as error:

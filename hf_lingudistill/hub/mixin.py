@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import is_peft_model
 from huggingface_hub import HfApi, get_token
 
+from ..checkpoints import set_aside_other_kind
 from ..folders import write_whole
 from .card import render_card, usage_of
 from .edits import UnreadableCard, merged
@@ -76,8 +77,10 @@ class PublishingMixin(_Trainer):
                 readme.write_bytes(card)
             elif is_peft_model(self.model):
                 readme.unlink(missing_ok=True)
+            folder = output_dir or str(self.args.output_dir)
+            set_aside_other_kind(folder, adapter=is_peft_model(self.model))
             run_facts = gather_run_facts(self, recipe=self.recipe, datasets=self.dataset_facts)
-            write_run_facts(run_facts, output_dir or str(self.args.output_dir))
+            write_run_facts(run_facts, folder)
         if self.args.push_to_hub and not _internal_call:
             try:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from .card import PLOTS, render_card, usage_of
 from .edits import UnreadableCard, is_ours, merged, sealed
 from .manifest import (
+    SCORES,
     Item,
     Manifest,
     PublishError,
@@ -28,7 +29,7 @@ from .manifest import (
 from .metadata import eval_result_file, licence_of
 from .results import tasks_of
 from .run_facts import FILE_NAME as RUN_FACTS
-from .run_facts import RunFacts, is_local, read_run_facts
+from .run_facts import RunFacts, hub_id, is_local, read_run_facts
 from .sound import check_weights, model_in_report
 
 # Files of a model's folder that transformers reads. All else there stays at home: optimizer states, `training_args.bin` (which
@@ -91,6 +92,11 @@ def model_manifest(
             f"{root} holds no saved model (config.json with model.safetensors, or an adapter): pass the folder that training "
             "or `trainer.save_model()` wrote."
         )
+    both = [name for name in ("config.json", "adapter_config.json") if (folder / name).is_file()]
+    if len(both) == 2 and any((folder / name).exists() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise PublishError(
+            f"{folder} holds whole weights and an adapter, and transformers would load the one on top of the other: move out what is not this model's."
+        )
     from ..compatibility.configs import is_vision_key
 
     config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -105,9 +111,19 @@ def model_manifest(
         raise PublishError(str(error)) from None
     facts = _with_ids(known, student=base_model, teacher=teacher)
     base, adapter = (facts.get("student") or {}).get("id"), _is_adapter(folder)
+    if adapter and base is None and not known:
+        named = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        if base := hub_id(named) if isinstance(named, str) else None:
+            facts = _with_ids(facts, student=base)
+    own = {"the VLM before": base, "the teacher": (facts.get("teacher") or {}).get("id")}
+    if taken := next((role for role, name in own.items() if name == repo_id), None):
+        raise PublishError(
+            f"{repo_id} is {taken} itself, whose weights would be replaced: publish to a repository of another name."
+        )
     found = _report_path(folder, root, report)
     results = _read_report(found) if found else {}
-    main, whose = model_in_report(results, folder, adapter=adapter)
+    beside = found is not None and found.parent in _beside(folder, root)
+    main, whose = model_in_report(results, folder, adapter=adapter, beside=beside)
     files = _model_files(folder)
     unknown = check_weights(folder, files, adapter=adapter)
     plots = _plots(found.parent) if found else []
@@ -221,7 +237,10 @@ def _with_local_edits(card: str, folder: Path) -> tuple[str, tuple[str, ...]]:
     readme = folder / "README.md"
     if not readme.is_file():
         return card, ()
-    there = readme.read_text(encoding="utf-8")
+    try:
+        there = readme.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise PublishError(f"{readme} is no text in UTF-8: save it as that, or delete the file.") from None
     if not is_ours(there):
         return card, ("the README.md in the folder was not rendered by hf_lingudistill: it is not sent",)
     try:
@@ -296,8 +315,12 @@ def _report_path(folder: Path, root: Path, given: str | Path | None) -> Path | N
         if not path.is_file():
             raise PublishError(f"There is no report at {path}: pass the folder that `lingudistill evaluate` wrote.")
         return path
-    beside = [folder, root, *([folder.parent] if folder.name == "after" else [])]
-    return next((place / "report.json" for place in beside if (place / "report.json").is_file()), None)
+    return next((place / "report.json" for place in _beside(folder, root) if (place / "report.json").is_file()), None)
+
+
+def _beside(folder: Path, root: Path) -> list[Path]:
+    """Where the report of a model lies that was made with it; the demo's is one up."""
+    return [folder, root, *([folder.parent] if folder.name == "after" else [])]
 
 
 def _read_report(path: Path) -> dict[str, Any]:
@@ -306,7 +329,34 @@ def _read_report(path: Path) -> dict[str, Any]:
         raise PublishError(
             f"{path} must be a report of `lingudistill evaluate` or of the demo: pass another with --report."
         )
+    if wrong := _not_of_a_report(report):
+        raise PublishError(f"{path} is no whole report: its {wrong}. Evaluate again, or pass another with --report.")
     return report
+
+
+def _not_of_a_report(report: Mapping[str, Any]) -> str | None:
+    """What in it has another shape than `evaluate` writes, or nothing."""
+    shapes: dict[str, type] = {
+        "tasks": list,
+        "models": dict,
+        "prompts": list,
+        "suite": dict,
+        "config": dict,
+        "machine": dict,
+    }
+    for name, kind in shapes.items():
+        if not isinstance(report.get(name) or kind(), kind):
+            return f"{name!r} is {type(report[name]).__name__}, expected {kind.__name__}"
+    for name in ("tasks", "prompts"):
+        if odd := next((one for one in report.get(name) or [] if not isinstance(one, Mapping)), None):
+            return f"{name!r} holds {type(odd).__name__}, expected mappings"
+    for task in report.get("tasks") or []:
+        for name, kind in {"scores": dict, "recovered": dict, "controls": dict, "differences": list}.items():
+            value = task.get(name) or kind()
+            inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [None]
+            if not isinstance(value, kind) or not all(isinstance(one, Mapping) for one in inside):
+                return f"task {str(task.get('name'))!r} has {name!r} of another shape"
+    return None
 
 
 def _public_report(value: Any) -> Any:
@@ -315,7 +365,7 @@ def _public_report(value: Any) -> Any:
         return {key: _public_report(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_public_report(item) for item in value]
-    if isinstance(value, str) and re.match(r"(~|/|[A-Za-z]:[\\/])\S*[\\/]\S", value):
+    if isinstance(value, str) and re.fullmatch(r"(~[\\/]|/|\.{1,2}[\\/]|[A-Za-z]:[\\/])[^\n]*[\\/][^\n]+", value):
         return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
     return value
 
@@ -334,7 +384,7 @@ def _run_facts_items(run_facts: RunFacts) -> list[Item]:
 
 def _report_items(report: Mapping[str, Any], main: str | None) -> list[Item]:
     entries = eval_result_file(tasks_of(report, main))
-    found = [Item(".eval_results/lingudistill.yaml", entries.encode())] if entries else []
+    found = [Item(SCORES, entries.encode())] if entries else []
     public = _public_report(report)
     if "tasks" in report and main:
         public["main"] = main  # which of its models lies here

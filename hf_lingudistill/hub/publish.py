@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -27,9 +27,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
+from .card import PLOTS
 from .edits import UnreadableCard, merged
 from .http import TransportError
-from .manifest import TOKEN, WEIGHTS, Item, Manifest, PublishError, one_line
+from .manifest import SCORES, TOKEN, WEIGHTS, Item, Manifest, PublishError, one_line
+from .run_facts import FILE_NAME as RUN_FACTS
 
 T = TypeVar("T")
 # What may pass by itself. 412: somebody has pushed since we looked; the next attempt looks again
@@ -41,7 +43,7 @@ CARD = "README.md"
 @dataclass(frozen=True)
 class Published:
     """Where it is now. sent: paths that changed on the Hub. tag: the name of this commit. kept: parts of the card that somebody had
-    edited on the Hub, and that are still as they were."""
+    edited on the Hub, and that are still as they were. removed: paths of other weights, and of scores of theirs."""
 
     repo_id: str
     url: str
@@ -49,6 +51,7 @@ class Published:
     tag: str | None
     sent: tuple[str, ...]
     kept: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
 
 
 def publish(manifest: Manifest, *, token: str | None = None) -> Published:
@@ -75,14 +78,15 @@ def publish(manifest: Manifest, *, token: str | None = None) -> Published:
         step("make the branch", lambda: api.create_branch(**kind, branch=branch, exist_ok=True))
     before = step("list the repository", lambda: _listing(api, kind, manifest.revision))
 
-    def commit() -> tuple[Any, tuple[Item, ...], tuple[str, ...]]:
+    def commit() -> tuple[Any, tuple[Item, ...], tuple[str, ...], tuple[str, ...]]:
         # Anew for each attempt: an operation keeps what it knew of the Hub, and an answer that was lost may have been a yes
         head = api.repo_info(**kind, revision=manifest.revision).sha
         listing = _listing(api, kind, head)
         items, kept = manifest.items, cast("tuple[str, ...]", ())
         if CARD in listing:
             items, kept = _with_edits(items, _read_card(api, kind, head), manifest)
-        operations: list[Any] = [CommitOperationDelete(path) for path in listing if _is_stale(path, manifest)]
+        removed = tuple(_stale(listing, manifest))
+        operations: list[Any] = [CommitOperationDelete(path) for path in removed]
         operations += [CommitOperationAdd(item.path, item.source) for item in items]
         done = api.create_commit(
             **kind,
@@ -91,16 +95,16 @@ def publish(manifest: Manifest, *, token: str | None = None) -> Published:
             revision=manifest.revision,
             parent_commit=head,  # or an edit of the card from a moment ago would be lost
         )
-        return done, items, kept
+        return done, items, kept, removed
 
-    done, items, kept = step("send the files", commit)
+    done, items, kept, removed = step("send the files", commit)
     after = step("compare what arrived", lambda: _listing(api, kind, done.oid))
     _compare(items, after, manifest)
     name = manifest.tag or f"lingudistill-{done.oid[:8]}"
     if manifest.repo_type == "model":
         step("tag the commit", lambda: _tag(api, kind, name, done.oid))
     sent = tuple(item.path for item in items if before.get(item.path) != after[item.path])
-    return Published(repo_id, str(url), done.oid, name if manifest.repo_type == "model" else None, sent, kept)
+    return Published(repo_id, str(url), done.oid, name if manifest.repo_type == "model" else None, sent, kept, removed)
 
 
 def whole_name(repo_id: str, command: str, *, token: str | None = None) -> str:
@@ -132,9 +136,18 @@ def _listing(api: HfApi, kind: Mapping[str, Any], revision: str | None) -> dict[
     return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
 
 
-def _is_stale(path: str, manifest: Manifest) -> bool:
+def _stale(listing: Collection[str], manifest: Manifest) -> list[str]:
+    """What would be taken for a part of this model, and is none: other weights; and scores, which are of the weights that were there."""
+    if manifest.repo_type != "model":
+        return []
     known = {item.path for item in manifest.items}
-    return manifest.repo_type == "model" and path not in known and WEIGHTS.fullmatch(path) is not None
+    # In a repository that was published from here before
+    scores = (
+        {SCORES, "report.json", *(f"{stem}.{kind}" for stem in PLOTS for kind in ("png", "svg"))}
+        if RUN_FACTS in listing
+        else set()
+    )
+    return [path for path in listing if path not in known and (WEIGHTS.fullmatch(path) or path in scores)]
 
 
 def _read_card(api: HfApi, kind: Mapping[str, Any], revision: str | None) -> str:

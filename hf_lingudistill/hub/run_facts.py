@@ -48,6 +48,8 @@ _NOT_RECIPE = {
     "dataloader_pin_memory",
     "debug",
     "pad_to_multiple_of",
+    *("vllm_server_host", "vllm_server_port", "vllm_server_base_url", "vllm_group_port"),
+    *("trackio_space_id", "trackio_bucket_id"),
 }
 # What the loss of a token depends on, but for the weights
 LOSS_SETTINGS = (
@@ -113,6 +115,8 @@ def public_name(reference: str) -> str:
 
 
 def _without_secrets(url: str) -> str:
+    if url.startswith("pipe:"):  # a command of a shell, which may hold anything
+        return "a command"
     if "://" not in url:
         return url
     parts = urlsplit(url)

@@ -57,11 +57,13 @@ def _check_whole(folder: Path) -> str | None:
     return None
 
 
-def model_in_report(report: Mapping[str, Any], folder: Path, *, adapter: bool) -> tuple[str | None, str | None]:
+def model_in_report(
+    report: Mapping[str, Any], folder: Path, *, adapter: bool, beside: bool
+) -> tuple[str | None, str | None]:
     """-> (the report's name for the model in this folder, a note on that or None).
 
     Told by the fingerprint that `evaluate` takes of every model. `main_model` where a report has none (the demo's), and for an
-    adapter, which is evaluated merged.
+    adapter, which is evaluated merged. beside: whether the report lies with the model, as the demo's does.
 
     Raises:
         PublishError: if the report is about other models.
@@ -71,7 +73,13 @@ def model_in_report(report: Mapping[str, Any], folder: Path, *, adapter: bool) -
     models = {name: fact for name, fact in (report.get("models") or {}).items() if isinstance(fact, Mapping)}
     main, prints = main_model(report), {name: fact.get("fingerprint") for name, fact in models.items()}
     if not any(prints.values()):
-        return next((name for name in models if _is_at(models[name], folder)), main), None
+        there = next((name for name in models if _is_at(models[name], folder)), None)
+        if there is None and not beside:
+            raise PublishError(
+                "The report does not say which weights it is about (it has no fingerprints), and does not lie with this model: evaluate the model, "
+                "and pass that report."
+            )
+        return there or main, None
     if adapter:
         path = models.get(main, {}).get("path")
         return (

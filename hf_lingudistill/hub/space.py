@@ -47,6 +47,10 @@ def space_manifest(
             "with `hf upload ORG/BEFORE FOLDER` and pass --before ORG/BEFORE."
         )
     check_repo_id(before, original)
+    if model.revision:
+        raise PublishError(
+            f"The Space loads models from their main branch, and this one goes to {model.revision!r}: publish it to the main branch, or leave --space out."
+        )
     folder = Path(files).expanduser() if files else Path(__file__).resolve().parents[2] / "examples" / "space"
     if not (folder / "app.py").is_file():
         raise PublishError(
@@ -74,6 +78,11 @@ def space_manifest(
         repo_type="space",
         private=model.private,
         message="Publish the Space with hf_lingudistill",
+        notes=(
+            f"the Space reads {model.repo_id}, which is private: give it a token as the secret HF_TOKEN in its settings",
+        )
+        if model.private
+        else (),
     )
 
 

@@ -155,6 +155,7 @@ def save(trainer: Trainer, *, merge_adapter: bool) -> None:
     """Write the plain student (or the adapter) and its processor to `output_dir`."""
     from accelerate.utils import is_peft_model
 
+    from ..checkpoints import set_aside_other_kind
     from ..hub.run_facts import FILE_NAME as RUN_FACTS
 
     output_dir = Path(str(trainer.args.output_dir))
@@ -166,6 +167,7 @@ def save(trainer: Trainer, *, merge_adapter: bool) -> None:
     if trainer.accelerator.is_main_process:
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
         merged.save_pretrained(output_dir)
+        set_aside_other_kind(output_dir, adapter=False)
         trainer.processing_class.save_pretrained(output_dir)
         shutil.copy(output_dir / "adapter" / RUN_FACTS, output_dir)
 
