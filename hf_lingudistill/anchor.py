@@ -242,9 +242,10 @@ def _says_something(model: nn.Module) -> bool:
             if any(not a.equal(b.to(a)) for a, b in pairs):
                 return True
         if isinstance(module, BaseTunerLayer):
-            for name, weight in module.named_parameters():
-                if re.search(r"lora(_embedding)?_B\b", name) and _any(weight):
-                    return True
+            added = {name: weight for name, weight in module.named_parameters() if own_name(module, name) is None}
+            ends = [weight for name, weight in added.items() if re.search(r"lora(_embedding)?_B\b", name)]
+            if any(map(_any, ends)) or (added and not ends):  # of another type than LoRA, nobody knows how it begins
+                return True
     return False
 
 

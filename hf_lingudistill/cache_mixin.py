@@ -14,7 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from .anchor import Before, evaluating, make_before
+from .anchor import Before, evaluating
 from .bad_rows import ROW_COLUMN
 from .cached import LookUp, flat_readings, keys_of, still_rows
 from .checkpoints import check_apart
@@ -61,7 +61,7 @@ class CacheMixin(_Trainer):
     teacher_arithmetic: str | None
     has_distill_column: bool | None
     decided: dict[str, Any]
-    came_adapted: bool
+    _before_of: Callable[..., Before]
     _teacher_ref: Any
     _compute_dtype: torch.dtype
     _plain_student: Callable[[], Any]
@@ -150,15 +150,7 @@ class CacheMixin(_Trainer):
             student.to(self.accelerator.device)  # DeepSpeed places it when it wraps it
         if not (args.anchor_cache or (args.teacher_cache and self.decided["kv_source"] == "before")):
             return None
-        return make_before(
-            self.model,
-            student,
-            self._compute_dtype,
-            accelerator=self.accelerator,
-            asked_by=asked_by,
-            kept=False,
-            adapted=self.came_adapted,
-        )
+        return self._before_of(student, asked_by=asked_by, kept=False)
 
     # ----------------------------------------------------------------------------------------------------------------
     # What the answers depend on
@@ -172,7 +164,7 @@ class CacheMixin(_Trainer):
         revision = (self.args.model_init_kwargs or {}).get("revision")
         name = str(getattr(student.config, "_name_or_path", "") or "")
         return {
-            "VLM before": _named(name, revision, weights_digest(student)),
+            "VLM before": _named(name, revision, weights_digest(student, adapter_off=self.model is not student)),
             **config_facts("VLM before's config", student.config),
             **processor_facts(self.processing_class),
         }

@@ -129,6 +129,9 @@ class DistillChecks(_Config):
     def __post_init__(self) -> None:
         self._forget_chosen()
         self._check_types()
+        metric = self.metric_for_best_model
+        if self.greater_is_better is None and isinstance(metric, str) and metric.endswith(("_ce", "_kl", "entropy")):
+            self.greater_is_better = False  # transformers knows losses alone by their names
         super().__post_init__()
         self.check()
 
@@ -327,9 +330,6 @@ class LinguDistillConfig(DistillChecks, DistillOptions, LocalSFTConfig):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             # The loss moves with what the teacher lets through; cross-entropy does not
             self.metric_for_best_model, self.greater_is_better = "ce_loss", False
-        metric = self.metric_for_best_model
-        if self.greater_is_better is None and isinstance(metric, str) and metric.endswith(("_ce", "_kl", "entropy")):
-            self.greater_is_better = False  # transformers knows losses alone by their names
         super().__post_init__()
 
     def _check(self) -> None:
@@ -397,6 +397,12 @@ class OnPolicyLinguDistillConfig(DistillChecks, OnPolicyOptions, LocalArguments,
                     f"{option.name} has no meaning on-policy, where answers are sampled and nothing is a label; got {shown(value)}. Leave "
                     "it out."
                 )
+        generation: Any = self.generation_kwargs or {}  # a text has become a mapping by now
+        if (several := generation.get("num_return_sequences", 1)) != 1:
+            raise ValueError(
+                f"generation_kwargs has num_return_sequences={several!r}, and each prompt has one answer here: of several, those of the first prompts would "
+                "be taken for those of others. Leave it out."
+            )
         if not isinstance(self.max_completion_length, int) or self.max_completion_length < 1:
             raise ValueError(
                 f"max_completion_length must be a number of tokens of at least 1; got {shown(self.max_completion_length)}."

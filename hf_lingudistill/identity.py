@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ._internals import own_name
@@ -23,10 +24,10 @@ _VOLATILE = frozenset(
 )
 
 
-def weights_digest(model: nn.Module, *, vocabulary: int | None = None) -> str:
-    """A hash of a model's weights and lasting buffers, without what an adapter added.
+def weights_digest(model: nn.Module, *, vocabulary: int | None = None, adapter_off: bool = False) -> str:
+    """A hash of a model's weights and lasting buffers.
 
-    vocabulary: rows of head and embeddings behind it are padding, and left out.
+    vocabulary: rows of head and embeddings behind it are padding, and left out. adapter_off: what an adapter added is not asked, and left out.
     """
     found, padded = hashlib.sha256(), set()
     if vocabulary is not None:
@@ -34,10 +35,18 @@ def weights_digest(model: nn.Module, *, vocabulary: int | None = None) -> str:
         rows = len(ends[0].weight)
         padded = {id(p) for end in ends for p in end.parameters() if len(p) == rows > vocabulary}
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if isinstance(tensor, torch.Tensor) and (own := own_name(model, name)) is not None:
-            found.update(f"{own}{tensor.dtype}".encode())
+        own = own_name(model, name)
+        if isinstance(tensor, torch.Tensor) and not (own is None and adapter_off):
+            found.update(f"{own or name}{tensor.dtype}".encode())
             tensor = tensor.detach()[:vocabulary] if id(tensor) in padded else tensor.detach()
             found.update(tensor.to("cpu").contiguous().flatten().view(torch.uint8).numpy().data)
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, BaseTunerLayer) and not adapter_off
+        ):  # an adapter's own numbers, and which of several is on
+            found.update(
+                f"{name}{getattr(module, 'scaling', None)}{module.active_adapters}{module.disable_adapters}".encode()
+            )
     return found.hexdigest()[:16]
 
 

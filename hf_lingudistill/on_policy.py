@@ -113,7 +113,7 @@ class OnPolicyLinguDistillTrainer(StepMixin, PublishingMixin, ResumingMixin, Dis
         self.before_init(model, teacher_model, teacher_tokenizer, args, kwargs)
         opened, vision = open_prompts(train_dataset, eval_dataset, args)
         self.has_distill_column, self.distill_share = opened.has_distill_column, opened.distill_share
-        check_best_metric(args, opened.evaluation, computed=True)  # TRL's values of samples are many
+        check_best_metric(args, opened.evaluation, computed=kwargs.get("compute_metrics") is not None, more=True)
         if args.anchor == "none" and self.distill_share not in (None, 1.0):
             raise ValueError(
                 f"anchor='none' leaves {1 - self.distill_share:.0%} of the rows without a judge, those that column "

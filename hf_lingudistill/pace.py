@@ -63,9 +63,10 @@ def check_batches(dataloader: Any, args: Any) -> None:
     """Raise ValueError for a dataloader that has not one batch. args: of the training."""
     if _length(dataloader) == 0:
         raise ValueError(
-            f"Not one batch: the training set has {_length(dataloader.dataset)} rows, a batch takes per_device_train_batch_size="
-            f"{args.per_device_train_batch_size} per process and dataloader_drop_last={args.dataloader_drop_last}. Lower the batch "
-            "size, keep the last batch, or add rows."
+            f"Not one batch: the training set has {_length(dataloader.dataset)} rows, with per_device_train_batch_size="
+            f"{args.per_device_train_batch_size}, gradient_accumulation_steps={args.gradient_accumulation_steps} and dataloader_drop_last="
+            f"{args.dataloader_drop_last} per process (on-policy, a step takes all of them or none). Lower the first two, keep the last batch, or add "
+            "rows."
         )
 
 

@@ -100,6 +100,11 @@ class ResumingMixin(_Trainer):
             put_back(out)
         self.accelerator.wait_for_everyone()  # all have looked, and what was put aside is back
         checkpoint = None if wanted is None else to_resume(wanted, out)
+        if checkpoint is not None and not hasattr(self.train_dataset, "__len__"):
+            logger.warning(
+                "The training set is a stream: the run goes on behind as many batches as it had, counted from the stream's start. If it had been at its "
+                "end before, the rows are others than without the interruption."
+            )
         if checkpoint is not None:
             check_same(self, Path(checkpoint), read_run_facts(checkpoint))
         if not own and self.accelerator.is_local_main_process:

@@ -175,28 +175,36 @@ class StepMixin(TeacherMixin):
             logger.warning(
                 "anchor='before' changes nothing: it judges rows that are marked false, and there are none."
             )
+        if "kv_source" in asking and args.teacher_cache and args.kv_source_left_out:
+            try:  # asked before training alone
+                self._before_of(student, asked_by="kv_source", kept=False)
+            except ValueError as error:
+                self._give_way(error)
+                asking.remove("kv_source")
         # What is computed before training asks the student itself (`cache_mixin.py`)
         asking = [name for name in asking if not (args.anchor_cache if name == "anchor" else args.teacher_cache)]
         if not asking:
             return None
         try:
-            before = make_before(
-                self.model,
-                student,
-                self._compute_dtype,
-                accelerator=self.accelerator,
-                asked_by=asking[0],
-                speaks="anchor" in asking,
-                adapted=self.came_adapted,
-            )
+            before = self._before_of(student, asked_by=asking[0], speaks="anchor" in asking)
         except ValueError as error:
             if asking != ["kv_source"] or not args.kv_source_left_out:
                 raise
-            logger.warning("The teacher reads the student's own keys and values, which training moves: %s", error)
-            self.decided["kv_source"] = "student"
+            self._give_way(error)
             return None
         logger.info("The VLM before (%s): %.1f MiB beside the student", " and ".join(asking), before.footprint / 2**20)
         return before
+
+    def _before_of(self, student: PreTrainedModel, **how: Any) -> Before:
+        """`make_before` of this run. how: more of its arguments."""
+        return make_before(
+            self.model, student, self._compute_dtype, accelerator=self.accelerator, adapted=self.came_adapted, **how
+        )
+
+    def _give_way(self, error: ValueError) -> None:
+        """There is no VLM before to read, and nobody asked for it."""
+        logger.warning("The teacher reads the student's own keys and values, which training moves: %s", error)
+        self.decided["kv_source"] = "student"
 
     def share_towers(self, collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]]) -> None:
         """Where the engine shards, let every process run the vision towers in each step in which another one does.
@@ -355,12 +363,12 @@ EVALUATED = (
 )
 
 
-def check_best_metric(args: Any, evaluation: Any, *, computed: bool) -> None:
+def check_best_metric(args: Any, evaluation: Any, *, computed: bool, more: bool = False) -> None:
     """What the best checkpoint is chosen by: a value that an evaluation gives, and of several evaluation sets that of one.
 
     Args:
         evaluation: one set, several by name, or None. computed: whether `compute_metrics` or a subclass gives values that are
-            not known here.
+            not known here. more: an evaluation gives others than `EVALUATED` as well; then what is near one of those is taken for it, misspelt.
 
     Raises:
         ValueError: if `metric_for_best_model` names none.
@@ -371,14 +379,16 @@ def check_best_metric(args: Any, evaluation: Any, *, computed: bool) -> None:
     if not isinstance(evaluation, dict):
         plain = metric.removeprefix("eval_")
         if not computed and plain not in EVALUATED:
-            near = difflib.get_close_matches(plain, EVALUATED, n=1)
+            near = difflib.get_close_matches(plain, EVALUATED, n=1, cutoff=0.8 if more else 0.6)
+            if more and not near:
+                return
             meant = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(EVALUATED)}."
             raise ValueError(
                 f"metric_for_best_model={metric!r} is none of the values that an evaluation gives: {meant}"
             )
         return
     named = [metric.removeprefix("eval_").removeprefix(f"{name}_") for name in evaluation]
-    if not any(of != metric.removeprefix("eval_") and (computed or of in EVALUATED) for of in named):
+    if not any(of != metric.removeprefix("eval_") and (computed or more or of in EVALUATED) for of in named):
         raise ValueError(
             f"metric_for_best_model={metric!r}{' (the default)' if metric == 'ce_loss' else ''} names none of the evaluation sets {', '.join(map(repr, evaluation))}, each of which has a "
             f"value of its own: set it to {next(iter(evaluation)) + '_ce_loss'!r}, say."

@@ -285,7 +285,9 @@ def _named_or_guessed(model: Any, teacher_model: Any, args: Any) -> Any:
                 "that the VLM was built from or, where there was none, the VLM that it was tuned from."
             )
         logger.warning("Teacher guessed from the student's config or card: %s", teacher)
-    return getattr(teacher, "_orig_mod", teacher)  # of torch.compile: the teacher's parts run, not its forward
+    teacher = getattr(teacher, "_orig_mod", teacher)  # of torch.compile: the teacher's parts run, not its forward
+    whole: Any = teacher.get_base_model() if not isinstance(teacher, str) and is_peft_model(teacher) else teacher
+    return whole  # its adapter stays in its layers
 
 
 def as_dict(value: Any) -> dict[str, Any]:

@@ -14,14 +14,15 @@ import pytest
 import tiny
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from hf_lingudistill import LinguDistillConfig
+from hf_lingudistill import LinguDistillConfig, OnPolicyLinguDistillConfig, OnPolicyLinguDistillTrainer
 from hf_lingudistill.cli import main
+from hf_lingudistill.row_cache import StaleCache
 from hf_lingudistill.sharing import MODES
 
 MakeTrainer = Callable[..., Any]
@@ -109,11 +110,13 @@ def test_false_does_not_resume_whatever_the_options_say(make_trainer: MakeTraine
 # --------------------------------------------------------------------------------------------------------------------
 # Adapters of the caller's own
 # --------------------------------------------------------------------------------------------------------------------
-def adapted(*, trained: bool, name: str = "default", **settings: Any) -> Any:
+def adapted(*, trained: bool, name: str = "default", kind: str = "LoRA", **settings: Any) -> Any:
     """A VLM with an adapter; trained: as another training has left it."""
-    model = get_peft_model(
-        tiny.make_vlm(0), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **settings), adapter_name=name
-    )
+    layers: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], **settings}
+    config: Any = LoraConfig(r=4, **layers) if kind == "LoRA" else LoHaConfig(r=4, **layers)
+    if kind == "IA3":
+        config = IA3Config(feedforward_modules=[], **layers)
+    model = get_peft_model(tiny.make_vlm(0), config, adapter_name=name)
     generator = torch.Generator().manual_seed(3)
     for parameter_name, weight in model.named_parameters():
         if trained and ("lora_B" in parameter_name or "modules_to_save" in parameter_name):
@@ -136,6 +139,28 @@ def test_an_adapter_that_is_trained_already_is_of_the_vlm_before(
     # Of the run's own adapter, the VLM before is the VLM, also where it begins with noise
     noise = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     assert make_trainer(peft_config=noise, **asked, kv_source="before").before is not None
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "IA3"])
+def test_an_adapter_of_another_type_that_came_with_the_model_counts_as_trained(
+    make_trainer: MakeTrainer, kind: str
+) -> None:
+    with pytest.raises(ValueError, match="this adapter is trained already"):
+        make_trainer(
+            model=adapted(trained=True, kind=kind), kv_sharing="vision", kv_source="before", freeze_vision=None
+        )
+    made = make_trainer(
+        model=adapted(trained=True, kind=kind), kv_sharing="vision", kv_source=None, freeze_vision=None
+    )
+    assert made.decided["kv_source"] == "student"
+
+
+def test_with_a_cache_the_source_gives_way_as_without(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    pissa = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    common: dict[str, Any] = {"kv_sharing": "vision", "teacher_cache": True, "peft_config": pissa}
+    assert make_trainer(kv_source=None, **common).decided["kv_source"] == "student"
+    with pytest.raises(ValueError, match="changes the weights under the adapter"):
+        make_trainer(kv_source="before", **common)
 
 
 def test_merged_its_own_anchor_is_at_0(make_trainer: MakeTrainer) -> None:
@@ -322,3 +347,52 @@ def test_one_process_on_several_gpus_says_what_to_type(
     command = ["distill", "--student", str(student), "--teacher", str(teacher), "--dataset_name", "nowhere"]
     assert main([*command, "--output_dir", str(tmp_path / "out"), "--report_to", "none"]) == 2
     assert "This process sees 2 GPUs" in capsys.readouterr().err
+
+
+def test_a_teacher_with_an_adapter_answers_with_it_from_a_cache_too(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """And a cache of one adapter is not another's."""
+
+    def teacher(seed: int) -> Any:
+        model = get_peft_model(tiny.make_lm(1), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.data += torch.randn(weight.shape, generator=generator)
+        return model
+
+    def loss(seed: int, *, whole: bool, **more: Any) -> float:
+        made = teacher(seed)
+        trainer = make_trainer(
+            teacher_model=made if whole else made.get_base_model(), kv_sharing="none", distill_tokens="all", **more
+        )
+        trainer.train()
+        return float(trainer.state.log_history[0]["kd_loss"])
+
+    cache: dict[str, Any] = {"teacher_cache": True, "cache_dir": str(tmp_path / "cache")}
+    for whole in (True, False):
+        assert loss(1, whole=whole, **cache) == pytest.approx(loss(1, whole=whole), rel=1e-4)
+    assert loss(2, whole=True) != pytest.approx(loss(1, whole=True), rel=1e-3)
+    with pytest.raises(StaleCache):
+        loss(2, whole=True, **cache)
+
+
+def test_the_best_samples_are_those_nearest_to_the_parents(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    for metric, greater in (("anchor_kl", False), ("eval_entropy", False), ("teacher_agreement", True)):
+        config = OnPolicyLinguDistillConfig(
+            output_dir=str(tmp_path), metric_for_best_model=metric, load_best_model_at_end=True, eval_strategy="steps",
+            save_strategy="steps", eval_steps=1, save_steps=1,
+        )  # fmt: skip
+        assert config.greater_is_better is greater, metric
+    best: dict[str, Any] = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    best |= {"load_best_model_at_end": True, "eval_dataset": tiny.make_dataset(4)}
+    with pytest.raises(
+        ValueError, match="metric_for_best_model='eval_losss' is none of the values .* did you mean 'loss'"
+    ):
+        make_trainer(OnPolicyLinguDistillTrainer, metric_for_best_model="eval_losss", **best)
+    make_trainer(OnPolicyLinguDistillTrainer, metric_for_best_model="completions/mean_length", **best)
+
+
+def test_several_answers_to_a_prompt_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_return_sequences=2, and each prompt has one answer here"):
+        OnPolicyLinguDistillConfig(output_dir=str(tmp_path), generation_kwargs={"num_return_sequences": 2})
+    OnPolicyLinguDistillConfig(output_dir=str(tmp_path), generation_kwargs={"num_return_sequences": 1})
