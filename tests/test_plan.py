@@ -139,7 +139,10 @@ def test_a_teacher_that_is_not_the_students_lm_is_refused(
     small: tuple[ModelFacts, ModelFacts], tmp_path: Path
 ) -> None:
     other = model_facts(tiny.make_lm().config, "other")
-    with pytest.raises(PlanError, match="has 30 layers with K/V of width 192, the teacher 2 of 16: pass the LM"):
+    with pytest.raises(
+        PlanError,
+        match="has 30 layers with K/V of width 192 in heads of 64, the teacher 2 of 16 in heads of 8: pass the LM",
+    ):
         make_plan(small[0], other, Setup())
     make_plan(*small, Setup())
     tiny.make_lm().config.save_pretrained(tmp_path)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
+from hf_lingudistill import check_compatibility
 from hf_lingudistill.folders import check, replacing
 from hf_lingudistill.weights import load_whole
 
@@ -53,6 +54,9 @@ def interpolate(vlm_path: str | Path, lm_path: str | Path, alpha: float, output_
                     continue
                 done.add(id(ours))
                 ours[:rows].lerp_(weight, 1 - alpha)
+    if not Path(lm_path).is_dir() or (Path(lm_path) / "tokenizer_config.json").is_file():
+        # Of one shape, embeddings may be of other tokens
+        check_compatibility(str(vlm_path), str(lm_path)).raise_for_misfit()
     with replacing(out.parent, out.name, by="interpolate") as made:
         vlm.save_pretrained(made / out.name)
         AutoProcessor.from_pretrained(vlm_path).save_pretrained(made / out.name)
@@ -73,7 +77,10 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, required=True, help="share of the VLM, 0 to 1")
     parser.add_argument("--output_dir", required=True)
     args = parser.parse_args()
-    interpolate(args.vlm, args.lm, args.alpha, args.output_dir)
+    try:
+        interpolate(args.vlm, args.lm, args.alpha, args.output_dir)
+    except ValueError as error:
+        parser.error(str(error))
     print(f"Saved to {args.output_dir}: {args.alpha:g} of the VLM, {1 - args.alpha:g} of the LM.")
 
 

@@ -533,7 +533,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.exit(2, f"reproduce.py: {refusal}\n")
 
 
+def check_names(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
+    """Raise Refusal for a name that the settings do not have, before anything is trained."""
+    named = {"tower": ("towers", getattr(args, "tower", None) or (args.name if args.command == "tower" else None))}
+    named |= {"drift": ("drift", getattr(args, "drift", None)), "regime": ("regimes", getattr(args, "regime", None))}
+    for what, (section, name) in named.items():
+        if name is not None and name not in settings[section] and (what, name) != ("drift", "no"):
+            raise summary.Refusal(
+                f"There is no {what} {name!r} in the settings: choose one of {', '.join(settings[section])}."
+            )
+    if args.command == "arms" and (unknown := [name for name in args.names if name not in settings["arms"]]):
+        raise summary.Refusal(
+            f"There is no arm {unknown[0]!r} in the settings: choose of {', '.join(settings['arms'])}."
+        )
+
+
 def run_command(args: argparse.Namespace, place: Place) -> int:
+    check_names(args, place.settings)
     common = ["--out", str(args.out), "--settings", str(args.settings), "--results", str(args.results)]
     common += ["--threads", str(args.threads)] + ["--offline"] * args.offline
     if args.command == "modes":

@@ -189,7 +189,9 @@ def _file_rows(path: Path) -> Iterable[Mapping[str, Any]]:
             f"--texts {str(path)!r} is no text in UTF-8 ({error.reason} at byte {error.start})."
         ) from error
     if path.suffix == ".jsonl":
-        for number, line in enumerate(content.splitlines(), start=1):
+        for number, line in enumerate(
+            content.split("\n"), start=1
+        ):  # not splitlines, which parts a line at U+2028 too
             if line.strip():
                 yield _json_row(line, f"{path.name}, line {number}") | {"_folder": path.parent}
     else:

@@ -38,6 +38,10 @@ def check_roles(models: Mapping[str, str], sees: Mapping[str, bool], suite: Suit
         if place in places:
             raise ValueError(f"{places[place]} and {name} are the same model, {path!r}; expected two to compare.")
         places[place] = name
+    if not any(sees.values()) and (task := next((t for t in suite.fidelity if t.template == "before"), None)):
+        raise ValueError(
+            f"Task {task.name!r} asks the original in the VLM's chat template, and no VLM is given: pass --before, or set `template: own`."
+        )
     if suite.fidelity and "original" not in models:
         raise ValueError(
             f"Suite {suite.name!r} measures fidelity to the original, which is missing; pass the language model that the VLM was built "

@@ -26,7 +26,7 @@ from ...images import decode_image
 from ...mixtures import DistillSource
 from ...rgb import to_rgb
 from ...sources import flat_files, load_saved, load_source
-from .drawings import drawings
+from .drawings import Drawing, drawings
 from .fidelity import Question
 from .shapes import ShapeError, accepted_answers, choices_of, found, right_choices, text_of
 from .suite import Data, FidelityTask, GroundedTask, TextTask, VisionTask
@@ -130,7 +130,7 @@ def fidelity_questions(task: FidelityTask, seed: int) -> list[Question]:
         return [Question(str(i), own["text"][i]) for i in _draw(task, list(range(len(own["text"]))), seed)]
     about = own["about_a_picture"]
     if task.builtin == "drawings":
-        pictures = drawings(task.n or 64, seed)
+        pictures = _drawings(task, 64, seed)
         return [Question(str(i), about[i % len(about)], p.caption, (p.image,)) for i, p in enumerate(pictures)]
     shown = () if task.image is None else (task.image,) if isinstance(task.image, str) else task.image
     named = [column for column in (task.instruction, task.caption) if column is not None]
@@ -320,8 +320,15 @@ def _built_in_images(task: VisionTask | GroundedTask, seed: int) -> list[ImageIt
     ]
 
 
+def _drawings(task: Data, usual: int, seed: int) -> list[Drawing]:
+    try:
+        return drawings(task.n or usual, seed)
+    except ValueError as error:
+        raise ValueError(f"Task {task.name!r}: {error}. Lower `n`.") from None
+
+
 def _draw_pictures(task: VisionTask | GroundedTask, seed: int) -> list[ImageItem]:
-    pictures = drawings(task.n or 100, seed)
+    pictures = _drawings(task, 100, seed)
     if task.builtin == "drawn_colors":
         asked = [(f"What color is the {picture.shape}? Answer with one word.", picture.color) for picture in pictures]
     else:  # every other question is about another color, so that always saying yes scores one half

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ SIDE = 224  # pixels
 COLORS = ("red", "green", "blue", "yellow", "orange", "purple", "black", "pink")
 SHAPES = ("circle", "square", "triangle", "star")
 PLACES = ("in the middle", "at the top", "at the bottom", "on the left", "on the right")
+SIZES = (0.16, 0.22)  # of the radius, as a share of SIDE
+COUNT = len(COLORS) * len(SHAPES) * len(PLACES) * len(SIZES)
 _CENTERS = {PLACES[0]: (0.5, 0.5), PLACES[1]: (0.5, 0.25), PLACES[2]: (0.5, 0.75), PLACES[3]: (0.25, 0.5), PLACES[4]: (0.75, 0.5)}  # fmt: skip
 
 
@@ -27,12 +30,22 @@ class Drawing:
 
 
 def drawings(n: int, seed: int) -> list[Drawing]:
-    """n pictures, SIDE x SIDE RGB on white. The colors, and of each color the shapes, come equally often."""
+    """n pictures, SIDE x SIDE RGB on white, no two alike. The colors, and of each color the shapes, come equally often.
+
+    Raises:
+        ValueError: for more than there are, `COUNT`: an interval over repeats would tell of items that are none.
+    """
+    if n > COUNT:
+        raise ValueError(f"there are {COUNT} pictures that differ, not {n}")
     rng = random.Random(seed)
     found = []
+    of: dict[tuple[str, str], list[tuple[str, float]]] = {}  # where and how large each is drawn, in random order
     for index in range(n):
         color, shape = COLORS[index % len(COLORS)], SHAPES[index // len(COLORS) % len(SHAPES)]
-        place, size = rng.choice(PLACES), rng.choice((0.16, 0.22))
+        ways = of.setdefault((color, shape), [])
+        if not ways:
+            ways += rng.sample(list(itertools.product(PLACES, SIZES)), len(PLACES) * len(SIZES))
+        place, size = ways.pop()
         other = rng.choice([name for name in COLORS if name != color])
         caption = f"a {'small' if size < 0.2 else 'large'} {color} {shape} {place} of a white page"
         found.append(Drawing(_drawn(shape, color, _CENTERS[place], size), caption, shape, color, other))

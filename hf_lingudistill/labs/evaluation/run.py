@@ -92,6 +92,8 @@ def evaluate_models(
     _check_asked(
         suite, models, made, out, reference=reference, compare=compare, device=device, training_log=training_log
     )
+    if reference is not None and reference not in models:  # the folder or Hub id of one that is compared is that one
+        reference = next((name for name, path in models.items() if _same_place(path, reference)), reference)
     to_score = dict(models)
     if suite.grounded and reference is not None and reference not in models:
         to_score = {REFERENCE: reference, **to_score}  # an instrument with a folder of its own, and no column
@@ -177,6 +179,12 @@ def evaluate_models(
     if not plotted:
         say(f"No plots: they need matplotlib; run {install('eval')}.")
     return report
+
+
+def _same_place(one: str, other: str) -> bool:
+    return one == other or (
+        Path(one).is_dir() and Path(other).is_dir() and Path(one).resolve() == Path(other).resolve()
+    )
 
 
 def _check_asked(

@@ -49,7 +49,7 @@ class Plan:
     @property
     def needed(self) -> float:
         """Bytes a device must have: the peak, what the allocator loses, and CUDA's own."""
-        return self.peak / ALLOCATOR_SHARE + CONTEXT_BYTES
+        return self.peak / ALLOCATOR_SHARE + (0 if self.setup.device == "cpu" else CONTEXT_BYTES)
 
     @property
     def fits(self) -> bool:
@@ -94,10 +94,15 @@ class Plan:
             f"Per device, at the peak, which is {self.moment}:",
             *(f"  {name:<20}{size / GIB:9.2f} GiB" for name, size in self.lines.items() if size),
             f"  {'tensors':<20}{self.peak / GIB:9.2f} GiB",
-            f"  {'needed':<20}{self.needed / GIB:9.2f} GiB, with the allocator's loss and CUDA's own",
+            f"  {'needed':<20}{self.needed / GIB:9.2f} GiB, with the allocator's loss"
+            + ("" if setup.device == "cpu" else " and CUDA's own"),
             "",
             "Teacher: " + ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in self.teacher.items()) + ", whole",
-            f"Recorded K/V: {self.recorded_kv / GIB:.2f} GiB, dropped before the backward pass",
+            *(
+                [f"Recorded K/V: {self.recorded_kv / GIB:.2f} GiB, dropped before the backward pass"]
+                if MODES[setup.kv_sharing].records_kv and not setup.teacher_is_gone
+                else []
+            ),
             *(
                 [
                     f"Asked once, before training: {self.saved / GIB:.2f} GiB less at the peak; on disk {self.cached:,} bytes per label"
@@ -149,12 +154,13 @@ def make_plan(student: ModelFacts, teacher: ModelFacts, setup: Setup) -> Plan:
             is no VLM.
     """
     teacher = _as_loaded(teacher, setup)
-    ours = (student.text.layers, student.text.kv_width)
-    theirs = (teacher.text.layers, teacher.text.kv_width)
+    ours, theirs = (
+        (of.text.layers, of.text.kv_width, of.text.heads_width // of.text.heads) for of in (student, teacher)
+    )
     if ours != theirs and not MODES[setup.kv_sharing].sees:
         raise PlanError(
-            f"The student's language model has {ours[0]} layers with K/V of width {ours[1]}, the teacher {theirs[0]} of "
-            f"{theirs[1]}: pass the LM that the student was built from."
+            f"The student's language model has {ours[0]} layers with K/V of width {ours[1]} in heads of {ours[2]}, the teacher {theirs[0]} of "
+            f"{theirs[1]} in heads of {theirs[2]}: pass the LM that the student was built from."
         )
     moments = dict(moments_of(student, teacher, setup))
     moment = max(moments, key=lambda name: sum(moments[name].values()))

@@ -49,6 +49,11 @@ def as_text(report: Report) -> str:
             lines.append(
                 f"{source['name']}: marked {_flag(source['marked'])} now, proposed {_flag(source['distill'])}."
             )
+        if _has_own_flags(source):
+            lines.append(
+                f"{source['name']}: its rows carry flags of their own ({source['rows_marked']} of {source['n'] + sum(source['unusable'].values())} true), which "
+                "datasets.yaml leaves to them."
+            )
         if source["unusable"]:
             lines.append(
                 f"{source['name']}: {sum(source['unusable'].values())} rows left out ({_counts(source['unusable'])})."
@@ -60,6 +65,10 @@ def as_text(report: Report) -> str:
             f"or the rows are too few (below {FEWEST} there is no interval)."
         )
     return "\n".join(lines)
+
+
+def _has_own_flags(source: Report) -> bool:
+    return source.get("rows_marked") is not None
 
 
 def _proposal(source: Report) -> str:
@@ -91,7 +100,11 @@ def write_report(report: Report, folder: Path) -> list[Path]:
         (made / "mix.json").write_text(as_json(summary) + "\n", encoding="utf-8")
         with (made / "rows.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in report["rows"])
-        entries = [{**source["entry"], "distill": source["distill"]} for source in report["sources"]]
+        # A flag of the source would take the place of those that its rows have
+        entries = [
+            source["entry"] if _has_own_flags(source) else {**source["entry"], "distill": source["distill"]}
+            for source in report["sources"]
+        ]
         (made / "datasets.yaml").write_text(yaml.safe_dump({"datasets": entries}, sort_keys=False), encoding="utf-8")
         if importlib.util.find_spec("matplotlib") is not None:
             _plot(report, made / "mix.png")

@@ -12,10 +12,11 @@ import torch
 import yaml
 
 from ...columns import prepare_dataset
-from ...compatibility import UnreadableModelError
+from ...compatibility import UnreadableModelError, check_compatibility
 from ...folders import check
 from ...identity import digest
 from ...mixtures import DistillMixtureConfig, DistillSource
+from ...options import DistillOptions
 from ...sentences import at_home
 from ...sources import load_source
 from ...yaml_text import read_yaml
@@ -55,12 +56,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of one source. unusable: {reason: number} of those that cannot be read. entry: as a recipe names it."""
+    """Rows of one source. unusable: {reason: number} of those that cannot be read. entry: as a recipe names it.
+    marked: how many of the rows that were drawn are flagged true in a column of their own; None without one."""
 
     name: str
     prompts: tuple[Prompt, ...]
     unusable: Mapping[str, int]
     entry: DistillSource
+    marked: int | None = None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -125,7 +128,9 @@ def _read_source(entry: DistillSource, name: str, rows: int, seed: int) -> Sourc
             first = first or str(error)
     if not prompts:
         raise ValueError(f"{name}: none of {len(drawn)} rows can be scored. {first or 'It has no rows.'}")
-    return Source(name, tuple(prompts), unusable, entry)
+    flags = DistillOptions.distill_column
+    own = sum(map(bool, drawn[flags])) if entry.distill is None and flags in dataset.column_names else None
+    return Source(name, tuple(prompts), unusable, entry, own)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -169,6 +174,7 @@ def score_mix(
                 f"{'a vision-language model' if sees else 'the language model that the student was built from'}."
             )
         require_template(role, path, sees=sees, **options)
+    check_compatibility(student, teacher, trust_remote_code=trust_remote_code).raise_for_misfit()
     prompts = [prompt for source in sources for prompt in source.prompts]
     options |= {"dtype": dtype, "device": device}
 
@@ -261,6 +267,7 @@ def _of_source(
         "distill": speaks,
         "sure": all(wanted) if speaks else any(against),
         "marked": source.entry.distill,
+        "rows_marked": source.marked,
         "entry": {
             name: value for name, value in vars(source.entry).items() if value is not None and name != "distill"
         },
