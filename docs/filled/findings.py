@@ -65,12 +65,11 @@ def _ifeval_claim() -> str:
         return f"{statistics.fmean(found[seed, arm]['ifeval_strict'] for seed in seeds):.1%}"
 
     half = 100 * max(found[seed, arm]["half"]["ifeval_strict"] for seed in seeds for arm in arms)
-    rival = "ce_instructions_long"
-    beside = f", cross-entropy {of(rival)}" if all((seed, rival) in found for seed in seeds) else ""
-    return (
-        f"Of IFEval's prompts the original follows {original:.1%}, the VLM before {of('before')}. After 160 steps on rows of that kind: {of(arms[0])}, "
-        f"{of(arms[1])} with 30% of the original mixed in{beside} (each ± {half:.1f} points; {_count(len(seeds))}, CPU)."
-    )
+    rival, text = "ce_instructions_long", f"IFEval: the original {original:.1%}, the VLM before {of('before')}; after 160 steps on such rows the default {of(arms[0])}"
+    if all((seed, rival) in found for seed in seeds):
+        closer = statistics.fmean(1 - found[seed, arms[0]]["text_kl"] / found[seed, rival]["text_kl"] for seed in seeds)
+        text += f", {closer:.0%} closer on text than cross-entropy, which has {of(rival)}"
+    return f"{text} (each ± {half:.1f}; {_count(len(seeds))}, CPU)."
 
 
 def _claimed(after: str, device: str, arm: str, other: str = "ce", **where: Any) -> str:
@@ -567,9 +566,13 @@ def _instructions_longer(original: dict[str, Any]) -> list[str]:
         )
         if before is not None:
             line += f" (before {before['naming_seen']:.2f})"
-        lines.append(
-            f"{line}. In this seed instruction following comes back where rows ask for it, with enough steps."
-        )
+        told = "In this seed instruction following comes back where rows ask for it, with enough steps"
+        if (rival := found.get((seed, "ce_instructions_long"))) is not None:
+            told += (
+                f": also with cross-entropy alone, {rival['ifeval_strict']:.3f}, not told apart from the default. What the teacher adds is nearness: cross-entropy "
+                f"ends at {rival['text_kl']:.3f} on text and {rival['image_kl']:.3f} about pictures"
+            )
+        lines.append(f"{line}. {told}.")
     return lines
 
 
