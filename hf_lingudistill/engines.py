@@ -265,12 +265,15 @@ def forget_evaluation(trainer: Any) -> None:
         accelerator._models.clear()
 
 
-def check_one_device(args: Any) -> None:
-    """Refuse a process that sees several GPUs: transformers would wrap the student into `nn.DataParallel`, which TRL does not support.
+def check_one_device(args: Any, student: Any = None) -> None:
+    """Refuse a process that sees several GPUs: transformers would wrap the student into `nn.DataParallel`, which TRL does not support. Not where the
+    student lies on several of them (`device_map`).
 
     Raises:
         ValueError: with what to type instead.
     """
+    if getattr(student, "hf_device_map", None) or (args.model_init_kwargs or {}).get("device_map"):
+        return
     if args.n_gpu > 1:
         raise ValueError(
             f"This process sees {args.n_gpu} GPUs, and a process trains on one. For one: CUDA_VISIBLE_DEVICES=0 before the command. For all: accelerate "

@@ -82,7 +82,7 @@ class TeacherMixin(_Trainer):
             ValueError: see `DistillChecks.check`, `check_one_device`, `choose_teacher`.
         """
         args.check()
-        check_one_device(args)
+        check_one_device(args, model)
         self.choose_teacher(model, teacher_model, teacher_tokenizer, args, kwargs)
         if isinstance(model, str):
             args.model_init_kwargs = {"use_safetensors": True, **as_dict(args.model_init_kwargs)}
