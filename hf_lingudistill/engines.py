@@ -272,7 +272,8 @@ def check_one_device(args: Any, student: Any = None) -> None:
     Raises:
         ValueError: with what to type instead.
     """
-    if getattr(student, "hf_device_map", None) or (args.model_init_kwargs or {}).get("device_map"):
+    asked = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    if getattr(student, "hf_device_map", None) or asked.get("device_map"):
         return
     if args.n_gpu > 1:
         raise ValueError(
