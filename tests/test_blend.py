@@ -377,6 +377,40 @@ def test_bad_input_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("keep", "most", "said"),
+    [
+        ("language <= before", None, "The group 'language' holds several metrics"),
+        ("vision >= before", "language", "The group 'language' holds several metrics"),
+        ("vision >= original", None, "has no score of 'original'"),
+    ],
+)
+def test_what_the_two_models_tell_is_told_before_a_blend_is_made(
+    models: dict[str, str],
+    tmp_path: Path,
+    keep: str,
+    most: str | None,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Hours of scoring hang on it. Control: a condition that the two meet is read, and a blend is made."""
+    made: list[str] = []
+
+    def make(*args: Any, **kwargs: Any) -> None:
+        made.append("one")
+        raise RuntimeError("made")
+
+    monkeypatch.setattr(run, "blend_into", make)
+    args = (models["before"], models["after"], models["suite.yaml"])
+    options: dict[str, Any] = {"original": models["lm"], "weights": [0.5], "progress": False}
+    with pytest.raises(ValueError, match=said):
+        blend(*args, keep, tmp_path / "out", most=most, **options)
+    assert not made and not (tmp_path / "out" / "blend.json").exists()
+    with pytest.raises(RuntimeError, match="made"):
+        blend(*args, "vision >= before", tmp_path / "out", **options)
+    assert made == ["one"]
+
+
 def test_drift_needs_the_original(models: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--shares drift needs the LM"):
         blend(models["before"], models["after"], models["suite.yaml"], "vision >= 0", tmp_path, shares=["drift"])

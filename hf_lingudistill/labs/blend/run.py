@@ -116,6 +116,7 @@ def blend(
         suite,
         out / "evaluation",
         made={point.name: Made(point.fingerprint(*prints), make(point)) for point in blends},
+        check_ends=lambda tasks: _check_scores(tasks, condition, most),
         batch_size=batch_size,
         progress=progress,
         say=say,
@@ -183,6 +184,12 @@ def _check_score(name: str, suite: Suite) -> None:
             f"{name!r} is no score of the suite {suite.name!r}: expected one of the groups {', '.join(GROUPS)}, or a task of its report, such "
             f"as 'vision/{tasks[0]}'. Its tasks are {', '.join(tasks)}."
         )
+
+
+def _check_scores(tasks: Sequence[Mapping[str, Any]], condition: Condition, most: str | None) -> None:
+    """Refuse what can be told from the models that are not made, before the first blend is."""
+    condition.holds(tasks, "after")
+    tasks_named(tasks, most or _language(tasks))
 
 
 def _drift(before: str, original: str, options: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:

@@ -38,7 +38,7 @@ from .models import (
     takes_images,
 )
 from .plots import training_history
-from .report import FILES, build_report, write_report
+from .report import FILES, Task, build_report, write_report
 from .scoring import read_items, score
 from .suite import HarnessTasks, Suite, load_suite
 from .terminal import as_text
@@ -54,6 +54,7 @@ def evaluate_models(
     output_dir: str | Path,
     *,
     made: Mapping[str, Made] | None = None,
+    check_ends: Callable[[Sequence[Mapping[str, Any]]], None] | None = None,
     reference: str | None = None,
     compare: Sequence[str] = (),
     batch_size: int = 8,
@@ -72,6 +73,7 @@ def evaluate_models(
         suite: a suite, the name of one in the package, or the path of a YAML file.
         output_dir: for the report, and `items/`, the item cache.
         made: further VLMs by name, each made when its turn comes.
+        check_ends: called with the report's tasks as `models` have them, before the first of `made` is made; what it raises ends the run.
         reference: the model whose reaction to exchanged images says which tokens of an answer depend on the image: one of
             `models`, or the folder or Hub id of another VLM; default `before`, or the first VLM. A model that does not know
             the wording finds too many.
@@ -143,25 +145,39 @@ def evaluate_models(
             progress=progress,
         )
     names = [*models, *made]
-    results, facts, seconds = _score_all(
-        list(dict.fromkeys((*to_score, *made))),
-        load,
-        suite,
-        items,
-        out / "items",
-        fidelity,
-        prints={name: prints[name] for name in names if name != ORIGINAL},
-        reference=reference,
-        batch_size=batch_size,
-        progress=progress,
-        say=say,
-    )
-    if fidelity is not None:
-        results[DEPENDS] = fidelity.depends
-    tasks = join(suite, items, results, names, reference)
+    bootstrap = Bootstrap(resamples=suite.resamples, seed=suite.seed)
+    results: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+
+    def scored(some: Sequence[str], of: Sequence[str]) -> list[Task]:
+        found = _score_all(
+            some,
+            load,
+            suite,
+            items,
+            out / "items",
+            fidelity,
+            prints={name: prints[name] for name in names if name != ORIGINAL},
+            reference=reference,
+            batch_size=batch_size,
+            progress=progress,
+            say=say,
+        )
+        for known, new in zip((results, facts, seconds), found, strict=True):
+            known.update(new)
+        if fidelity is not None:
+            results[DEPENDS] = fidelity.depends
+        return join(suite, items, results, of, reference)
+
+    tasks = scored(list(to_score), list(models))
+    if made:
+        if check_ends is not None:
+            check_ends(build_report(tasks, bootstrap)["tasks"])
+        tasks = scored(list(made), names)
     report = build_report(
         tasks,
-        Bootstrap(resamples=suite.resamples, seed=suite.seed),
+        bootstrap,
         compare=compare,
         suite={"name": suite.name, "seed": suite.seed, "sha256": digest(suite.__dict__)},
         models={name: facts[name] for name in names},
