@@ -150,7 +150,7 @@ def evaluate_models(
     facts: dict[str, Any] = {}
     seconds: dict[str, float] = {}
 
-    def scored(some: Sequence[str], of: Sequence[str]) -> list[Task]:
+    def scored(some: Sequence[str], of: list[str]) -> list[Task]:
         found = _score_all(
             some,
             load,
