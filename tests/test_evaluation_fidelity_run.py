@@ -319,6 +319,25 @@ def test_an_original_without_a_chat_template_is_refused_before_weights_are_read(
         quiet(chosen, {**told, "texts": texts}, tmp_path / "out")
 
 
+def test_an_original_of_other_tokens_is_told_before_it_is_asked(
+    models: dict[str, str], suite: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control: with its own tokens it is loaded."""
+    monkeypatch.setattr(run, "load_scored", lambda *args, **kwargs: pytest.fail("weights were read"))
+    shutil.copytree(models["original"], tmp_path / "stranger")
+    chosen = {"original": str(tmp_path / "stranger"), "before": models["before"]}
+    with pytest.raises(pytest.fail.Exception, match="weights were read"):
+        quiet(chosen, suite, tmp_path / "out")
+    file = tmp_path / "stranger" / "tokenizer.json"
+    backend = json.loads(file.read_text())
+    ids = backend["model"]["vocab"].values()
+    turned = dict(zip(backend["model"]["vocab"], reversed(sorted(ids)), strict=True))
+    file.write_text(json.dumps({**backend, "added_tokens": [], "model": {**backend["model"], "vocab": turned}}))
+    expected = r"^before has not the original's tokens: \d+% of the original's tokens of the suite's questions have no"
+    with pytest.raises(ValueError, match=expected):
+        quiet(chosen, suite, tmp_path / "out")
+
+
 def test_records_that_only_looked_complete_have_the_original_loaded_once_more(
     finished: Finished, models: dict[str, str], suite: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

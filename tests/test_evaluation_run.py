@@ -638,17 +638,32 @@ def test_the_first_vlm_is_the_reference_where_there_is_no_before(finished: Finis
     assert found["config"]["reference"].endswith("/third")
 
 
+@pytest.fixture
+def never_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told here is told before a model is loaded."""
+
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(run, "load_scored", load)
+
+
+@pytest.mark.usefixtures("never_loaded")
 def test_models_whose_tokenizers_split_the_answers_in_other_ways_cannot_share_a_split(
     finished: Finished, tmp_path: Path
 ) -> None:
+    """Control: with the tokenizer of the others, models are loaded."""
     _, _, paths = finished
     shutil.copytree(paths["third"], tmp_path / "third")
+    models = {"before": paths["before"], "third": str(tmp_path / "third")}
+    with pytest.raises(AssertionError, match="a model is loaded"):
+        quiet(models, paths["suite"], tmp_path / "out")
     processor = tiny.make_processor()
     backend = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     backend["model"]["merges"] = []
     (tmp_path / "third" / "tokenizer.json").write_text(json.dumps(backend))
     with pytest.raises(ValueError) as raised:
-        quiet({"before": paths["before"], "third": str(tmp_path / "third")}, paths["suite"], tmp_path / "out")
+        quiet(models, paths["suite"], tmp_path / "out")
     assert str(raised.value) == (
         "Task 'shapes': third splits the answers into other tokens than before, so that a split by token cannot be shared. "
         "Score models with one tokenizer together."

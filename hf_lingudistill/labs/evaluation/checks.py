@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from .models import require_template
+from .models import Scored, require_template, without_weights
 from .suite import Suite
 
 VLMS = ("base", "before", "after")
+STRANGER = 0.5  # of the tokens of the questions, without a counterpart: above, no model has to be asked
 
 
 def check_roles(models: Mapping[str, str], sees: Mapping[str, bool], suite: Suite) -> None:
@@ -75,3 +77,59 @@ def _needs_template(suite: Suite, name: str, sees: bool) -> str | None:
     if own:
         return f"Set `template: before` at the suite's fidelity task {own[0]!r}: it is then asked in the VLM's. Or save its tokenizer with one."
     return None
+
+
+def check_tokens(
+    models: Mapping[str, str],
+    sees: Mapping[str, bool],
+    suite: Suite,
+    items: Mapping[str, Any],
+    *,
+    reference: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuse a model of another tokenizer where token is held against token. What of the original's probability lies on tokens that a model
+    lacks is measured later; that it lacks most of them is told here.
+
+    Args: as `check_roles`; items: by task. reference: who tells which tokens of an answer depend on its image.
+
+    Raises:
+        ValueError: naming the model and what it is held against.
+    """
+    if not (suite.grounded or suite.fidelity):
+        return
+    bare = {
+        name: without_weights(name, path, sees=sees[name], trust_remote_code=trust_remote_code)
+        for name, path in models.items()
+    }
+    if reference is not None:
+        for task in suite.grounded:
+            expected = _splits(bare[reference], items[task.name])
+            for name in (name for name in bare if sees[name]):
+                if _splits(bare[name], items[task.name]) != expected:
+                    raise ValueError(
+                        f"Task {task.name!r}: {name} splits the answers into other tokens than {reference}, so that a split by token "
+                        "cannot be shared. Score models with one tokenizer together."
+                    )
+    if suite.fidelity:
+        asked = [question.instruction for task in suite.fidelity for question in items[task.name]]
+        original = bare["original"]
+        for name, model in bare.items():
+            if (left := _without_counterpart(original, model, asked)) > STRANGER:
+                raise ValueError(
+                    f"{name} has not the original's tokens: {left:.0%} of the original's tokens of the suite's questions have no counterpart "
+                    "under the same id. Fidelity compares a VLM with the LM that it was built from."
+                )
+
+
+def _splits(model: Scored, items: Any) -> list[list[int]]:
+    return [model.answer_ids(item.answers[0]) for item in items]
+
+
+def _without_counterpart(original: Scored, model: Scored, texts: list[str]) -> float:
+    """The share of the original's tokens of these texts that are other strings in the model's vocabulary, or none."""
+    ids = [i for text in texts for i in original.ids(text)]
+    known = [i for i in ids if i < len(model.tokenizer)]
+    ours, theirs = (scored.tokenizer.convert_ids_to_tokens(known) for scored in (original, model))
+    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    return 1 - same / len(ids) if ids else 0.0

@@ -23,7 +23,7 @@ from ...machine import device_of, machine
 from ...sentences import install
 from ...weights import fingerprint
 from ..statistics import Bootstrap
-from .checks import check_roles, check_templates
+from .checks import check_roles, check_templates, check_tokens
 from .fidelity_run import ORIGINAL, FidelityRun
 from .join import DEPENDS, join
 from .language import require_harness
@@ -113,6 +113,7 @@ def evaluate_models(
         require_harness()
     check_templates(to_score, sees, suite, trust_remote_code=trust_remote_code)
     items = read_items(suite)
+    check_tokens(to_score, sees, suite, items, reference=reference, trust_remote_code=trust_remote_code)
     prints = {name: fingerprint(path, configs[name]) for name, path in to_score.items()}
     prints |= {name: model.fingerprint for name, model in made.items()}
 
