@@ -44,7 +44,12 @@ EDITS: dict[str, tuple[Edit, str, tuple[str, ...]]] = {
     "a line at the end": (lambda t: t.replace("<!-- lingudistill-state", "Thanks to Ann.\n\n<!-- lingudistill-state"), "Thanks to Ann.", (OWN_TEXT,)),
     "a line at the top": (lambda t: t.replace("<!-- lingudistill:intro", "![banner](x.png)\n\n<!-- lingudistill:intro", 1), "![banner](x.png)", (OWN_TEXT,)),
     "a licence": (lambda t: t.replace("license: mit", "license: gemma"), "license: gemma", ("license",)),
-    "a tag": (lambda t: t.replace("[one, two]", "[one, two, three]").replace("- two\n", "- two\n- three\n"), "- three", ("tags",)),
+    "a tag": (lambda t: t.replace("[one, two]", "[one, two, three]"), ", three]", ("tags",)),
+    "a comment": (lambda t: t.replace("license: mit", "# chosen by Ann\nlicense: mit"), "# chosen by Ann\nlicense: mit", ("license",)),
+    "a comment beside": (lambda t: t.replace("license: mit", "license: mit  # for now"), "license: mit  # for now", ("license",)),
+    "a value that YAML 1.1 reads as another": (lambda t: t.replace("license: mit", "license: mit\nlanguage: [no]\nlength: 1:30"), "language: [no]\nlength: 1:30\n", ("language", "length")),
+    "lines of a text": (lambda t: t.replace("license: mit", "license: mit\nabout: |\n  # one\n\n  two #2"), "about: |\n  # one\n\n  two #2\n", ("about",)),
+    "a copy of a section": (lambda t: t.replace("<!-- lingudistill-state", "<!-- lingudistill:limits -->\n- copied\n<!-- /lingudistill:limits -->\n\n<!-- lingudistill-state"), "- copied", (OWN_TEXT,)),
     "metadata of their own": (lambda t: t.replace("license: mit", "license: mit\nthumbnail: x.png"), "thumbnail: x.png", ("thumbnail",)),
 }  # fmt: skip
 
@@ -126,7 +131,14 @@ def test_a_card_without_its_digests_is_kept_as_it_is() -> None:
         assert "Score 1." in text and {"intro", "usage", "limits"} <= set(kept)
 
 
-@pytest.mark.parametrize("metadata", ["a: [", "- a list", "just text"])
+def test_anchors_and_braces_keep_their_values() -> None:
+    """Their lines stand for several keys, or for none: they are written anew. Control: `three` is another value."""
+    for theirs in ("tags: &t [one]\nothers: *t", "{tags: [one], others: [one]}"):
+        text = again(f"---\n{theirs}\n---\n# Mine\n", 2)[0]
+        assert front(text)["tags"] == front(text)["others"] == ["one"] != ["three"] and front(text)["steps"] == 2
+
+
+@pytest.mark.parametrize("metadata", ["a: [", "- a list", "just text", "license: mit\nlicense: gemma"])
 def test_metadata_that_cannot_be_read_is_refused_and_not_replaced(metadata: str) -> None:
     with pytest.raises(UnreadableCard, match="its metadata"):
         again(f"---\n{metadata}\n---\n# Hello\n", 2)

@@ -18,6 +18,8 @@ import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 
+from ..yaml_text import read_yaml
+
 OWN_TEXT = "text outside the sections"
 _SECTION = re.compile(
     r"^<!-- lingudistill:(?P<name>\w+) -->[ \t]*\n(?P<body>.*?)^<!-- /lingudistill:(?P=name) -->[ \t]*$",
@@ -25,6 +27,7 @@ _SECTION = re.compile(
 )
 _PLACE = re.compile(r"^<!-- lingudistill-place (\w+) -->$", re.MULTILINE)
 _STATE = re.compile(r"\n*^<!-- lingudistill-state\n[^{]*(?P<state>\{.*\})\n-->[ \t]*$\n?", re.MULTILINE)
+_COMMENT = re.compile(r"(?:^|(?<=\s))#.*$", re.MULTILINE)
 _NOTE = (
     "Edit this card as you like. What you change, add or delete stays as it is when the model is published again;\n"
     "the rest is renewed. The digests below tell the two apart."
@@ -37,9 +40,11 @@ class UnreadableCard(ValueError):
 
 @dataclass(frozen=True)
 class _Card:
-    """layout: the text with a place in it for each section. state: the digests that it came with, if any."""
+    """metadata: values, and lines: the same as they are written, by key. layout: the text with a place in it for each section. state: the
+    digests that it came with, if any."""
 
     metadata: dict[str, Any]
+    lines: dict[str, str]
     layout: str
     sections: dict[str, str]
     state: dict[str, Any]
@@ -51,7 +56,10 @@ class _Card:
     def parts(self) -> dict[str, str]:
         """The digests of what it holds now."""
         return {
-            **{f"metadata {key}": _digest(json.dumps(value, default=str)) for key, value in self.metadata.items()},
+            **{
+                f"metadata {key}": _digest(json.dumps(value, default=str) + _comments(self.lines[key], value))
+                for key, value in self.metadata.items()
+            },
             **{f"section {name}": _digest(body) for name, body in self.sections.items()},
             "layout": _digest(self.layout),
         }
@@ -60,7 +68,7 @@ class _Card:
 def sealed(text: str) -> str:
     """The card with the digests of all that it holds, in place of any that it had."""
     card = _parsed(text)
-    return _text(card.metadata, card.layout, card.sections, card.parts())
+    return _text(card.lines, card.layout, card.sections, card.parts())
 
 
 def is_ours(text: str) -> bool:
@@ -82,9 +90,9 @@ def merged(ours: str, theirs: str) -> tuple[str, tuple[str, ...]]:
     state = {part: digest for part, digest in rendered.items() if part not in edited}
     state |= {part: written.get(part, "") for part in sorted(edited)}  # in one order: the same card is not sent twice
     metadata = {
-        key: (old if f"metadata {key}" in edited else new).metadata[key]
-        for key in {**new.metadata, **old.metadata}
-        if key in (old if f"metadata {key}" in edited else new).metadata
+        key: (old if f"metadata {key}" in edited else new).lines[key]
+        for key in {**new.lines, **old.lines}
+        if key in (old if f"metadata {key}" in edited else new).lines
     }
     sections = {
         name: (old if f"section {name}" in edited else new).sections[name]
@@ -103,8 +111,9 @@ def merged(ours: str, theirs: str) -> tuple[str, tuple[str, ...]]:
 def _parsed(text: str) -> _Card:
     text = _lines(text)
     front = REGEX_YAML_BLOCK.search(text)
+    written = f"{front[2]}\n" if front else ""
     try:
-        metadata = (yaml.safe_load(front[2]) if front else None) or {}
+        metadata = read_yaml(written) or {}
     except yaml.YAMLError as error:
         raise UnreadableCard(f"its metadata is not valid YAML ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(metadata, dict):
@@ -116,12 +125,50 @@ def _parsed(text: str) -> _Card:
     except ValueError:
         state = {}  # damaged by hand: all of it counts as edited
     body = _STATE.sub("\n", body)
-    sections = {found["name"]: found["body"] for found in _SECTION.finditer(body)}
-    layout = _SECTION.sub(lambda found: f"<!-- lingudistill-place {found['name']} -->", body)
-    return _Card(metadata, layout, sections, state)
+    sections: dict[str, str] = {}
+
+    def place(found: re.Match[str]) -> str:
+        if found["name"] in sections:  # a copy: words of their own
+            return found["body"]
+        sections[found["name"]] = found["body"]
+        return f"<!-- lingudistill-place {found['name']} -->"
+
+    layout = _SECTION.sub(place, body)
+    return _Card(metadata, _by_key(written, metadata), layout, sections, state)
 
 
-def _text(metadata: Mapping[str, Any], layout: str, sections: Mapping[str, str], state: Mapping[str, str]) -> str:
+def _by_key(text: str, metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The lines of each key, with the comments above it: written again they are what they were, where a value may be another (`no`, `1:30`).
+    A mapping in braces, or of anchors, has no lines of its own for a key: they are made."""
+    made = {key: yaml_dump({key: value}, sort_keys=False) for key, value in metadata.items()}
+    node = yaml.compose(text, yaml.SafeLoader)
+    if not isinstance(node, yaml.MappingNode) or node.flow_style or re.search(r"(?:^|\s)[&*<]", text):
+        return made
+    lines = text.splitlines()
+    starts = []
+    for key, _ in node.value:
+        start = key.start_mark.line
+        while start > 0 and (not lines[start - 1].strip() or lines[start - 1].startswith("#")):
+            start -= 1
+        starts.append(start)
+    ends = [*starts[1:], len(lines)]
+    own = ["\n".join(lines[start:end]).strip("\n") + "\n" for start, end in zip(starts, ends, strict=True)]
+    same = len(own) == len(made) and all(
+        yaml.safe_load(part) == {key: metadata[key]} for part, key in zip(own, metadata, strict=True)
+    )
+    return dict(zip(metadata, own, strict=True)) if same else made
+
+
+def _comments(lines: str, value: Any) -> str:
+    """What stands in these lines beside the value; a `#` of the value's own is none."""
+    try:
+        bare = yaml.safe_load(_COMMENT.sub("", lines))
+    except yaml.YAMLError:
+        return ""
+    return "".join(_COMMENT.findall(lines)) if isinstance(bare, dict) and value in bare.values() else ""
+
+
+def _text(metadata: Mapping[str, str], layout: str, sections: Mapping[str, str], state: Mapping[str, str]) -> str:
     def put(place: re.Match[str]) -> str:
         name = place[1]
         if name not in sections:
@@ -130,7 +177,7 @@ def _text(metadata: Mapping[str, Any], layout: str, sections: Mapping[str, str],
         return f"<!-- lingudistill:{name} -->\n\n{sections[name].strip()}\n\n<!-- /lingudistill:{name} -->"
 
     body = _PLACE.sub(put, layout).strip()
-    front = f"---\n{yaml_dump(dict(metadata), sort_keys=False).strip()}\n---\n\n" if metadata else ""
+    front = f"---\n{''.join(metadata.values()).strip()}\n---\n\n" if metadata else ""
     return f"{front}{body}\n\n<!-- lingudistill-state\n{_NOTE}\n{json.dumps(dict(state))}\n-->\n"
 
 
