@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from .folders import (
     MARKER,
+    RUN_FACTS,
     NotOurs,
     clear_left,
     clear_staging,
@@ -46,7 +47,6 @@ BY = "distill"  # whose files they are, in the folder's list
 STAGING = ".checkpoint-being-written"
 STATE = "trainer_state.json"
 JIT_NOTE = "checkpoint-is-incomplete.txt"
-RUN_FACTS = "lingudistill.json"
 _SETTINGS = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("preprocessor_config.json", "processor_config.json", "special_tokens_map.json", "chat_template.json"),

@@ -25,6 +25,7 @@ from pathlib import Path
 from .locks import Lock, lock
 
 MARKER = ".lingudistill-files.json"
+RUN_FACTS = "lingudistill.json"  # the record of a training
 STAGING = ".lingudistill-being-written"
 LOCK = ".lingudistill.lock"  # where folders cannot be locked
 _REPLACED = ".lingudistill-replaced"  # in a staging folder: what lay in the places that new files are taking

@@ -62,11 +62,16 @@ class Pace(TrainerCallback):
 def check_batches(dataloader: Any, args: Any) -> None:
     """Raise ValueError for a dataloader that has not one batch. args: of the training."""
     if _length(dataloader) == 0:
+        rows = f"Not one batch: the training set has {_length(dataloader.dataset)} rows"
+        batch = f"per_device_train_batch_size={args.per_device_train_batch_size}"
+        if args.dataloader_drop_last:
+            raise ValueError(
+                f"{rows}, a batch takes {batch} per process, and dataloader_drop_last is set. Lower it, keep the last batch, or add rows."
+            )
+        # On-policy, a step samples answers to all of its prompts at once
         raise ValueError(
-            f"Not one batch: the training set has {_length(dataloader.dataset)} rows, with per_device_train_batch_size="
-            f"{args.per_device_train_batch_size}, gradient_accumulation_steps={args.gradient_accumulation_steps} and dataloader_drop_last="
-            f"{args.dataloader_drop_last} per process (on-policy, a step takes all of them or none). Lower the first two, keep the last batch, or add "
-            "rows."
+            f"{rows}, a step takes {batch} times gradient_accumulation_steps={args.gradient_accumulation_steps} per process, all or none. "
+            "Lower them, or add rows."
         )
 
 

@@ -20,7 +20,8 @@ from typing import Any
 
 import yaml
 
-from hf_lingudistill.hub.card import PLOTS, render_card
+from hf_lingudistill.hub.card import render_card
+from hf_lingudistill.hub.manifest import PLOTS
 from hf_lingudistill.hub.run_facts import SETTINGS, read_run_facts
 from hf_lingudistill.hub.usage import Usage
 from hf_lingudistill.options import DistillOptions

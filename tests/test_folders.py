@@ -461,6 +461,7 @@ ALLOWED = {
     ("hf_lingudistill/checkpoints.py", "_put_back"): "a checkpoint that was put aside, to its place, where nothing is",
     ("hf_lingudistill/checkpoints.py", "_make_staging"): "the mark of a staging folder that it has just made",
     ("hf_lingudistill/checkpoints.py", "start_afresh"): "to a name that is free",
+    ("hf_lingudistill/checkpoints.py", "set_aside_other_kind"): "to a name that is free",
     ("hf_lingudistill/checkpoints.py", "_move"): BESIDE,
     ("hf_lingudistill/checkpoints.py", "write_measured"): BESIDE,
     ("hf_lingudistill/checkpoints.py", "keep_edits"): "a copy under a name that is free",

@@ -65,9 +65,14 @@ def _ifeval_claim() -> str:
         return f"{statistics.fmean(found[seed, arm]['ifeval_strict'] for seed in seeds):.1%}"
 
     half = 100 * max(found[seed, arm]["half"]["ifeval_strict"] for seed in seeds for arm in arms)
-    rival, text = "ce_instructions_long", f"IFEval: the original {original:.1%}, the VLM before {of('before')}; after 160 steps on such rows the default {of(arms[0])}"
+    rival, text = (
+        "ce_instructions_long",
+        f"IFEval: the original {original:.1%}, the VLM before {of('before')}; after 160 steps on such rows the default {of(arms[0])}",
+    )
     if all((seed, rival) in found for seed in seeds):
-        closer = statistics.fmean(1 - found[seed, arms[0]]["text_kl"] / found[seed, rival]["text_kl"] for seed in seeds)
+        closer = statistics.fmean(
+            1 - found[seed, arms[0]]["text_kl"] / found[seed, rival]["text_kl"] for seed in seeds
+        )
         text += f", {closer:.0%} closer on text than cross-entropy, which has {of(rival)}"
     return f"{text} (each ± {half:.1f}; {_count(len(seeds))}, CPU)."
 

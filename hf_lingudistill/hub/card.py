@@ -28,14 +28,6 @@ from .usage import Usage
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 PAPER = "https://arxiv.org/abs/2604.00829"
 
-# Plots that lie beside a report, in the order in which a card shows them: {file name without its suffix: caption}.
-PLOTS = {
-    "scores": "Before and after, with 95 % intervals",
-    "trade_off": "Language against vision",
-    "training": "Training",
-    "report": "What the report measured, before and after, with 95 % intervals",
-}
-
 
 def render_card(
     run_facts: Facts,

@@ -20,8 +20,15 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from ..sentences import typed
 from . import escape
 
-# Weights of an earlier push, which transformers would read beside (or before) the new ones.
+# Plots that lie beside a report, in the order in which a card shows them: {file name without its suffix: caption}.
+PLOTS = {
+    "scores": "Before and after, with 95 % intervals",
+    "trade_off": "Language against vision",
+    "training": "Training",
+    "report": "What the report measured, before and after, with 95 % intervals",
+}
 SCORES = ".eval_results/lingudistill.yaml"  # what the Hub shows on a benchmark's leaderboard
+# Weights of an earlier push, which transformers would read beside (or before) the new ones.
 WEIGHTS = re.compile(
     r"(adapter_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|pytorch_model.*\.bin.*|adapter_config\.json"
 )

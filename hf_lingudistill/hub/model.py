@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from .card import PLOTS, render_card, usage_of
+from .card import render_card, usage_of
 from .edits import UnreadableCard, is_ours, merged, sealed
 from .manifest import (
+    PLOTS,
     SCORES,
     Item,
     Manifest,

@@ -27,11 +27,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-from .card import PLOTS
+from ..folders import RUN_FACTS
 from .edits import UnreadableCard, merged
 from .http import TransportError
-from .manifest import SCORES, TOKEN, WEIGHTS, Item, Manifest, PublishError, one_line
-from .run_facts import FILE_NAME as RUN_FACTS
+from .manifest import PLOTS, SCORES, TOKEN, WEIGHTS, Item, Manifest, PublishError, one_line
 
 T = TypeVar("T")
 # What may pass by itself. 412: somebody has pushed since we looked; the next attempt looks again

@@ -22,8 +22,7 @@ import yaml
 
 from .._internals import own_name
 from .._version import __version__
-from ..checkpoints import RUN_FACTS
-from ..folders import write_whole
+from ..folders import RUN_FACTS, write_whole
 from ..weights import glance
 from .http import HTTPError
 
