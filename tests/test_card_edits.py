@@ -131,6 +131,25 @@ def test_a_card_without_its_digests_is_kept_as_it_is() -> None:
         assert "Score 1." in text and {"intro", "usage", "limits"} <= set(kept)
 
 
+def test_the_section_on_the_licence_follows_one_that_is_set_by_hand() -> None:
+    """Ours beside theirs would be two licences on one card. Control: without an edit it is ours."""
+
+    def licensed(number: int) -> str:
+        text = "<!-- lingudistill:licence -->\n## Licence\n\n`mit`, inherited.\n<!-- /lingudistill:licence -->"
+        return sealed(f"---\nlicense: mit\nsteps: {number}\n---\n\n{text}\n")
+
+    text = licensed(1).replace("license: mit", "license: gemma")
+    for number in (2, 3):
+        text, kept = merged(licensed(number), text)
+        assert "`gemma`, set by hand" in text and "`mit`" not in text and kept == ("license",)
+    assert merged(licensed(2), licensed(1)) == (licensed(2), ())
+    own = licensed(1).replace("license: mit", "license: gemma").replace("`mit`, inherited.", "Ask me.")
+    text, kept = merged(licensed(2), own)
+    assert "Ask me." in text and "set by hand" not in text and kept == ("license", "licence")
+    other = licensed(1).replace("license: mit", "license: other\nlicense_name: mine")
+    assert "`mine`, set by hand" in merged(licensed(2), other)[0]
+
+
 def test_anchors_and_braces_keep_their_values() -> None:
     """Their lines stand for several keys, or for none: they are written anew. Control: `three` is another value."""
     for theirs in ("tags: &t [one]\nothers: *t", "{tags: [one], others: [one]}"):

@@ -19,6 +19,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 
 from ..yaml_text import read_yaml
+from .escape import markdown
 
 OWN_TEXT = "text outside the sections"
 _SECTION = re.compile(
@@ -85,6 +86,7 @@ def merged(ours: str, theirs: str) -> tuple[str, tuple[str, ...]]:
         UnreadableCard: if the metadata of the card that is there is no YAML mapping.
     """
     new, old = _parsed(ours), _parsed(theirs)
+    _name_licence(new, old)
     written, found, rendered = old.written(), old.parts(), new.parts()
     edited = {part for part in written | found if written.get(part) != found.get(part)}
     state = {part: digest for part, digest in rendered.items() if part not in edited}
@@ -106,6 +108,17 @@ def merged(ours: str, theirs: str) -> tuple[str, tuple[str, ...]]:
     held = set(_PLACE.findall(layout))
     kept = [part.partition(" ")[2] or OWN_TEXT for part in sorted(edited) if part != "layout" or old.layout.strip()]
     return _text(metadata, layout, {n: s for n, s in sections.items() if n in held}, state), tuple(kept)
+
+
+def _name_licence(new: _Card, old: _Card) -> None:
+    """Where somebody set the licence in the metadata by hand, the section on it says so, and not ours beside theirs."""
+    code, name = (old.metadata.get(key) for key in ("license", "license_name"))
+    by_hand = old.written().get("metadata license") != old.parts().get("metadata license")
+    if by_hand and code and code != new.metadata.get("license") and "licence" in new.sections:
+        shown = markdown(str(name if code == "other" and name else code))
+        new.sections["licence"] = (
+            f"## Licence\n\n`{shown}`, set by hand at the top of this card. Read the terms of both models and of the data.\n"
+        )
 
 
 def _parsed(text: str) -> _Card:

@@ -171,14 +171,6 @@ FAULTS = (
         ("tests/test_documents.py::test_rows_are_not_joined_for_a_student_that_reads_them_as_one",),
     ),
     Fault(
-        "packed-without-looking",
-        "replay.py",
-        "if teacher.config.get_text_config() is not teacher.config or mixers_of(decoder):",
-        "if mixers_of(decoder):\n        return True\n    if False:",
-        "a decoder that does not look for packed documents reads rows as one",
-        (f"{VLM_TEACHER}::test_the_text_half_of_a_vlm_says_what_its_lm_says",),
-    ),
-    Fault(
         "text-half-of-the-whole",
         "teacher.py",
         "    if sees:\n        return AutoModelForImageTextToText\n",
