@@ -205,8 +205,7 @@ class StepPolicy:
             raise NotFinite(message + "Go back to a checkpoint from before, or load another model.")
         saved = trainer.args.save_strategy != "no" and step > 0
         if saved:
-            self._put_back(trainer)
-            trainer.keep_checkpoint(model)
+            trainer.keep_checkpoint(model)  # of the sums before this step
         message += f"The weights are those of step {step}{f', saved in checkpoint-{step}' if saved else ''}. "
         persists = self._in_a_row > IN_A_ROW
         if persists:

@@ -130,14 +130,6 @@ FAULTS = (
         ("tests/test_finite.py::test_a_training_after_one_that_broke_off_counts_and_judges_its_own_batches",),
     ),
     Fault(
-        "dropped-step-counted",
-        "finite.py",
-        "            setattr(trainer, name, value)\n",
-        "            pass\n",
-        "the checkpoint of a stop counts the step that was dropped",
-        ("tests/test_finite.py::test_what_a_stop_leaves_counts_nothing_of_the_step_that_was_dropped",),
-    ),
-    Fault(
         "sums-lost",
         "resume.py",
         '        self.meter.load(kept["meter"])\n',
