@@ -48,6 +48,7 @@ EDITS: dict[str, tuple[Edit, str, tuple[str, ...]]] = {
     "a comment": (lambda t: t.replace("license: mit", "# chosen by Ann\nlicense: mit"), "# chosen by Ann\nlicense: mit", ("license",)),
     "a comment beside": (lambda t: t.replace("license: mit", "license: mit  # for now"), "license: mit  # for now", ("license",)),
     "a value that YAML 1.1 reads as another": (lambda t: t.replace("license: mit", "license: mit\nlanguage: [no]\nlength: 1:30"), "language: [no]\nlength: 1:30\n", ("language", "length")),
+    "a value beside signs of YAML": (lambda t: t.replace("license: mit", "license: mit\nabout: this & that * 2\nlanguage: [no]"), "language: [no]\n", ("about", "language")),
     "lines of a text": (lambda t: t.replace("license: mit", "license: mit\nabout: |\n  # one\n\n  two #2"), "about: |\n  # one\n\n  two #2\n", ("about",)),
     "a copy of a section": (lambda t: t.replace("<!-- lingudistill-state", "<!-- lingudistill:limits -->\n- copied\n<!-- /lingudistill:limits -->\n\n<!-- lingudistill-state"), "- copied", (OWN_TEXT,)),
     "metadata of their own": (lambda t: t.replace("license: mit", "license: mit\nthumbnail: x.png"), "thumbnail: x.png", ("thumbnail",)),

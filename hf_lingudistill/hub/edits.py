@@ -155,7 +155,8 @@ def _by_key(text: str, metadata: Mapping[str, Any]) -> dict[str, str]:
     A mapping in braces, or of anchors, has no lines of its own for a key: they are made."""
     made = {key: yaml_dump({key: value}, sort_keys=False) for key, value in metadata.items()}
     node = yaml.compose(text, yaml.SafeLoader)
-    if not isinstance(node, yaml.MappingNode) or node.flow_style or re.search(r"(?:^|\s)[&*<]", text):
+    shared = any(isinstance(token, yaml.AnchorToken | yaml.AliasToken) for token in yaml.scan(text))
+    if not isinstance(node, yaml.MappingNode) or node.flow_style or shared:
         return made
     lines = text.splitlines()
     starts = []

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .models import Scored, require_template, without_weights
-from .suite import Suite
+from .suite import GroundedTask, Suite
 
 VLMS = ("base", "before", "after")
 STRANGER = 0.5  # of the tokens of the questions, without a counterpart: above, no model has to be asked
@@ -104,9 +104,9 @@ def check_tokens(
     }
     if reference is not None:
         for task in suite.grounded:
-            expected = _splits(bare[reference], items[task.name])
+            expected = _splits(bare[reference], task, items[task.name])
             for name in (name for name in bare if sees[name]):
-                if _splits(bare[name], items[task.name]) != expected:
+                if _splits(bare[name], task, items[task.name]) != expected:
                     raise ValueError(
                         f"Task {task.name!r}: {name} splits the answers into other tokens than {reference}, so that a split by token "
                         "cannot be shared. Score models with one tokenizer together."
@@ -122,8 +122,9 @@ def check_tokens(
                 )
 
 
-def _splits(model: Scored, items: Any) -> list[list[int]]:
-    return [model.answer_ids(item.answers[0]) for item in items]
+def _splits(model: Scored, task: GroundedTask, items: Any) -> list[list[int]]:
+    """The token ids of the answers, as far as they are scored."""
+    return [model.answer_ids(item.answers[0])[: task.max_answer_tokens] for item in items]
 
 
 def _without_counterpart(original: Scored, model: Scored, texts: list[str]) -> float:
