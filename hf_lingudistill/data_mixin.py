@@ -169,9 +169,8 @@ class DataMixin(_Trainer):
             how.max_length = None
         only_completions = self.completion_only_loss
         if args.completion_only_loss is None and "completion_mask" in columns_of(dataset):
-            self.completion_only_loss = (
-                True  # tokens that came with that mask: TRL looks for a prompt, and else passes it over
-            )
+            # Tokens that came with that mask: TRL looks for a prompt, and else passes it over
+            self.completion_only_loss = True
         try:
             prepared = super()._prepare_dataset(dataset, processing_class, how, packing, formatting_func, dataset_name)
         except BadRow:

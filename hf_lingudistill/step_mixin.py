@@ -56,9 +56,8 @@ class StepMixin(TeacherMixin):
     has_distill_column: bool | None
     distill_share: float | None
     decided: dict[str, Any]
-    open_later: Callable[
-        [Any], Any
-    ]  # an evaluation set that is given when the trainer is made already, as the trainer class takes it
+    # An evaluation set that is given when the trainer is made already, as the trainer class takes it
+    open_later: Callable[[Any], Any]
     _made_of: dict[str, Any]
     _step_at_work: int | None = None
     _is_opened = False  # what `evaluate` is given: transformers evaluates several sets by calling it for each
